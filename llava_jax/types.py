@@ -1,0 +1,241 @@
+"""Dataclasses that cross rooms, and the axis letters used in array names.
+
+B batch rows · T text+image tokens · S cache length · N images per row (in pixels) or query heads (in attention)
+K kv heads · H head dim · D decoder width · E vision width · F mlp width · P patches per image · V vocabulary
+L layers · X image height · Y image width · C channels
+
+`tokens_BT` is an array of shape [B, T]; a parameter stacked over layers gains a leading L.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+IMAGE_PLACEHOLDER = "<image>"
+# One image in a tokenised conversation, before it is expanded to its P image tokens (LLaVA's IMAGE_TOKEN_INDEX).
+IMAGE_MARK = -200
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used: one line that says what, where, what was expected and what to do.
+
+    The CLI prints it after `error: ` and exits with code 2; nothing else in the package catches it,
+    except `prepare verify` and the data pipeline, which collect the rows they name.
+    """
+
+
+# ---- one training row -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message: `speaker` is 'human' or 'gpt'."""
+
+    speaker: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One row of a LLaVA annotation file; `images` are paths relative to `data.images`, in placeholder order."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation: `tokens` int32[t] with each image once as IMAGE_MARK, `targets` bool[t]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+class Batch(NamedTuple):
+    """One global batch of fixed shape, as the pipeline yields it (numpy) and the step takes it (jax).
+
+    tokens_BT       int32; image slots hold the model's image token id, right padding holds the pad id
+    targets_BT      bool; True where tokens_BT[b, t] is to be predicted (from position t-1)
+    segment_ids_BT  int32; 1.. for real tokens, 0 for padding
+    positions_BT    int32; rotary positions, 0.. within each segment
+    pixels_BNXYC    float32, CLIP-normalised; zeros in image slots a row does not use
+    rows_B          int64, index of each row in the annotations (host only: None on the device)
+    """
+
+    tokens_BT: Any
+    targets_BT: Any
+    segment_ids_BT: Any
+    positions_BT: Any
+    pixels_BNXYC: Any
+    rows_B: Any = None
+
+
+# ---- models -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """CLIP vision transformer, as far as `feature_layer` needs it (`layers` is the full depth of the checkpoint)."""
+
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    image_size: int
+    patch_size: int
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding; `kind` is default, linear or llama3 (the latter three fields are llama3's)."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """LLaMA decoder, driven by its Hugging Face config."""
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A whole LLaVA. `feature_layer` indexes hidden states as in the original: -2 leaves the last block out.
+
+    `image_token_id` may lie outside the vocabulary (the row is never looked up); `remat` is none, dots or full.
+    """
+
+    vision: ClipConfig
+    llm: LlamaConfig
+    projector: str = "mlp2x_gelu"
+    feature_layer: int = -2
+    image_token_id: int = 32000
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def vision_layers(self) -> int:
+        """Blocks that run: hidden_states has layers+1 entries, the first one before any block."""
+        layer = self.feature_layer
+        return layer + self.vision.layers + 1 if layer < 0 else layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedy when temperature is 0; `beams` > 1 is beam search (greedy scoring)."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    beams: int = 1
+    seed: int = 0
+
+
+# ---- the run's settings: the contract's config keys, once ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    vision: str
+    llm: str
+    projector: str
+    feature_layer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSettings:
+    model: str
+    projector: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    annotations: str
+    images: str
+    template: str
+    image_position: str
+    aspect: str
+    max_length: int
+    shuffle: bool
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSettings:
+    """`groups` is 'pattern=lr,pattern=lr': regex on the parameter path, first match wins, the rest takes `lr`."""
+
+    lr: float
+    groups: str
+    schedule: str
+    warmup_ratio: float
+    weight_decay: float
+    clip_norm: float
+    b1: float
+    b2: float
+    eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """`steps` 0 means: `epochs` decide. `clip_norm`, `checkpoint_every` 0 mean off (the last step is always saved)."""
+
+    batch_size: int
+    steps: int
+    epochs: float
+    accumulate: int
+    dtype: str
+    remat: str
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    loss_norm: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each mesh axis; -1 (at most once) takes what is left."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One training stage, complete: what `--config` and its overrides become, and what config.json holds."""
+
+    stage: str
+    seed: int
+    model: ModelSettings
+    init: InitSettings
+    data: DataSettings
+    optim: OptimSettings
+    train: TrainSettings
+    mesh: MeshSettings
