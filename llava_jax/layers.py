@@ -1,0 +1,84 @@
+"""Building blocks: `param` (the only place where a parameter is made), Linear, LayerNorm, RMSNorm."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+
+normal = jax.nn.initializers.normal(0.02)
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch.nn.Linear for weight and bias, LLaVA's projector init."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
+    """A float32 parameter whose dimensions carry the logical `axes` of sharding.RULES."""
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} and axes {axes} differ in length")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """Affine map from the last `in_shape` dimensions to `out_shape`; kernel [*in_shape, *out_shape]."""
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_shape: Sequence[int],
+        in_axes: Sequence[str],
+        out_axes: Sequence[str],
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        init: Initializer = normal,
+        bias_init: Initializer = zeros,
+    ):
+        self.in_dims = len(in_shape)
+        self.kernel = param(rngs, init, (*in_shape, *out_shape), (*in_axes, *out_axes))
+        if bias:
+            self.bias = param(rngs, bias_init, out_shape, out_axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=self.in_dims)
+        return y + self.bias.astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last dimension in float32, result in the dtype of x."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = param(rngs, ones, (width,), ("norm",))
+        self.bias = param(rngs, zeros, (width,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32; the result is cast to the dtype of x before the scale, as LLaMA does."""
+
+    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = param(rngs, ones, (width,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale.astype(x.dtype)

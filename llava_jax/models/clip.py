@@ -1,0 +1,89 @@
+"""CLIP vision transformer (arXiv 2103.00020), up to the layer whose features LLaVA reads."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.layers import LayerNorm, Linear, normal, param
+from llava_jax.ops.attention import attention
+from llava_jax.sharding import constrain
+from llava_jax.types import ClipConfig
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        heads = (config.heads, config.width // config.heads)
+        inner = dict(in_axes=("vision_embed",), out_axes=("heads", "head_dim"), bias=True, rngs=rngs)
+        self.q = Linear((config.width,), heads, **inner)
+        self.k = Linear((config.width,), heads, **inner)
+        self.v = Linear((config.width,), heads, **inner)
+        self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("vision_embed",), bias=True, rngs=rngs)
+
+    def __call__(self, x_BPE: jax.Array) -> jax.Array:
+        return self.o(attention(self.q(x_BPE), self.k(x_BPE), self.v(x_BPE)))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.up = Linear((config.width,), (config.mlp_width,), ("vision_embed",), ("mlp",), bias=True, rngs=rngs)
+        self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("vision_embed",), bias=True, rngs=rngs)
+
+    def __call__(self, x_BPE: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x_BPE)))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x_BPE: jax.Array) -> jax.Array:
+        x_BPE = x_BPE + self.attn(self.norm1(x_BPE))
+        return x_BPE + self.mlp(self.norm2(x_BPE))
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches as one matrix product: CLIP's convolution whose stride is its kernel size, no bias."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+        shape = (config.patch_size, config.patch_size, 3, config.width)
+        self.kernel = param(rngs, normal, shape, ("patch", "patch", "patch", "vision_embed"))
+
+    def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
+        B, X, Y, C = pixels_BXYC.shape
+        p = self.kernel.shape[0]
+        patches = pixels_BXYC.reshape(B, X // p, p, Y // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        kernel = self.kernel.astype(pixels_BXYC.dtype).reshape(p * p * C, -1)
+        return patches.reshape(B, (X // p) * (Y // p), p * p * C) @ kernel
+
+
+class Clip(nnx.Module):
+    """The first `layers` blocks; what comes after the feature layer (last blocks, post-norm) is not held."""
+
+    def __init__(self, config: ClipConfig, layers: int, *, rngs: nnx.Rngs):
+        self.patch = PatchEmbed(config, rngs=rngs)
+        self.class_embedding = param(rngs, normal, (config.width,), ("vision_embed",))
+        self.position = param(rngs, normal, (config.patches + 1, config.width), ("position", "vision_embed"))
+        self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+        self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
+
+    def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
+        """Hidden state [B, 1+P, E] after the blocks held, CLS first."""
+        x_BPE = self.patch(pixels_BXYC)
+        cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
+        x_BPE = jnp.concatenate([cls, x_BPE], axis=1) + self.position.astype(x_BPE.dtype)
+        x_BPE = constrain(self.pre_norm(x_BPE), "batch", "position", "activation")
+        x_BPE, _ = jax.lax.scan(lambda x, block: (block(x), None), x_BPE, self.layers)
+        return x_BPE
+
+    def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
+        """Patch features [B, P, E] of images float[B, X, Y, 3] (CLIP-normalised), CLS dropped."""
+        return self.hidden(pixels_BXYC)[:, 1:]

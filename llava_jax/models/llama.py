@@ -1,0 +1,158 @@
+"""LLaMA decoder (arXiv 2302.13971) driven by its Hugging Face config: training call, prefill and decode."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.layers import Linear, RMSNorm, normal, param
+from llava_jax.ops.attention import attention
+from llava_jax.ops.rope import angles, rotate
+from llava_jax.sharding import constrain
+from llava_jax.types import LlamaConfig
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, and how many slots of each row are filled."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    length_B: jax.Array
+
+
+def empty_cache(config: LlamaConfig, batch: int, size: int, dtype: str | jnp.dtype) -> Cache:
+    shape = (config.layers, batch, size, config.kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        heads, kv_heads = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
+        inner = dict(bias=config.attention_bias, rngs=rngs)
+        self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), **inner)
+        self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), **inner)
+        self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), **inner)
+        self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **inner)
+
+    def qkv(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return rotate(self.q(x_BTD), *rope), rotate(self.k(x_BTD), *rope), self.v(x_BTD)
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        inner = dict(in_axes=("embed",), out_axes=("mlp",), bias=config.mlp_bias, rngs=rngs)
+        self.gate = Linear((config.width,), (config.mlp_width,), **inner)
+        self.up = Linear((config.width,), (config.mlp_width,), **inner)
+        self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("embed",), bias=config.mlp_bias, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Full-length pass; also returns this layer's keys and values [B, T, K, H] (rotated)."""
+        q, k, v = self.attn.qkv(self.attn_norm(x_BTD), rope)
+        x_BTD = x_BTD + self.attn.o(attention(q, k, v, causal=True, segment_ids_BT=segment_ids_BT))
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, "batch", "length", "activation"), (k, v)
+
+    def decode(
+        self, x_B1D: jax.Array, rope: tuple[jax.Array, jax.Array], cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """One token a row: writes its key and value at slot length_B of `layer` and attends to slots 0..length_B."""
+        q, k, v = self.attn.qkv(self.attn_norm(x_B1D), rope)
+        rows = jnp.arange(x_B1D.shape[0])
+        k_LBSKH = cache.k_LBSKH.at[layer, rows, cache.length_B].set(k[:, 0])
+        v_LBSKH = cache.v_LBSKH.at[layer, rows, cache.length_B].set(v[:, 0])
+        seen_BS = jnp.arange(k_LBSKH.shape[2]) <= cache.length_B[:, None]
+        x_B1D = x_B1D + self.attn.o(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
+        return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBSKH, v_LBSKH, cache.length_B)
+
+
+class Embed(nnx.Module):
+    def __init__(self, config: LlamaConfig, dtype: str, *, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.table = param(rngs, normal, (config.vocab_size, config.width), ("vocab", "embed"))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
+        inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
+        x_BTD = jnp.take(self.table[...], jnp.where(inside, tokens_BT, 0), axis=0).astype(self.dtype)
+        return constrain(x_BTD, "batch", "length", "activation")
+
+
+class Llama(nnx.Module):
+    """Decoder over embeddings, so that image features can stand where tokens stand."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: str = "float32", remat: str = "none"):
+        self.config, self.remat = config, remat
+        self.embed = Embed(config, dtype, rngs=rngs)
+        self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
+        if not config.tied:
+            self.head = Linear((config.width,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm."""
+        if self.config.tied:
+            logits_BTV = hidden_BTD @ self.embed.table.astype(hidden_BTD.dtype).T
+        else:
+            logits_BTV = self.head(hidden_BTD)
+        return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
+
+    def _forward(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool):
+        rope = angles(positions_BT, self.config.rope, self.config.head_dim)
+
+        def body(x_BTD: jax.Array, block: Block):
+            x_BTD, kv = block(x_BTD, rope, segment_ids_BT)
+            return x_BTD, kv if keep_kv else None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.remat])
+        x_BTD, kv = jax.lax.scan(body, x_BTD, self.layers)
+        return self.norm(x_BTD), kv
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Hidden states [B, T, D] after the last norm; attention is causal within each segment."""
+        return self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=False)[0]
+
+    def prefill(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """As `__call__` for right-padded rows (segment 0 is padding), and the filled cache."""
+        hidden_BTD, (k_LBTKH, v_LBTKH) = self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=True)
+        length_B = (segment_ids_BT > 0).sum(-1, dtype=jnp.int32)
+        k_LBSKH, v_LBSKH = (
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0,) * 5)
+            for old, new in ((cache.k_LBSKH, k_LBTKH), (cache.v_LBSKH, v_LBTKH))
+        )
+        return hidden_BTD, Cache(k_LBSKH, v_LBSKH, length_B)
+
+    def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """One more token a row at position length_B: hidden [B, 1, D] and the cache with length_B + 1."""
+        rope = angles(cache.length_B[:, None], self.config.rope, self.config.head_dim)
+
+        def body(carry: tuple[jax.Array, Cache], layer: tuple[Block, jax.Array]):
+            block, index = layer
+            return block.decode(carry[0], rope, carry[1], index), None
+
+        (x_B1D, cache), _ = jax.lax.scan(body, (x_B1D, cache), (self.layers, jnp.arange(self.config.layers)))
+        return self.norm(x_B1D), cache._replace(length_B=cache.length_B + 1)

@@ -1,0 +1,111 @@
+"""LLaVA: CLIP sees, a projector translates, image features take the place of image tokens, LLaMA answers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.layers import Linear, torch_uniform
+from llava_jax.models.clip import Clip
+from llava_jax.models.llama import Llama
+from llava_jax.types import ModelConfig
+
+Params = dict[str, Any]
+
+
+class Projector(nnx.Module):
+    """`linear`, or `mlp2x_gelu`: two layers with the exact (erf) GELU between them (LLaVA-1.5 §3.2)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        E, D = config.vision.width, config.llm.width
+        init_E, init_D = torch_uniform(E), torch_uniform(D)
+        self.linear_1 = Linear(
+            (E,), (D,), ("vision_embed",), ("projected",), bias=True, init=init_E, bias_init=init_E, rngs=rngs
+        )
+        if config.projector == "mlp2x_gelu":
+            self.linear_2 = Linear(
+                (D,), (D,), ("embed",), ("projected",), bias=True, init=init_D, bias_init=init_D, rngs=rngs
+            )
+        elif config.projector != "linear":
+            raise ValueError(f"unknown projector {config.projector!r}")
+
+    def __call__(self, features_BPE: jax.Array) -> jax.Array:
+        x_BPD = self.linear_1(features_BPE)
+        if hasattr(self, "linear_2"):
+            x_BPD = self.linear_2(jax.nn.gelu(x_BPD, approximate=False))
+        return x_BPD
+
+
+def merge(x_BTD: jax.Array, features_BPD: jax.Array, is_image_BT: jax.Array) -> jax.Array:
+    """Put the row's image features, in order, where `is_image_BT` is True; static shapes, any image position."""
+    index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0, features_BPD.shape[1] - 1)
+    taken_BTD = jnp.take_along_axis(features_BPD, index_BT[..., None], axis=1)
+    return jnp.where(is_image_BT[..., None], taken_BTD.astype(x_BTD.dtype), x_BTD)
+
+
+class Llava(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = Clip(config.vision, config.vision_layers, rngs=rngs)
+        self.projector = Projector(config, rngs=rngs)
+        self.llm = Llama(config.llm, rngs=rngs, dtype=config.dtype, remat=config.remat)
+
+    def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
+        """Projected features [B, N*P, D] of N images a row."""
+        B, N = pixels_BNXYC.shape[:2]
+        flat = pixels_BNXYC.reshape(B * N, *pixels_BNXYC.shape[2:]).astype(self.config.dtype)
+        features = self.projector(self.vision(flat))
+        return features.reshape(B, N * features.shape[1], features.shape[2])
+
+    def embed_and_merge(self, tokens_BT: jax.Array, features_BPD: jax.Array | None) -> jax.Array:
+        """Embeddings [B, T, D] with image features in the image slots; None where no row has an image."""
+        x_BTD = self.llm.embed(tokens_BT)
+        if features_BPD is None:
+            return x_BTD
+        return merge(x_BTD, features_BPD, tokens_BT == self.config.image_token_id)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        pixels_BNXYC: jax.Array | None,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Decoder states [B, T, D] before the head; positions default to 0..T-1."""
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        features_BPD = None if pixels_BNXYC is None else self.image_features(pixels_BNXYC)
+        return self.llm(self.embed_and_merge(tokens_BT, features_BPD), positions_BT, segment_ids_BT)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        pixels_BNXYC: jax.Array | None,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32 logits [B, T, V]."""
+        return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT))
+
+
+def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model without weights: its graph definition and float32 ShapeDtypeStructs as a plain dict."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init(config: ModelConfig, seed: int) -> Params:
+    """Random float32 parameters: normal(0.02) as LLaMA and CLIP, the projector as torch.nn.Linear."""
+
+    def make(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
+
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axes of every parameter, in the structure of `build`'s dict."""
+    state = nnx.state(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
+    flat = {path: tuple(variable.get_metadata()["axes"]) for path, variable in nnx.to_flat_state(state)}
+    return nnx.traversals.unflatten_mapping(flat)

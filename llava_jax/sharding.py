@@ -1,0 +1,86 @@
+"""The device mesh, and the one table that says along which mesh axes every array dimension is split."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.types import InputError, MeshSettings
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their
+# width over fsdp (gathered layer by layer) and their heads, mlp and vocabulary over tensor (Megatron's layout).
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": "fsdp",
+    "vision_embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "activation": None,
+    "patch": None,
+    "norm": None,
+    "position": None,
+    "projected": None,
+}
+
+
+def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
+    """Mesh over all devices (or those given) with axes data, fsdp, tensor; one size may be -1 and takes the rest."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [settings.data, settings.fsdp, settings.tensor]
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise InputError(f"mesh: sizes {sizes} for {MESH_AXES}; expected positive numbers and at most one -1")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise InputError(f"mesh: {MESH_AXES} = {sizes} needs {known} devices or a multiple, found {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_of(axes: tuple[str, ...], ndim: int) -> PartitionSpec:
+    """PartitionSpec of an array whose last dimensions carry `axes`; leading ones (stacked layers) stay whole."""
+    return PartitionSpec(*(None,) * (ndim - len(axes)), *(RULES[axis] for axis in axes))
+
+
+def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    """Raise InputError naming the parameter whose dimension does not divide over its mesh axes."""
+    for dim, names in zip(shape, spec, strict=False):
+        names = (names,) if isinstance(names, str) else names or ()
+        ways = int(np.prod([mesh.shape[name] for name in names]))
+        if dim % ways:
+            raise InputError(f"{path}: size {dim} of shape {shape} does not divide over mesh axes {names} ({ways} ways)")
+
+
+def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
+    """NamedSharding for every parameter; `axes` is a dict of the same structure with its logical axes as leaves."""
+
+    def sharding(path: tuple, names: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec = spec_of(names, leaf.ndim)
+        check_divisible("/".join(str(key.key) for key in path), leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, axes, abstract, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pin an activation's layout under the mesh of `jax.set_mesh`; without a mesh there is nothing to pin."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.ndim))
