@@ -1,0 +1,264 @@
+"""Ids and targets together, by character spans; back from ids to text.
+
+LLaVA tokenises the text between two images by itself (each piece as if it began the prompt, BOS once at the front);
+within such a piece the whole text is tokenised at once. A token is a target when every character it covers is one:
+offsets decide, tokens are never counted. (A token that joins the end of a header with the beginning of an answer, such
+as a byte-level tokenizer's double newline, is therefore none.)
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from llava_jax.data.chat import SPECIAL_STRINGS, Span, Template
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
+
+# A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
+# user writes can become a special token.
+_FIRST_MARK = 0xFDD0
+_MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
+_TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer as LLaVA uses it: `bos_id` (None when it adds none), `eos_id`, `pad_id`, `size`.
+
+    `size` is one more than the largest id. Picklable, so data workers can take it along.
+    """
+
+    def __init__(self, source: Any):
+        """`source` is a fast transformers tokenizer (one with `backend_tokenizer`)."""
+        self._codec = tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str())
+        self._splitter = _make_splitter(self._codec)
+        vocabulary = source.get_vocab()
+        self.size = max(vocabulary.values()) + 1
+        self.bos_id = source.bos_token_id if source("a").input_ids[:1] == [source.bos_token_id] else None
+        self.eos_id = source.eos_token_id
+        self.pad_id = next((i for i in (source.pad_token_id, source.unk_token_id) if i is not None), 0)
+        self._image_id = vocabulary.get(IMAGE_PLACEHOLDER)
+        self._special = {text: vocabulary[text] for text in SPECIAL_STRINGS if text in vocabulary}
+        # A template written for LLaMA works with a tokenizer that spells its ends differently.
+        if "</s>" not in self._special and source.eos_token_id is not None:
+            self._special["</s>"] = source.eos_token_id
+        if "<s>" not in self._special and source.bos_token_id is not None:
+            self._special["<s>"] = source.bos_token_id
+        added = {i for i, token in source.added_tokens_decoder.items() if token.special}
+        self._reserved = np.array(sorted((added | set(source.all_special_ids)) - {source.unk_token_id}), np.int64)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a template's special string; None when this tokenizer has none and writes it as plain text."""
+        return self._special.get(text)
+
+    def stop_ids(self, template: Template) -> tuple[int, ...]:
+        """Ids that end an answer; a stop that is plain text has none (StreamDecoder watches for it)."""
+        ids = {self.eos_id, *(self.special_id(text) for text in template.stop)}
+        return tuple(sorted(ids - {None}))
+
+    def image_token_id(self, vocab_rows: int) -> int:
+        """The id of `<image>`, or the first one that neither the tokenizer nor the embedding table uses."""
+        return self._image_id if self._image_id is not None else max(vocab_rows, self.size)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of generated ids; ids outside the vocabulary have none."""
+        return self._codec.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def encode_chunk(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+        """Spans without images -> (ids int32[t], targets bool[t]), without BOS."""
+        pieces = [self._piece(span) for span in spans]
+        text = "".join(pieces)
+        if not text:
+            return np.zeros(0, np.int32), np.zeros(0, bool)
+        # Pickling forgets this switch, which keeps special tokens in the text from becoming ids.
+        self._splitter.encode_special_tokens = True
+        encoding = self._splitter.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        # A token without characters (an inserted prefix) goes with the character it stands before.
+        starts = np.minimum(starts, len(text) - 1)
+        ends = np.maximum(ends, starts + 1)
+        is_target = np.repeat([span.is_target for span in spans], [len(piece) for piece in pieces])
+        targets_before = np.concatenate([[0], np.cumsum(is_target)])
+        targets = targets_before[ends] - targets_before[starts] == ends - starts
+        first_characters = np.array([ord(text[start]) for start in starts])
+        is_mark = np.zeros(len(ids), bool)
+        for special, mark in _MARKS.items():
+            here = first_characters == ord(mark)
+            is_mark |= here
+            ids[here] = self._special.get(special, -1)
+        self._check_reserved(ids[~is_mark])
+        return ids, targets
+
+    def _piece(self, span: Span) -> str:
+        if span.special and span.text in self._special:
+            return _MARKS[span.text]
+        for character in span.text:
+            if 0xFDD0 <= ord(character) <= 0xFDEF:
+                raise InputError(f"the text holds the Unicode noncharacter U+{ord(character):04X}; remove it")
+        return span.text
+
+    def _check_reserved(self, ids: np.ndarray) -> None:
+        leaked = np.intersect1d(ids, self._reserved)
+        if leaked.size:
+            raise InputError(f"the text spells the special token {self._codec.id_to_token(int(leaked[0]))!r} and this "
+                             "tokenizer cannot write it as plain text; remove it from the text")
+
+
+class StreamDecoder:
+    """Text of ids that arrive one by one: never half a character, never a stop string or a beginning of one.
+
+    `push` returns what can be shown now, `finish` the rest; `stopped` turns True at the first stop string.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str] = ()):
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        # ids[:shown] are decoded; ids[context:shown] gives the decoder the neighbour that a leading space depends on.
+        self._context = self._shown = 0
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Takes one id; returns new text, often empty."""
+        if self.stopped:
+            return ""
+        self._ids.append(int(token))
+        text = self._new_text()
+        return "" if text.endswith("\ufffd") else self._take(text)
+
+    def finish(self) -> str:
+        """Returns what was held back; incomplete characters become U+FFFD."""
+        if self.stopped:
+            return ""
+        text = self._take(self._new_text())
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _new_text(self) -> str:
+        known = self._tokenizer.decode(self._ids[self._context:self._shown])
+        return self._tokenizer.decode(self._ids[self._context:])[len(known):]
+
+    def _take(self, text: str) -> str:
+        if text:
+            self._context = self._shown
+        self._shown = len(self._ids)
+        self._held += text
+        found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        if found:
+            self.stopped = True
+            return self._held[:min(found)]
+        cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+
+def load_tokenizer(folder: str) -> TextTokenizer:
+    """The tokenizer of a Hugging Face folder, as transformers' AutoTokenizer reads it."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; expected one with a Hugging Face tokenizer")
+    if not any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in _TOKENIZER_FILES):
+        raise InputError(f"{folder}: holds no tokenizer; expected tokenizer.json, tokenizer.model, "
+                         "or vocab.json with merges.txt")
+    _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
+    # Seconds of import that only a command that reads a tokenizer should pay for.
+    from transformers import AutoTokenizer
+    try:
+        source = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
+    if not getattr(source, "is_fast", False):
+        raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
+    return TextTokenizer(source)
+
+
+def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
+    """Ids and targets of a rendered conversation, each image once as IMAGE_MARK."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [np.array(bos, np.int32)]
+    targets = [np.zeros(len(bos), bool)]
+    chunk: list[Span] = []
+    for span in [*spans, None]:
+        if span is not None and not _is_image(span):
+            chunk.append(span)
+            continue
+        chunk_ids, chunk_targets = tokenizer.encode_chunk(chunk)
+        ids.append(chunk_ids)
+        targets.append(chunk_targets)
+        chunk = []
+        if span is not None:
+            ids.append(np.array([IMAGE_MARK], np.int32))
+            targets.append(np.zeros(1, bool))
+    return Encoded(np.concatenate(ids), np.concatenate(targets))
+
+
+def cut(encoded: Encoded, patches: int, max_length: int) -> Encoded:
+    """The row cut on the right so that it fits `max_length` with every image expanded to `patches` tokens.
+
+    Never through an image: a row whose last image does not fit is refused, and so is one that keeps no target.
+    """
+    ends = np.cumsum(np.where(encoded.tokens == IMAGE_MARK, patches, 1))
+    length = int(np.sum(ends <= max_length))
+    images = np.flatnonzero(encoded.tokens == IMAGE_MARK)
+    lost = images[images >= length]
+    if lost.size:
+        raise InputError(f"image {int(np.sum(images < length)) + 1} of {images.size} ends at token {ends[lost[0]]}, "
+                         f"beyond max_length {max_length}; raise data.max_length or shorten the row")
+    if not encoded.targets.any():
+        raise InputError("the row has no target; expected an answer to train on")
+    if not encoded.targets[:length].any():
+        first = ends[np.flatnonzero(encoded.targets)[0]] - 1
+        raise InputError(f"row longer than max_length keeps no target: {ends[-1]} tokens, the first target is token "
+                         f"{first}, max_length {max_length}; raise data.max_length or shorten the question")
+    return Encoded(encoded.tokens[:length], encoded.targets[:length])
+
+
+def expand(tokens: np.ndarray, targets: np.ndarray, image_token_id: int, patches: int,
+           max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Each IMAGE_MARK becomes `patches` times `image_token_id`: (tokens int32[T], targets bool[T]).
+
+    `max_length` cuts and checks as `cut` does; None (a prompt, which has no targets) does neither.
+    """
+    if max_length is not None:
+        fitting = cut(Encoded(tokens, targets), patches, max_length)
+        tokens, targets = fitting.tokens, fitting.targets
+    is_image = tokens == IMAGE_MARK
+    widths = np.where(is_image, patches, 1)
+    tokens = np.where(is_image, image_token_id, tokens).astype(np.int32)
+    return np.repeat(tokens, widths), np.repeat(targets, widths)
+
+
+def _make_splitter(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    splitter = tokenizers.Tokenizer.from_str(codec.to_str())
+    # Post-processors add BOS, which is ours to place, and byte-level ones trim spaces off the offsets.
+    splitter.post_processor = None
+    splitter.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in _MARKS.values()])
+    return splitter
+
+
+def _is_image(span: Span) -> bool:
+    return span.special and span.text == IMAGE_PLACEHOLDER
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may begin `stop`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _check_tokenizer_json(path: str) -> None:
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; copy the tokenizer again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
