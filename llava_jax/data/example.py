@@ -1,0 +1,60 @@
+"""One record as training sees it: conversation -> text -> ids and targets -> image ids in place.
+
+The pipeline trains on `encode_record`; `prepare verify` reports through the same functions, so what it shows is what is
+trained.
+"""
+
+import os
+
+import numpy as np
+
+from llava_jax.data.chat import find_template, render
+from llava_jax.data.tokenize import TextTokenizer, encode, expand
+from llava_jax.types import IMAGE_MARK, DataSettings, Encoded, InputError, Record
+
+
+def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenizer) -> Encoded:
+    """The record's ids and targets at full length, each image once as IMAGE_MARK.
+
+    Raises InputError when the template cannot hold the turns, or when marks and images differ in number (one mark more
+    or less would show a picture to the wrong words).
+    """
+    spans = render(record.turns, find_template(settings.template), image_position=settings.image_position)
+    encoded = encode(spans, tokenizer)
+    marks = count_images(encoded)
+    if marks != len(record.images):
+        raise InputError(f"{marks} <image> placeholders for {len(record.images)} images; make them the same number")
+    return encoded
+
+
+def encode_record(
+    record: Record, settings: DataSettings, tokenizer: TextTokenizer, image_token_id: int, patches: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32[t] and targets bool[t] of one training row, t <= settings.max_length, without padding.
+
+    Raises InputError as `encode_turns` does, and when max_length leaves no target or cuts into an image.
+    """
+    encoded = encode_turns(record, settings, tokenizer)
+    return expand(encoded.tokens, encoded.targets, image_token_id, patches, settings.max_length)
+
+
+def count_images(encoded: Encoded) -> int:
+    """Image marks in a tokenised conversation."""
+    return int(np.count_nonzero(encoded.tokens == IMAGE_MARK))
+
+
+def full_length(encoded: Encoded, patches: int) -> int:
+    """Tokens of the row with its images expanded, before max_length cuts it."""
+    return len(encoded.tokens) + count_images(encoded) * (patches - 1)
+
+
+def image_paths(record: Record, settings: DataSettings) -> list[str]:
+    """Where the record's pictures lie, in placeholder order."""
+    return [os.path.join(settings.images, image) for image in record.images]
+
+
+def require_images(record: Record, settings: DataSettings) -> None:
+    """Raise InputError naming the first picture of the record that does not exist (nothing is decoded)."""
+    for path in image_paths(record, settings):
+        if not os.path.isfile(path):
+            raise InputError(f"image {path}: no such file; check the path, or data.images")

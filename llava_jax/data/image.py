@@ -1,0 +1,157 @@
+"""Pictures: decode with care, then the published CLIP preprocessing (numpy and PIL only).
+
+The pixels are bit-equal to `CLIPImageProcessor` of transformers (PIL backend): shortest side to `size` with bicubic
+interpolation and a truncated long side, centre crop, / 255, normalise. Aspect `pad` first centres the picture on a
+square of the mean colour, as LLaVA-1.5's second stage does; aspect `crop` does not. As in the original, EXIF
+orientation is ignored, transparency is dropped, and an animation is its first frame.
+"""
+
+import io
+import os
+import struct
+import zlib
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from llava_jax.types import InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 32_768
+MAX_ASPECT = 200
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+BACKGROUND = tuple(int(255 * mean) for mean in MEAN)
+
+# Pixels widened to the padded square at one time (a tall picture would otherwise need side x side of memory).
+STRIP_PIXELS = 4_000_000
+
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def _normalised_bytes() -> np.ndarray:
+    """float32[3, 256]: each byte of each channel after rescaling and normalising, in the processor's op order."""
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    return (scaled[None, :] - mean[:, None]) / std[:, None]
+
+
+NORMALISED = _normalised_bytes()
+
+
+def load_image(path: str, size: int, aspect: str) -> np.ndarray:
+    """float32[size, size, 3], CLIP-normalised, of the picture at `path`; InputError as in `decode`."""
+    return preprocess(decode(path), size, aspect)
+
+
+def check_image(path: str) -> None:
+    """Decode the whole picture at `path` and raise InputError, naming path and reason, if that is not possible."""
+    decode(path)
+
+
+def decode(source: str | bytes, name: str = "") -> Image.Image:
+    """RGB picture of a file (a path) or of its content (bytes); `name` stands for the source in messages.
+
+    Raises InputError for a file that is missing, empty, truncated, damaged, in no format of FORMATS, above MAX_PIXELS
+    or MAX_SIDE, or with one side more than MAX_ASPECT times the other. The limits are checked on the header, before any
+    pixel is decoded.
+    """
+    name = name or (source if isinstance(source, str) else "picture")
+    if isinstance(source, bytes):
+        return _decode_file(io.BytesIO(source), name, len(source))
+    try:
+        with open(source, "rb") as file:
+            return _decode_file(file, name, os.path.getsize(source))
+    except FileNotFoundError:
+        raise InputError(f"image {name}: no such file; check the path, or data.images") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"image {name}: cannot be read ({error}); check the file") from None
+
+
+def _decode_file(file: BinaryIO, name: str, length: int) -> Image.Image:
+    if length == 0:
+        raise InputError(f"image {name}: the file is empty; replace it")
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise InputError(_too_large(name)) from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"image {name}: not a picture; expected {', '.join(FORMATS)}") from None
+    except DECODE_ERRORS as error:
+        raise InputError(f"image {name}: damaged header ({error}); replace the file") from None
+    _check_shape(image, name)
+    try:
+        image.load()
+        return to_rgb(image, name)
+    except DECODE_ERRORS as error:
+        raise InputError(f"image {name}: truncated or damaged ({error}); replace the file") from None
+
+
+def _too_large(name: str) -> str:
+    return f"image {name}: more than {MAX_PIXELS // 10**6} megapixels; scale it down"
+
+
+def _check_shape(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(_too_large(name))
+    if max(width, height) > MAX_SIDE:
+        raise InputError(f"image {name}: {width}x{height} is longer than {MAX_SIDE} pixels; scale it down")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(f"image {name}: {width}x{height} is thinner than {MAX_ASPECT}:1; crop it")
+
+
+def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
+    """The picture in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
+    if image.mode == "F":
+        raise InputError(f"image {name}: floating-point pixels have no known range; convert it to 8 bit")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise InputError(f"image {name}: integer pixels outside 0..65535; convert it to 8 bit")
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, size: int, aspect: str) -> np.ndarray:
+    """float32[size, size, 3], CLIP-normalised, of a picture in memory; `aspect` is pad or crop."""
+    _check_shape(image, "picture")
+    if aspect not in ("pad", "crop"):
+        raise InputError(f'aspect "{aspect}" is not known; expected pad or crop')
+    square = _pad(to_rgb(image), size) if aspect == "pad" else _crop(to_rgb(image), size)
+    bytes_XYC = np.asarray(square)
+    pixels_XYC = np.empty(bytes_XYC.shape, np.float32)
+    for channel in range(3):
+        pixels_XYC[..., channel] = NORMALISED[channel][bytes_XYC[..., channel]]
+    return pixels_XYC
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """Shortest side to `size`, then the centre."""
+    short, long = min(image.size), int(size * max(image.size) / min(image.size))
+    width, height = (size if side == short else long for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    """The picture centred on a square of BACKGROUND, resized to `size`; the full square is never made.
+
+    Pillow resizes rows first and columns then, rounding to 8 bit between; doing the two one after the other gives the
+    same bytes, skips the rows that are background, and needs no more than STRIP_PIXELS of the square at a time.
+    """
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    columns = Image.new("RGB", (size, side), BACKGROUND)
+    rows = max(1, STRIP_PIXELS // side)
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        strip = Image.new("RGB", (side, stop - start), BACKGROUND)
+        strip.paste(image.crop((0, start, width, stop)), (left, 0))
+        columns.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
+    return columns.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,0 +1,257 @@
+"""From records to batches of fixed shape: a grain pipeline whose order depends on the seed and nothing else.
+
+Global batch k is the stretch [k * batch_size, (k + 1) * batch_size) of an endless stream that runs through the records
+epoch after epoch, shuffled anew in each. Which worker reads a row, and which host, changes neither the order nor the
+content; where a run stands is therefore one number, the batches delivered, and that is the iterator's whole state.
+
+Worker processes are spawned: they import the main module again, so that must do nothing when imported.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from llava_jax.data.chat import find_template
+from llava_jax.data.example import encode_record, encode_turns, full_length, image_paths, require_images
+from llava_jax.data.image import load_image
+from llava_jax.data.records import Rejected
+from llava_jax.data.tokenize import TextTokenizer, expand
+from llava_jax.types import Batch, DataSettings, InputError, Record
+
+# Below this many records, starting processes takes longer than checking them here.
+PARALLEL_CHECK_ROWS = 20_000
+
+
+# ---- before the run ---------------------------------------------------------------------------------------------
+
+
+def steps_for(rows: int, batch_size: int, epochs: float) -> int:
+    """Steps that show every row `epochs` times; the last batch is filled up from the next epoch."""
+    # 100 rows * 1.1 epochs is a hair more than 110 in floating point.
+    return math.ceil(round(rows * epochs, 6) / batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
+
+    `tokens` and `targets` are what is trained on; `cut_rows` rows lose `cut_tokens` tokens to max_length.
+    """
+
+    rows: int
+    problems: tuple[Rejected, ...]
+    tokens: int
+    targets: int
+    cut_rows: int
+    cut_tokens: int
+
+    def require_clean(self, shown: int = 3) -> None:
+        """Raise InputError with the number of bad rows and the first of them, if there are any."""
+        if self.problems:
+            count = len(self.problems)
+            first = "; ".join(map(str, self.problems[:shown]))
+            more = f"; and {count - shown} more" if count > shown else ""
+            raise InputError(
+                f"{count} of {self.rows} rows cannot be trained (`prepare verify` lists them): {first}{more}"
+            )
+
+
+def check_records(
+    records: Sequence[Record], settings: DataSettings, tokenizer: TextTokenizer, *, image_token_id: int, patches: int
+) -> Checked:
+    """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes."""
+    if not records:
+        raise InputError(f"{settings.annotations}: no rows; expected at least one")
+    find_template(settings.template)  # an unknown one is one error, not one a row
+    check = functools.partial(
+        _check_row, settings=settings, tokenizer=tokenizer, image_token_id=image_token_id, patches=patches
+    )
+    if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(settings.workers, context, exit_with_parent) as pool:
+            results = list(pool.map(check, records, chunksize=len(records) // (4 * settings.workers) + 1))
+    else:
+        results = [check(record) for record in records]
+    problems = tuple(
+        Rejected(row, record.id, result)
+        for row, (record, result) in enumerate(zip(records, results, strict=True))
+        if isinstance(result, str)
+    )
+    counts = np.array([result for result in results if not isinstance(result, str)], np.int64).reshape(-1, 3)
+    tokens, targets, cut_tokens = counts.sum(axis=0).tolist()
+    return Checked(len(records), problems, tokens, targets, int(np.count_nonzero(counts[:, 2])), cut_tokens)
+
+
+def _check_row(
+    record: Record, settings: DataSettings, tokenizer: TextTokenizer, image_token_id: int, patches: int
+) -> tuple[int, int, int] | str:
+    """Tokens, targets and tokens cut off; or the reason why the row cannot be trained."""
+    try:
+        require_images(record, settings)
+        encoded = encode_turns(record, settings, tokenizer)
+        tokens, targets = expand(encoded.tokens, encoded.targets, image_token_id, patches, settings.max_length)
+    except InputError as error:
+        return str(error)
+    return len(tokens), int(targets.sum()), full_length(encoded, patches) - len(tokens)
+
+
+# ---- the stream -------------------------------------------------------------------------------------------------
+
+
+def make_pipeline(
+    records: Sequence[Record],
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    *,
+    image_size: int,
+    patches: int,
+    image_token_id: int,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> "BatchIterator":
+    """An endless grain iterator over this host's rows of each global batch of `batch_size`.
+
+    The host's rows are those at b % shard_count == shard_index of the global batch. Batches hold room for as many
+    images a row as the record with most images has, and for one at least. A row that cannot be read raises InputError
+    with row, id and path; the iterator is of no use afterwards.
+    """
+    if batch_size % shard_count:
+        raise InputError(f"train.batch_size={batch_size} is not divisible by the {shard_count} hosts; change it")
+    make_row = functools.partial(
+        _make_row,
+        records=records,
+        settings=settings,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        patches=patches,
+        image_token_id=image_token_id,
+        images_per_row=max(1, max(len(record.images) for record in records)),
+    )
+    rows = grain.MapDataset.range(len(records))
+    if settings.shuffle:
+        rows = rows.shuffle(seed=seed)
+    batches = rows.repeat()[shard_index::shard_count].map(make_row).batch(batch_size // shard_count, batch_fn=_stack)
+    return BatchIterator(batches, settings.workers)
+
+
+def _make_row(
+    row: int,
+    records: Sequence[Record],
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    image_size: int,
+    patches: int,
+    image_token_id: int,
+    images_per_row: int,
+) -> Batch:
+    """One row of a batch: the fields of Batch without B."""
+    record = records[row]
+    pixels_NXYC = np.zeros((images_per_row, image_size, image_size, 3), np.float32)
+    try:
+        tokens, targets = encode_record(record, settings, tokenizer, image_token_id, patches)
+        for slot, path in enumerate(image_paths(record, settings)):
+            pixels_NXYC[slot] = load_image(path, image_size, settings.aspect)
+    except InputError as error:
+        raise InputError(str(Rejected(row, record.id, str(error)))) from None
+    padding = (0, settings.max_length - len(tokens))
+    length = np.arange(settings.max_length, dtype=np.int32)
+    real = length < len(tokens)
+    return Batch(
+        tokens_BT=np.pad(tokens, padding, constant_values=tokenizer.pad_id),
+        targets_BT=np.pad(targets, padding),
+        segment_ids_BT=real.astype(np.int32),
+        positions_BT=np.where(real, length, 0),
+        pixels_BNXYC=pixels_NXYC,
+        rows_B=np.int64(row),
+    )
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Endless batches from `batches`, read ahead by `workers` processes, or by a thread when there are none.
+
+    The state is `{"batches": k}`, the number delivered: it does not know workers or hosts, so a run may go on with
+    others. A fresh reader is made where the state is set.
+    """
+
+    def __init__(self, batches: grain.MapDataset, workers: int):
+        super().__init__()
+        self._batches = batches
+        self._workers = workers
+        self._delivered = 0
+        self._reader: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        self.start_prefetch()
+        try:
+            batch = next(self._reader)
+        except InputError as error:
+            # Grain appends lines about its own traceback to the message.
+            raise InputError(str(error).split("\n")[0]) from None
+        self._delivered += 1
+        # Workers hand arrays over in shared memory; the copy lets go of it before the next batch.
+        return Batch(*map(np.array, batch)) if self._workers else batch
+
+    def start_prefetch(self) -> None:
+        """Begin to read ahead."""
+        if self._reader is None:
+            self._reader = iter(_reader(self._batches[self._delivered :], self._workers))
+            self._reader.start_prefetch()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"batches": self._delivered}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stop_reader()
+        self._delivered = state["batches"]
+
+    def close(self) -> None:
+        """Stop reading ahead; worker processes end."""
+        self._stop_reader()
+        super().close()
+
+    def _stop_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+def _reader(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
+    """Whole batches are made side by side, and come in order: a worker makes every `workers`-th one."""
+    if workers == 0:
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    # Grain reads its own absl flags, which only a program that starts with absl's app.run has parsed.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return in_worker.mp_prefetch(options, worker_init_fn=exit_with_parent)
+
+
+def exit_with_parent(*_: int) -> None:
+    """In a worker process: end as soon as the parent is gone, however it ended.
+
+    Without it a killed trainer leaves its workers behind. (PR_SET_PDEATHSIG would do the same on Linux only, and fires
+    already when the parent's thread that started the worker ends.)
+    """
+
+    def wait_for_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, name="exit-with-parent", daemon=True).start()

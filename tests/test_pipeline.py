@@ -1,0 +1,292 @@
+"""The input pipeline: right rows, in an order that only the seed decides, from any point on, with any workers."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llava_jax.data import pipeline
+from llava_jax.data.example import encode_record
+from llava_jax.data.image import load_image
+from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline, steps_for
+from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.types import Batch, DataSettings, InputError, Record, Turn
+
+IMAGES = pathlib.Path(__file__).parent / "data" / "images"
+PICTURES = ("wide.jpg", "tall.png", "square.webp", "odd.bmp")
+SETTINGS = DataSettings("rows.json", str(IMAGES), "v1", "keep", "pad", max_length=320, shuffle=True, workers=0)
+IMAGE_ID, PATCHES, SIZE, BATCH = 999, 4, 16, 4
+
+
+def make_record(index: int) -> Record:
+    """0, 1 or 2 pictures, and words that differ from row to row."""
+    images = tuple(PICTURES[(index + slot) % 4] for slot in range(index % 3))
+    question = "<image>\n" * len(images) + f"question {index}"
+    return Record(f"r{index}", images, (Turn("human", question), Turn("gpt", f"answer {index} " * (1 + index % 4))))
+
+
+RECORDS = [make_record(index) for index in range(11)]
+
+
+def make_tokenizer() -> TextTokenizer:
+    codec = tokenizers.Tokenizer(tokenizers.models.BPE())
+    codec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    codec.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    codec.train_from_iterator(
+        [turn.text for record in RECORDS for turn in record.turns],
+        tokenizers.trainers.BpeTrainer(
+            special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, vocab_size=320, show_progress=False
+        ),
+    )
+    return TextTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=codec, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    )
+
+
+TOKENIZER = make_tokenizer()
+
+
+def stream(records: list[Record] = RECORDS, batch_size: int = BATCH, seed: int = 0, shard=(0, 1), **changes):
+    return make_pipeline(
+        records,
+        dataclasses.replace(SETTINGS, **changes),
+        TOKENIZER,
+        image_size=SIZE,
+        patches=PATCHES,
+        image_token_id=IMAGE_ID,
+        batch_size=batch_size,
+        seed=seed,
+        shard_index=shard[0],
+        shard_count=shard[1],
+    )
+
+
+def take(data: BatchIterator, count: int) -> list[Batch]:
+    return [next(data) for _ in range(count)]
+
+
+def check(records: list[Record], **changes) -> pipeline.Checked:
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return check_records(records, settings, TOKENIZER, image_token_id=IMAGE_ID, patches=PATCHES)
+
+
+def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
+    assert len(ours) == len(expected)
+    for batch, other in zip(ours, expected, strict=True):
+        for field, values, others in zip(Batch._fields, batch, other, strict=True):
+            assert values.dtype == others.dtype
+            np.testing.assert_array_equal(values, others, err_msg=field)
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[Batch]:
+    """The first 16 batches of seed 0, almost six epochs."""
+    data = stream()
+    batches = take(data, 16)
+    data.close()
+    return batches
+
+
+# ---- content ----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_holds_its_records(reference):
+    batch = reference[0]
+    assert batch.tokens_BT.shape == batch.targets_BT.shape == (BATCH, SETTINGS.max_length)
+    assert batch.pixels_BNXYC.shape == (BATCH, 2, SIZE, SIZE, 3)
+    kinds = [field.dtype for field in batch]
+    assert kinds == [np.int32, np.bool_, np.int32, np.int32, np.float32, np.int64]
+    for b, row in enumerate(batch.rows_B):
+        record = RECORDS[row]
+        tokens, targets = encode_record(record, SETTINGS, TOKENIZER, IMAGE_ID, PATCHES)
+        length = len(tokens)
+        assert 0 < length < SETTINGS.max_length and 0 < targets.sum() < length
+        assert np.count_nonzero(tokens == IMAGE_ID) == PATCHES * len(record.images)
+        np.testing.assert_array_equal(batch.tokens_BT[b, :length], tokens)
+        np.testing.assert_array_equal(batch.targets_BT[b, :length], targets)
+        assert (batch.tokens_BT[b, length:] == TOKENIZER.pad_id).all() and not batch.targets_BT[b, length:].any()
+        np.testing.assert_array_equal(batch.segment_ids_BT[b], np.arange(SETTINGS.max_length) < length)
+        np.testing.assert_array_equal(batch.positions_BT[b, :length], np.arange(length))
+        for slot, name in enumerate(record.images):
+            np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], load_image(str(IMAGES / name), SIZE, "pad"))
+        assert not batch.pixels_BNXYC[b, len(record.images) :].any()
+
+
+def test_rows_without_pictures_still_have_a_slot():
+    data = stream([RECORDS[0], RECORDS[3]], batch_size=2)
+    assert next(data).pixels_BNXYC.shape == (2, 1, SIZE, SIZE, 3)
+
+
+# ---- order ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(batches: list[Batch]) -> np.ndarray:
+    return np.concatenate([batch.rows_B for batch in batches])
+
+
+def test_every_epoch_shows_every_row_once_in_a_new_order(reference):
+    epochs = rows_of(reference)[:55].reshape(5, 11)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(11))
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert rows_of(take(stream(seed=1), 3)).tolist() != rows_of(reference[:3]).tolist()
+
+
+def test_without_shuffle_the_order_is_the_file():
+    assert rows_of(take(stream(shuffle=False), 6)).tolist() == [*range(11), *range(11), 0, 1]
+
+
+def test_workers_change_neither_the_stream_nor_the_state(reference):
+    data, alone = stream(workers=2), stream()
+    assert_equal(take(data, 16), reference)
+    assert data.get_state() == {"batches": 16}
+    take(alone, 7)
+    data.set_state(json.loads(json.dumps(alone.get_state())))
+    assert_equal(take(data, 5), reference[7:12])
+    assert type(next(data).pixels_BNXYC) is np.ndarray
+    data.close()
+    assert not multiprocessing.active_children()
+
+
+def test_hosts_share_each_global_batch(reference):
+    hosts = [take(stream(shard=(index, 2)), 16) for index in range(2)]
+    for whole, first, second in zip(reference, *hosts, strict=True):
+        fields = [np.stack(pair, axis=1) for pair in zip(first, second, strict=True)]
+        joined = Batch(*(field.reshape(-1, *field.shape[2:]) for field in fields))
+        assert_equal([joined], [whole])
+    with pytest.raises(InputError, match="not divisible by the 3 hosts"):
+        stream(shard=(0, 3))
+
+
+def test_steps_fill_the_last_batch_from_the_next_epoch():
+    assert steps_for(11, 4, 1) == 3
+    assert steps_for(11, 4, 2) == 6
+    assert steps_for(12, 4, 0.5) == 2
+    assert steps_for(100, 10, 1.1) == 11
+    # The published recipes: 558,128 captions in batches of 256, 665,298 instructions in batches of 128.
+    assert steps_for(558_128, 256, 1) == 2181
+    assert steps_for(665_298, 128, 1) == 5198
+
+
+# ---- state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_any_state_goes_on_exactly(reference, used):
+    data = stream()
+    for delivered in range(13):
+        state = json.loads(json.dumps(data.get_state()))
+        other = stream()
+        if used:
+            take(other, 2)
+        other.set_state(state)
+        assert other.get_state() == state
+        assert_equal(take(other, 3), reference[delivered : delivered + 3])
+        other.close()
+        next(data)
+
+
+def test_the_state_is_saved_with_orbax(reference, tmp_path):
+    data = stream()
+    take(data, 5)
+    with ocp.CheckpointManager(tmp_path, item_names=("data",)) as manager:
+        manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(data)))
+        manager.wait_until_finished()
+        other = stream()
+        manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(other)))
+    assert_equal(take(other, 4), reference[5:9])
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_named_before_the_run():
+    gone = dataclasses.replace(RECORDS[1], id="gone", images=("none.jpg",))
+    twice = dataclasses.replace(RECORDS[1], id="twice", images=("wide.jpg", "tall.png"))
+    long = dataclasses.replace(RECORDS[0], id="long", turns=(Turn("human", "x " * 400), Turn("gpt", "yes")))
+    rambling = dataclasses.replace(RECORDS[0], turns=(Turn("human", "why"), Turn("gpt", "because " * 400)))
+    clean = check(RECORDS)
+    assert clean.problems == () and clean.cut_rows == clean.cut_tokens == 0 and clean.rows == 11
+    clean.require_clean()
+    checked = check([*RECORDS, gone, twice, long, rambling])
+    assert [(problem.row, problem.id) for problem in checked.problems] == [(11, "gone"), (12, "twice"), (13, "long")]
+    assert checked.cut_rows == 1 and checked.cut_tokens > 0
+    assert checked.tokens == clean.tokens + SETTINGS.max_length
+    with pytest.raises(InputError, match=r"3 of 15 rows .* row 11 \(id 'gone'\): .*none.jpg: no such file.*1 more"):
+        checked.require_clean(shown=2)
+
+
+def test_counts_are_what_is_trained(reference):
+    epoch = Batch(*(np.concatenate(field)[:11] for field in zip(*reference, strict=True)))
+    clean = check(RECORDS)
+    assert clean.tokens == epoch.segment_ids_BT.sum() and clean.targets == epoch.targets_BT.sum()
+
+
+def test_checking_in_processes_finds_the_same(monkeypatch):
+    records = [*RECORDS, dataclasses.replace(RECORDS[2], id="gone", images=("none.jpg", "wide.jpg"))]
+    alone = check(records)
+    monkeypatch.setattr(pipeline, "PARALLEL_CHECK_ROWS", 1)
+    assert check(records, workers=1) == alone
+
+
+def test_no_rows_and_an_unknown_template():
+    with pytest.raises(InputError, match="rows.json: no rows"):
+        check([])
+    with pytest.raises(InputError, match="^unknown template"):
+        check(RECORDS, template="v9")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_during_the_run_is_named(tmp_path, workers):
+    for name in PICTURES:
+        shutil.copy(IMAGES / name, tmp_path)
+    whole = (tmp_path / "wide.jpg").read_bytes()
+    (tmp_path / "wide.jpg").write_bytes(whole[:-60])
+    data = stream(images=str(tmp_path), workers=workers)
+    with pytest.raises(InputError, match=r"row \d+ \(id 'r\d+'\): image .*wide.jpg: truncated") as caught:
+        take(data, 3)
+    assert "\n" not in str(caught.value)
+    data.close()
+
+
+ORPHANS = """
+import multiprocessing, time
+
+if __name__ == "__main__":
+    import test_pipeline
+    data = test_pipeline.stream(workers=2)
+    next(data)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(100)
+"""
+
+
+def test_workers_end_with_a_killed_trainer(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(ORPHANS)
+    here = pathlib.Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(workers) == 2
+    trainer.send_signal(signal.SIGKILL)
+    try:
+        # The workers hold the other ends of this pipe: it closes when the last of them is gone.
+        trainer.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        raise
