@@ -1,0 +1,94 @@
+"""The mesh and its rules: total coverage, clear errors, and the same numbers on eight devices as on one."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from llava_jax.models import llava
+from llava_jax.sharding import RULES, check_divisible, make_mesh, param_shardings, spec_of
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, MeshSettings, ModelConfig
+
+TINY = ModelConfig(
+    vision=ClipConfig(width=32, mlp_width=64, layers=3, heads=4, image_size=16, patch_size=8),
+    llm=LlamaConfig(vocab_size=64, width=32, mlp_width=64, layers=2, heads=4, kv_heads=4, head_dim=8),
+    image_token_id=64,
+)
+
+
+def test_mesh_takes_what_is_left():
+    mesh = make_mesh(MeshSettings(data=1, fsdp=-1, tensor=1))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (3, 5, 7), (-2, 1, 1)])
+def test_impossible_meshes_are_refused(sizes):
+    with pytest.raises(InputError, match="mesh: "):
+        make_mesh(MeshSettings(*sizes))
+
+
+def test_stacked_layers_stay_whole_and_every_axis_has_a_rule():
+    assert spec_of(("embed", "heads", "head_dim"), 4) == PartitionSpec(None, "fsdp", "tensor", None)
+    axes = jax.tree.leaves(llava.logical_axes(TINY), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    assert {name for names in axes for name in names} <= set(RULES)
+
+
+def test_every_parameter_gets_a_sharding():
+    _, abstract = llava.build(TINY)
+    mesh = make_mesh(MeshSettings(1, -1, 1))
+    shardings = param_shardings(llava.logical_axes(TINY), abstract, mesh)
+    assert jax.tree.structure(shardings) == jax.tree.structure(abstract)
+
+
+def test_a_dimension_that_does_not_divide_is_named():
+    class Mesh:
+        shape = {"data": 1, "fsdp": 4, "tensor": 1}
+
+    with pytest.raises(InputError, match=r"llm/head/kernel: size 6 .* does not divide .* \(4 ways\)"):
+        check_divisible("llm/head/kernel", (6, 8), PartitionSpec("fsdp", "tensor"), Mesh)
+
+
+EIGHT_DEVICES = textwrap.dedent("""
+    import jax, jax.numpy as jnp, numpy as np
+    from flax import nnx
+    from llava_jax.models import llava
+    from llava_jax.ops.loss import masked_nll
+    from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
+    from llava_jax.types import MeshSettings
+    from tests.test_sharding import TINY
+
+    graphdef, abstract = llava.build(TINY)
+    params = llava.init(TINY, 0)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 60, (8, 12)).astype(np.int32)
+    tokens[:, 2:6] = TINY.image_token_id
+    targets = np.zeros((8, 12), bool); targets[:, 8:] = True
+    pixels = rng.normal(size=(8, 1, 16, 16, 3)).astype(np.float32)
+
+    def loss(params, tokens, targets, pixels):
+        total, count = masked_nll(nnx.merge(graphdef, params)(tokens, pixels), tokens, targets)
+        return total / count
+
+    want = jax.jit(jax.value_and_grad(loss))(params, tokens, targets, pixels)
+    for sizes in ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)):
+        mesh = make_mesh(MeshSettings(*sizes))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
+            batch = jax.device_put((tokens, targets, pixels), batch_sharding(mesh))
+            got = jax.jit(jax.value_and_grad(loss))(placed, *batch)
+            jax.block_until_ready(got)
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+        print("equal", sizes)
+""")
+
+
+def test_sharded_loss_and_gradient_equal_the_single_device_ones():
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("equal") == 4
