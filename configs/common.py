@@ -1,0 +1,75 @@
+"""What every config shares: the complete set of keys with their defaults, and typed arguments after `file.py:`."""
+
+import ml_collections
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of a run. Paths are empty: a run must name its model and data."""
+    c = ml_collections.ConfigDict()
+    c.stage = "finetune"  # pretrain: the projector learns; finetune: projector and decoder learn
+    c.seed = 42
+
+    c.model = ml_collections.ConfigDict()
+    c.model.vision = ""  # CLIP folder, random:NAME or random:FILE.json
+    c.model.llm = ""  # LLaMA folder, random:NAME or random:FILE.json
+    c.model.projector = "mlp2x_gelu"  # or linear
+    c.model.feature_layer = -2
+
+    c.init = ml_collections.ConfigDict()
+    c.init.model = ""  # a whole model to start from; model.vision and model.llm are then not read
+    c.init.projector = ""  # .safetensors file or the workdir of a pretrain run; empty: random
+
+    c.data = ml_collections.ConfigDict()
+    c.data.annotations = ""
+    c.data.images = ""
+    c.data.template = "v1"
+    c.data.image_position = "front"  # keep: where the row has it
+    c.data.aspect = "pad"  # or crop
+    c.data.max_length = 2048
+    c.data.shuffle = True
+    c.data.workers = 0  # processes that decode pictures; 0: in this one
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.lr = 2e-5
+    c.optim.groups = ""  # "path regex=lr,path regex=lr": first match wins, the rest takes lr
+    c.optim.schedule = "cosine"  # constant, linear
+    c.optim.warmup_ratio = 0.03
+    c.optim.weight_decay = 0.0
+    c.optim.clip_norm = 0.0  # 0: off
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+
+    c.train = ml_collections.ConfigDict()
+    c.train.batch_size = 128  # rows an update, over all devices
+    c.train.steps = 0  # 0: epochs decide
+    c.train.epochs = 1.0
+    c.train.accumulate = 1  # micro-batches an update
+    c.train.dtype = "bfloat16"  # of the computation; what learns is kept in float32
+    c.train.remat = "full"  # none, dots, full
+    c.train.log_every = 1
+    c.train.checkpoint_every = 500  # 0: only the last step
+    c.train.keep = 2
+    c.train.loss_norm = "global_token"  # rank_mean: mean of per-device means, as the original
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # -1: the devices that are left
+    c.mesh.tensor = 1
+    return c
+
+
+def parse_arg(arg: str | None, **choices: tuple[str, ...]) -> ml_collections.ConfigDict:
+    """'size=7b,stage=pretrain' against the names and values allowed; the first value of each name is its default.
+
+    ValueError says which names or values there are.
+    """
+    values = {name: allowed[0] for name, allowed in choices.items()}
+    for item in filter(None, (arg or "").split(",")):
+        name, _, value = item.partition("=")
+        if name not in choices:
+            raise ValueError(f"argument {item!r}: expected {', '.join(f'{known}=…' for known in choices)}")
+        if value not in choices[name]:
+            raise ValueError(f"argument {item!r}: {name} is one of {', '.join(choices[name])}")
+        values[name] = value
+    return ml_collections.ConfigDict(values)

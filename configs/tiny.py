@@ -1,0 +1,34 @@
+"""The sizes of the demo and the tests: minutes on a laptop CPU.
+
+    --config=configs/tiny.py:stage=pretrain --config.model.vision=CLIP_DIR --config.model.llm=LLAMA_DIR \
+        --config.data.annotations=captions.json --config.data.images=DIR
+    --config=configs/tiny.py:stage=finetune … --config.init.projector=WORKDIR_OF_PRETRAIN
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """arg: stage=finetune|pretrain."""
+    args = common.parse_arg(arg, stage=("finetune", "pretrain"))
+    c = common.default_config()
+    c.stage = args.stage
+    c.model.vision = "random:tiny"
+    c.model.llm = "random:tiny"
+    c.data.max_length = 256
+    c.data.template = "plain" if args.stage == "pretrain" else "v1"
+    c.data.aspect = "crop" if args.stage == "pretrain" else "pad"
+    c.optim.lr = 1e-3
+    c.optim.clip_norm = 1.0
+    c.train.batch_size = 16
+    c.train.dtype = "float32"
+    c.train.remat = "none"
+    c.train.log_every = 1
+    c.train.checkpoint_every = 100
+    return c
+
+
+if __name__ == "__main__":
+    print(get_config())

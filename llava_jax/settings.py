@@ -1,0 +1,158 @@
+"""Settings of a run: checked construction from a nested dict, reading and writing config.json."""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+from llava_jax.types import InputError, Settings
+
+STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
+
+CHOICES = {
+    "stage": tuple(STAGES),
+    "model.projector": ("linear", "mlp2x_gelu"),
+    "data.image_position": ("front", "keep"),
+    "data.aspect": ("pad", "crop"),
+    "optim.schedule": ("cosine", "constant", "linear"),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.remat": ("none", "dots", "full"),
+    "train.loss_norm": ("global_token", "rank_mean"),
+}
+
+# key -> (smallest, largest, is the smallest allowed, is the largest allowed)
+RANGES = {
+    "seed": (0, 2**31, True, False),
+    "data.max_length": (2, math.inf, True, False),
+    "data.workers": (0, math.inf, True, False),
+    "optim.lr": (0, math.inf, False, False),
+    "optim.warmup_ratio": (0, 1, True, True),
+    "optim.weight_decay": (0, math.inf, True, False),
+    "optim.clip_norm": (0, math.inf, True, False),
+    "optim.b1": (0, 1, True, False),
+    "optim.b2": (0, 1, True, False),
+    "optim.eps": (0, math.inf, False, False),
+    "train.batch_size": (1, math.inf, True, False),
+    "train.steps": (0, math.inf, True, False),
+    "train.epochs": (0, math.inf, True, False),
+    "train.accumulate": (1, math.inf, True, False),
+    "train.log_every": (1, math.inf, True, False),
+    "train.checkpoint_every": (0, math.inf, True, False),
+    "train.keep": (1, math.inf, True, False),
+}
+
+
+def settings_from_dict(values: dict) -> Settings:
+    """Settings from a nested dict of every key; InputError names the first key that is unknown, absent or wrong."""
+    settings = _build(Settings, values, "")
+    for key, value in flatten(dataclasses.asdict(settings)):
+        _check_value(key, value)
+    _check_mesh(settings)
+    train = settings.train
+    if train.steps == 0 and train.epochs == 0:
+        raise InputError("train.steps and train.epochs are both 0: set one of them")
+    if train.batch_size % train.accumulate:
+        raise InputError(
+            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
+            "expected whole micro-batches, change one of them"
+        )
+    parse_groups(settings.optim.groups)
+    return settings
+
+
+def read_settings(path: str) -> Settings:
+    """Settings from a config.json as `write_settings` leaves it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: expected the config.json of a training run, {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error}), restore it or choose another workdir") from error
+    return settings_from_dict(values)
+
+
+def write_settings(path: str, settings: Settings) -> None:
+    """Writes the settings as the flat nested dict that `read_settings` reads; replaces the file in one move."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(settings), file, indent=2)
+        file.write("\n")
+    os.replace(temporary, path)
+
+
+def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dict as ("a.b", value)."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def parse_groups(text: str) -> list[tuple[re.Pattern, float]]:
+    """Learning-rate groups of 'pattern=lr,pattern=lr' as (compiled pattern, lr), in order."""
+    groups = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        pattern, separator, rate = item.rpartition("=")
+        try:
+            lr = float(rate)
+            compiled = re.compile(pattern)
+        except (ValueError, re.error) as error:
+            raise InputError(f"optim.groups: {item!r} ({error}), expected 'pattern=lr,pattern=lr'") from error
+        if not separator or not pattern or not 0 <= lr < math.inf:
+            raise InputError(f"optim.groups: {item!r}, expected 'pattern=lr' with a finite lr of 0 or more")
+        groups.append((compiled, lr))
+    return groups
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"config key {prefix.rstrip('.') or 'config'}: expected a group of keys, got {values!r}")
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise InputError(f"unknown config key {prefix}{name}{nearest(name, tuple(hints))}")
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise InputError(f"config key {prefix}{missing[0]} is absent: every key must be given")
+    return cls(**{name: _convert(kind, values[name], f"{prefix}{name}") for name, kind in hints.items()})
+
+
+def _convert(kind: type, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"config key {key}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """`: did you mean X?`, or the list of what exists, for the end of an error line."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+
+
+def _check_value(key: str, value: Any) -> None:
+    if key in CHOICES and value not in CHOICES[key]:
+        raise InputError(f"config key {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")
+    if key in RANGES:
+        low, high, low_in, high_in = RANGES[key]
+        if not ((value >= low if low_in else value > low) and (value <= high if high_in else value < high)):
+            bounds = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
+            raise InputError(f"config key {key}: expected a number in {bounds}, got {value!r}")
+
+
+def _check_mesh(settings: Settings) -> None:
+    sizes = dataclasses.asdict(settings.mesh)
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise InputError(f"config key mesh.{name}: expected 1 or more devices, or -1 for what is left, got {size}")
+    if list(sizes.values()).count(-1) > 1:
+        raise InputError(f"mesh {sizes}: at most one axis can be -1 (what is left), set the others")

@@ -1,0 +1,67 @@
+"""Configs: complete, refusing what they do not know, and equal to the published recipes."""
+
+import pytest
+
+from configs import common, llava_v1, llava_v1_5, tiny
+from llava_jax.settings import settings_from_dict
+from llava_jax.train.loop import total_steps
+from llava_jax.train.optim import warmup_steps
+from llava_jax.types import Settings
+
+# The published data sets: rows -> steps, warmup, batch, lr, epochs, template, aspect, projector, clipping, image size.
+RECIPES = [
+    (llava_v1, "pretrain", 595_375, 4_652, 140, 128, 2e-3, 1, "v0", "crop", "linear", 1.0, ""),
+    (llava_v1, "finetune", 157_712, 14_787, 444, 32, 2e-5, 3, "v0", "crop", "linear", 1.0, ""),
+    (llava_v1_5, "pretrain", 558_128, 2_181, 66, 256, 1e-3, 1, "plain", "crop", "mlp2x_gelu", 0.0, "-336"),
+    (llava_v1_5, "finetune", 665_298, 5_198, 156, 128, 2e-5, 1, "v1", "pad", "mlp2x_gelu", 0.0, "-336"),
+]
+
+
+def load(config, arg: str) -> Settings:
+    return settings_from_dict(config.get_config(arg).to_dict())
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r[0].__name__}-{r[1]}")
+def test_published_recipe(recipe, size):
+    config, stage, rows, steps, warmup, batch, lr, epochs, template, aspect, projector, clip, vision = recipe
+    s = load(config, f"size={size},stage={stage}")
+    assert total_steps(s, rows) == steps
+    assert warmup_steps(s.optim, steps) == warmup
+    assert (s.train.batch_size, s.optim.lr, s.train.epochs) == (batch, lr, epochs)
+    assert (s.data.template, s.data.aspect, s.model.projector, s.optim.clip_norm) == (template, aspect, projector, clip)
+    assert (s.optim.b1, s.optim.b2, s.optim.eps, s.optim.weight_decay) == (0.9, 0.999, 1e-8, 0.0)
+    assert (s.optim.schedule, s.optim.warmup_ratio, s.optim.groups) == ("cosine", 0.03, "")
+    assert (s.data.max_length, s.model.feature_layer, s.seed, s.train.dtype) == (2048, -2, 42, "bfloat16")
+    assert s.model.vision.endswith(f"clip-vit-large-patch14{vision}") and size in s.model.llm
+    assert s.data.image_position == ("keep" if config is llava_v1 else "front")
+    assert bool(s.init.projector) == (stage == "finetune") and s.stage == stage
+
+
+def test_recipes_change_only_keys_every_config_has():
+    keys = {key for key, _ in flat(common.default_config())}
+    for config, arg in ((llava_v1, "stage=pretrain"), (llava_v1_5, "stage=finetune"), (tiny, "stage=pretrain")):
+        assert {key for key, _ in flat(config.get_config(arg))} == keys
+    settings_from_dict(common.default_config().to_dict())
+
+
+def flat(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@pytest.mark.parametrize(
+    "arg, says",
+    [("stage=align", "stage is one of finetune, pretrain"), ("sise=7b", "expected size=…, stage=…"), ("7b", "size=…")],
+)
+def test_unknown_arguments_are_refused(arg, says):
+    with pytest.raises(ValueError, match=says):
+        llava_v1_5.get_config(arg)
+
+
+def test_arguments_have_defaults():
+    assert load(llava_v1_5, "").stage == load(tiny, None).stage == "finetune"
+    assert "13b" in load(llava_v1, "size=13b").model.llm

@@ -1,0 +1,76 @@
+"""Settings: every wrong value is refused with one line that names the key."""
+
+import dataclasses
+
+import pytest
+
+from configs import tiny
+from llava_jax import settings as S
+from llava_jax.types import InputError
+
+
+def values(**changes) -> dict:
+    tree = tiny.get_config("stage=finetune").to_dict()
+    for key, value in changes.items():
+        group, _, name = key.rpartition("__")
+        (tree[group] if group else tree)[name] = value
+    return tree
+
+
+def test_round_trip_through_the_file(tmp_path):
+    made = S.settings_from_dict(values(optim__lr=1, data__annotations="a.json"))
+    assert made.optim.lr == 1.0 and isinstance(made.optim.lr, float)
+    S.write_settings(str(tmp_path / "config.json"), made)
+    assert S.read_settings(str(tmp_path / "config.json")) == made
+    assert dataclasses.asdict(made) == values(optim__lr=1.0, data__annotations="a.json")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(optim__lrr=1.0), "unknown config key optim.lrr: did you mean lr?"),
+        (dict(zzzz=1), "unknown config key zzzz"),
+        (dict(seed=1.5), "config key seed: expected int, got 1.5 (float)"),
+        (dict(seed=True), "config key seed: expected int, got True (bool)"),
+        (dict(data__shuffle=1), "config key data.shuffle: expected bool, got 1"),
+        (dict(model=3), "config key model: expected a group of keys"),
+        (dict(stage="align"), "config key stage: expected one of pretrain, finetune"),
+        (dict(train__loss_norm="mean"), "train.loss_norm: expected one of global_token, rank_mean"),
+        (dict(optim__b2=1.0), "config key optim.b2: expected a number in [0, 1), got 1.0"),
+        (dict(optim__lr=float("nan")), "config key optim.lr"),
+        (dict(train__keep=0), "config key train.keep"),
+        (dict(train__steps=0, train__epochs=0.0), "train.steps and train.epochs are both 0"),
+        (dict(train__accumulate=3), "train.batch_size=16 is not divisible by train.accumulate=3"),
+        (dict(mesh__data=-1), "at most one axis can be -1"),
+        (dict(mesh__tensor=0), "config key mesh.tensor"),
+        (dict(optim__groups="projector"), "optim.groups: 'projector'"),
+        (dict(optim__groups="(=1e-3"), "optim.groups: '(=1e-3'"),
+        (dict(optim__groups="llm=-1"), "optim.groups: 'llm=-1'"),
+    ],
+)
+def test_wrong_values_are_named(change, says):
+    with pytest.raises(InputError) as error:
+        S.settings_from_dict(values(**change))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_absent_key_is_named():
+    tree = values()
+    del tree["train"]["keep"]
+    with pytest.raises(InputError, match="config key train.keep is absent"):
+        S.settings_from_dict(tree)
+
+
+def test_groups_keep_their_order():
+    groups = S.parse_groups("llm/layers/.*/q=1e-4, projector=2e-5")
+    assert [(pattern.pattern, lr) for pattern, lr in groups] == [("llm/layers/.*/q", 1e-4), ("projector", 2e-5)]
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]"])
+def test_broken_config_json_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        S.read_settings(str(path))
+    with pytest.raises(InputError, match="missing.json"):
+        S.read_settings(str(tmp_path / "missing.json"))
