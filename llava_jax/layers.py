@@ -15,7 +15,7 @@ ones = jax.nn.initializers.ones
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch.nn.Linear for weight and bias, LLaVA's projector init."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch.nn.Linear's default for weight and bias, LLaVA's projector init."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:

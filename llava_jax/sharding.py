@@ -56,7 +56,8 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
         names = (names,) if isinstance(names, str) else names or ()
         ways = int(np.prod([mesh.shape[name] for name in names]))
         if dim % ways:
-            raise InputError(f"{path}: size {dim} of shape {shape} does not divide over mesh axes {names} ({ways} ways)")
+            where = f"{path}: size {dim} of shape {shape}"
+            raise InputError(f"{where} does not divide over mesh axes {names} ({ways} ways); choose another mesh")
 
 
 def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:

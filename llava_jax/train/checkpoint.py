@@ -1,0 +1,191 @@
+"""Checkpoints of a run: trainable parameters, optimizer, step and data position in one atomic, asynchronous save.
+
+Layout: WORKDIR/checkpoints/STEP/{state,data,meta}, STEP being the number of updates done. Frozen weights are not
+saved; meta says where they came from. A checkpoint that cannot be read is moved to WORKDIR/damaged/ and the one before
+it is taken.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grain
+import grain.checkpoint
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llava_jax.settings import flatten, read_settings, write_settings
+from llava_jax.types import InputError, Settings
+
+State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the fields step, params, opt_state
+
+# What may change between the start of a run and its resumption: none of it enters the numbers.
+FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "data.workers")
+
+# What reading a truncated, emptied or foreign checkpoint raises (orbax and tensorstore mostly ValueError).
+UNREADABLE = (ValueError, OSError, KeyError)
+
+
+def open_workdir(workdir: str, settings: Settings) -> None:
+    """Writes config.json; when the workdir holds checkpoints of another config, InputError names the differences."""
+    path = os.path.join(workdir, "config.json")
+    if os.path.isfile(workdir):
+        raise InputError(f"--workdir={workdir}: is a file, expected a folder or a new path")
+    os.makedirs(workdir, exist_ok=True)
+    if _steps_on_disk(workdir):
+        old = dict(flatten(dataclasses.asdict(read_settings(path))))
+        new = dict(flatten(dataclasses.asdict(settings)))
+        differ = [key for key in new if new[key] != old[key] and key not in FREE_KEYS]
+        if differ:
+            shown = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
+            raise InputError(
+                f"--workdir={workdir} holds a run of another config ({shown}): expected the same config, "
+                "choose another workdir or give the values of its config.json"
+            )
+    write_settings(path, settings)
+
+
+@contextmanager
+def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """The run's CheckpointManager; on every way out the save in flight is finished before it is closed."""
+    manager = ocp.CheckpointManager(
+        os.path.abspath(os.path.join(workdir, "checkpoints")),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    )
+    try:
+        yield manager
+    finally:
+        # Without the wait the last asynchronous save is lost even on a normal exit.
+        manager.wait_until_finished()
+        manager.close()
+
+
+def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterator, meta: dict) -> None:
+    """Starts the save of `state` after `state.step` updates; nothing is done when that step is already there."""
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(state._asdict()),
+        data=grain.checkpoint.CheckpointSave(data),
+        meta=ocp.args.JsonSave(meta),
+    )
+    if not manager.save(step, args=args):
+        raise RuntimeError(f"orbax refused to save step {step} beside steps {manager.all_steps()}")
+
+
+def restore(
+    workdir: str, manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterator
+) -> tuple[State, dict] | None:
+    """(state, meta) of the newest readable checkpoint, with `data` put at its position; None when there is none.
+
+    `state` is a tree of ShapeDtypeStructs with shardings. Another tree, shape or dtype in the checkpoint is an
+    InputError that names the first differences; an unreadable checkpoint is reported, moved away and stepped over.
+    """
+    damaged: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        folder = os.path.join(workdir, "checkpoints", str(step))
+        try:
+            _check_like(folder, _saved_leaves(manager, step), state)
+            read = ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), meta=ocp.args.JsonRestore())
+            restored = manager.restore(step, args=read)
+            manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
+        except UNREADABLE as error:
+            damaged[step] = _first_line(error)
+            print(f"checkpoint {folder} cannot be read ({damaged[step]}), trying the one before")
+            continue
+        for bad in damaged:
+            _set_aside(workdir, bad)
+        manager.reload()
+        return type(state)(**restored["state"]), restored["meta"]
+    if damaged:
+        raise InputError(
+            f"{workdir}: none of the checkpoints {sorted(damaged)} can be read ({damaged[max(damaged)]}): restore "
+            "one from a copy, or choose another workdir to start again"
+        )
+    return None
+
+
+def load_params(workdir: str, step: int | None = None) -> tuple[int, dict, dict]:
+    """(step, trainable parameters as float32 numpy, meta) for inference; the newest readable step by default.
+
+    `meta["frozen"]` says which parts are not here and where they came from.
+    """
+    steps = [step] if step is not None else sorted(_steps_on_disk(workdir), reverse=True)
+    if step is not None and step not in _steps_on_disk(workdir):
+        raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(_steps_on_disk(workdir))}")
+    for candidate in steps:
+        folder = os.path.abspath(os.path.join(workdir, "checkpoints", str(candidate)))
+        try:
+            return candidate, *_read_params(folder)
+        except UNREADABLE as error:
+            print(f"checkpoint {folder} cannot be read ({_first_line(error)}), trying the one before")
+    raise InputError(f"{workdir}: no readable checkpoint, expected checkpoints/STEP as `train` writes them")
+
+
+def _read_params(folder: str) -> tuple[dict, dict]:
+    with open(os.path.join(folder, "meta", "metadata"), encoding="utf-8") as file:
+        meta = json.load(file)
+    reader = ocp.PyTreeCheckpointHandler()
+    source = epath.Path(folder) / "state"
+    saved = reader.metadata(source).tree["params"]
+    item = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)}
+    how = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)}
+    args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    return reader.restore(source, args=args)["params"], meta
+
+
+def _saved_leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, tuple]:
+    """Path -> (shape, dtype) of what the checkpoint says it holds."""
+    saved = manager.item_metadata(step)["state"]
+    if saved is None:
+        raise ValueError("its state has no readable metadata")
+    return _leaves(saved.tree if hasattr(saved, "tree") else saved)
+
+
+def _leaves(tree: Any) -> dict[str, tuple]:
+    names = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+        names[name] = (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
+    return names
+
+
+def _check_like(folder: str, saved: dict[str, tuple], state: State) -> None:
+    wanted = _leaves(state._asdict())
+    # Optimizer slots are compared as a whole by orbax; the parameters' names, shapes and dtypes are named here.
+    paths = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
+    if paths:
+        shown = "; ".join(f"{p}: {saved.get(p, 'absent')} there, {wanted.get(p, 'absent')} expected" for p in paths[:5])
+        raise InputError(f"{folder} does not fit this model ({shown}): expected the model it was saved from")
+
+
+def _set_aside(workdir: str, step: int) -> None:
+    """Moves an unreadable checkpoint out of the way: orbax saves no step at or below the newest it sees."""
+    source = os.path.join(workdir, "checkpoints", str(step))
+    folder = os.path.join(workdir, "damaged")
+    os.makedirs(folder, exist_ok=True)
+    target, n = os.path.join(folder, str(step)), 1
+    while os.path.exists(target):
+        target, n = os.path.join(folder, f"{step}-{n}"), n + 1
+    os.rename(source, target)
+    print(f"moved the unreadable checkpoint {source} to {target}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _steps_on_disk(workdir: str) -> list[int]:
+    folder = os.path.join(workdir, "checkpoints")
+    return [int(name) for name in os.listdir(folder) if name.isdigit()] if os.path.isdir(folder) else []

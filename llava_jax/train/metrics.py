@@ -1,0 +1,124 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, one status line on the screen."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from tensorboardX import SummaryWriter
+
+from llava_jax.types import InputError
+
+# Seconds between status lines where the screen is a file: a log of 5,000 steps stays readable.
+QUIET_SECONDS = 10.0
+
+
+def truncate_metrics(path: str, step: int) -> None:
+    """Keeps the lines of metrics.jsonl before update `step`: what was logged after the checkpoint comes again.
+
+    A last line torn by a kill is dropped. A broken line anywhere else is an InputError that names it.
+    """
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path} line {number}: not an object with a step, restore or remove the file") from error
+        if logged < step and line.endswith("\n"):
+            kept.append(line)
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(temporary, path)
+
+
+class MetricsWriter:
+    """Writes one object a logged step, with the time since the last logged one shared out over the steps between."""
+
+    def __init__(self, workdir: str, first_step: int, steps: int, log_every: int, screen: TextIO):
+        path = os.path.join(workdir, "metrics.jsonl")
+        truncate_metrics(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step)
+        self._steps, self._log_every, self._screen = steps, log_every, screen
+        self._shown = -QUIET_SECONDS
+        self._start = self._last = time.monotonic()
+        self._first, self._pending_steps, self._pending_tokens = first_step, 0, 0
+
+    def start_clock(self) -> None:
+        """The next step's time counts from here (after compiling)."""
+        self._start = self._last = time.monotonic()
+
+    def write(self, step: int, values: dict[str, Any], slots: int) -> None:
+        """Records update `step` (0 is the first); `values` are host numbers, `slots` the batch's size B * T."""
+        self._pending_steps += 1
+        self._pending_tokens += int(values["tokens"])
+        last = step == self._steps - 1
+        if step % self._log_every and not last:
+            return
+        now = time.monotonic()
+        seconds = (now - self._last) / self._pending_steps
+        row = {
+            "step": step,
+            **{name: float(values[name]) for name in ("loss", "grad_norm", "lr")},
+            **{name: int(values[name]) for name in ("targets", "tokens")},
+            "seconds": seconds,
+            "tokens_per_second": self._pending_tokens / max(now - self._last, 1e-9),
+            "mfu": None,
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name not in ("step", "mfu"):
+                self._board.add_scalar(name, value, step)
+        self._last, self._pending_steps, self._pending_tokens = now, 0, 0
+        self._show(row, slots, last)
+
+    def _show(self, row: dict[str, Any], slots: int, last: bool) -> None:
+        now = time.monotonic()
+        tty = self._screen.isatty()
+        if not tty and now - self._shown < QUIET_SECONDS and not last:
+            return
+        self._shown = now
+        done = row["step"] + 1
+        left = (now - self._start) / max(1, done - self._first) * (self._steps - done)
+        line = (
+            f"step {done}/{self._steps} ({100 * done / self._steps:.0f}%)  loss {row['loss']:.4f}  "
+            f"grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"supervised {100 * row['targets'] / row['tokens']:.0f}%  filled {100 * row['tokens'] / slots:.0f}%  "
+            f"ETA {duration(left)}"
+        )
+        self._screen.write(f"\r\x1b[2K{line}" + ("\n" if last else "") if tty else line + "\n")
+        self._screen.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+@contextmanager
+def open_metrics(
+    workdir: str, first_step: int, steps: int, log_every: int, screen: TextIO | None = None
+) -> Iterator[MetricsWriter]:
+    """A MetricsWriter that continues at `first_step` and is closed on every way out."""
+    writer = MetricsWriter(workdir, first_step, steps, log_every, screen or sys.stdout)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def duration(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

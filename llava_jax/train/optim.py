@@ -1,0 +1,130 @@
+"""AdamW as torch.optim.AdamW computes it, learning-rate groups by parameter path, schedules as transformers'."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llava_jax.settings import parse_groups
+from llava_jax.types import InputError, OptimSettings
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def leaf_path(path: tuple) -> str:
+    """'llm/layers/attn/q/kernel' from the key path of a nested dict."""
+    return "/".join(str(key.key) for key in path)
+
+
+def warmup_steps(settings: OptimSettings, steps: int) -> int:
+    """ceil(ratio * steps) in double precision, as transformers' TrainingArguments.get_warmup_steps."""
+    return math.ceil(steps * settings.warmup_ratio)
+
+
+def make_schedule(settings: OptimSettings, steps: int) -> Schedule:
+    """Factor on the learning rate (float32 scalar) before update `step`, counted from 0.
+
+    Linear from 0 during the warmup (so update 0 changes nothing when there is one), then constant, linear or
+    cosine to 0 at `steps`: the formulas of transformers' get_{cosine,linear,constant}_schedule_with_warmup.
+    """
+    warmup = warmup_steps(settings, steps)
+
+    def factor(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = (step - warmup) / max(1, steps - warmup)
+        decay = {
+            "constant": jnp.ones_like(step),
+            "linear": jnp.maximum(0.0, 1.0 - progress),
+            "cosine": jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(math.pi * progress))),
+        }[settings.schedule]
+        return jnp.where(step < warmup, step / max(1, warmup), decay)
+
+    return factor
+
+
+def learning_rates(settings: OptimSettings, params: Any) -> Any:
+    """Peak learning rate of every parameter, in the structure of `params`: the first group that matches, else `lr`.
+
+    A group that matches no parameter is an InputError: it would silently train with another rate than asked for.
+    """
+    groups = parse_groups(settings.groups)
+    unused = {pattern.pattern for pattern, _ in groups}
+
+    def rate(path: tuple, _: Any) -> float:
+        for pattern, lr in groups:
+            if pattern.search(leaf_path(path)):
+                unused.discard(pattern.pattern)
+                return lr
+        return settings.lr
+
+    rates = jax.tree_util.tree_map_with_path(rate, params)
+    if unused:
+        raise InputError(
+            f"optim.groups: {min(unused)!r} decides no trainable parameter, expected a pattern that finds one in a "
+            f"path such as {leaf_path(jax.tree_util.tree_leaves_with_path(params)[0][0])!r}"
+        )
+    return rates
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everything except biases and norm scales, as transformers' Trainer."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+    """torch.nn.utils.clip_grad_norm_: gradients times min(1, max_norm / (norm + 1e-6))."""
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def make_optimizer(settings: OptimSettings, steps: int, params: Any) -> optax.GradientTransformation:
+    """AdamW with decoupled decay for the trainable `params` (arrays or shapes), over `steps` updates.
+
+    p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p), with lr the parameter's own rate times the schedule.
+    """
+    rates = learning_rates(settings, params)
+    schedule = make_schedule(settings, steps)
+    parts = [
+        optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+        optax.add_decayed_weights(settings.weight_decay, decay_mask(params)),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: u * rate, updates, rates)),
+        optax.scale_by_schedule(lambda count: -schedule(count)),
+    ]
+    if settings.clip_norm > 0:
+        parts.insert(0, clip_by_norm(settings.clip_norm))
+    return optax.chain(*parts)
+
+
+def describe(settings: OptimSettings, trainable: Any, frozen: Any) -> str:
+    """Table of what trains and how: part, state, parameters, dtype, peak lr, decay; a row for each combination."""
+    rates, decayed = learning_rates(settings, trainable), decay_mask(trainable)
+    rows: dict[tuple, int] = {}
+
+    def count(part: str, state: str, leaf: Any, rate: str, decay: str) -> None:
+        key = (part, state, str(leaf.dtype), rate, decay)
+        rows[key] = rows.get(key, 0) + int(np.prod(leaf.shape))
+
+    def decay_of(is_decayed: bool) -> str:
+        return f"{settings.weight_decay:g}" if is_decayed else "0"
+
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(trainable), jax.tree.leaves(rates), jax.tree.leaves(decayed), strict=True
+    )
+    for (path, leaf), rate, is_decayed in leaves:
+        count(path[0].key, "trainable", leaf, f"{rate:g}", decay_of(is_decayed))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
+        count(path[0].key, "frozen", leaf, "-", "-")
+
+    head = ("part", "state", "parameters", "dtype", "lr", "decay")
+    body = [(part, state, f"{n:,}", *rest) for (part, state, *rest), n in sorted(rows.items())]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *body]]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,181 @@
+"""Checkpoints: exact, strict about shapes and dtypes, and able to step over a damaged one."""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llava_jax.train import checkpoint as C
+from llava_jax.types import InputError
+from tests.tiny_run import change, make_settings
+
+TX = optax.adam(1e-3)
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def make_state(step: int) -> State:
+    rng = np.random.default_rng(step)
+    params = {"projector": {"linear_1": {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}}}
+    state = State(jnp.int32(step), params, TX.init(params))
+    return jax.tree.map(lambda x: x + x.dtype.type(step), state)._replace(step=jnp.int32(step))
+
+
+def like(state: State, **changes) -> State:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def numbers() -> grain.DatasetIterator:
+    return iter(grain.MapDataset.range(100).shuffle(seed=3).to_iter_dataset())
+
+
+def write(workdir: pathlib.Path, steps: list[int], keep: int = 5) -> None:
+    """Checkpoints of `steps`, each after that many elements of the data."""
+    data = numbers()
+    with C.open_manager(str(workdir), keep) as manager:
+        for n in range(1, max(steps) + 1):
+            next(data)
+            if n in steps:
+                C.save(manager, make_state(n), data, {"stage": "pretrain", "frozen": {"llm": n}})
+
+
+def read(workdir: pathlib.Path, wanted: State | None = None):
+    data = numbers()
+    with C.open_manager(str(workdir), 5) as manager:
+        found = C.restore(str(workdir), manager, wanted or like(make_state(0)), data)
+        return found, next(data), manager.latest_step()
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)))
+
+
+def test_state_data_and_meta_come_back(tmp_path):
+    write(tmp_path, [2, 3])
+    (state, meta), element, _ = read(tmp_path)
+    assert (
+        same(state, make_state(3)) and isinstance(state, State) and meta == {"stage": "pretrain", "frozen": {"llm": 3}}
+    )
+    expected = numbers()
+    assert element == [next(expected) for _ in range(4)][3]
+
+
+def test_nothing_there_is_none_and_old_ones_go(tmp_path):
+    assert read(tmp_path)[0] is None
+    write(tmp_path, [1, 2, 3], keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    "wanted, says",
+    [
+        (lambda s: s._replace(params={"projector": {"linear_1": {"bias": s.step}}}), "absent"),
+        (lambda s: s._replace(step=jax.ShapeDtypeStruct((2,), np.int32)), "step: ((), 'int32') there"),
+        (lambda s: s._replace(step=jax.ShapeDtypeStruct((), np.float32)), "((), 'float32') expected"),
+        (lambda s: s._replace(opt_state=()), "opt_state/0/"),
+    ],
+)
+def test_another_tree_shape_or_dtype_is_refused(tmp_path, wanted, says):
+    write(tmp_path, [2])
+    with pytest.raises(InputError) as error:
+        read(tmp_path, wanted(like(make_state(0))))
+    assert says in str(error.value)
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]  # what does not fit is not damaged
+
+
+def damaged_files(step: pathlib.Path) -> list[pathlib.Path]:
+    """The files without which a checkpoint cannot be right."""
+    data = max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return [data, step / "state" / "_METADATA", step / "meta" / "metadata", step / "data" / "process_0-of-1.json"]
+
+
+# Orbax keeps a second copy of what a missing _METADATA says, and reads that.
+@pytest.mark.parametrize(
+    "which, damage",
+    [(0, "truncated"), (0, "gone"), (1, "truncated"), (2, "truncated"), (2, "gone"), (3, "truncated"), (3, "gone")],
+)
+def test_a_damaged_checkpoint_is_reported_and_stepped_over(tmp_path, capsys, which, damage):
+    write(tmp_path, [2, 3])
+    path = damaged_files(tmp_path / "checkpoints" / "3")[which]
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (state, _), element, latest = read(tmp_path)
+    assert same(state, make_state(2)) and latest == 2
+    expected = numbers()
+    assert element == [next(expected) for _ in range(3)][2]
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/checkpoints/3 cannot be read" in said and f"to {tmp_path}/damaged/3" in said
+    write(tmp_path, [4])  # and the run can save again
+    assert int(read(tmp_path)[0][0].step) == 4
+
+
+def test_stray_folders_are_stepped_over(tmp_path):
+    write(tmp_path, [2])
+    (tmp_path / "checkpoints" / "9").mkdir()
+    assert int(read(tmp_path)[0][0].step) == 2
+
+
+def test_nothing_readable_is_an_error_not_a_new_start(tmp_path):
+    write(tmp_path, [2])
+    damaged_files(tmp_path / "checkpoints" / "2")[0].unlink()
+    with pytest.raises(InputError, match=r"none of the checkpoints \[2\] can be read"):
+        read(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["2"]
+
+
+def test_load_params_for_inference(tmp_path, capsys):
+    write(tmp_path, [2, 3])
+    step, params, meta = C.load_params(str(tmp_path))
+    assert step == 3 and same(params, make_state(3).params) and meta["frozen"] == {"llm": 3}
+    assert C.load_params(str(tmp_path), 2)[0] == 2
+    with pytest.raises(InputError, match="no checkpoint of step 7"):
+        C.load_params(str(tmp_path), 7)
+    damaged_files(tmp_path / "checkpoints" / "3")[0].unlink()
+    assert C.load_params(str(tmp_path))[0] == 2 and "checkpoints/3 cannot be read" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no readable checkpoint"):
+        C.load_params(str(tmp_path / "elsewhere"))
+
+
+def test_saving_the_same_step_again_is_no_error(tmp_path):
+    write(tmp_path, [2])
+    write(tmp_path, [2])
+    assert int(read(tmp_path)[0][0].step) == 2
+
+
+def test_a_save_that_orbax_refuses_is_an_error(tmp_path):
+    write(tmp_path, [3])
+    with C.open_manager(str(tmp_path), 5) as manager, pytest.raises(RuntimeError, match="step 2"):
+        C.save(manager, make_state(2), numbers(), {})
+
+
+def test_workdir_of_another_config_is_refused(tmp_path):
+    settings = make_settings(tmp_path, "pretrain")
+    C.open_workdir(str(tmp_path / "run"), settings)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "pretrain"
+    C.open_workdir(str(tmp_path / "run"), change(settings, "optim", lr=0.5))  # nothing trained yet
+    write(tmp_path / "run", [2])
+    with pytest.raises(InputError) as error:
+        C.open_workdir(str(tmp_path / "run"), change(settings, "train", steps=9))
+    assert "optim.lr: 0.5 there, 0.001 asked for; train.steps: 4 there, 9 asked for" in str(error.value)
+    free = change(change(settings, "train", log_every=7, checkpoint_every=1, keep=9), "data", workers=2)
+    C.open_workdir(str(tmp_path / "run"), change(free, "optim", lr=0.5))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["keep"] == 9
+
+
+def test_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        C.open_workdir(str(tmp_path / "run"), make_settings(tmp_path, "pretrain"))

@@ -1,0 +1,207 @@
+"""A stage from settings to saved weights, in this process: what moves, what is refused, what comes out."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax.train import assemble, loop
+from llava_jax.types import Batch, InputError
+from tests.tiny_run import change, make_inputs, make_settings, read_metrics
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@dataclasses.dataclass
+class Ran:
+    workdir: pathlib.Path
+    settings: object
+    step: object
+    frozen: tuple
+    trainable: tuple
+    screen: str
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """Runs of both stages, the second from the first one's projector, with the weights before and after each."""
+    made = {}
+
+    def run(stage: str) -> Ran:
+        if stage not in made:
+            start = str(run("pretrain").workdir) if stage == "finetune" else ""
+            settings = make_settings(inputs, stage, init__projector=start, train__checkpoint_every=2)
+            made[stage] = record(settings, tmp_path_factory.mktemp(stage))
+        return made[stage]
+
+    return run
+
+
+def record(settings, workdir: pathlib.Path) -> Ran:
+    """Trains, with copies of the weights from around the updates."""
+    seen = {}
+    inner = loop.update
+
+    def around(run, state, frozen, data, **how):
+        before = jax.tree.map(np.array, (frozen, state.params))
+        state = inner(run, state, frozen, data, **how)
+        after = jax.tree.map(np.array, (frozen, state.params))
+        seen.update(step=run.step, frozen=(before[0], after[0]), trainable=(before[1], after[1]))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "update", around)
+        lines = []
+        patch.setattr("builtins.print", lambda *words: lines.append(" ".join(map(str, words))))
+        loop.train(settings, str(workdir))
+    return Ran(workdir, settings, screen="\n".join(lines), **seen)
+
+
+@pytest.mark.parametrize("stage, moved", [("pretrain", {"projector"}), ("finetune", {"projector", "llm"})])
+def test_trainable_leaves_all_change_and_frozen_ones_not_a_bit(runs, stage, moved):
+    ran = runs(stage)
+    before, after = ran.trainable
+    assert set(before) == moved and set(ran.frozen[0]) == {"vision", "projector", "llm"} - moved
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        assert x.dtype == np.float32 and not np.array_equal(x, y), path
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8)), *ran.frozen)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_one_compile_a_stage(runs, stage):
+    assert runs(stage).step._cache_size() == 1
+
+
+def test_the_second_stage_starts_from_the_firsts_projector(runs):
+    first, second = runs("pretrain"), runs("finetune")
+    jax.tree.map(np.testing.assert_array_equal, first.trainable[1]["projector"], second.trainable[0]["projector"])
+
+
+def test_workdir_holds_what_the_contract_says(runs):
+    ran = runs("finetune")
+    assert json.loads((ran.workdir / "config.json").read_text()) == dataclasses.asdict(ran.settings)
+    assert [row["step"] for row in read_metrics(ran.workdir)] == [0, 1, 2, 3]
+    assert sorted(p.name for p in (ran.workdir / "checkpoints").iterdir()) == ["2", "4"]
+    for said in ("stage finetune: 4 steps of 4 rows", "trainable", "frozen", "compiled in", "4/4 steps done"):
+        assert said in ran.screen
+
+
+def test_the_trained_model_comes_back_whole(runs):
+    ran = runs("finetune")
+    plan, params, settings = assemble.load_trained(str(ran.workdir))
+    assert settings == ran.settings and plan.config.image_token_id == 700
+    jax.tree.map(np.testing.assert_array_equal, params, {**ran.frozen[0], **ran.trainable[1]})
+
+
+def test_starting_again_when_done_changes_nothing(runs, capsys):
+    ran = runs("pretrain")
+    files = {p: p.read_bytes() for p in ran.workdir.rglob("*") if p.is_file() and "events" not in p.name}
+    loop.train(ran.settings, str(ran.workdir))
+    assert "4/4 steps done" in capsys.readouterr().out
+    assert files == {p: p.read_bytes() for p in files}
+
+
+def test_other_frozen_weights_under_a_run_are_refused(runs, inputs, tmp_path):
+    ran = runs("pretrain")
+    path = inputs / "llava" / "model.safetensors"
+    path = path if path.exists() else next((inputs / "llava").glob("*.safetensors"))
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match="is not the one this run was trained with"):
+            assemble.load_trained(str(ran.workdir))
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["no targets", "not finite"])
+def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, monkeypatch, what):
+    open_data = loop.open_data
+
+    def broken(*args):
+        """The pipeline with its second batch spoiled."""
+        data = open_data(*args)
+        take = type(data).__next__
+
+        class Spoiled(type(data)):
+            def __next__(self) -> Batch:
+                batch = take(self)
+                if self.get_state()["batches"] != 2:
+                    return batch
+                if what == "no targets":
+                    return batch._replace(targets_BT=np.zeros_like(batch.targets_BT))
+                return batch._replace(pixels_BNXYC=np.full_like(batch.pixels_BNXYC, np.nan))
+
+        data.__class__ = Spoiled
+        return data
+
+    monkeypatch.setattr(loop, "open_data", broken)
+    settings = make_settings(inputs, "pretrain", data__shuffle=False, train__checkpoint_every=1)
+    with pytest.raises(InputError) as error:
+        loop.train(settings, str(tmp_path))
+    says = (
+        "no token of the batch is supervised" if what == "no targets" else "are not finite; the update was not applied"
+    )
+    assert says in str(error.value)
+    # Seven captions, four rows a batch: the second batch wraps around.
+    assert "step 1, rows 4 (id caption-4), 5 (id caption-6), 6 (id caption-7), 0 (id caption-0)" in str(error.value)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "group, changes, says",
+    [
+        ("data", dict(template="v9"), "unknown template 'v9'"),
+        ("data", dict(annotations=""), "data.annotations is empty"),
+        ("data", dict(annotations="none.json"), "none.json"),
+        ("data", dict(max_length=5), "rows cannot be trained"),
+        ("init", dict(model="hf:/nowhere"), "init.model=hf:/nowhere: no such folder"),
+        ("init", dict(model="zip:/tmp"), "form 'zip' is not known"),
+        ("init", dict(model=""), "model.vision=random:huge"),
+        ("init", dict(projector="/nowhere"), "init.projector=/nowhere: not found"),
+        ("mesh", dict(data=3), "mesh"),
+        ("optim", dict(groups="vision=1e-3"), "optim.groups: 'vision'"),
+    ],
+)
+def test_bad_input_is_one_line(inputs, tmp_path, group, changes, says):
+    settings = change(make_settings(inputs, "pretrain", model__vision="random:huge"), group, **changes)
+    with pytest.raises(InputError) as error:
+        loop.train(settings, str(tmp_path / "run"))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_random_towers_of_a_config_file(inputs):
+    """The specs `random:FILE.json` and `random:NAME`, and the projector drawn as torch.nn.Linear draws it."""
+    (inputs / "vision.json").exists()
+    settings = change(make_settings(inputs, "pretrain"), "init", model="")
+    settings = change(settings, "model", vision=f"random:{inputs}/vision.json", llm=f"random:{inputs}/llm/config.json")
+    plan = assemble.plan_model(settings)
+    assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    at = jax.tree.map(lambda _: here, loop.build(plan.config)[1])
+    draw = [assemble.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *draw)
+    for name, fan_in in (("linear_1", 16), ("linear_2", 32)):
+        for leaf in draw[0]["projector"][name].values():
+            assert 0.8 / fan_in**0.5 < np.abs(leaf).max() <= 1 / fan_in**0.5
+    assert assemble.vision_config("random:clip-l-14-336").patches == 576
+    assert assemble.llm_config("random:vicuna-13b").width == 5120
+    with pytest.raises(InputError, match="did you mean vicuna-7b"):
+        assemble.llm_config("random:vicuna-7")
+    with pytest.raises(InputError, match="has no tokenizer"):
+        assemble.tokenizer_folder("random:vicuna-7b")
+
+
+def test_an_epoch_is_a_whole_number_of_steps(inputs):
+    settings = make_settings(inputs, "pretrain", train__steps=0, train__epochs=1.5)
+    assert loop.total_steps(settings, 9) == 5  # three steps an epoch
+    assert loop.total_steps(change(settings, "train", steps=7), 9) == 7

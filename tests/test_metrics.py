@@ -1,0 +1,74 @@
+"""What a run writes: the fields of metrics.jsonl, its truncation on resumption, the status line."""
+
+import io
+import json
+
+import pytest
+
+from llava_jax.train import metrics as M
+from llava_jax.types import InputError
+
+FIELDS = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
+
+
+def values(step: int) -> dict:
+    return dict(loss=2.0 / (step + 1), grad_norm=1.0, lr=0.1, targets=5, tokens=20)
+
+
+def write(workdir, steps: range, total: int, log_every: int = 1) -> str:
+    screen = io.StringIO()
+    with M.open_metrics(str(workdir), steps.start, total, log_every, screen) as writer:
+        for step in steps:
+            writer.write(step, values(step), slots=40)
+    return screen.getvalue()
+
+
+def read(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_have_the_contracts_fields(tmp_path):
+    screen = write(tmp_path, range(3), 3)
+    rows = read(tmp_path)
+    assert [list(row) for row in rows] == [FIELDS] * 3
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[1]["loss"] == 1.0 and rows[1]["targets"] == 5 and rows[1]["mfu"] is None
+    assert rows[0]["seconds"] > 0 and rows[0]["tokens_per_second"] > 0
+    assert any((tmp_path / "tensorboard").iterdir())
+    for said in ("step 3/3 (100%)", "loss 0.6667", "supervised 25%", "filled 50%", "tokens/s", "ETA 0:00"):
+        assert said in screen
+
+
+def test_log_every_keeps_the_first_and_last_step(tmp_path):
+    write(tmp_path, range(8), 8, log_every=3)
+    rows = read(tmp_path)
+    assert [row["step"] for row in rows] == [0, 3, 6, 7]
+    # Tokens of all steps in between count, not only those of the logged one.
+    assert rows[1]["tokens_per_second"] * rows[1]["seconds"] * 3 == pytest.approx(60)
+
+
+def test_resumption_drops_what_comes_again_and_a_torn_line(tmp_path):
+    write(tmp_path, range(6), 9)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')
+    write(tmp_path, range(4, 9), 9)
+    assert [row["step"] for row in read(tmp_path)] == list(range(9))
+
+
+def test_a_complete_last_line_without_its_newline_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}')
+    M.truncate_metrics(str(path), 5)
+    assert path.read_text() == '{"step": 0}\n'
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(InputError, match="metrics.jsonl line 2"):
+        M.truncate_metrics(str(path), 5)
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03")])
+def test_duration(seconds, text):
+    assert M.duration(seconds) == text
