@@ -1,0 +1,58 @@
+# make demo    the whole story on this machine's CPU, at most ten minutes on two cores
+# make test    the tests, without torch
+# make parity  the comparison with torch and transformers
+# make lint    ruff
+#
+# Each target sets up its own environment (.venv, .venv-parity) and does so again only when a requirements file changes.
+
+.PHONY: demo test parity lint
+.DELETE_ON_ERROR:
+
+# The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+DEMO ?= demo_run
+
+demo: .venv/.runtime
+	.venv/bin/python -m llava_jax demo --workdir=$(DEMO)
+
+test: .venv/.dev
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q
+
+parity: .venv-parity/.parity
+	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
+
+lint: .venv/.dev
+	.venv/bin/python -m ruff check .
+
+# $(call environment,FOLDER): an empty virtual environment. Pip of the base Python fills it, so a Python without
+# ensurepip (Debian without python3-venv) will do.
+define environment
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Python 3.11 or later is needed and '$(PYTHON)' is not; install it or give it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { \
+		echo "error: $(PYTHON) has no pip; install it (for example python3-pip) and run make again" >&2; exit 2; }
+	@test -x $(1)/bin/python || { echo "setting up $(1) with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv $(1) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(1); }
+endef
+
+# $(call install,FOLDER,WHAT)
+install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-version-check $(2)
+
+.venv/.runtime: requirements.txt pyproject.toml
+	$(call environment,.venv)
+	@echo "installing requirements.txt into .venv (a few minutes the first time)"
+	@$(call install,.venv,-r requirements.txt)
+	@$(call install,.venv,--no-deps -e .)
+	@touch $@
+
+.venv/.dev: .venv/.runtime requirements-dev.txt
+	@$(call install,.venv,-r requirements-dev.txt)
+	@touch $@
+
+.venv-parity/.parity: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml
+	$(call environment,.venv-parity)
+	@echo "installing requirements-parity.txt into .venv-parity (torch: several minutes the first time)"
+	@$(call install,.venv-parity,-r requirements-dev.txt -r requirements-parity.txt)
+	@$(call install,.venv-parity,--no-deps -e .)
+	@touch $@

@@ -1,0 +1,9 @@
+"""`python -m llava_jax COMMAND`: the same as `llava-jax COMMAND`."""
+
+import sys
+
+from llava_jax.cli import main
+
+# Data workers are spawned processes that import this file again under another name.
+if __name__ == "__main__":
+    sys.exit(main())

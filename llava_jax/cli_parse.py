@@ -1,0 +1,47 @@
+"""What every command shares: flags whose complaints are InputErrors, nearest names, the lines said before a start."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from llava_jax.settings import nearest
+from llava_jax.types import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises InputError, and names the nearest flag when one is unknown."""
+
+    def __init__(self, prog: str, summary: str, example: str):
+        self.known_flags: list[str] = []
+        super().__init__(
+            prog=prog,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        self.known_flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+    def parse(self, argv: Sequence[str], also_known: Sequence[str] = ()) -> argparse.Namespace:
+        """The flags of `argv`; `also_known` are flags taken out before, for the nearest name only."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].split("=", 1)[0]
+            near = nearest(flag, (*self.known_flags, *also_known))
+            raise InputError(f"{self.prog} has no argument {flag!r}{near}; see `{self.prog} --help`")
+        return args
+
+
+def announce(title: str, **facts: Any) -> None:
+    """Prints what a command has decided, one aligned line a fact; empty ones are left out."""
+    print(title)
+    for name, value in facts.items():
+        if value is not None and value != "":
+            print(f"  {name.replace('_', ' '):<14}{value}")
+    print(flush=True)
