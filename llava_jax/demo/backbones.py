@@ -1,0 +1,231 @@
+"""Train the demo's two backbones and its tokenizer again: `python -m llava_jax.demo.backbones --output=DIR`.
+
+They stand in for the published CLIP and Vicuna. The CLIP learns by contrast between pictures and captions; the LLaMA
+learns to read: a description or a map in words, questions about it, answers found in it. Neither ever sees what the
+demo teaches: image features in place of words.
+"""
+
+import argparse
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from safetensors.numpy import save_file
+
+from llava_jax.convert.table import TABLE, to_hf
+from llava_jax.data.image import preprocess
+from llava_jax.demo import reading, world
+from llava_jax.layers import LayerNorm, Linear
+from llava_jax.models.clip import Clip
+from llava_jax.models.llama import Llama
+from llava_jax.ops.loss import masked_nll_rows
+from llava_jax.types import ClipConfig, LlamaConfig
+
+CLIP = ClipConfig(width=128, mlp_width=512, layers=4, heads=4, image_size=48, patch_size=8)
+LLAMA = LlamaConfig(
+    vocab_size=reading.VOCABULARY, width=192, mlp_width=512, layers=4, heads=6, kv_heads=6, head_dim=32, norm_eps=1e-5
+)
+TEXT = LlamaConfig(vocab_size=reading.VOCABULARY, width=128, mlp_width=256, layers=2, heads=4, kv_heads=4, head_dim=32)
+CAPTION_LENGTH = 48
+Params = dict[str, Any]
+
+
+# ---- one loop for both ------------------------------------------------------------------------------------------
+
+
+def fit(
+    params: Params,
+    loss_fn: Callable,
+    batches: Iterator[tuple],
+    steps: int,
+    lr: float,
+    name: str,
+    seconds: float,
+    save: Callable[[Params], None],
+) -> None:
+    """AdamW with warmup and cosine over `steps` batches; the schedule ends early when `seconds` run out.
+
+    `save` is called now and then, and at the end.
+    """
+    scale = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, b2=0.98, weight_decay=0.05)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params: Params, state: optax.OptState, lr: jax.Array, *batch: jax.Array):
+        (loss, metric), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
+        state[1].hyperparams["learning_rate"] = lr
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss, metric
+
+    state, started, window = optimizer.init(params), time.monotonic(), []
+    for step in range(steps):
+        done = max(step / steps, (time.monotonic() - started) / seconds)
+        if done >= 1:
+            break
+        rate = lr * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * done))
+        params, state, loss, metric = update(params, state, jnp.float32(rate), *next(batches))
+        window.append((float(loss), float(metric)))
+        if step % 250 == 249:
+            save(jax.device_get(params))
+        if step % 50 == 49:
+            loss, metric = np.mean(window, axis=0)
+            window.clear()
+            spent = time.monotonic() - started
+            print(f"{name} step {step + 1} loss {loss:.4f} accuracy {metric:.3f} {spent:.0f} s", flush=True)
+    save(jax.device_get(params))
+
+
+# ---- CLIP -------------------------------------------------------------------------------------------------------
+
+
+class Contrast(nnx.Module):
+    """CLIP for training: picture and caption towers, both projected to one space, and a temperature."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.vision = Clip(CLIP, CLIP.layers, rngs=rngs)
+        self.post_norm = LayerNorm(CLIP.width, CLIP.norm_eps, rngs=rngs)
+        self.picture = Linear((CLIP.width,), (128,), ("vision_embed",), ("projected",), rngs=rngs)
+        self.text = Llama(TEXT, rngs=rngs)
+        self.caption = Linear((TEXT.width,), (128,), ("embed",), ("projected",), rngs=rngs)
+        self.scale = nnx.Param(jnp.log(1 / 0.07), axes=())
+
+    def __call__(self, pixels_BXYC: jax.Array, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+        """Similarities float32[B, B], pictures by captions."""
+        pictures = self.picture(self.post_norm(self.vision.hidden(pixels_BXYC)[:, 0]))
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        states = self.text(self.text.embed(tokens_BT), positions_BT)
+        captions = self.caption(states[jnp.arange(states.shape[0]), last_B])
+        pictures, captions = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (pictures, captions))
+        return jnp.exp(jnp.minimum(self.scale[...], jnp.log(100.0))) * pictures @ captions.T
+
+
+def clip_batches(tokenizer: reading.Words, rows: int, pool: int, seed: int) -> Iterator[tuple]:
+    """Batches of pictures and captions where every scene comes with a near miss of itself, to be told apart."""
+    rng = np.random.default_rng(seed)
+    scenes = [scene for first in world.sample_scenes(rng, pool) for scene in (first, world.near_miss(first, rng))]
+    pixels = np.stack([preprocess(world.draw(scene, rng)[0], CLIP.image_size, "crop") for scene in scenes])
+    while True:
+        first = 2 * rng.choice(pool, size=rows // 2, replace=False)
+        index = np.stack([first, first + 1], axis=1).reshape(-1)
+        tokens_BT = np.zeros((rows, CAPTION_LENGTH), np.int32)
+        last_B = np.zeros(rows, np.int32)
+        for row, scene in enumerate(index):
+            ids = tokenizer.ids(world.caption(scenes[scene], rng))[:CAPTION_LENGTH]
+            tokens_BT[row, : len(ids)], last_B[row] = ids, len(ids) - 1
+        yield pixels[index], tokens_BT, last_B
+
+
+def train_clip(tokenizer: reading.Words, folder: str, steps: int, seconds: float, pool: int = 10000) -> None:
+    graphdef, state = nnx.split(Contrast(rngs=nnx.Rngs(0)))
+
+    def loss_fn(params: Params, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graphdef, params)(*batch)
+        labels = jnp.arange(logits.shape[0])
+        loss = optax.softmax_cross_entropy_with_integer_labels
+        right = (logits.argmax(1) == labels).mean()
+        return (loss(logits, labels).mean() + loss(logits.T, labels).mean()) / 2, right
+
+    batches = clip_batches(tokenizer, rows=128, pool=pool, seed=1)
+    fit(nnx.to_pure_dict(state), loss_fn, batches, steps, 1e-3, "clip", seconds, lambda p: save_clip(p, folder))
+
+
+def save_clip(params: Params, folder: str) -> None:
+    """A Hugging Face CLIPVisionModel folder in bfloat16, its last block and post-norm included."""
+    tensors = named_tensors({"vision": params["vision"]}, "vision_tower.", CLIP.layers)
+    for theirs, ours in (("weight", "scale"), ("bias", "bias")):
+        tensors[f"vision_model.post_layernorm.{theirs}"] = np.asarray(params["post_norm"][ours])
+    config = dict(
+        architectures=["CLIPVisionModel"], model_type="clip_vision_model", hidden_size=CLIP.width,
+        intermediate_size=CLIP.mlp_width, num_hidden_layers=CLIP.layers, num_attention_heads=CLIP.heads,
+        image_size=CLIP.image_size, patch_size=CLIP.patch_size, hidden_act=CLIP.activation,
+        layer_norm_eps=CLIP.norm_eps, projection_dim=128,
+    )  # fmt: skip
+    save_folder(folder, config, tensors)
+
+
+# ---- LLaMA ------------------------------------------------------------------------------------------------------
+
+
+def train_llama(tokenizer: reading.Words, folder: str, steps: int, seconds: float) -> None:
+    model = Llama(LLAMA, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+
+    def loss_fn(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        llama = nnx.merge(graphdef, params)
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        logits = llama.logits(llama(llama.embed(tokens_BT), positions_BT))
+        nll_B, count_B = masked_nll_rows(logits, tokens_BT, targets_BT)
+        answers_BT = tokens_BT == reading.EOS
+        first = targets_BT[:, 1:] & ~targets_BT[:, :-1] & answers_BT.any(1, keepdims=True)
+        right = ((logits[:, :-1].argmax(-1) == tokens_BT[:, 1:]) & first).sum() / first.sum()
+        # Rows weigh the same: a dialogue has fewer targets than a retelling, and each of them is worth more.
+        return (nll_B / count_B).mean(), right
+
+    batches = reading.batches(tokenizer, rows=32, seed=2)
+    fit(nnx.to_pure_dict(state), loss_fn, batches, steps, 1.5e-3, "llama", seconds, lambda p: save_llama(p, folder))
+
+
+def save_llama(params: Params, folder: str) -> None:
+    """A Hugging Face LlamaForCausalLM folder in bfloat16 (the tokenizer lies there already)."""
+    tensors = named_tensors({"llm": params}, "language_model.", LLAMA.layers)
+    config = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=LLAMA.vocab_size, hidden_size=LLAMA.width,
+        intermediate_size=LLAMA.mlp_width, num_hidden_layers=LLAMA.layers, num_attention_heads=LLAMA.heads,
+        num_key_value_heads=LLAMA.kv_heads, head_dim=LLAMA.head_dim, hidden_act="silu", rms_norm_eps=LLAMA.norm_eps,
+        max_position_embeddings=LLAMA.max_positions, rope_theta=LLAMA.rope.theta, tie_word_embeddings=LLAMA.tied,
+        attention_bias=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    save_folder(folder, config, tensors)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def named_tensors(params: Params, prefix: str, layers: int) -> dict[str, np.ndarray]:
+    """Hugging Face's names (without `prefix`) and layouts for the parameters given."""
+    flat = {"/".join(path): np.asarray(leaf) for path, leaf in nnx.traversals.flatten_mapping(params).items()}
+    tensors = {}
+    for row in TABLE:
+        if row.ours in flat:
+            for layer in range(layers if row.stacked else 1):
+                array = flat[row.ours][layer] if row.stacked else flat[row.ours]
+                tensors[row.hf.format(layer).removeprefix(prefix)] = to_hf(row, array)
+    return tensors
+
+
+def save_folder(folder: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}, file, indent=2)
+    tensors = {name: np.ascontiguousarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", required=True, help="folder that gets clip/ and llama/")
+    parser.add_argument("--only", choices=("tokenizer", "clip", "llama"), help="make one part and keep the others")
+    parser.add_argument("--clip_minutes", type=float, default=60)
+    parser.add_argument("--llama_minutes", type=float, default=120)
+    parser.add_argument("--steps", type=int, default=20000, help="at most this many steps each")
+    args = parser.parse_args()
+    clip, llama = os.path.join(args.output, "clip"), os.path.join(args.output, "llama")
+    if args.only in (None, "tokenizer"):
+        reading.make_tokenizer(llama)
+    tokenizer = reading.Words(llama)
+    if args.only in (None, "clip"):
+        train_clip(tokenizer, clip, args.steps, 60 * args.clip_minutes)
+    if args.only in (None, "llama"):
+        train_llama(tokenizer, llama, args.steps, 60 * args.llama_minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The small world on disk: pictures, COCO annotations, caption rows for stage 1 and questions for the evaluation."""
+
+import collections
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from llava_jax.demo import world
+from llava_jax.demo.world import Question, Scene
+
+CAPTIONS_EACH = 5
+CATEGORIES = tuple(f"{colour} {shape}" for colour in world.COLOURS for shape in world.SHAPES)
+
+# The questions of the paper's appendix for a short caption. The plain template leaves them out, as the original does.
+BRIEF_QUESTIONS = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+
+
+def split_scenes(seed: int, train: int, held_out: int) -> tuple[list[Scene], list[Scene]]:
+    """(training scenes, held-out scenes): the latter differ from each other and from all that anything trains on.
+
+    Training scenes may repeat, each time drawn anew: there are only 216 of one thing.
+    """
+    rng = np.random.default_rng(seed)
+    held = world.sample_scenes(rng, held_out, held_out=True)
+    return [world.sample_scene(rng) for _ in range(train)], held
+
+
+def write_split(folder: str, scenes: list[Scene], seed: int) -> list[list[str]]:
+    """Writes images/, captions.json and instances.json (COCO's format) and returns the captions of each scene."""
+    rng = np.random.default_rng(seed)
+    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    images, captions, instances, texts = [], [], [], []
+    for number, scene in enumerate(scenes, 1):
+        picture, boxes = world.draw(scene, rng)
+        name = f"{number:06d}.png"
+        picture.save(os.path.join(folder, "images", name))
+        images.append({"id": number, "file_name": name, "width": picture.width, "height": picture.height})
+        texts.append([world.caption(scene, rng) for _ in range(CAPTIONS_EACH)])
+        for text in texts[-1]:
+            captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
+        for thing, (x1, y1, x2, y2) in zip(scene, boxes, strict=True):
+            box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
+            note = {"image_id": number, "category_id": CATEGORIES.index(thing.name) + 1, "bbox": box}
+            instances.append({"id": len(instances) + 1, **note, "area": round(box[2] * box[3], 2), "iscrowd": 0})
+    info = {"description": "llava_jax small world: scenes of one to three coloured shapes"}
+    categories = [{"id": n, "name": name, "supercategory": "shape"} for n, name in enumerate(CATEGORIES, 1)]
+    write_json(os.path.join(folder, "captions.json"), {"info": info, "images": images, "annotations": captions})
+    content = {"info": info, "images": images, "annotations": instances, "categories": categories}
+    write_json(os.path.join(folder, "instances.json"), content)
+    return texts
+
+
+def write_caption_rows(path: str, captions: list[list[str]], seed: int) -> int:
+    """Writes the rows of stage 1 in LLaVA's format, a row a caption, and returns how many there are."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number, texts in enumerate(captions, 1):
+        for index, text in enumerate(texts):
+            said = [
+                {"from": "human", "value": f"<image>\n{rng.choice(BRIEF_QUESTIONS)}"},
+                {"from": "gpt", "value": text},
+            ]
+            rows.append({"id": f"{number:06d}-{index}", "image": f"{number:06d}.png", "conversations": said})
+    write_json(path, rows)
+    return len(rows)
+
+
+def write_questions(folder: str, scenes: list[Scene], captions: list[list[str]], seed: int) -> collections.Counter:
+    """Writes three files of the same questions, one of each kind for each scene, and returns how many a kind.
+
+    questions.jsonl asks about the scene's picture, shuffled.jsonl about the picture of a scene where the same question
+    has another answer, text.jsonl about the scene's first caption instead of a picture. A kind is left out where the
+    scene has no question of it with one answer, or no other scene answers it differently.
+    """
+    rng = np.random.default_rng(seed)
+    known = [_answers(scene, rng) for scene in scenes]
+    right, shuffled, text = [], [], []
+    for index, scene in enumerate(scenes):
+        for question, other in _one_of_each_kind(scene, known, rng):
+            row = {
+                "question_id": f"{index + 1:06d}-{question.kind}",
+                "image": f"{index + 1:06d}.png",
+                "text": question.text,
+                "answer": question.answer,
+                "category": question.kind,
+            }
+            right.append(row)
+            shuffled.append({**row, "image": f"{other + 1:06d}.png"})
+            read = {key: value for key, value in row.items() if key != "image"}
+            text.append({**read, "text": f"{captions[index][0]}\n{question.text}"})
+    for name, rows in (("questions", right), ("shuffled", shuffled), ("text", text)):
+        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return collections.Counter(row["category"] for row in right)
+
+
+def _one_of_each_kind(
+    scene: Scene, known: list[dict[str, str]], rng: np.random.Generator
+) -> Iterator[tuple[Question, int]]:
+    """A question of each kind that the scene has, and the index of a scene where it has another answer."""
+    asked = world.questions(scene, rng)
+    for kind in world.KINDS:
+        group = [question for question in asked if question.kind == kind]
+        for choice in rng.permutation(len(group)):
+            others = [
+                i for i, said in enumerate(known) if said.get(group[choice].text) not in (None, group[choice].answer)
+            ]
+            if others:
+                yield group[choice], others[int(rng.integers(len(others)))]
+                break
+
+
+def _answers(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+    """The answer to each question that can be asked about the scene; presence of every name included."""
+    names = {thing.name for thing in scene}
+    presence = {f"Is there a {name}?": "yes" if name in names else "no" for name in CATEGORIES}
+    return {question.text: question.answer for question in world.questions(scene, rng)} | presence
+
+
+def write_json(path: str, content: object) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.write("\n")

@@ -1,0 +1,236 @@
+"""The demo's report: one HTML page that needs nothing beside itself."""
+
+import base64
+import dataclasses
+import html
+import importlib.resources
+import math
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH, HEIGHT = 520, 240
+LEFT, RIGHT, TOP, BOTTOM = 40, 12, 12, 28
+SMOOTHING = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """One question about a picture, what the model answered and what was right."""
+
+    kind: str
+    question: str
+    answer: str
+    expected: str
+    correct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One held-out picture (a PNG file's bytes) and what was asked about it."""
+
+    title: str
+    picture: bytes
+    said: tuple[Said, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The loss of one training run: a value for each step."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+def page(
+    report: dict[str, Any], charts: dict[str, Sequence[Curve]], cards: Sequence[Card], mistakes: Sequence[Card]
+) -> str:
+    """The whole page. `report` is what report.json holds; `charts` are loss curves by title."""
+    style = importlib.resources.files("llava_jax.demo").joinpath("report.css").read_text(encoding="utf-8")
+    body = [
+        _head(report),
+        _section("Does it see?", _table(report), TABLE_NOTE),
+        _section("Pictures it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not chosen."),
+        _section("Where it went wrong", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
+        if mistakes
+        else _section("Where it went wrong", "", "Nowhere: every answer about the held-out scenes is right."),
+        _section("Learning", _charts(charts), CHART_NOTE),
+        _section("How it was made", _parts(report), _made_of(report)),
+        _section("Talk to it", f"<pre><code>{html.escape(report['chat'])}</code></pre>", CHAT_NOTE),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>llava_jax demo</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+TABLE_NOTE = (
+    "Share of questions about held-out scenes that are answered with exactly the right word. "
+    "<b>Shuffled</b> is the same model, but each question comes with the picture of a scene where it has another "
+    "answer: a model that looks must fail. <b>Read as text</b> is the language model alone, before it ever saw "
+    "a picture, with a sentence about the scene in place of the picture: what it could answer at best."
+)
+CHART_NOTE = "Loss per supervised token at each step: faint as measured, strong as a running mean."
+CHAT_NOTE = "The model just trained, in the terminal, with a picture that was not in the training data."
+
+
+# ---- parts of the page --------------------------------------------------------------------------------------------
+
+
+def _section(title: str, content: str, note: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n<p>{note}</p>\n{content}\n</section>"
+
+
+def _head(report: dict[str, Any]) -> str:
+    tiles = []
+    for goal in report["goals"]:
+        state, mark = ("met", "&#10003;") if goal["met"] else ("missed", "&#10007;")
+        tiles.append(
+            f'<div class="tile {state}"><span class="figure">{goal["value"]:.1f}<small> {goal["unit"]}</small></span>'
+            f"<span>{html.escape(goal['name'])}</span>"
+            f'<span class="need"><b>{mark}</b> {html.escape(goal["needed"])}</span></div>'
+        )
+    return (
+        "<header>\n<h1>A language model learns to see</h1>\n"
+        "<p>This is LLaVA played end to end at a small size: a vision encoder, a projector and a language model; "
+        "instruction data written from captions and boxes by a teacher that never saw a picture; two stages of "
+        f"training. It took {_minutes(report['total_seconds'])} on this machine.</p>\n"
+        f'<div class="tiles">{"".join(tiles)}</div>\n</header>'
+    )
+
+
+def _table(report: dict[str, Any]) -> str:
+    results = report["results"]
+    first = next(iter(results.values()))
+    heads = "".join(f'<th scope="col">{html.escape(result["name"])}</th>' for result in results.values())
+    rows = []
+    for kind in (*first["categories"], None):
+        cells, asked = [], 0
+        for result in results.values():
+            figures = result if kind is None else result["categories"][kind]
+            asked = figures["asked"]
+            share = figures["accuracy"]
+            cells.append(f'<td style="--share:{share:.1f}%"><span>{share:.1f}</span></td>')
+        label = kind or "all"
+        head = f'<th scope="row">{html.escape(label)}<small>{asked} questions</small></th>'
+        rows.append(f"<tr{'' if kind else ' class=total'}>{head}{''.join(cells)}</tr>")
+    return (
+        f'<div class="wide"><table class="results"><thead><tr><th scope="col">question</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _gallery(cards: Sequence[Card]) -> str:
+    return f'<div class="cards">{"".join(_card(card) for card in cards)}</div>'
+
+
+def _card(card: Card) -> str:
+    lines = []
+    for said in card.said:
+        answer = html.escape(said.answer) or "<i>nothing</i>"
+        if said.correct:
+            verdict = f'<span class="right"><b>&#10003;</b> {answer}</span>'
+        else:
+            verdict = (
+                f'<span class="wrong"><b>&#10007;</b> {answer}</span> '
+                f'<span class="expected">right: {html.escape(said.expected)}</span>'
+            )
+        lines.append(f"<dt>{html.escape(said.question)}</dt><dd>{verdict}</dd>")
+    source = base64.b64encode(card.picture).decode()
+    picture = f'<img alt="scene {html.escape(card.title)}" src="data:image/png;base64,{source}" width="96" height="96">'
+    return f"<figure>{picture}<figcaption><dl>{''.join(lines)}</dl></figcaption></figure>"
+
+
+def _parts(report: dict[str, Any]) -> str:
+    longest = max(part["seconds"] for part in report["parts"])
+    rows = [
+        f'<tr><th scope="row">{html.escape(part["name"])}</th>'
+        f'<td class="bar"><i style="width:{100 * part["seconds"] / max(longest, 1e-9):.1f}%"></i></td>'
+        f"<td>{part['seconds']:.1f} s</td></tr>"
+        for part in report["parts"]
+    ]
+    return f'<table class="parts"><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _made_of(report: dict[str, Any]) -> str:
+    data = report["data"]
+    return (
+        f"{data['train_scenes']:,} training scenes and {data['held_out_scenes']} held-out ones, none of them among the "
+        f"training scenes; {data['caption_rows']:,} captions for stage 1 and {data['instruction_rows']:,} rows of "
+        "instructions for stage 2 (conversation, detail, reasoning). The largest process held "
+        f"{report['peak_memory_bytes'] / 2**30:.1f} GiB."
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+# ---- loss curves --------------------------------------------------------------------------------------------------
+
+
+def _charts(charts: dict[str, Sequence[Curve]]) -> str:
+    return f'<div class="charts">{"".join(_chart(title, curves) for title, curves in charts.items())}</div>'
+
+
+def _chart(title: str, curves: Sequence[Curve]) -> str:
+    steps = max(len(curve.values) for curve in curves)
+    top = _nice(max(max(curve.values) for curve in curves))
+    marks = [_axis_y(top * part / 4, top) for part in range(5)]
+    marks += [_axis_x(step, steps) for step in sorted({0, steps // 2, steps})]
+    lines = []
+    for index, curve in enumerate(curves, 1):
+        lines.append(f'<path class="faint line-{index}" d="{_path(curve.values, steps, top)}"/>')
+        lines.append(f'<path class="line-{index}" d="{_path(smooth(curve.values), steps, top)}"/>')
+    keys = [f"{html.escape(curve.name)}: {smooth(curve.values)[-1]:.3f}" for curve in curves]
+    legend = "".join(f'<span class="key"><i class="fill-{n}"></i>{key}</span>' for n, key in enumerate(keys, 1))
+    return (
+        f'<figure class="chart"><h3>{html.escape(title)}</h3><div class="legend">{legend}</div>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}: loss over steps">'
+        f"{''.join(marks)}{''.join(lines)}</svg></figure>"
+    )
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Running mean that forgets, without the pull of its start towards zero."""
+    found, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        found.append(total / weight)
+    return found
+
+
+def _path(values: Sequence[float], steps: int, top: float) -> str:
+    points = [f"{_x(step, steps):.1f},{_y(value, top):.1f}" for step, value in enumerate(values, 1)]
+    return "M" + " L".join(points)
+
+
+def _x(step: float, steps: int) -> float:
+    return LEFT + (WIDTH - LEFT - RIGHT) * step / steps
+
+
+def _y(value: float, top: float) -> float:
+    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(value, top) / top)
+
+
+def _axis_y(value: float, top: float) -> str:
+    y = _y(value, top)
+    return (
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+    )
+
+
+def _axis_x(step: int, steps: int) -> str:
+    name = f"{step} steps" if step == steps else str(step)
+    anchor = "end" if step == steps else "middle"
+    return f'<text x="{_x(step, steps):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{name}</text>'
+
+
+def _nice(value: float) -> float:
+    """The smallest of 1, 2, 4, 6, 8 times a power of ten that is not below `value`."""
+    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return next(power * factor for factor in (1, 2, 4, 6, 8, 10) if power * factor >= value)

@@ -1,0 +1,340 @@
+"""`demo`: the paper played end to end at a small size, by the same commands and functions as a real run.
+
+Every part that is finished is remembered in the workdir (parts.json) and skipped the next time; a part that was
+stopped halfway goes on by itself where its command can (train, generate).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llava_jax.demo import files, report
+from llava_jax.evaluate import exact_match
+from llava_jax.types import InputError
+
+BACKBONES = pathlib.Path(__file__).parent / "backbones"
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CONFIG = "configs/tiny.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the demo is; everything else of the two stages stands in configs/tiny.py."""
+
+    vision: str = str(BACKBONES / "clip")
+    llm: str = str(BACKBONES / "llama")
+    seed: int = 0
+    train_scenes: int = 6000
+    held_out_scenes: int = 300
+    detail_rows: int = 600
+    reasoning_rows: int = 600
+    pretrain: tuple[str, ...] = (
+        "train.steps=300",
+        "train.batch_size=32",
+        "data.max_length=72",
+        "optim.lr=2e-3",
+        "train.checkpoint_every=100",
+    )
+    finetune: tuple[str, ...] = (
+        "train.steps=250",
+        "train.batch_size=32",
+        "data.max_length=144",
+        "optim.lr=1e-3",
+        "train.checkpoint_every=50",
+    )
+    answer_batch: int = 64
+    answer_tokens: int = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One way to answer the held-out questions: a trained model (its folder), a questions file, its name in tables."""
+
+    name: str
+    model: str
+    questions: str
+
+
+CONDITIONS = {
+    "both_stages": Condition("both stages", "finetune", "questions"),
+    "shuffled": Condition("shuffled", "finetune", "shuffled"),
+    "stage_1_only": Condition("stage 1 only", "pretrain", "questions"),
+    "without_stage_1": Condition("without stage 1", "finetune_without_stage_1", "questions"),
+    # Stage 1 leaves the decoder as it is, to the bit: without a picture its model is the shipped decoder alone.
+    "read_as_text": Condition("read as text", "pretrain", "text"),
+}
+CARDS, MISTAKES = 9, 6
+
+
+def run(workdir: str, sizes: Sizes | None = None) -> dict[str, Any]:
+    """Plays the story in `workdir` and returns what report.json holds. Raises InputError."""
+    return play(Story(workdir, sizes or Sizes()))
+
+
+def play(story: "Story") -> dict[str, Any]:
+    """Every part in its turn, those done before left out."""
+    story.part("draw the world", story.draw_world)
+    story.part("write instructions", story.write_instructions)
+    story.part("stage 1, pretrain", story.pretrain)
+    story.part("stage 2, finetune", lambda: story.finetune("finetune", with_stage_1=True))
+    story.part("stage 2 without stage 1", lambda: story.finetune("finetune_without_stage_1", with_stage_1=False))
+    for key, condition in CONDITIONS.items():
+        story.part(f"answer: {condition.name}", lambda key=key: story.answer(key))
+    return story.finish()
+
+
+class Story:
+    """The parts of the demo, in one workdir."""
+
+    def __init__(self, workdir: str, sizes: Sizes):
+        self.sizes = sizes
+        self.folder = pathlib.Path(workdir).absolute()
+        self.world = self.folder / "world"
+        self._check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._done: dict[str, float] = {}
+        self._peak = 0
+        self._number = 0
+        self._read_parts()
+
+    # ---- which parts are done -------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if not (ROOT / CONFIG).is_file():
+            raise InputError(f"{ROOT / CONFIG}: no such file; the demo runs in a checkout of the repository: make demo")
+        for spec in (self.sizes.vision, self.sizes.llm):
+            if not spec.startswith("random:") and not os.path.isfile(os.path.join(spec, "config.json")):
+                raise InputError(
+                    f"{spec}: the demo's backbone is not there; "
+                    f"make it again with python -m llava_jax.demo.backbones --output={BACKBONES}"
+                )
+
+    def _read_parts(self) -> None:
+        path = self.folder / "parts.json"
+        if not path.is_file():
+            if any(self.folder.iterdir()):
+                raise InputError(f"--workdir={self.folder}: is not empty and no demo began in it; name another folder")
+            return
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["sizes"] != json.loads(json.dumps(dataclasses.asdict(self.sizes))):
+            raise InputError(
+                f"--workdir={self.folder}: holds a demo of other sizes; remove the folder or name another one"
+            )
+        self._done, self._peak = content["seconds"], content["peak_memory_bytes"]
+
+    def part(self, name: str, play: Callable[[], None]) -> None:
+        """Plays one part and remembers that it is done, or says that it was."""
+        self._number += 1
+        total = 5 + len(CONDITIONS)
+        if name in self._done:
+            print(f"[{self._number}/{total}] {name}: done before, in {self._done[name]:.1f} s", flush=True)
+            return
+        print(f"\n[{self._number}/{total}] {name}", flush=True)
+        started = time.monotonic()
+        play()
+        self._done[name] = time.monotonic() - started
+        self._peak = max(self._peak, peak_memory())
+        sizes = dataclasses.asdict(self.sizes)
+        content = {"sizes": sizes, "seconds": self._done, "peak_memory_bytes": self._peak}
+        files.write_json(str(self.folder / "parts.json.new"), content)
+        os.replace(self.folder / "parts.json.new", self.folder / "parts.json")
+        print(f"  {self._done[name]:.1f} s", flush=True)
+
+    # ---- the parts ------------------------------------------------------------------------------------------------
+
+    def draw_world(self) -> None:
+        sizes = self.sizes
+        train, held_out = files.split_scenes(sizes.seed, sizes.train_scenes, sizes.held_out_scenes)
+        captions = files.write_split(str(self.world / "train"), train, sizes.seed + 1)
+        rows = files.write_caption_rows(str(self.world / "captions.json"), captions, sizes.seed + 2)
+        print(f"  {len(train)} training scenes, {rows} captions for stage 1: {self._say(self.world / 'train')}")
+        captions = files.write_split(str(self.world / "held_out"), held_out, sizes.seed + 3)
+        asked = files.write_questions(str(self.world / "held_out"), held_out, captions, sizes.seed + 4)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in asked.items())
+        print(f"  {len(held_out)} held-out scenes, none of them among the training scenes; questions: {kinds}")
+
+    def write_instructions(self) -> None:
+        limits = {"conversation": 0, "detail": self.sizes.detail_rows, "reasoning": self.sizes.reasoning_rows}
+        rows = []
+        for kind, limit in limits.items():
+            output = self.world / f"{kind}.json"
+            self.command(
+                "synthesize",
+                f"--contexts={self._say(self.world / 'train')}",
+                f"--kind={kind}",
+                "--teacher=embedded",
+                f"--output={self._say(output)}",
+                f"--seed={self.sizes.seed}",
+                f"--limit={limit}",
+            )
+            rows += json.loads(output.read_text(encoding="utf-8"))
+        files.write_json(str(self.world / "instructions.json"), rows)
+        print(f"  {len(rows)} rows for stage 2: {self._say(self.world / 'instructions.json')}")
+
+    def pretrain(self) -> None:
+        self._train("pretrain", "pretrain", "captions.json", self.sizes.pretrain)
+
+    def finetune(self, name: str, with_stage_1: bool) -> None:
+        start = [f"init.projector={self._say(self.folder / 'pretrain')}"] if with_stage_1 else []
+        self._train(name, "finetune", "instructions.json", [*self.sizes.finetune, *start])
+
+    def _train(self, name: str, stage: str, annotations: str, settings: Sequence[str]) -> None:
+        chosen = [
+            f"model.vision={self._say(self.sizes.vision)}",
+            f"model.llm={self._say(self.sizes.llm)}",
+            f"data.annotations={self._say(self.world / annotations)}",
+            f"data.images={self._say(self.world / 'train' / 'images')}",
+            f"seed={self.sizes.seed}",
+            *settings,
+        ]
+        overrides = [f"--config.{setting}" for setting in chosen]
+        workdir = f"--workdir={self._say(self.folder / name)}"
+        self.command("train", f"--config={CONFIG}:stage={stage}", workdir, *overrides)
+
+    def answer(self, key: str) -> None:
+        condition, held_out = CONDITIONS[key], self.world / "held_out"
+        self.command(
+            "generate",
+            f"--model={self._say(self.folder / condition.model)}",
+            f"--questions={self._say(held_out / condition.questions)}.jsonl",
+            f"--images={self._say(held_out / 'images')}",
+            f"--answers={self._say(self.folder / 'answers' / key)}.jsonl",
+            "--template=v1",
+            f"--batch_size={self.sizes.answer_batch}",
+            f"--max_new_tokens={self.sizes.answer_tokens}",
+        )
+
+    def command(self, *words: str) -> None:
+        """Runs one of our commands in a process of its own, so that its memory is given back."""
+        say_command(*words)
+        # The second one silences transformers, which misses torch at every start.
+        environment = {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **os.environ}
+        code = subprocess.run([sys.executable, "-m", "llava_jax", *words], cwd=ROOT, env=environment).returncode
+        if code:
+            raise InputError(f"demo: `llava-jax {words[0]}` ended with exit code {code}; see what it says above")
+
+    def _say(self, path: str | os.PathLike[str]) -> str:
+        """A path as the commands get it: relative to the repository where it lies below."""
+        text = os.fspath(path)
+        below = os.path.isabs(text) and pathlib.Path(text).is_relative_to(ROOT)
+        return os.path.relpath(text, ROOT) if below else text
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Scores the answers, writes report.json and report.html, prints the table and the command for a chat."""
+        results = {key: {"name": condition.name, **self._score(key)} for key, condition in CONDITIONS.items()}
+        chat = self._chat_command()
+        content = {
+            "goals": goals(results),
+            "results": results,
+            "parts": [{"name": name, "seconds": seconds} for name, seconds in self._done.items()],
+            "total_seconds": sum(self._done.values()),
+            "peak_memory_bytes": self._peak,
+            "data": self._data(),
+            "chat": chat,
+        }
+        cards, mistakes = self._cards()
+        (self.folder / "report.html").write_text(
+            report.page(content, self._charts(), cards, mistakes), encoding="utf-8"
+        )
+        (self.folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print("\nExact match on held-out scenes, percent\n")
+        print(exact_match.table({result["name"]: result for result in results.values()}))
+        print()
+        for goal in content["goals"]:
+            state = "met   " if goal["met"] else "MISSED"
+            print(f"{state} {goal['name']}: {goal['value']:.1f} {goal['unit']} ({goal['needed']})")
+        print(f"\n{content['total_seconds']:.0f} s in all; the largest process held {self._peak / 2**30:.1f} GiB")
+        print(f"report: {self._say(self.folder / 'report.html')}\n\ntalk to it:\n  {chat}", flush=True)
+        return content
+
+    def _score(self, key: str) -> dict[str, Any]:
+        questions = self.world / "held_out" / f"{CONDITIONS[key].questions}.jsonl"
+        return exact_match.score(str(questions), str(self.folder / "answers" / f"{key}.jsonl"))
+
+    def _chat_command(self) -> str:
+        image = self.world / "held_out" / "images" / f"{self.sizes.held_out_scenes:06d}.png"
+        words = ["chat", f"--model={self._say(self.folder / 'finetune')}", f"--image={self._say(image)}"]
+        return f"{self._say(sys.executable)} -m llava_jax {shlex.join(words)}"
+
+    def _data(self) -> dict[str, int]:
+        def rows(name: str) -> int:
+            return len(json.loads((self.world / name).read_bytes()))
+
+        return {
+            "train_scenes": self.sizes.train_scenes,
+            "held_out_scenes": self.sizes.held_out_scenes,
+            "caption_rows": rows("captions.json"),
+            "instruction_rows": rows("instructions.json"),
+        }
+
+    def _charts(self) -> dict[str, list[report.Curve]]:
+        def curve(folder: str, name: str) -> report.Curve:
+            rows = read_jsonl(self.folder / folder / "metrics.jsonl")
+            return report.Curve(name, tuple(row["loss"] for row in rows))
+
+        return {
+            "Stage 1: the projector learns from captions": [curve("pretrain", "pretrain")],
+            "Stage 2: projector and decoder learn from instructions": [
+                curve("finetune", "after stage 1"),
+                curve("finetune_without_stage_1", "without stage 1"),
+            ],
+        }
+
+    def _cards(self) -> tuple[list[report.Card], list[report.Card]]:
+        """(the first held-out scenes, the first ones with a wrong answer), as answered after both stages."""
+        answers = {row["question_id"]: row["text"] for row in read_jsonl(self.folder / "answers" / "both_stages.jsonl")}
+        said: dict[str, list[report.Said]] = {}
+        for row in read_jsonl(self.world / "held_out" / "questions.jsonl"):
+            answer = answers.get(row["question_id"], "")
+            correct = exact_match.normalise(answer) == exact_match.normalise(row["answer"])
+            line = report.Said(row["category"], row["text"], answer, row["answer"], correct)
+            said.setdefault(row["image"], []).append(line)
+        wrong = [image for image, lines in said.items() if not all(line.correct for line in lines)]
+        return self._draw_cards(list(said)[:CARDS], said), self._draw_cards(wrong[:MISTAKES], said)
+
+    def _draw_cards(self, images: list[str], said: dict[str, list[report.Said]]) -> list[report.Card]:
+        folder = self.world / "held_out" / "images"
+        return [report.Card(image, (folder / image).read_bytes(), tuple(said[image])) for image in images]
+
+
+def say_command(*words: str) -> None:
+    """Prints one of our commands as it can be typed, an argument a line where there are many."""
+    quoted = [shlex.quote(word) for word in words]
+    between = " " if len(" ".join(quoted)) < 100 else " \\\n      "
+    print("  $ llava-jax " + between.join(quoted), flush=True)
+
+
+def goals(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the demo has to show, each with the value measured (percent, or points between two of them)."""
+    both, shuffled = results["both_stages"]["accuracy"], results["shuffled"]["accuracy"]
+    one, without = results["stage_1_only"]["accuracy"], results["without_stage_1"]["accuracy"]
+    text = results["read_as_text"]["accuracy"]
+    measured = (
+        ("right after both stages", both, "%", both >= 85, "85 % or more"),
+        ("more than with shuffled pictures", both - shuffled, "points", both - shuffled >= 30, "30 points or more"),
+        ("more than after stage 1 only", both - one, "points", both > one, "more than 0"),
+        ("more than without stage 1", both - without, "points", both > without, "more than 0"),
+        ("right when the decoder reads the scene as text", text, "%", text >= 95, "95 % or more"),
+    )
+    names = ("name", "value", "unit", "met", "needed")
+    return [dict(zip(names, row, strict=True)) for row in measured]
+
+
+def peak_memory() -> int:
+    """Bytes of the largest process so far, of this one and those it has started."""
+    kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

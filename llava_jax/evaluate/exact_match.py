@@ -1,0 +1,102 @@
+"""Exact match of short answers: the share of questions whose answer is the right one, over all and by category."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llava_jax.types import InputError
+
+
+def normalise(text: str) -> str:
+    """The answer as it is compared: case, surrounding space and one final full stop do not count."""
+    return text.strip().removesuffix(".").rstrip().casefold()
+
+
+def score(questions_path: str, answers_path: str) -> dict[str, Any]:
+    """Figures of an answers file against the questions it answers.
+
+    Questions are JSONL with question_id, answer and category; answers are JSONL with question_id and text. A question
+    without an answer counts as wrong. Returns `asked`, `right`, `missing` (counts), `accuracy` (percent) and
+    `categories`, which holds the same figures for each category. Raises InputError.
+    """
+    questions = _read(questions_path, ("answer", "category"))
+    answers = _read(answers_path, ("text",))
+    strangers = [key for key in answers if key not in questions]
+    if strangers:
+        raise InputError(
+            f"{answers_path}: answers question {strangers[0]!r}, which {questions_path} does not ask "
+            f"({len(strangers)} such); give the answers to these questions"
+        )
+    categories: dict[str, dict[str, Any]] = {}
+    for key, question in questions.items():
+        figures = categories.setdefault(question["category"], {"asked": 0, "right": 0, "missing": 0})
+        figures["asked"] += 1
+        if key not in answers:
+            figures["missing"] += 1
+        elif normalise(answers[key]["text"]) == normalise(question["answer"]):
+            figures["right"] += 1
+    total = {name: sum(figures[name] for figures in categories.values()) for name in ("asked", "right", "missing")}
+    return {**_with_accuracy(total), "categories": {name: _with_accuracy(item) for name, item in categories.items()}}
+
+
+def evaluate(questions_path: str, answers_path: str, json_path: str | None = None) -> dict[str, Any]:
+    """Scores, prints the table, writes the figures to `json_path` when it is given, and returns them."""
+    figures = score(questions_path, answers_path)
+    print(table({"exact match": figures}))
+    if json_path is not None:
+        with open(json_path, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+            file.write("\n")
+    return figures
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Text table of one or several results of `score` on the same questions: a line a category, a column a result."""
+    first = next(iter(results.values()))
+    rows = [("", *results, "questions")]
+    for name in first["categories"]:
+        cells = [f"{result['categories'][name]['accuracy']:.1f}" for result in results.values()]
+        rows.append((name, *cells, str(first["categories"][name]["asked"])))
+    rows.append(("all", *(f"{result['accuracy']:.1f}" for result in results.values()), str(first["asked"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [_line(row, widths) for row in rows]
+    rule = "-" * len(lines[0])
+    lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    for name, result in results.items():
+        if result["missing"]:
+            lines.append(f"{name}: {result['missing']} questions have no answer and count as wrong")
+    return "\n".join(lines)
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "  ".join([row[0].ljust(widths[0]), *cells])
+
+
+def _with_accuracy(figures: dict[str, int]) -> dict[str, Any]:
+    return {**figures, "accuracy": 100.0 * figures["right"] / figures["asked"]}
+
+
+def _read(path: str, texts: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
+    """Rows by question_id; each holds the fields `texts`, all of them strings."""
+    rows: dict[Any, dict[str, Any]] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{where}: not JSON ({error}), expected one object per line") from error
+            if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):
+                raise InputError(f"{where}: no question_id, expected an object with question_id, {', '.join(texts)}")
+            for name in texts:
+                if not isinstance(row.get(name), str):
+                    raise InputError(f"{where}: {name} is {row.get(name)!r:.60}, expected a text")
+            if row["question_id"] in rows:
+                raise InputError(f"{where}: question {row['question_id']!r} is there twice, expected each once")
+            rows[row["question_id"]] = row
+    if not rows:
+        raise InputError(f"{path}: holds no rows, expected one object per line")
+    return rows

@@ -1,0 +1,59 @@
+"""From a teacher's reply to turns, or to the reason why it cannot be used."""
+
+import re
+
+from llava_jax.types import IMAGE_PLACEHOLDER, Turn
+
+SEPARATOR = re.compile(r"^[ \t]*===[ \t]*$", re.MULTILINE)
+BLOCK = re.compile(r"\s*(Question|Answer):[ \t]*(.*)", re.DOTALL)
+COORDINATES = re.compile(r"[\[(]\s*\d*\.\d+(\s*,\s*\d*\.?\d+){3}\s*[\])]")
+
+
+class RejectedReply(Exception):
+    """A reply that is not in the layout asked for; its text is the reason, in words fit for counting."""
+
+
+def parse_dialogue(reply: str) -> tuple[Turn, ...]:
+    """Turns of `Question:` and `Answer:` blocks, a line `===` between two blocks. Raises RejectedReply."""
+    _check_content(reply)
+    turns = []
+    for block in SEPARATOR.split(reply):
+        match = BLOCK.fullmatch(block)
+        if match is None:
+            raise RejectedReply("text outside a Question or Answer block" if block.strip() else "empty block")
+        speaker = "human" if match[1] == "Question" else "gpt"
+        if not match[2].strip():
+            raise RejectedReply(f"empty {match[1].lower()}")
+        if re.search(r"^(Question|Answer):", match[2], re.MULTILINE):
+            raise RejectedReply("no === between two blocks")
+        if speaker == ("gpt" if len(turns) % 2 == 0 else "human"):
+            raise RejectedReply("answer without a question" if speaker == "gpt" else "question without an answer")
+        turns.append(Turn(speaker, match[2].strip()))
+    if len(turns) % 2:
+        raise RejectedReply("question without an answer")
+    return tuple(turns)
+
+
+def parse_exchange(reply: str) -> tuple[Turn, ...]:
+    """Two turns, of a reply that holds one question and its answer. Raises RejectedReply."""
+    turns = parse_dialogue(reply)
+    if len(turns) != 2:
+        raise RejectedReply("more than one question")
+    return turns
+
+
+def parse_description(reply: str) -> str:
+    """The reply itself. Raises RejectedReply for one that is empty or holds blocks."""
+    _check_content(reply)
+    if SEPARATOR.search(reply) or re.search(r"^(Question|Answer):", reply, re.MULTILINE):
+        raise RejectedReply("blocks where a description was asked for")
+    return reply.strip()
+
+
+def _check_content(reply: str) -> None:
+    if not reply.strip():
+        raise RejectedReply("empty reply")
+    if IMAGE_PLACEHOLDER in reply:
+        raise RejectedReply(f"the placeholder {IMAGE_PLACEHOLDER} in the text")
+    if COORDINATES.search(reply):
+        raise RejectedReply("box coordinates in the text")

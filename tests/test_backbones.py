@@ -1,0 +1,105 @@
+"""The demo's backbones: what they read, that they are small, that the decoder looks things up, how they are made."""
+
+import itertools
+import os
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llava_jax.convert import hf
+from llava_jax.demo import backbones, reading, world
+from llava_jax.models.llama import Llama
+from llava_jax.models.llava import build
+from llava_jax.types import ModelConfig
+
+SHIPPED = os.path.join(os.path.dirname(backbones.__file__), "backbones")
+
+
+@pytest.fixture(scope="module")
+def words():
+    return reading.Words(os.path.join(SHIPPED, "llama"))
+
+
+def test_every_word_of_the_world_is_one_token(words):
+    nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, world.EMPTY, "yes", "no")
+    assert {noun: len(words.ids(noun)) for noun in nouns} == dict.fromkeys(nouns, 1)
+
+
+def test_any_text_can_be_written_and_read_back(words):
+    text = "Naïve 😀 <tag>\nline two,  spaces"
+    assert words._tokenizer.decode(words.ids(text)) == text
+
+
+def test_a_dialogue_trains_on_answers_and_their_ends_only(words):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = world.sample_scene(rng)
+        context = reading.description(scene, words, rng)
+        tokens, targets = reading.dialogue(scene, context, words, rng)
+        said = [
+            words._tokenizer.decode([token for token, _ in group])
+            for trained, group in itertools.groupby(zip(tokens, targets, strict=True), key=lambda pair: pair[1])
+            if trained
+        ]
+        answers = {question.answer for question in world.questions(scene, rng)} | {"yes", "no"}
+        assert len(tokens) <= reading.LENGTH
+        assert all(text in answers or text.endswith(".") for text in said)
+        assert tokens.count(reading.EOS) == len(said) > 0
+
+
+def test_a_map_has_one_word_for_each_image_token(words):
+    scene = world.sample_scene(np.random.default_rng(0))
+    assert sum(len(words.ids(word)) for word in world.place_map(scene)) == backbones.CLIP.patches
+
+
+def test_held_out_scenes_are_in_no_training_text_or_picture(words):
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng) for _ in range(2000)]
+    assert not any(world.is_held_out(scene) for scene in scenes)
+    assert not any(world.is_held_out(world.near_miss(scene, rng)) for scene in scenes[:500])
+    assert all(world.is_held_out(scene) for scene in world.sample_scenes(rng, 100, held_out=True))
+
+
+def test_shipped_backbones_are_small_and_of_the_sizes_written_here():
+    files = [os.path.join(root, name) for root, _, names in os.walk(SHIPPED) for name in names]
+    assert sum(os.path.getsize(path) for path in files) <= 8 * 2**20
+    clip, _ = hf.read_clip(os.path.join(SHIPPED, "clip"), feature_layer=-2, dtype="float32")
+    llama, _ = hf.read_llama(os.path.join(SHIPPED, "llama"), dtype="float32")
+    assert clip == backbones.CLIP
+    assert llama == backbones.LLAMA
+
+
+def test_shipped_decoder_finds_answers_in_text_about_scenes_it_never_saw(words):
+    rng = np.random.default_rng(1)
+    _, params = hf.read_llama(os.path.join(SHIPPED, "llama"), dtype="float32")
+    graphdef = nnx.split(nnx.eval_shape(lambda: Llama(backbones.LLAMA, rngs=nnx.Rngs(0))))[0]
+    tokens_BT, spans = np.zeros((100, 128), np.int32), []
+    for row, scene in enumerate(world.sample_scenes(rng, 100, held_out=True)):
+        question = reading.some_questions(scene, rng)[0]
+        prompt = f"{reading.SYSTEM} USER: {world.caption(scene, rng)}\n{question.text} ASSISTANT:"
+        ids, reply = [reading.BOS, *words.ids(prompt)], [*words.ids(question.answer), reading.EOS]
+        tokens_BT[row, : len(ids) + len(reply)] = [*ids, *reply]
+        spans.append((len(ids), len(ids) + len(reply)))
+
+    @jax.jit
+    def predict(params, tokens_BT):
+        llama = nnx.merge(graphdef, params)
+        positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return llama.logits(llama(llama.embed(tokens_BT), positions_BT)).argmax(-1)
+
+    said_BT = np.asarray(predict(params, tokens_BT))
+    right = [(said_BT[row, a - 1 : b - 1] == tokens_BT[row, a:b]).all() for row, (a, b) in enumerate(spans)]
+    assert np.mean(right) >= 0.9
+
+
+def test_what_is_trained_is_what_a_folder_gives_back(words, tmp_path):
+    backbones.train_llama(words, str(tmp_path / "llama"), steps=2, seconds=60)
+    backbones.train_clip(words, str(tmp_path / "clip"), steps=2, seconds=60, pool=80)
+    clip, vision = hf.read_clip(str(tmp_path / "clip"), feature_layer=-2, dtype="float32")
+    llama, llm = hf.read_llama(str(tmp_path / "llama"), dtype="float32")
+    _, abstract = build(ModelConfig(clip, llama))
+    assert jax.tree.map(np.shape, {"vision": vision, "llm": llm}) == jax.tree.map(
+        np.shape, {key: abstract[key] for key in ("vision", "llm")}
+    )
