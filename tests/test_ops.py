@@ -58,7 +58,7 @@ def test_hidden_cache_slots_are_not_read():
 def test_rotation_depends_on_distance_only_and_keeps_length():
     cos, sin = angles(jnp.arange(20)[None], RopeConfig(), 8)
     q, k = (jnp.broadcast_to(heads(s, 1, 1, 1, 8), (1, 20, 1, 8)) for s in (0, 1))
-    scores = (rotate(q, cos, sin)[0, :, 0] @ rotate(k, cos, sin)[0, :, 0].T)
+    scores = rotate(q, cos, sin)[0, :, 0] @ rotate(k, cos, sin)[0, :, 0].T
     np.testing.assert_allclose(scores[3, 1], scores[18, 16], rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(rotate(q, cos, sin), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-6)
 

@@ -83,6 +83,21 @@ def fit(
     save(jax.device_get(params))
 
 
+def unit_gain(params: Params) -> Params:
+    """The parameters with every kernel scaled from normal(0.02) to unit gain, which so narrow a model learns faster
+    from: with 0.02 its attention stays flat for thousands of steps."""
+
+    def scale(path: tuple, leaf: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        if names[-1] != "kernel":
+            return leaf
+        shape = leaf.shape[1:] if "layers" in names else leaf.shape
+        fan_in = np.prod(shape[:2]) if "o" in names else shape[0]
+        return leaf / (0.02 * np.sqrt(fan_in))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
 # ---- CLIP -------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +185,16 @@ def train_llama(tokenizer: reading.Words, folder: str, steps: int, seconds: floa
         return (nll_B / count_B).mean(), right
 
     batches = reading.batches(tokenizer, rows=32, seed=2)
-    fit(nnx.to_pure_dict(state), loss_fn, batches, steps, 1.5e-3, "llama", seconds, lambda p: save_llama(p, folder))
+    fit(
+        unit_gain(nnx.to_pure_dict(state)),
+        loss_fn,
+        batches,
+        steps,
+        2e-3,
+        "llama",
+        seconds,
+        lambda p: save_llama(p, folder),
+    )
 
 
 def save_llama(params: Params, folder: str) -> None:

@@ -110,11 +110,21 @@ def some_questions(scene: world.Scene, rng: np.random.Generator) -> list[world.Q
 
 
 def row(scene: world.Scene, words: Words, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
-    """One text and which of its tokens are to be predicted: the scene told again, or questions about it."""
-    context = description(scene, words, rng)
-    if rng.random() < 0.35:
+    """One text and which of its tokens are to be predicted: words said twice, the scene told again, or questions."""
+    context, kind = description(scene, words, rng), rng.random()
+    if kind < 0.2:
+        return repetition(words, rng)
+    if kind < 0.45:
         return retelling(scene, context, words, rng)
     return dialogue(scene, context, words, rng)
+
+
+def repetition(words: Words, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+    """Words of the world in no order, twice: from this looking things up in what was read is learned first."""
+    nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, "the", "a", "at", "is", "and")
+    said = [token for word in rng.choice(nouns, size=int(rng.integers(10, 60))) for token in words.ids(str(word))]
+    tokens = [BOS, *said, NEWLINE, *said, NEWLINE]
+    return tokens, [False] * (len(said) + 2) + [True] * (len(said) + 1)
 
 
 def description(scene: world.Scene, words: Words, rng: np.random.Generator) -> list[int]:

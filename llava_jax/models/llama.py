@@ -128,9 +128,7 @@ class Llama(nnx.Module):
         x_BTD, kv = jax.lax.scan(body, x_BTD, self.layers)
         return self.norm(x_BTD), kv
 
-    def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, T, D] after the last norm; attention is causal within each segment."""
         return self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=False)[0]
 

@@ -20,7 +20,7 @@ def attention(
     """
     mask = None
     if segment_ids_BT is not None:
-        mask = (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+        mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
     if key_mask_BS is not None:
         key_mask = key_mask_BS[:, None, None, :]
         mask = key_mask if mask is None else mask & key_mask
