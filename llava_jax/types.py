@@ -20,8 +20,8 @@ IMAGE_MARK = -200
 class InputError(Exception):
     """Something the user gave cannot be used: one line that says what, where, what was expected and what to do.
 
-    The CLI prints it after `error: ` and exits with code 2; nothing else in the package catches it,
-    except `prepare verify` and the data pipeline, which collect the rows they name.
+    The CLI prints it after `error: ` and exits with code 2. Nothing else catches it but what names more than one
+    (`prepare verify`, the check before training), adds the line of a file (answers) or goes on (chat).
     """
 
 

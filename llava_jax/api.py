@@ -1,0 +1,367 @@
+"""A model in a user's hands: load it from where it lies, ask it, read its logits."""
+
+import dataclasses
+import functools
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from llava_jax.convert.config import read_config
+from llava_jax.convert.hf import LlavaExtras, read_llava
+from llava_jax.data.chat import Span, Template, find_template, render
+from llava_jax.data.image import load_image, preprocess
+from llava_jax.data.tokenize import StreamDecoder, TextTokenizer, encode, expand, load_tokenizer
+from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
+from llava_jax.infer.sample import stop_table, stripped
+from llava_jax.models.llava import build
+from llava_jax.sharding import make_mesh, replicated
+from llava_jax.train.assemble import is_workdir, load_trained
+from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
+
+FORMS = "hf:DIR (Hugging Face LlavaForConditionalGeneration), orbax:DIR (a workdir of train), or such a DIR alone"
+SPEAKERS = {"user": "human", "assistant": "gpt"}
+
+Message = Mapping[str, Any]
+Picture = str | os.PathLike[str] | Image.Image
+
+
+# ---- text and pictures to what the model takes, and back ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Everything between messages and tokens: tokenizer, template and picture settings, as in training."""
+
+    tokenizer: TextTokenizer
+    config: ModelConfig
+    template: str
+    aspect: str
+    image_position: str
+
+    @property
+    def rules(self) -> Template:
+        return find_template(self.template)
+
+    def tokens(self, messages: Sequence[Message]) -> np.ndarray:
+        """int32[t] of a conversation that the assistant is to go on, each image as its P image tokens."""
+        turns, _ = read_messages(messages)
+        spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
+        encoded = encode(spans, self.tokenizer)
+        image_token_id, patches = self.config.image_token_id, self.config.vision.patches
+        tokens, _ = expand(encoded.tokens, encoded.targets, image_token_id, patches, max_length=None)
+        room = self.config.llm.max_positions
+        if tokens.size >= room:
+            raise InputError(
+                f"prompt of {tokens.size} tokens (image tokens included), but the model holds {room} with its answer: "
+                "shorten the text or give fewer images"
+            )
+        return tokens.astype(np.int32)
+
+    def pixels(self, messages: Sequence[Message]) -> np.ndarray:
+        """float32[n, X, Y, C] of the pictures of a conversation, in order."""
+        size = self.config.vision.image_size
+        _, pictures = read_messages(messages)
+        arrays = [
+            preprocess(picture, size, self.aspect)
+            if isinstance(picture, Image.Image)
+            else load_image(os.fspath(picture), size, self.aspect)
+            for picture in pictures
+        ]
+        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.float32)
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        return Prompt(self.tokens(messages), self.pixels(messages))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The answer that ids spell: up to the template's first stop, without white space at its ends."""
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The same answer in pieces, each as soon as no later id can change it."""
+        return stripped(self._decoded(ids))
+
+    def _decoded(self, ids: Iterable[int]) -> Iterator[str]:
+        decoder = StreamDecoder(self.tokenizer, self.rules.stop)
+        for token in ids:
+            yield decoder.push(token)
+        yield decoder.finish()
+
+    def stop_table(self) -> np.ndarray:
+        """`sample.stop_table` of the template: ids where a stop is a token, automaton where it is plain text."""
+        ids = self.tokenizer.stop_ids(self.rules)
+        spelled = [stop for stop in self.rules.stop if self.tokenizer.special_id(stop) is None]
+        size = self.config.llm.vocab_size
+        return stop_table(spelled, ids, token_texts(self.tokenizer, size) if spelled else [""] * size)
+
+
+def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
+    """What each id below `size` adds to a text (a leading space counts, so it is read after another token)."""
+    before = int(tokenizer.encode_chunk([Span("a")])[0][-1])
+    start = len(tokenizer.decode([before]))
+    return [tokenizer.decode([before, token])[start:] for token in range(size)]
+
+
+def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[Picture]]:
+    """Turns with one placeholder a picture, and the pictures in order.
+
+    A message is {"role": "user" | "assistant", "content": text, or a list of parts {"type": "text", "text": …} and
+    {"type": "image", "image": path or PIL image}}. Pictures of a message whose text has no placeholder stand before
+    it. Raises InputError for a message of another shape, a count that does not match, or turns that do not alternate.
+    """
+    turns, pictures = [], []
+    for index, message in enumerate(messages):
+        where = f"message {index + 1}"
+        role = message.get("role")
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            raise InputError(f"{where}: role is {role!r}, expected {expected!r} (user and assistant take turns)")
+        text, shown = _read_content(message.get("content"), where)
+        found = text.count(IMAGE_PLACEHOLDER)
+        if role == "assistant" and (found or shown):
+            raise InputError(f"{where}: a picture in an answer; only the user's messages may have one")
+        if found == 0:
+            text = (IMAGE_PLACEHOLDER + "\n") * len(shown) + text
+        elif found != len(shown):
+            raise InputError(
+                f"{where}: {found} {IMAGE_PLACEHOLDER} in the text for {len(shown)} images; expected as many"
+            )
+        if not text.strip():
+            raise InputError(f"{where}: is empty; expected text")
+        turns.append(Turn(SPEAKERS[role], text))
+        pictures += shown
+    if len(turns) % 2 == 0:
+        raise InputError(f"{len(turns)} messages: expected the last one to be the user's")
+    return tuple(turns), pictures
+
+
+def _read_content(content: Any, where: str) -> tuple[str, list[Picture]]:
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, Sequence):
+        raise InputError(f"{where}: content is {type(content).__name__}, expected text or a list of parts")
+    texts, pictures = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image" and isinstance(part.get("image"), (str, os.PathLike, Image.Image)):
+            pictures.append(part["image"])
+        else:
+            raise InputError(
+                f'{where}: a part is {str(part)[:80]}; expected {{"type": "text", "text": …}} or '
+                '{"type": "image", "image": path or PIL image}'
+            )
+    return "\n".join(texts), pictures
+
+
+def question(text: str, images: Picture | Sequence[Picture] | None) -> list[Message]:
+    """The messages of one question about no picture, one, or several."""
+    if images is None:
+        images = []
+    elif isinstance(images, (str, os.PathLike, Image.Image)):
+        images = [images]
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Llava:
+    """A model that answers; made by `load`. `params` is the plain nested dict {vision, projector, llm}.
+
+    `weights` is a checksum of the projector, which every stage of training changes.
+    """
+
+    name: str
+    engine: Engine
+    processor: Processor
+    weights: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.engine.params
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.config
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What an answer depends on beside the weights and the sampling."""
+        processor = self.processor
+        return {
+            "template": processor.template,
+            "aspect": processor.aspect,
+            "image_position": processor.image_position,
+            "dtype": self.config.dtype,
+            "weights": self.weights,
+        }
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        images: Picture | Sequence[Picture | Sequence[Picture] | None] | None = None,
+        *,
+        batch_size: int = 8,
+        **sampling: Any,
+    ) -> list[str]:
+        """The answer to each prompt; `images` holds, for each, None, a picture (path or PIL image) or several.
+
+        `sampling` takes the fields of `llava_jax.Sampling`; an answer depends on its own prompt and the sampling only.
+        Without a `<image>` in a prompt its pictures stand before it. Raises InputError for what cannot be asked.
+        """
+        if isinstance(prompts, str):
+            prompts, images = [prompts], [images]
+        images = [None] * len(prompts) if images is None else images
+        if len(images) != len(prompts):
+            raise InputError(f"{len(images)} images for {len(prompts)} prompts: expected one entry (or None) a prompt")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected 1 or more")
+        ready = [self.prompt(question(text, shown)) for text, shown in zip(prompts, images, strict=True)]
+        order = sorted(range(len(ready)), key=lambda i: (len(ready[i].pixels), bucket(len(ready[i].tokens))))
+        answers, drawn = [""] * len(ready), Sampling(**sampling)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            texts = self.answer([ready[index] for index in batch], drawn, self.rows(row_bucket(len(batch))))
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+        return answers
+
+    def stream(self, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
+        """Pieces of the answer to a conversation (see `read_messages`) as they come; joined they are the whole text."""
+        return self.processor.pieces(stream_ids(self.engine, self.prompt(messages), Sampling(**sampling)))
+
+    def logits(self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None) -> np.ndarray:
+        """float32[B, T, V] for tokens as transformers' processor gives them: P image tokens for each image.
+
+        `pixels_BCHW` float[n, C, H, W] holds the batch's images in the order of their tokens (any number a row);
+        `mask_BT` is 1 at tokens and 0 at padding, on either side. Logits at padding mean nothing.
+        """
+        tokens_BT = np.asarray(tokens_BT, np.int32)
+        mask_BT = np.ones_like(tokens_BT) if mask_BT is None else np.asarray(mask_BT, np.int32)
+        pixels_BNXYC = _rows_of_images(tokens_BT, pixels_BCHW, self.config)
+        return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, graphdef=self.engine.graphdef))
+
+    # What answers.py and chat.py ask for.
+
+    def rows(self, batch_size: int) -> int:
+        """`batch_size` rounded up to a multiple of the devices."""
+        devices = 1 if self.engine.mesh is None else self.engine.mesh.size
+        return -(-batch_size // devices) * devices
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        return self.processor.prompt(messages)
+
+    def length(self, messages: Sequence[Message]) -> int:
+        """Tokens of a prompt, its pictures counted but not read."""
+        return int(self.processor.tokens(messages).size)
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]:
+        """The answers to one batch of at most `rows` prompts."""
+        return [self.processor.text(ids) for ids in generate_ids(self.engine, prompts, sampling, rows)]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _logits(
+    params: dict[str, Any], tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, *, graphdef: nnx.GraphDef
+) -> jax.Array:
+    positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+    return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT)
+
+
+def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig) -> np.ndarray | None:
+    """The images of a batch sorted to their rows, float32[B, N, X, Y, C] (zeros where a row has fewer), or None."""
+    patches, size = config.vision.patches, config.vision.image_size
+    slots_B = (tokens_BT == config.image_token_id).sum(axis=1)
+    given = 0 if pixels_BCHW is None else len(pixels_BCHW)
+    if np.any(slots_B % patches) or slots_B.sum() != given * patches:
+        raise InputError(
+            f"image tokens (id {config.image_token_id}) a row are {slots_B.tolist()} for {given} images; "
+            f"expected {patches} for each image"
+        )
+    if given == 0:
+        return None
+    pixels = np.asarray(pixels_BCHW, np.float32)
+    if pixels.shape[1:] != (3, size, size):
+        raise InputError(f"pixels are {list(pixels.shape)}; expected [images, 3, {size}, {size}]")
+    images_B = slots_B // patches
+    pixels_BNXYC = np.zeros((len(tokens_BT), images_B.max(), size, size, 3), np.float32)
+    first = 0
+    for row, count in enumerate(images_B):
+        pixels_BNXYC[row, :count] = pixels[first : first + count].transpose(0, 2, 3, 1)
+        first += count
+    return pixels_BNXYC
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(source: str, template: str | None = None, dtype: str | None = None) -> Llava:
+    """The model at `source`: hf:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
+
+    `template` replaces the conversation template the source names; `dtype` (float32, bfloat16) is the dtype of the
+    weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
+    Over several devices the weights are on each and batches are split. Raises InputError for anything else.
+    """
+    form, folder = split_source(source)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise InputError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
+    if template is not None:
+        find_template(template)
+    if form == "orbax":
+        plan, params, settings = load_trained(folder)
+        config, rules = plan.config, settings.data
+        extras = LlavaExtras(rules.template, rules.aspect, rules.image_position, plan.tokenizer)
+        dtype = dtype or config.dtype
+    else:
+        config, params, extras = read_llava(folder)
+        dtype = dtype or _stored_dtype(folder)
+    config = dataclasses.replace(config, dtype=dtype, remat="none")
+    processor = Processor(
+        load_tokenizer(extras.tokenizer), config, template or extras.template, extras.aspect, extras.image_position
+    )
+    return assemble(os.path.basename(os.path.abspath(folder)), params, processor)
+
+
+def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
+    """A model of parameters in memory (numpy or jax), placed on the devices in the dtype of its config."""
+    config = processor.config
+    mesh = make_mesh(MeshSettings(-1, 1, 1)) if len(jax.devices()) > 1 else None
+    place = jax.devices()[0] if mesh is None else replicated(mesh)
+    cast = jax.tree.map(lambda x: jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), place), params)
+    engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)
+    checksum = 0
+    for leaf in jax.tree.leaves(params["projector"]):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32), checksum)
+    return Llava(name, engine, processor, f"{checksum:08x}")
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """(`hf` or `orbax`, folder) of a SRC. Raises InputError naming the accepted forms."""
+    form, colon, folder = source.partition(":")
+    if not colon or os.path.isdir(source):
+        form, folder = "", source
+    if form not in ("", "hf", "orbax"):
+        raise InputError(f"model {source!r}: form {form!r} is not read; expected {FORMS}")
+    if not os.path.isdir(folder):
+        raise InputError(f"model {source!r}: no folder {folder!r}; expected {FORMS}")
+    found = "orbax" if is_workdir(folder) else "hf" if os.path.isfile(os.path.join(folder, "config.json")) else None
+    if found is None or form not in ("", found):
+        held = {"orbax": "a workdir of train", "hf": "a config.json without checkpoints/", None: "neither"}[found]
+        raise InputError(f"model {source!r}: the folder holds {held}; expected {FORMS}")
+    return found, folder
+
+
+def _stored_dtype(folder: str) -> str:
+    given = read_config(folder, FORMS)
+    stored = given.get("dtype", given.get("torch_dtype"))
+    return "bfloat16" if stored in ("float16", "bfloat16") else "float32"

@@ -1,0 +1,116 @@
+"""Choosing the next token, and knowing on the device when an answer has reached a stop string."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.types import InputError, Sampling
+
+
+class Draw(NamedTuple):
+    """The numbers of a draw as arrays, so that changing them compiles nothing."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise InputError for the first setting that no answer can be drawn with."""
+    wrong = {
+        "max_new_tokens must be at least 1": sampling.max_new_tokens < 1,
+        "temperature must be 0 (greedy) or positive": not 0 <= sampling.temperature < float("inf"),
+        "top_p must be above 0 and at most 1": not 0 < sampling.top_p <= 1,
+        "top_k must be 0 (off) or positive": sampling.top_k < 0,
+        "beams must be at least 1": sampling.beams < 1,
+        "beams above 1 score greedily: set temperature to 0": sampling.beams > 1 and sampling.temperature > 0,
+        "seed must be from 0 to 2**32 - 1": not 0 <= sampling.seed < 2**32,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise InputError(f"sampling: {message}, got {sampling}")
+
+
+def mode_of(sampling: Sampling) -> str:
+    """`greedy`, `sample`, or `filter` where top-k or top-p need the logits sorted: one compiled decode each."""
+    if sampling.temperature == 0:
+        return "greedy"
+    return "filter" if sampling.top_k > 0 or sampling.top_p < 1 else "sample"
+
+
+def draw_of(sampling: Sampling) -> Draw:
+    return Draw(jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+
+
+def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """-inf for tokens outside the `top_k` most likely (0: all), then outside the smallest set of mass `top_p`.
+
+    The order and the rules are transformers' (TopK, then TopP renormalised over what is left); equal logits stay
+    together, so that the kept set does not depend on how they happen to sort.
+    """
+    V = logits_BV.shape[-1]
+    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+    kept = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
+    sorted_BV = jnp.where(sorted_BV >= sorted_BV[:, kept - 1, None], sorted_BV, -jnp.inf)
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    above_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    # The most likely token always stays; at top_p 1 nothing goes, whatever the sum rounds to.
+    inside_BV = (above_BV < top_p) | (top_p >= 1)
+    floor_B1 = jnp.min(jnp.where(inside_BV & jnp.isfinite(sorted_BV), sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
+
+
+def next_token(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, draw: Draw, mode: str) -> jax.Array:
+    """Token ids int32[B]; a row's noise comes from its own key and `step`, never from its neighbours."""
+    if mode == "greedy":
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / draw.temperature
+    if mode == "filter":
+        logits_BV = filter_logits(logits_BV, draw.top_k, draw.top_p)
+    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV).astype(jnp.int32)
+
+
+def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[str]) -> np.ndarray:
+    """Automaton that reads tokens and accepts where their text completes a stop string: int16[Q + 1, V].
+
+    Row q, column t is the state after token t in state q; a row starts in state 0 and Q is the accepting state.
+    A state is the longest end of the text so far that begins a stop string (Aho-Corasick), so a stop string that
+    several tokens spell is seen whatever its cut. `pieces[t]` is the text of token t; `stop_ids` accept at once.
+    """
+    states = [""] + sorted({stop[:size] for stop in stops for size in range(1, len(stop))})
+    number = {state: index for index, state in enumerate(states)}
+    accept, alphabet = len(states), frozenset("".join(stops))
+
+    def read(state: str, piece: str) -> int:
+        for character in piece:
+            text = state + character
+            if any(text.endswith(stop) for stop in stops):
+                return accept
+            state = next(text[cut:] for cut in range(len(text) + 1) if text[cut:] in number)
+        return number[state]
+
+    table_QV = np.zeros((accept + 1, len(pieces)), np.int16)
+    for token, piece in enumerate(pieces):
+        if not piece:
+            table_QV[:accept, token] = np.arange(accept)
+        elif not alphabet.isdisjoint(piece):
+            table_QV[:accept, token] = [read(state, piece) for state in states]
+    table_QV[:, [token for token in stop_ids if token < len(pieces)]] = accept
+    table_QV[accept] = accept
+    return table_QV
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without the white space at its two ends."""
+    held, begun = "", False
+    for piece in pieces:
+        text = held + (piece if begun else piece.lstrip())
+        body = text.rstrip()
+        held = text[len(body) :]
+        if body:
+            begun = True
+            yield body

@@ -1,0 +1,126 @@
+"""A conversation in the terminal, typed from a file."""
+
+import io
+
+import pytest
+
+from llava_jax.infer.chat import HELP, chat
+from llava_jax.types import InputError, Sampling
+from tests.tiny_llava import model, picture
+
+SAMPLING = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return model(str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    return str(tmp_path / "0.png")
+
+
+class Recorder:
+    """The model, with the conversations it was asked to go on; answers what it is told, or interrupts."""
+
+    def __init__(self, model, *answers):
+        self.model, self.answers, self.asked = model, list(answers), []
+
+    def prompt(self, messages):
+        return self.model.prompt(messages)
+
+    def stream(self, messages, **sampling):
+        self.asked.append([(m["role"], m["content"]) for m in messages])
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        for piece in answer:
+            if piece is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            yield piece
+
+
+def talk(model, typed: str, image: str | None = None) -> list[str]:
+    output = io.StringIO()
+    chat(model, image, io.StringIO(typed), output, SAMPLING)
+    shown = output.getvalue()
+    assert shown.startswith(HELP)
+    return [part.strip() for part in shown[len(HELP) :].split("\n> ")][1:]
+
+
+def asks(text: str, image: str | None = None) -> tuple:
+    parts = [{"type": "image", "image": image}] if image else []
+    return ("user", [*parts, {"type": "text", "text": text}])
+
+
+def test_a_conversation_equals_the_streamed_answers(tiny, photo):
+    first, second, end = talk(tiny, "What is this?\nMore?\n", photo)
+    messages = [dict(role="user", content=asks("What is this?", photo)[1])]
+    assert first == "".join(tiny.stream(messages, max_new_tokens=6)).strip()
+    messages += [dict(role="assistant", content=first), dict(role="user", content=asks("More?")[1])]
+    assert second == "".join(tiny.stream(messages, max_new_tokens=6)).strip()
+    assert end == "" and first != second
+
+
+def test_history_reset_and_pictures(tiny, photo):
+    told = Recorder(tiny, ["a"], ["b"], ["c"], ["d"])
+    talk(told, f"one\ntwo\n\n/reset\nthree\n/image {photo}\nfour\n/quit\nfive\n")
+    one, two = asks("one"), asks("two")
+    assert told.asked == [[one], [one, ("assistant", "a"), two], [asks("three")], [asks("four", photo)]]
+
+
+def test_the_first_picture_stays_after_a_reset(tiny, photo):
+    told = Recorder(tiny, ["a"], ["b"])
+    talk(told, "one\n/reset\ntwo\n", photo)
+    assert told.asked == [[asks("one", photo)], [asks("two", photo)]]
+
+
+def test_an_interrupted_answer_stays_in_the_conversation(tiny):
+    told = Recorder(tiny, ["par", "tial", KeyboardInterrupt], ["b"])
+    shown = talk(told, "one\ntwo\n")
+    assert shown[0] == "partial (stopped)"
+    assert told.asked[1] == [asks("one"), ("assistant", "partial"), asks("two")]
+
+
+def test_an_interrupt_at_the_prompt_does_not_end_the_chat(tiny):
+    class Keyboard(io.StringIO):
+        interrupted = False
+
+        def readline(self):
+            if not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return super().readline()
+
+    told, output = Recorder(tiny, ["a"]), io.StringIO()
+    chat(told, None, Keyboard("one\n"), output, SAMPLING)
+    assert "Ctrl-D or /quit leaves" in output.getvalue() and len(told.asked) == 1
+
+
+def test_errors_are_one_line_and_the_chat_goes_on(tiny, photo, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    told = Recorder(tiny, ["a"], InputError("too long"), ["c"])
+    shown = talk(told, f"one\n/image {tmp_path}/none.png\n/image {tmp_path}/bad.png\n/image\n/what\ntwo\nthree\n")
+    assert "none.png: no such file" in shown[1] and "\n" not in shown[1]
+    assert "bad.png: not a picture" in shown[2] and "\n" not in shown[2]
+    assert shown[3].startswith("error: /image: no such command") and shown[4].startswith("error: /what")
+    assert shown[5] == "error: too long (/reset starts a new conversation)"
+    assert told.asked[2] == [asks("one"), ("assistant", "a"), asks("three")]
+
+
+def test_a_conversation_that_grows_too_long_is_told(tiny):
+    shown = talk(tiny, "word " * 200 + "\nshort\n")
+    assert shown[0].startswith("error: prompt of ") and shown[1] and not shown[1].startswith("error")
+
+
+def test_an_empty_answer_is_forgotten(tiny):
+    told = Recorder(tiny, [], ["b"])
+    assert talk(told, "one\ntwo\n")[0] == "(no answer)"
+    assert told.asked[1] == [asks("two")]
+
+
+def test_a_first_picture_that_is_none_ends_at_once(tiny, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        talk(tiny, "one\n", str(tmp_path / "none.png"))

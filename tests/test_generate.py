@@ -1,0 +1,217 @@
+"""Prefill, cache, drawing and stopping, on a random two-layer model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llava_jax.infer import generate, sample
+from llava_jax.infer.generate import Engine, Prompt, bucket, collate, decode_step, generate_ids, prefill, stream_ids
+from llava_jax.models import llava
+from llava_jax.types import InputError, Sampling
+from tests.tiny_llava import VOCAB, config, sharp_params
+
+CONFIG = config()
+PATCHES = CONFIG.vision.patches
+DRAWS = {
+    "greedy": Sampling(max_new_tokens=24),
+    "sample": Sampling(max_new_tokens=24, temperature=0.8, seed=5),
+    "top_k_top_p": Sampling(max_new_tokens=24, temperature=1.5, top_k=40, top_p=0.9, seed=5),
+}
+
+
+@functools.cache
+def engine(stop_ids: tuple[int, ...] = ()) -> Engine:
+    params = jax.tree.map(jnp.asarray, sharp_params(CONFIG))
+    stops = sample.stop_table([], stop_ids, [""] * VOCAB)
+    return Engine(llava.build(CONFIG)[0], params, CONFIG, jnp.asarray(stops))
+
+
+def prompt(seed: int, text: int, images: int = 0) -> Prompt:
+    rng = np.random.default_rng(seed)
+    words = rng.integers(3, VOCAB, text)
+    tokens = np.concatenate([[1], *[[CONFIG.image_token_id] * PATCHES] * images, words]).astype(np.int32)
+    return Prompt(tokens, rng.normal(size=(images, 16, 16, 3)).astype(np.float32))
+
+
+PROMPTS = [prompt(0, 9, 1), prompt(1, 30), prompt(2, 70, 2), prompt(3, 12, 1), prompt(4, 5)]
+
+
+@functools.cache
+def full_logits() -> callable:
+    """Logits [1, T, V] of a whole sequence, padded to one length so that it compiles once."""
+    graphdef = engine().graphdef
+
+    @jax.jit
+    def run(params, tokens_BT, pixels_BNXYC):
+        return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC)
+
+    def logits(tokens: list[int], pixels: np.ndarray) -> np.ndarray:
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(tokens)] = tokens
+        images = np.zeros((1, 2, 16, 16, 3), np.float32)
+        images[0, : len(pixels)] = pixels
+        return np.asarray(run(engine().params, padded, images))[0, : len(tokens)]
+
+    return logits
+
+
+def test_cached_decode_gives_the_logits_of_the_full_forward():
+    rng, steps = np.random.default_rng(9), 12
+    forced = rng.integers(3, VOCAB, (len(PROMPTS), steps)).astype(np.int32)
+    inputs = collate(PROMPTS, rows=8)
+    logits, cache = prefill(
+        engine().params, inputs, graphdef=engine().graphdef, config=CONFIG, size=inputs.tokens_BT.shape[1] + steps
+    )
+    step = jax.jit(lambda params, token, cache: decode_step(nnx.merge(engine().graphdef, params), token, cache))
+    seen = [np.asarray(logits)]
+    for column in forced.T:
+        token_B = np.zeros(8, np.int32)
+        token_B[: len(PROMPTS)] = column
+        logits, cache = step(engine().params, token_B, cache)
+        seen.append(np.asarray(logits))
+    for row, given in enumerate(PROMPTS):
+        whole = full_logits()([*given.tokens, *forced[row]], given.pixels)[len(given.tokens) - 1 :]
+        scale = np.abs(whole).max()
+        np.testing.assert_allclose(np.stack(seen)[:, row] / scale, whole / scale, atol=1e-5)
+
+
+def test_greedy_takes_the_argmax_of_the_full_forward():
+    given = PROMPTS[0]
+    ids = generate_ids(engine(), [given], Sampling(max_new_tokens=16))[0]
+    assert len(ids) == 16 and len(set(ids)) > 3
+    whole = full_logits()([*given.tokens, *ids], given.pixels)
+    assert ids == list(whole[len(given.tokens) - 1 : -1].argmax(-1))
+
+
+@pytest.mark.parametrize("sampling", DRAWS.values(), ids=DRAWS.keys())
+def test_batched_equals_single_equals_streamed(sampling):
+    together = generate_ids(engine(), PROMPTS, sampling, rows=8)
+    assert generate_ids(engine(), PROMPTS[::-1], sampling, rows=8) == together[::-1]
+    assert [generate_ids(engine(), [given], sampling, rows=8)[0] for given in PROMPTS] == together
+    # A batch of one has other shapes throughout.
+    assert generate_ids(engine(), PROMPTS[:1], sampling) == together[:1]
+    assert list(stream_ids(engine(), PROMPTS[0], sampling)) == together[0]
+    assert len({tuple(ids) for ids in together}) == len(PROMPTS)
+
+
+def test_the_seed_decides_a_draw():
+    draw = DRAWS["sample"]
+    first, again = (generate_ids(engine(), PROMPTS, draw, rows=8) for _ in range(2))
+    other = generate_ids(engine(), PROMPTS, dataclasses.replace(draw, seed=6), rows=8)
+    assert first == again
+    assert all(one != two for one, two in zip(first, other, strict=True))
+
+
+def test_a_row_ends_with_its_stop_and_its_neighbours_go_on():
+    free = generate_ids(engine(), PROMPTS, DRAWS["greedy"], rows=8)
+    stop = free[0][5]
+    ended = generate_ids(engine((stop,)), PROMPTS, DRAWS["greedy"], rows=8)
+    for before, after in zip(free, ended, strict=True):
+        assert after == (before[: before.index(stop) + 1] if stop in before else before)
+    assert len(ended[0]) < 24 == max(len(ids) for ids in ended)
+
+
+def test_answers_end_where_the_positions_do():
+    few = dataclasses.replace(CONFIG.llm, max_positions=len(PROMPTS[1].tokens) + 5)
+    close = dataclasses.replace(engine(), config=dataclasses.replace(CONFIG, llm=few))
+    free = generate_ids(engine(), PROMPTS, DRAWS["greedy"], rows=8)
+    ended = generate_ids(close, [*PROMPTS[:2], *PROMPTS[3:]], DRAWS["greedy"], rows=8)
+    assert ended[1] == free[1][:5] and ended[0] == free[0][:22] and ended[3] == free[4]
+    with pytest.raises(InputError, match="prompt of 79 tokens .* holds 36 "):
+        generate_ids(close, [PROMPTS[2]], DRAWS["greedy"])
+
+
+def test_compilations_are_bounded():
+    generate_ids(engine(), PROMPTS, DRAWS["sample"], rows=8)
+    before = [function._cache_size() for function in (generate.prefill, generate.begin, generate.decode)]
+    for seed, length in ((1, 64), (2, 3)):
+        others = [prompt(seed, length, 2), prompt(seed + 10, length, 1)]
+        sampling = Sampling(max_new_tokens=10 + seed, temperature=0.5 + seed, seed=seed)
+        generate_ids(engine(), [*others, PROMPTS[2]], sampling, rows=8)
+    assert [function._cache_size() for function in (generate.prefill, generate.begin, generate.decode)] == before
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 64, 65, 512, 513, 768, 769)] == [64, 64, 128, 512, 768, 768, 1024]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(max_new_tokens=0),
+        dict(temperature=-0.1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(top_k=-1),
+        dict(beams=0),
+        dict(beams=2, temperature=1.0),
+        dict(seed=-1),
+    ],
+)
+def test_impossible_sampling_is_refused(changes):
+    with pytest.raises(InputError, match="sampling: "):
+        generate_ids(engine(), PROMPTS[:1], Sampling(**changes))
+
+
+# ---- sample.py --------------------------------------------------------------------------------------------------
+
+
+def kept_by_hand(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
+    order = np.argsort(-logits)[: top_k or None]
+    probability = np.exp(logits[order] - logits[order].max())
+    probability /= probability.sum()
+    mass, kept = 0.0, set()
+    for token, share in zip(order, probability, strict=True):
+        if mass < top_p:
+            kept.add(int(token))
+        mass += share
+    return kept
+
+
+@pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (1, 1.0), (7, 1.0), (0, 0.3), (0, 0.95), (9, 0.6), (500, 1e-6)])
+def test_filter_keeps_what_the_rules_say(top_k, top_p):
+    logits = np.random.default_rng(top_k).normal(size=(4, 60)).astype(np.float32) * 2
+    kept = np.isfinite(sample.filter_logits(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
+    assert [set(np.flatnonzero(row)) for row in kept] == [kept_by_hand(row, top_k, top_p) for row in logits]
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.tile(jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125])), (4000, 1))
+    keys = jax.vmap(jax.random.key)(jnp.arange(4000, dtype=jnp.uint32))
+    sampling = Sampling(temperature=1.0)
+    tokens = sample.next_token(logits, keys, jnp.int32(0), sample.draw_of(sampling), sample.mode_of(sampling))
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
+    cold = dataclasses.replace(sampling, temperature=0.5)
+    tokens = sample.next_token(logits, keys, jnp.int32(0), sample.draw_of(cold), sample.mode_of(cold))
+    squared = np.array([0.25, 0.0625, 0.015625, 0.015625])
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, squared / squared.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize("stops", [["###"], ["aab", "b#"], ["\n"], ["ab", "abc", "#a#a"]])
+def test_the_automaton_finds_what_a_text_search_finds(stops):
+    pieces = ["", "#", "##", "a", "aa", "b", "ab", "#b", "c", "\n", "#a", "a\nb"]
+    table = sample.stop_table(stops, [8], pieces)
+    rng = np.random.default_rng(0)
+    ended = 0
+    for _ in range(300):
+        tokens, state, text = rng.integers(0, len(pieces), 12), 0, ""
+        for token in tokens:
+            text += pieces[token]
+            state = int(table[state, token])
+            over = token == 8 or any(stop in text for stop in stops)
+            assert (state == len(table) - 1) == over
+            if over:
+                ended += 1
+                break
+    assert 100 < ended
+
+
+def test_stripped_pieces_join_to_the_stripped_text():
+    pieces = ["", " \n", " a", " ", "", "b ", "\n", " c", "  "]
+    assert list(sample.stripped(pieces)) == ["a", " b", " \n c"]
+    assert list(sample.stripped([" ", "\n"])) == []
