@@ -1,0 +1,185 @@
+"""Our parameters to a LlavaForConditionalGeneration folder that transformers 4.46 and 5, vLLM and others load."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.convert import config as hf_config
+from llava_jax.convert import table
+from llava_jax.convert.processor import ExportedTokens, check_ids, write_processor
+from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_folder, write_shards
+from llava_jax.types import InputError, ModelConfig
+
+Params = dict[str, Any]
+DTYPES = ("float32", "bfloat16")
+# Grown vocabularies are rounded up to this, as the published LLaVA-1.5 folders are (32,000 + 2 -> 32,064).
+VOCAB_MULTIPLE = 64
+
+
+def write_llava(
+    folder: str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source_vision_folder: str | None,
+    tokenizer_folder: str,
+    template: str,
+    aspect: str,
+    image_position: str,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> ModelConfig:
+    """Write the folder and return the config as exported (image token and vocabulary may have moved).
+
+    params                {"vision", "projector", "llm"}, numpy or jax arrays in our layout
+    source_vision_folder  the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
+                          None (random towers) writes fresh values there, which no LLaVA ever reads
+    Everything is written beside `folder`, read back and compared, and then renamed. InputError when `folder` is
+    already there or the dtype is unknown.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    with _finished(folder) as partial:
+        tokens = write_processor(
+            partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
+        )
+        exported = _grown(config, tokens)
+        _write_configs(
+            partial, exported, tokens, dtype, dict(template=template, aspect=aspect, image_position=image_position)
+        )
+        check_ids(partial, tokenizer_folder, template, image_position)
+        pieces = [*_pieces(exported, params, dtype), *_beyond_features(exported, source_vision_folder, dtype)]
+        write_shards(partial, pieces, shard_bytes)
+        check_written(partial, pieces)
+    return exported
+
+
+@contextlib.contextmanager
+def _finished(folder: str) -> Iterator[str]:
+    """A temporary folder beside `folder` that takes its name when the block ends, and is removed when it fails."""
+    folder = os.path.abspath(folder)
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise InputError(f"{folder}: already exists and is not empty; choose another target or remove it")
+    parent = os.path.dirname(folder)
+    os.makedirs(parent, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
+    try:
+        yield partial
+        os.chmod(partial, 0o755)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
+    """The config with the exported image token, and the vocabulary grown where image or pad id lie outside."""
+    needed = max(tokens.image_id, tokens.pad_id) + 1
+    vocab = config.llm.vocab_size
+    if needed > vocab:
+        vocab = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    llm = dataclasses.replace(config.llm, vocab_size=vocab)
+    return dataclasses.replace(config, llm=llm, image_token_id=tokens.image_id)
+
+
+def _write_configs(
+    folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, ours: Mapping[str, str]
+) -> None:
+    ids = dict(pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
+    described = hf_config.llava_json(config, dtype=dtype, **ids) | {"llava_jax": dict(ours)}
+    generation = dict(bos_token_id=tokens.bos_id, eos_token_id=tokens.eos_id, pad_token_id=tokens.pad_id)
+    for name, value in (("config.json", described), ("generation_config.json", generation)):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2)
+    read = hf_config.llava_config(hf_config.read_json(os.path.join(folder, "config.json")), folder, config.dtype)
+    if dataclasses.replace(read, remat=config.remat) != config:
+        raise ValueError(f"config read back as {read}, wrote {config}")
+
+
+# ---- tensors ----------------------------------------------------------------------------------------------------
+
+
+def _pieces(config: ModelConfig, params: Params, dtype: str) -> Iterator[Piece]:
+    """Every parameter in hub layout, in the table's order, each made when it is written."""
+    flat = table.flatten(params)
+    unknown = sorted(set(flat) - set(table.ROWS))
+    if unknown:
+        raise ValueError(f"parameters without a row in the table: {unknown}")
+    numpy_dtype = np.dtype(jnp.dtype(dtype))
+    for row in table.TABLE:
+        if row.ours not in flat:
+            continue
+        array = flat[row.ours]
+        shape = _with_vocabulary(row, table.hf_shape(row, array.shape[1:] if row.stacked else array.shape), config)
+        for layer in range(array.shape[0]) if row.stacked else (None,):
+
+            def make(array=array, row=row, layer=layer, rows=shape[0]) -> np.ndarray:
+                one = np.asarray(array if layer is None else array[layer])
+                return _with_rows(table.to_hf(row, one), rows)
+
+            yield Piece(row.hf if layer is None else row.hf.format(layer), shape, numpy_dtype, make)
+    if config.projector == "linear":
+        D = config.llm.width
+        name = table.PROJECTOR + "linear_2."
+        yield Piece(name + "weight", (D, D), numpy_dtype, lambda: np.eye(D))
+        yield Piece(name + "bias", (D,), numpy_dtype, lambda: np.zeros(D))
+
+
+def _with_vocabulary(row: table.Row, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    return (config.llm.vocab_size, *shape[1:]) if row.ours in ("llm/embed/table", "llm/head/kernel") else shape
+
+
+def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    """The array with rows added that are the mean of those it has (they belong to tokens never trained)."""
+    if array.shape[0] == rows:
+        return array
+    mean = array.astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
+
+
+def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Iterator[Piece]:
+    """CLIP's blocks after the feature layer and its post-norm: never run by LLaVA, but transformers asks for them."""
+    width, mlp = config.vision.width, config.vision.mlp_width
+    shapes = {table.VISION + "post_layernorm.weight": (width,), table.VISION + "post_layernorm.bias": (width,)}
+    for row in table.TABLE:
+        if row.ours.startswith("vision/layers/"):
+            out, inner = (mlp, width) if ".fc1" in row.hf else (width, mlp if ".fc2" in row.hf else width)
+            shape = (out, inner) if row.in_dims else (out,)
+            shapes |= {row.hf.format(n): shape for n in range(config.vision_layers, config.vision.layers)}
+    if source is None:
+        print(
+            f"export: no source for CLIP's last {config.vision.layers - config.vision_layers} block(s) and post-norm, "
+            "which LLaVA does not run; fresh values are written for them"
+        )
+        yield from (_fresh(name, shape, np.dtype(jnp.dtype(dtype))) for name, shape in shapes.items())
+    else:
+        yield from _copied(source, shapes, np.dtype(jnp.dtype(dtype)))
+
+
+def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
+    """Those tensors of the source folder; bit-equal where its dtype is the export's."""
+    kind = "llava" if hf_config.read_config(source, "a CLIP or LLaVA folder").get("model_type") == "llava" else "clip"
+    tensors = open_folder(source)
+    names = {table.canonical(name, kind): name for name in tensors.names()}
+    wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]
+    if wrong:
+        raise InputError(
+            f"{source}: lacks {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''} in the expected shape; give the "
+            "CLIP folder the vision tower came from"
+        )
+    for name, shape in shapes.items():
+        yield Piece(name, shape, dtype, lambda name=name: tensors.get(names[name]).astype(dtype))
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Piece:
+    if len(shape) == 2:
+        return Piece(name, shape, dtype, lambda: np.random.default_rng(0).normal(0.0, 0.02, shape))
+    is_scale = "norm" in name and name.endswith("weight")
+    return Piece(name, shape, dtype, lambda: np.ones(shape) if is_scale else np.zeros(shape))

@@ -1,0 +1,197 @@
+"""Hugging Face folders to our parameters: CLIP, LLaMA, LLaVA and projector files, strictly and tensor by tensor."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.convert import config as hf_config
+from llava_jax.convert import table
+from llava_jax.convert.export import write_llava
+from llava_jax.convert.safetensors_io import FLOATS, Tensors, open_file, open_folder
+from llava_jax.data.chat import TEMPLATES
+from llava_jax.models.llava import build
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
+
+Params = dict[str, Any]
+
+__all__ = ["LlavaExtras", "read_clip", "read_llama", "read_llava", "read_llava_config", "read_projector", "write_llava"]
+
+# Stand-ins for the part that a CLIP or LLaMA folder does not say anything about.
+_NO_LLM = LlamaConfig(vocab_size=1, width=1, mlp_width=1, layers=1, heads=1, kv_heads=1, head_dim=2)
+_NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, patch_size=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaExtras:
+    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder, `pad_id` None where unsaid."""
+
+    template: str = "v1"
+    aspect: str = "crop"
+    image_position: str = "front"
+    tokenizer: str = ""
+    pad_id: int | None = None
+
+
+# ---- public -----------------------------------------------------------------------------------------------------
+
+
+def read_clip(folder: str, *, feature_layer: int = -2, dtype: str = "float32") -> tuple[ClipConfig, Params]:
+    """Config and `vision` parameters (numpy, `dtype`) of a CLIPModel or CLIPVisionModel folder.
+
+    Blocks above `feature_layer`, the post-norm, the text tower and the projections are left out.
+    """
+    where = os.path.join(folder, "config.json")
+    given = hf_config.read_config(folder, "a Hugging Face CLIP folder (config.json and safetensors)")
+    config = hf_config.clip_config(given, where)
+    hf_config.check_feature_layer(feature_layer, config, where)
+    model = ModelConfig(vision=config, llm=_NO_LLM, feature_layer=feature_layer)
+    return config, _read(open_folder(folder), "clip", model, ("vision",), dtype)["vision"]
+
+
+def read_llama(folder: str, *, dtype: str = "float32") -> tuple[LlamaConfig, Params]:
+    """Config and `llm` parameters (numpy, `dtype`) of a LlamaForCausalLM folder."""
+    given = hf_config.read_config(folder, "a Hugging Face LLaMA folder (config.json and safetensors)")
+    config = hf_config.llama_config(given, os.path.join(folder, "config.json"))
+    model = ModelConfig(vision=_NO_CLIP, llm=config)
+    return config, _read(open_folder(folder), "llama", model, ("llm",), dtype)["llm"]
+
+
+def read_llava(folder: str, *, dtype: str = "float32") -> tuple[ModelConfig, Params, LlavaExtras]:
+    """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration folder."""
+    config, extras = read_llava_config(folder)
+    return config, _read(open_folder(folder), "llava", config, ("vision", "projector", "llm"), dtype), extras
+
+
+def read_llava_config(folder: str) -> tuple[ModelConfig, LlavaExtras]:
+    """What `read_llava` says, without the weights."""
+    where = os.path.join(folder, "config.json")
+    given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
+    return hf_config.llava_config(given, where), _extras(given, folder, where)
+
+
+def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
+    """`projector` parameters of a .safetensors file in any of the usual spellings, checked against `config`."""
+    if path.endswith((".bin", ".pt", ".pth")):
+        raise InputError(f"{path}: pickled projector files are not read; convert it to .safetensors with torch first")
+    if not path.endswith(".safetensors"):
+        raise InputError(f"{path}: expected a .safetensors projector file or the workdir of a pretrain run")
+    return _read(open_file(path), "projector", config, ("projector",), dtype)["projector"]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def _read(tensors: Tensors, kind: str, config: ModelConfig, parts: tuple[str, ...], dtype: str) -> Params:
+    """The named parts of the model from `tensors`, or one InputError that lists every difference."""
+    _, abstract = build(config)
+    wanted = {path: leaf.shape for path, leaf in table.flatten(abstract).items() if path.split("/")[0] in parts}
+    names, problems = _spelled(tensors, kind)
+    expected = _expected(wanted)
+    problems += _differences(tensors, kind, config, names, expected)
+    if problems:
+        raise InputError(f"{tensors.where}: the weights do not fit the config: {'; '.join(problems)}")
+    flat: dict[str, np.ndarray] = {}
+    for path, shape in wanted.items():
+        row = table.ROWS[path]
+        array = np.empty(shape, jnp.dtype(dtype))
+        if row.stacked:
+            for layer in range(shape[0]):
+                array[layer] = table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape[1:])
+        else:
+            array[...] = table.to_ours(row, tensors.get(names[row.hf]), shape)
+        flat[path] = array
+    return table.unflatten(flat)
+
+
+def _spelled(tensors: Tensors, kind: str) -> tuple[dict[str, str], list[str]]:
+    """Canonical name -> name in the file, and what was found twice."""
+    names: dict[str, str] = {}
+    twice = []
+    for name in tensors.names():
+        canonical = table.canonical(name, kind)
+        if canonical in names:
+            twice.append(f"{names[canonical]} and {name} are the same tensor")
+        names[canonical] = name
+    return names, twice
+
+
+def _expected(wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> their shape, for every tensor the wanted parameters are made of."""
+    expected = {}
+    for path, shape in wanted.items():
+        row = table.ROWS[path]
+        layers = range(shape[0]) if row.stacked else (0,)
+        one = table.hf_shape(row, shape[1:] if row.stacked else shape)
+        expected |= {row.hf.format(layer): one for layer in layers}
+    return expected
+
+
+def _differences(
+    tensors: Tensors,
+    kind: str,
+    config: ModelConfig,
+    names: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    missing = [name for name in expected if name not in names]
+    unexpected, shapes, dtypes, problems = [], [], [], []
+    for canonical, name in names.items():
+        if canonical not in expected:
+            if not table.unused(canonical, kind, config.vision_layers):
+                reason = _surplus(tensors, config, names, canonical)
+                if reason is None:
+                    continue
+                unexpected.append(name) if reason == "" else problems.append(reason)
+        elif tensors.shape(name) != expected[canonical]:
+            shapes.append(f"{name} is {list(tensors.shape(name))}, expected {list(expected[canonical])}")
+        elif tensors.dtype(name) not in FLOATS:
+            dtypes.append(f"{name} is {tensors.dtype(name)}, expected one of {', '.join(sorted(FLOATS))}")
+    if missing:
+        problems.append("missing " + ", ".join(_grouped(missing)))
+    if unexpected:
+        problems.append("unexpected " + ", ".join(_grouped(unexpected)))
+    return problems + shapes + dtypes
+
+
+def _surplus(tensors: Tensors, config: ModelConfig, names: Mapping[str, str], canonical: str) -> str | None:
+    """Why a tensor that has no row may not be there: None when it may, "" when it is simply unknown."""
+    embedding = names.get(table.LLM + "embed_tokens.weight")
+    if canonical == table.HEAD and config.llm.tied and embedding is not None:
+        same = np.array_equal(tensors.get(names[canonical]), tensors.get(embedding))
+        return None if same else f"{names[canonical]} differs from the embeddings although the config ties them"
+    if canonical.startswith(table.PROJECTOR + "linear_2.") and config.projector == "linear":
+        tensor = tensors.get(names[canonical])
+        same = np.array_equal(tensor, np.eye(config.llm.width) if tensor.ndim == 2 else np.zeros(config.llm.width))
+        return None if same else f"{names[canonical]} is not the identity although the projector is linear"
+    return ""
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """Names with the layers of a stack folded: layers.{0,1,2}.mlp… instead of one entry each."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+        key = name if match is None else name[: match.start()] + "\0" + name[match.end() :]
+        groups.setdefault(key, []).extend([] if match is None else [match[0]])
+    return [
+        key.replace("\0", found[0] if len(found) == 1 else "{" + ",".join(found) + "}" if found else "")
+        for key, found in groups.items()
+    ]
+
+
+def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
+    """Our key in config.json; a foreign folder has none and gets LLaVA-1.5's template and CLIP's cropping."""
+    ours = given.get("llava_jax", {})
+    allowed = dict(template=tuple(TEMPLATES), aspect=("pad", "crop"), image_position=("front", "keep"))
+    for key, value in ours.items():
+        if value not in allowed.get(key, ()):
+            raise InputError(
+                f"{where}: llava_jax.{key} is {value!r}; expected one of {', '.join(allowed.get(key, ()))}"
+            )
+    pad_id = given.get("pad_token_id", (given.get("text_config") or {}).get("pad_token_id"))
+    return LlavaExtras(**ours, tokenizer=folder, pad_id=pad_id)

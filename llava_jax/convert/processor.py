@@ -1,0 +1,269 @@
+"""What an exported folder holds beside weights: tokenizer with `<image>`, picture settings, chat template.
+
+LLaVA tokenises the text around a picture piece by piece; a folder's users tokenise the whole string. The exported
+tokenizer is chosen so that both give the same ids, and `check_ids` says so or prints what differs.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from llava_jax.convert.chat_jinja import chat_jinja
+from llava_jax.convert.config import read_json
+from llava_jax.data.chat import find_template, render
+from llava_jax.data.image import MEAN, STD
+from llava_jax.data.tokenize import TextTokenizer, encode, load_tokenizer
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConfig, Turn
+
+Json = dict[str, Any]
+
+PAD = "<pad>"
+COPIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# Keys of tokenizer_config.json that only the machine it was saved on had a use for.
+DROPPED = ("backend", "is_local", "local_files_only")
+# A SentencePiece text begins with ▁, and so does each piece after a picture; in one string this rule puts it there.
+AFTER_IMAGE = {"type": "Replace", "pattern": {"Regex": r"(?<=<image>)(?!<image>|\z|[ ▁])"}, "content": "▁"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedTokens:
+    """Ids that the exported configs name; `image_id` may differ from the model's when its own was never a token."""
+
+    image_id: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+
+
+def write_processor(
+    folder: str, tokenizer_folder: str, config: ModelConfig, *, template: str, aspect: str, image_position: str
+) -> ExportedTokens:
+    """Tokenizer, picture and chat files into `folder`, whose config.json is not there yet."""
+    find_template(template)
+    ours = load_tokenizer(tokenizer_folder)
+    chat = _write_chat(folder, template, image_position, ours)
+    tokens = _write_tokenizer(folder, tokenizer_folder, chat)
+    _write_pictures(folder, config, aspect)
+    return tokens
+
+
+# ---- pictures and chat --------------------------------------------------------------------------------------------
+
+
+def _write_json(folder: str, name: str, value: Json) -> None:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+
+
+def _write_pictures(folder: str, config: ModelConfig, aspect: str) -> None:
+    """The picture settings; where pictures are padded no class is named.
+
+    transformers then takes the one of the model type: in version 5 LlavaImageProcessor, which pads, in 4.46
+    CLIPImageProcessor, which does not know do_pad and crops. Naming the first would keep 4.46 from loading the folder.
+    """
+    size = config.vision.image_size
+    settings: Json = dict(
+        processor_class="LlavaProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size=dict(shortest_edge=size),
+        resample=3,
+        do_center_crop=True,
+        crop_size=dict(height=size, width=size),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+    settings |= dict(do_pad=True) if aspect == "pad" else dict(image_processor_type="CLIPImageProcessor")
+    processor = dict(
+        processor_class="LlavaProcessor",
+        image_token=IMAGE_PLACEHOLDER,
+        num_additional_image_tokens=1,
+        patch_size=config.vision.patch_size,
+        vision_feature_select_strategy="default",
+    )
+    _write_json(folder, "preprocessor_config.json", settings)
+    _write_json(folder, "processor_config.json", processor)
+
+
+def _write_chat(folder: str, template: str, image_position: str, tokenizer: TextTokenizer) -> str:
+    """chat_template.jinja (transformers 5) and .json (4); returns the text, which tokenizers of 4 keep themselves."""
+
+    def spelled(text: str) -> str:
+        token = tokenizer.special_id(text)
+        return text if token is None else tokenizer.decode([token], skip_special=False)
+
+    jinja = chat_jinja(find_template(template), image_position=image_position, spelled=spelled)
+    with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as file:
+        file.write(jinja)
+    _write_json(folder, "chat_template.json", {"chat_template": jinja})
+    return jinja
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def _write_tokenizer(folder: str, source: str, chat: str) -> ExportedTokens:
+    """The source's files as they are, plus `<image>` and, where there is none, a pad token."""
+    tokenizer = _transformers(source)
+    for name in COPIED:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    vocabulary = tokenizer.get_vocab()
+    added = [] if IMAGE_PLACEHOLDER in vocabulary else [IMAGE_PLACEHOLDER]
+    pad = tokenizer.pad_token
+    if pad is None:
+        pad = PAD
+        added += [] if PAD in vocabulary else [PAD]
+    ids = {text: max(vocabulary.values()) + 1 + index for index, text in enumerate(added)}
+    path = os.path.join(folder, "tokenizer.json")
+    content = read_json(path) if os.path.isfile(path) else json.loads(tokenizer.backend_tokenizer.to_str())
+    if added or not os.path.isfile(path):
+        _write_json(folder, "tokenizer.json", _with_tokens(content, ids))
+    _edit_companions(folder, ids, pad, chat, tokenizer)
+    known = vocabulary | ids
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
+    return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def _transformers(folder: str) -> Any:
+    # Seconds of import that only a command that writes a folder should pay for.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _token(text: str, *, normalized: bool = False) -> Json:
+    return dict(content=text, single_word=False, lstrip=False, rstrip=False, normalized=normalized, special=True)
+
+
+def _with_tokens(content: Json, ids: dict[str, int]) -> Json:
+    return content | {
+        "added_tokens": [*content.get("added_tokens", []), *(dict(id=i) | _token(t) for t, i in ids.items())]
+    }
+
+
+def _edit_companions(folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any) -> None:
+    """The small files beside tokenizer.json, changed only where they must say the same."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(path) if os.path.isfile(path) else {}
+    config = {key: value for key, value in config.items() if key not in DROPPED}
+    if config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("bos_token", "eos_token", "unk_token"):
+        config.setdefault(key, getattr(tokenizer, key))
+    config |= dict(pad_token=pad, processor_class="LlavaProcessor", chat_template=chat)
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] |= {str(i): _token(text) for text, i in ids.items()}
+    _write_json(folder, "tokenizer_config.json", config)
+    special = os.path.join(folder, "special_tokens_map.json")
+    if os.path.isfile(special):
+        _write_json(folder, "special_tokens_map.json", read_json(special) | {"pad_token": pad})
+    more = os.path.join(folder, "added_tokens.json")
+    if ids and (os.path.isfile(more) or os.path.isfile(os.path.join(folder, "tokenizer.model"))):
+        _write_json(folder, "added_tokens.json", (read_json(more) if os.path.isfile(more) else {}) | ids)
+
+
+# ---- the same ids, piecewise and whole ------------------------------------------------------------------------------
+
+_CONVERSATION = (
+    Turn("human", "<image>\nWhat is this?"),
+    Turn("gpt", "A cat: 3.5 kg, café, 猫."),
+    Turn("human", "Why\n does it sleep?"),
+    Turn("gpt", "It is tired."),
+    Turn("human", "Thanks!"),
+)
+_SAMPLES = (_CONVERSATION, (Turn("human", "<image>And here?"),), (Turn("human", "Look at this.\n<image>"),))
+
+
+def check_ids(folder: str, source: str, template: str, image_position: str) -> None:
+    """Make whole-string tokenisation in `folder` (complete by now) give the ids we train on; print what cannot.
+
+    The source's own file comes first; where transformers reads the source by other rules than those written in it
+    (`legacy`), these are written; where ▁ after a picture is lost, `AFTER_IMAGE` is added.
+    """
+    expected = _expected(load_tokenizer(source), template, image_position)
+
+    def difference() -> str | None:
+        if _expected(load_tokenizer(folder), template, image_position) != expected:
+            return "the exported tokenizer reads the pieces around a picture otherwise than the source"
+        return _difference(folder, expected)
+
+    path = os.path.join(folder, "tokenizer.json")
+    first = read_json(path)
+    problem = difference()
+    if problem is None:
+        return
+    effective = json.loads(_transformers(source).backend_tokenizer.to_str())
+    for content in _variants(first, effective):
+        _write_json(folder, "tokenizer.json", content)
+        if difference() is None:
+            return
+    _write_json(folder, "tokenizer.json", first)
+    print(f"export: warning: {problem}")
+
+
+def _variants(first: Json, effective: Json) -> Iterator[Json]:
+    present = {token["content"] for token in effective.get("added_tokens", [])}
+    missing = {t["content"]: t["id"] for t in first.get("added_tokens", []) if t["content"] not in present}
+    rules = _with_tokens(effective, missing)
+    yield _with_rule(first)
+    yield rules
+    yield _with_rule(rules)
+
+
+def _with_rule(content: Json) -> Json:
+    """The tokenizer with AFTER_IMAGE, which sees `<image>` only when that token is matched in normalised text."""
+    content = copy.deepcopy(content)
+    before = content.get("normalizer")
+    content["normalizer"] = dict(type="Sequence", normalizers=[*([before] if before else []), AFTER_IMAGE])
+    for token in content["added_tokens"]:
+        if token["content"] == IMAGE_PLACEHOLDER:
+            token["normalized"] = True
+    return content
+
+
+def _expected(tokenizer: TextTokenizer, template: str, image_position: str) -> list[tuple[str, list[int]]]:
+    """(whole string, ids piece by piece with pictures as IMAGE_MARK) of the sample conversations that fit."""
+    rules = find_template(template)
+    samples = _SAMPLES[1:] if rules.caption_only else _SAMPLES
+    found = []
+    for turns in samples:
+        spans = render(turns, rules, image_position=image_position, open_turn=True)
+        words = {text: tokenizer.special_id(text) for text in {span.text for span in spans if span.special}}
+        spelled = {t: t if i is None else tokenizer.decode([i], skip_special=False) for t, i in words.items()}
+        text = "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
+        found.append((text, encode(spans, tokenizer).tokens.tolist()))
+    return found
+
+
+def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | None:
+    """What the folder's tokenizer reads differently, pictures repeated as its processor does; None when nothing."""
+    tokenizer = _transformers(folder)
+    image = tokenizer.get_vocab()[IMAGE_PLACEHOLDER]
+    for text, ids in expected:
+        wanted = [token for i in ids for token in ([image] * 3 if i == IMAGE_MARK else [i])]
+        given = tokenizer(text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * 3)).input_ids
+        if given != wanted:
+            at = next((i for i, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1]), -1)
+            pieces = [tokenizer.convert_ids_to_tokens(ids[max(at - 2, 0) : at + 3]) for ids in (given, wanted)]
+            return (
+                f"the exported tokenizer reads {text!r} otherwise than it was trained on: {pieces[0]} instead of "
+                f"{pieces[1]} at token {at}; tokenise the text around each picture by itself when you serve it"
+            )
+    return None

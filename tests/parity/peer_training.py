@@ -1,0 +1,114 @@
+"""The same stage trained twice from the same weights on the same batches: our step, and a plain PyTorch loop."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import torch
+
+from llava_jax.convert import hf
+from llava_jax.data.pipeline import make_pipeline
+from llava_jax.data.records import load_records
+from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.models.llava import build
+from llava_jax.train import optim, step
+from llava_jax.types import Batch, DataSettings, ModelConfig, OptimSettings
+
+STEPS = 16
+THEIR_PARTS = {
+    "pretrain": ("multi_modal_projector",),
+    "finetune": ("multi_modal_projector", "language_model", "lm_head"),
+}
+
+
+def batches(data: DataSettings, folder: str, config: ModelConfig, batch_size: int) -> list[Batch]:
+    """The first STEPS batches as our pipeline encodes them."""
+    stream = make_pipeline(
+        load_records(data.annotations),
+        data,
+        load_tokenizer(folder),
+        image_size=config.vision.image_size,
+        patches=config.vision.patches,
+        image_token_id=config.image_token_id,
+        batch_size=batch_size,
+        seed=3,
+    )
+    taken = list(itertools.islice(stream, STEPS))
+    stream.close()
+    return taken
+
+
+def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
+    """(loss, gradient norm) of each step, as [STEPS, 2]."""
+    config, params, _ = hf.read_llava(folder)
+    trainable, frozen = step.partition(jax.tree.map(jnp.asarray, params), stage)
+    tx = optim.make_optimizer(settings, STEPS, trainable)
+    update = jax.jit(
+        functools.partial(
+            step.train_step,
+            graphdef=build(config)[0],
+            tx=tx,
+            learning_rate=optim.make_schedule(settings, STEPS),
+            accumulate=1,
+            loss_norm="global_token",
+            ranks=1,
+        )
+    )
+    state = step.TrainState(jnp.int32(0), trainable, tx.init(trainable))
+    curve = []
+    for batch in data:
+        state, metrics = update(state, frozen, batch._replace(rows_B=None))
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(curve)
+
+
+def theirs(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
+    """The same of a loop over transformers' model with torch.optim.AdamW, cosine after ceil(ratio * STEPS) warmup."""
+    model = peers.load_strict(folder)
+    decayed, rest = [], []
+    for name, value in model.named_parameters():
+        value.requires_grad = any(part in name.split(".") for part in THEIR_PARTS[stage])
+        if value.requires_grad:
+            (rest if name.endswith("bias") or "norm" in name else decayed).append(value)
+    trained = decayed + rest
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=rest, weight_decay=0.0)],
+        lr=settings.lr,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+    )
+    warmup = math.ceil(settings.warmup_ratio * STEPS)
+
+    def factor(t: int) -> float:
+        return t / warmup if t < warmup else 0.5 * (1 + math.cos(math.pi * (t - warmup) / (STEPS - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    curve = []
+    for batch in data:
+        loss = _loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm or math.inf)
+        optimizer.step()
+        schedule.step()
+        curve.append((loss.item(), norm.item()))
+    return np.array(curve)
+
+
+def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    tokens = torch.from_numpy(batch.tokens_BT).long()
+    patches = model.config.image_seq_length
+    images = (batch.tokens_BT == model.config.image_token_index).sum(1) // patches
+    pixels = [row[:count] for row, count in zip(batch.pixels_BNXYC, images, strict=True)]
+    pixels = np.concatenate(pixels).transpose(0, 3, 1, 2).copy()
+    logits = model(
+        input_ids=tokens,
+        attention_mask=torch.from_numpy(batch.segment_ids_BT > 0).long(),
+        pixel_values=torch.from_numpy(pixels) if len(pixels) else None,
+    ).logits
+    labels = torch.where(torch.from_numpy(batch.targets_BT), tokens, -100)[:, 1:]
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
