@@ -25,22 +25,87 @@ CORPUS = [
 _BYTES = [f"<0x{value:02X}>" for value in range(256)]
 # Pieces that open a word merge before those inside one; within each list an earlier piece wins.
 _WORD_PIECES = {
-    "▁a": 263, "▁b": 289, "▁A": 319, "▁cat": 6635, "▁Human": 12968, "▁is": 338, "▁this": 445, "▁Ass": 4007,
-    "▁Color": 9159, "▁Black": 6054, "▁US": 3148, "▁###": 835, "▁[": 518, "▁<<": 3532, "▁pol": 1248,
-    "▁chat": 13563, "▁between": 1546, "▁curious": 12758, "▁user": 1404, "▁human": 5199, "▁and": 322, "▁an": 385,
-    "▁artificial": 23116, "▁intelligence": 21082, "▁assistant": 20255, "▁The": 450, "▁gives": 4076, "▁helpful": 8444,
-    "▁detailed": 13173, "▁answers": 6089, "▁to": 304, "▁the": 278, "▁questions": 5155, "▁You": 887, "▁are": 526,
-    "▁language": 4086, "▁vision": 18551, "▁able": 2221, "▁understand": 2274, "▁visual": 7604, "▁content": 2793,
-    "▁that": 393, "▁provides": 8128, "▁assist": 6985, "▁with": 411, "▁variety": 12875, "▁of": 310, "▁tasks": 9595,
-    "▁using": 773, "▁natural": 5613,
+    "▁a": 263,
+    "▁b": 289,
+    "▁A": 319,
+    "▁cat": 6635,
+    "▁Human": 12968,
+    "▁is": 338,
+    "▁this": 445,
+    "▁Ass": 4007,
+    "▁Color": 9159,
+    "▁Black": 6054,
+    "▁US": 3148,
+    "▁###": 835,
+    "▁[": 518,
+    "▁<<": 3532,
+    "▁pol": 1248,
+    "▁chat": 13563,
+    "▁between": 1546,
+    "▁curious": 12758,
+    "▁user": 1404,
+    "▁human": 5199,
+    "▁and": 322,
+    "▁an": 385,
+    "▁artificial": 23116,
+    "▁intelligence": 21082,
+    "▁assistant": 20255,
+    "▁The": 450,
+    "▁gives": 4076,
+    "▁helpful": 8444,
+    "▁detailed": 13173,
+    "▁answers": 6089,
+    "▁to": 304,
+    "▁the": 278,
+    "▁questions": 5155,
+    "▁You": 887,
+    "▁are": 526,
+    "▁language": 4086,
+    "▁vision": 18551,
+    "▁able": 2221,
+    "▁understand": 2274,
+    "▁visual": 7604,
+    "▁content": 2793,
+    "▁that": 393,
+    "▁provides": 8128,
+    "▁assist": 6985,
+    "▁with": 411,
+    "▁variety": 12875,
+    "▁of": 310,
+    "▁tasks": 9595,
+    "▁using": 773,
+    "▁natural": 5613,
 }
 _INNER_PIECES = {
-    "What": 5618, "You": 3492, "istant": 22137, "ite": 568, "USER": 11889, "INST": 25580, "IST": 9047, "ANT": 13566,
-    "ER": 1001, "SS": 1799, "SY": 14816, "##": 2277, "</": 829, ">>": 6778,
+    "What": 5618,
+    "You": 3492,
+    "istant": 22137,
+    "ite": 568,
+    "USER": 11889,
+    "INST": 25580,
+    "IST": 9047,
+    "ANT": 13566,
+    "ER": 1001,
+    "SS": 1799,
+    "SY": 14816,
+    "##": 2277,
+    "</": 829,
+    ">>": 6778,
 }
 _CHARACTERS = {
-    "▁": 29871, "b": 29890, ".": 29889, "#": 29937, ":": 29901, "?": 29973, "]": 29962, "/": 29914, "S": 29903,
-    "<": 29966, ",": 29892, "'": 29915, "s": 29879,
+    "▁": 29871,
+    "b": 29890,
+    ".": 29889,
+    "#": 29937,
+    ":": 29901,
+    "?": 29973,
+    "]": 29962,
+    "/": 29914,
+    "S": 29903,
+    "<": 29966,
+    ",": 29892,
+    "'": 29915,
+    "s": 29879,
 }
 _SIZE = 32000
 
@@ -65,7 +130,8 @@ def trained_llama(folder: pathlib.Path, legacy: bool, size: int = 700) -> str:
     trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *_BYTES], limit_alphabet=70, show_progress=False)
+        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *_BYTES], limit_alphabet=70, show_progress=False
+    )
     # LLaMA's only piece with a newline is the byte.
     trained.train_from_iterator((line for text in CORPUS for line in text.split("\n")), trainer)
     model = json.loads(trained.to_str())["model"]
@@ -78,8 +144,13 @@ def prepending_llama(folder: pathlib.Path) -> str:
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     content["pre_tokenizer"] = None
-    content["normalizer"] = {"type": "Sequence", "normalizers": [
-        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+    content["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
     path.write_text(json.dumps(content))
     _change_config(folder, tokenizer_class="PreTrainedTokenizerFast")
     return str(folder)
@@ -92,11 +163,18 @@ def byte_bpe(folder: pathlib.Path, size: int = 500) -> str:
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.post_processor = processors.ByteLevel(trim_offsets=True)
     trained.decoder = decoders.ByteLevel()
-    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>",
-                            additional_special_tokens=specials[1:]).save_pretrained(folder)
+    trained.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=trained, eos_token="<|endoftext|>", additional_special_tokens=specials[1:]
+    ).save_pretrained(folder)
     return str(folder)
 
 

@@ -7,8 +7,11 @@ from llava_jax.types import InputError, Record, Turn
 
 
 def _row(**changes):
-    row = {"id": "r1", "image": "a.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
+    row = {
+        "id": "r1",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+    }
     return {key: value for key, value in (row | changes).items() if value is not None}
 
 
@@ -31,32 +34,40 @@ def test_record_of_one_picture_many_or_none():
     assert parse_row(_row(id=7), "here").id == "7"
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (["no", "object"], "expected an object with id and conversations, found a list"),
-    (_row(conversations=None), "conversations is nothing"),
-    (_row(conversations=[]), "empty conversation"),
-    (_row(conversations=["hello"]), "conversations[0] is text"),
-    (_row(conversations=_says("<image>", "user")), "conversations[0]: unknown role 'user' in from, expected human or"),
-    (_row(conversations=[{"from": "human"}]), "conversations[0]: missing value"),
-    (_row(conversations=_says(3)), "conversations[0]: value is a number"),
-    (_row(conversations=_says("")), "conversations[0]: empty question"),
-    (_row(conversations=[*_says("<image>"), {"from": "gpt", "value": ""}]), "conversations[2]: empty answer"),
-    (_row(conversations=_says("What?")), "0 <image> in the human turns but 1 image named"),
-    (_row(image=None), "1 <image> in the human turns but 0 images named"),
-    (_row(conversations=_says("<image><image>")), "2 <image> in the human turns but 1 image named"),
-    (_row(conversations=[{"from": "human", "value": "Show"}, {"from": "gpt", "value": "<image>"}]),
-     "conversations[1]: <image> inside an answer"),
-    (_row(image="/etc/passwd"), "'/etc/passwd' leaves the images folder"),
-    (_row(image="a/../../b.png"), "leaves the images folder"),
-    (_row(image="..\\b.png"), "leaves the images folder"),
-    (_row(image="C:b.png"), "leaves the images folder"),
-    (_row(image=""), "is no path"),
-    (_row(image=[3]), "3 is no path"),
-    (_row(image=3), "image is a number"),
-    (_row(images=["a.png"]), "both image and images"),
-    (_row(conversations=_says("<image> \ud83d")), "lone surrogate U+D83D at character 8"),
-    (_row(id=[1]), "id is a list"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (["no", "object"], "expected an object with id and conversations, found a list"),
+        (_row(conversations=None), "conversations is nothing"),
+        (_row(conversations=[]), "empty conversation"),
+        (_row(conversations=["hello"]), "conversations[0] is text"),
+        (
+            _row(conversations=_says("<image>", "user")),
+            "conversations[0]: unknown role 'user' in from, expected human or",
+        ),
+        (_row(conversations=[{"from": "human"}]), "conversations[0]: missing value"),
+        (_row(conversations=_says(3)), "conversations[0]: value is a number"),
+        (_row(conversations=_says("")), "conversations[0]: empty question"),
+        (_row(conversations=[*_says("<image>"), {"from": "gpt", "value": ""}]), "conversations[2]: empty answer"),
+        (_row(conversations=_says("What?")), "0 <image> in the human turns but 1 image named"),
+        (_row(image=None), "1 <image> in the human turns but 0 images named"),
+        (_row(conversations=_says("<image><image>")), "2 <image> in the human turns but 1 image named"),
+        (
+            _row(conversations=[{"from": "human", "value": "Show"}, {"from": "gpt", "value": "<image>"}]),
+            "conversations[1]: <image> inside an answer",
+        ),
+        (_row(image="/etc/passwd"), "'/etc/passwd' leaves the images folder"),
+        (_row(image="a/../../b.png"), "leaves the images folder"),
+        (_row(image="..\\b.png"), "leaves the images folder"),
+        (_row(image="C:b.png"), "leaves the images folder"),
+        (_row(image=""), "is no path"),
+        (_row(image=[3]), "3 is no path"),
+        (_row(image=3), "image is a number"),
+        (_row(images=["a.png"]), "both image and images"),
+        (_row(conversations=_says("<image> \ud83d")), "lone surrogate U+D83D at character 8"),
+        (_row(id=[1]), "id is a list"),
+    ],
+)
 def test_bad_row_is_named(row, reason):
     with pytest.raises(InputError) as error:
         parse_row(row, "f.json: row 3")
@@ -86,10 +97,16 @@ def test_every_bad_row_is_collected(tmp_path):
         load_records(path)
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    ("not json", "not JSON"), ("{}", "expected a JSON list of rows, found an object"), ("[]", "no rows"),
-    ('{"id": 1}\n{"id": 2}', "belongs into a .jsonl file"), ("[" * 100000, "not JSON"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("not json", "not JSON"),
+        ("{}", "expected a JSON list of rows, found an object"),
+        ("[]", "no rows"),
+        ('{"id": 1}\n{"id": 2}', "belongs into a .jsonl file"),
+        ("[" * 100000, "not JSON"),
+    ],
+)
 def test_file_that_is_no_annotations(tmp_path, content, reason):
     with pytest.raises(InputError, match=reason):
         load_records(_write(tmp_path / "a.json", content))

@@ -8,8 +8,12 @@ from llava_jax.data.tokenize import StreamDecoder, cut, encode, expand, load_tok
 from llava_jax.types import Encoded, InputError, Turn
 from tests import make_tokenizers
 
-SAMPLE = [Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."),
-          Turn("human", "Color?"), Turn("gpt", "Black.")]
+SAMPLE = [
+    Turn("human", "<image>\nWhat is this?"),
+    Turn("gpt", "A cat."),
+    Turn("human", "Color?"),
+    Turn("gpt", "Black."),
+]
 MAKERS = {
     "golden_legacy": lambda folder: make_tokenizers.golden_llama(folder, legacy=True),
     "golden": lambda folder: make_tokenizers.golden_llama(folder, legacy=False),
@@ -67,10 +71,15 @@ def _starred(encoded, start=0):
 # ---- golden samples of the released code ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "ids"), [
-    ("<image>", [1, -200]), ("a <image>\nb", [1, 263, 29871, -200, 29871, 13, 29890]), ("<image>b", [1, -200, 289]),
-    ("a<image><image>b", [1, 263, -200, -200, 289]),
-])
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("<image>", [1, -200]),
+        ("a <image>\nb", [1, 263, 29871, -200, 29871, 13, 29890]),
+        ("<image>b", [1, -200, 289]),
+        ("a<image><image>b", [1, 263, -200, -200, 289]),
+    ],
+)
 def test_golden_ids_around_images(tokenizers, text, ids):
     pieces = text.split("<image>")
     spans = [Span(pieces[0])]
@@ -89,7 +98,8 @@ def test_golden_plain_and_v0(tokenizers, name):
     assert _starred(v0, 31) == (
         "13,13,2277*,29937*,12968,29901,29871,-200,29871,13,5618,338,445,29973,13,2277*,29937*,4007*,22137*,29901*,"
         "319*,6635*,29889*,13*,2277*,29937*,12968,29901,9159,29973,13,2277*,29937*,4007*,22137*,29901*,6054*,29889*,"
-        "13*,2277*,29937*,29871*")
+        "13*,2277*,29937*,29871*"
+    )
 
 
 def test_golden_v1(tokenizers):
@@ -97,7 +107,8 @@ def test_golden_v1(tokenizers):
     assert len(current.tokens) == 63 and not current.targets[:31].any()
     assert _starred(current, 31) == (
         "3148,1001,29901,29871,-200,29871,13,5618,338,445,29973,319,1799,9047,13566,29901,319*,6635*,29889*,2*,"
-        "11889,29901,9159,29973,319,1799,9047,13566,29901,6054*,29889*,2*")
+        "11889,29901,9159,29973,319,1799,9047,13566,29901,6054*,29889*,2*"
+    )
     legacy = _encode(SAMPLE, "v1", tokenizers["golden_legacy"][0])
     assert len(legacy.tokens) == 64 and legacy.tokens[51:53].tolist() == [3148, 1001]
     assert np.flatnonzero(legacy.targets).tolist() == [47, 48, 49, 50, 61, 62, 63]
@@ -130,8 +141,10 @@ def _original_text(text):
 
 
 def _original_v0(turns, tok, _):
-    polite = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-              "detailed, and polite answers to the human's questions.\n\n")
+    polite = (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions.\n\n"
+    )
     roles = {"human": "Human", "gpt": "Assistant"}
     segments = [f"### {roles[turn.speaker]}: {_original_text(turn.text)}\n" for turn in turns]
     ids = _original_ids(polite + "".join(segments) + "### ", tok)
@@ -141,7 +154,7 @@ def _original_v0(turns, tok, _):
     for turn, segment in zip(turns, segments, strict=True):
         length = len(_original_ids(segment, tok))
         if turn.speaker == "human":
-            targets[position + 2:position + length] = False
+            targets[position + 2 : position + length] = False
         position += length
     return ids, targets
 
@@ -155,24 +168,28 @@ def _original_rounds(text, separator, tok, correction):
     for index, part in enumerate(text.split("</s>")[:-1]):
         question, _ = part.split(separator)
         less = correction if index else 0
-        targets[position:position + len(_original_ids(question + separator, tok)) - 2 - less] = False
+        targets[position : position + len(_original_ids(question + separator, tok)) - 2 - less] = False
         position += len(_original_ids(part, tok)) - less
     assert position == len(ids), "the original would mask this row"
     return ids, targets
 
 
 def _original_v1(turns, tok, legacy):
-    text = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions. ")
+    text = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. "
+    )
     for turn in turns:
         text += f"USER: {_original_text(turn.text)} " if turn.speaker == "human" else f"ASSISTANT: {turn.text}</s>"
     return _original_rounds(text, " ASSISTANT: ", tok, 0 if legacy else 1)
 
 
 def _original_llama_2(turns, tok, _):
-    text = ("[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the visual "
-            "content that the user provides, and assist the user with a variety of tasks using natural language."
-            "\n<</SYS>>\n\n")
+    text = (
+        "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the visual "
+        "content that the user provides, and assist the user with a variety of tasks using natural language."
+        "\n<</SYS>>\n\n"
+    )
     for index, turn in enumerate(turns):
         if turn.speaker == "gpt":
             text += f" {turn.text} </s>"
@@ -193,6 +210,7 @@ ORIGINALS = {"v0": _original_v0, "v1": _original_v1, "llava_llama_2": _original_
 @pytest.mark.parametrize("name", ["golden", "golden_legacy"])
 def test_equals_the_original_on_rows_it_trains(tokenizers, name, template):
     from transformers import AutoTokenizer
+
     tokenizer, folder = tokenizers[name]
     tok = AutoTokenizer.from_pretrained(folder)
     compared = 0
@@ -258,7 +276,7 @@ def test_prompt_is_the_beginning_of_the_training_row(tokenizers):
         for template in ("v0", "v1", "llava_llama_2", "chatml_direct"):
             row = _encode(SAMPLE, template, tokenizer)
             prompt = _encode(SAMPLE[:3], template, tokenizer, open_turn=True)
-            assert row.tokens[:len(prompt.tokens)].tolist() == prompt.tokens.tolist(), (name, template)
+            assert row.tokens[: len(prompt.tokens)].tolist() == prompt.tokens.tolist(), (name, template)
             assert row.targets[len(prompt.tokens)]
 
 
@@ -266,8 +284,8 @@ def test_byte_tokens_of_one_character_share_its_side(tokenizers):
     tokenizer = tokenizers["llama"][0]
     row = _encode(_talk("🦘", "🦘"), "v1", tokenizer)
     kangaroo = [3 + byte for byte in "🦘".encode()]
-    starts = [start for start in range(len(row.tokens)) if row.tokens[start:start + 4].tolist() == kangaroo]
-    assert [row.targets[start:start + 4].tolist() for start in starts] == [[False] * 4, [True] * 4]
+    starts = [start for start in range(len(row.tokens)) if row.tokens[start : start + 4].tolist() == kangaroo]
+    assert [row.targets[start : start + 4].tolist() for start in starts] == [[False] * 4, [True] * 4]
 
 
 def test_noncharacters_are_refused(tokenizers):
@@ -293,6 +311,7 @@ def test_ids_of_tokenizers(tokenizers):
 
 def test_image_token_of_the_tokenizer_wins(tmp_path):
     from transformers import AutoTokenizer
+
     source = AutoTokenizer.from_pretrained(make_tokenizers.byte_bpe(tmp_path / "base"))
     source.add_tokens(["<image>"], special_tokens=True)
     source.save_pretrained(tmp_path / "with_image")
@@ -319,12 +338,15 @@ def test_prompts_are_not_cut():
     assert tokens.tolist() == [1, 99, 99, 99, 99, 5] and not targets.any()
 
 
-@pytest.mark.parametrize(("row", "max_length", "reason"), [
-    (ROW, 6, "row longer than max_length keeps no target: 9 tokens, the first target is token 6, max_length 6"),
-    (ROW, 4, "image 1 of 1 ends at token 5, beyond max_length 4"),
-    (Encoded(np.array([1, 5, 2, -200, 6]), np.array([0, 1, 1, 0, 1], bool)), 3, "image 1 of 1 ends at token 7"),
-    (Encoded(np.array([1, 5]), np.zeros(2, bool)), 8, "the row has no target"),
-])
+@pytest.mark.parametrize(
+    ("row", "max_length", "reason"),
+    [
+        (ROW, 6, "row longer than max_length keeps no target: 9 tokens, the first target is token 6, max_length 6"),
+        (ROW, 4, "image 1 of 1 ends at token 5, beyond max_length 4"),
+        (Encoded(np.array([1, 5, 2, -200, 6]), np.array([0, 1, 1, 0, 1], bool)), 3, "image 1 of 1 ends at token 7"),
+        (Encoded(np.array([1, 5]), np.zeros(2, bool)), 8, "the row has no target"),
+    ],
+)
 def test_rows_that_cannot_be_cut(row, max_length, reason):
     with pytest.raises(InputError, match=reason):
         expand(row.tokens, row.targets, 99, 4, max_length)
@@ -355,7 +377,7 @@ def test_streamed_text_is_the_decoded_text(tokenizers, name):
 def test_stream_stops_before_the_stop_string(tokenizers):
     tokenizer = tokenizers["golden"][0]
     ids = _encode(_talk("Q", "A # b ##c"), "v0", tokenizer)
-    ids = ids.tokens[-ids.targets[::-1].argmin():][5:]
+    ids = ids.tokens[-ids.targets[::-1].argmin() :][5:]
     pieces, decoder = _stream(tokenizer, [*ids, 319], find_template("v0").stop)
     assert "".join(pieces) == "A # b ##c\n" and decoder.stopped
     pieces, decoder = _stream(tokenizer, ids[:-2], find_template("v0").stop)
@@ -370,13 +392,16 @@ def test_half_a_character_at_the_end_is_marked(tokenizers):
 # ---- folders -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("files", "reason"), [
-    ({}, "holds no tokenizer; expected tokenizer.json, tokenizer.model"),
-    ({"vocab.json": "{}"}, "holds no tokenizer"),
-    ({"tokenizer.json": "no json"}, "not JSON"),
-    ({"tokenizer.json": "{}"}, "no tokenizer in it"),
-    ({"tokenizer.json": '{"model": {}}'}, "transformers cannot read this tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "holds no tokenizer; expected tokenizer.json, tokenizer.model"),
+        ({"vocab.json": "{}"}, "holds no tokenizer"),
+        ({"tokenizer.json": "no json"}, "not JSON"),
+        ({"tokenizer.json": "{}"}, "no tokenizer in it"),
+        ({"tokenizer.json": '{"model": {}}'}, "transformers cannot read this tokenizer"),
+    ],
+)
 def test_folder_without_a_tokenizer(tmp_path, files, reason):
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -10,8 +10,11 @@ from llava_jax.data.verify import report_lines, verify
 from llava_jax.types import InputError
 from tests.make_tokenizers import golden_llama
 
-GOOD = {"id": "good", "image": "a.png", "conversations": [
-    {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+GOOD = {
+    "id": "good",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}],
+}
 
 
 def _row(name, question="<image>\nWhat is this?", answer="A cat.", **changes):
@@ -61,9 +64,15 @@ def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):
     reasons = {rejected.id: (rejected.row, rejected.reason) for rejected in report.rejected}
     assert [row for row, _ in reasons.values()] == list(range(1, 10))
     for name, expected in {
-        "missing": "none.png", "truncated": "cut.jpg", "empty": "empty answer", "unequal": "0 <image>",
-        "role": "unknown role 'system'", "twice": "two gpt turns in a row", "outside": "leaves the images folder",
-        "long": "row longer than max_length keeps no target", "": "found text",
+        "missing": "none.png",
+        "truncated": "cut.jpg",
+        "empty": "empty answer",
+        "unequal": "0 <image>",
+        "role": "unknown role 'system'",
+        "twice": "two gpt turns in a row",
+        "outside": "leaves the images folder",
+        "long": "row longer than max_length keeps no target",
+        "": "found text",
     }.items():
         assert expected in reasons[name][1], name
     lines = report_lines(report)
@@ -94,8 +103,27 @@ def test_dump_shows_what_is_trained(tmp_path, images, tokenizer):
     assert list(good) == ["id", "tokens", "targets", "text"]
     assert (good["id"], good["text"], cut["id"]) == ("good", "A cat.</s>", "cut")
     assert good["tokens"][31:] == [
-        3148, 1001, 29901, 29871, -200, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566, 29901,
-        319, 6635, 29889, 2]
+        3148,
+        1001,
+        29901,
+        29871,
+        -200,
+        29871,
+        13,
+        5618,
+        338,
+        445,
+        29973,
+        319,
+        1799,
+        9047,
+        13566,
+        29901,
+        319,
+        6635,
+        29889,
+        2,
+    ]
     assert good["targets"] == [0] * 47 + [1] * 4
     assert len(cut["tokens"]) == 97 and cut["tokens"].count(-200) == 1 and len(cut["targets"]) == 97
     assert sorted(os.listdir(tmp_path)) == ["dump.jsonl", "images", "rows.json"]
@@ -117,8 +145,9 @@ def test_dump_appears_only_when_complete(tmp_path, images, tokenizer):
 
 def test_each_picture_is_looked_at_once(tmp_path, images, tokenizer):
     seen = []
-    report = _verify(tmp_path, images, tokenizer, [GOOD, GOOD, _row("text", "Hello", image=None)],
-                     check_image=seen.append)
+    report = _verify(
+        tmp_path, images, tokenizer, [GOOD, GOOD, _row("text", "Hello", image=None)], check_image=seen.append
+    )
     assert report.kept == 3 and seen == [os.path.join(images, "a.png")]
 
 

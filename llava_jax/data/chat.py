@@ -65,8 +65,9 @@ def check_image_position(name: str) -> None:
         raise InputError(f"unknown image_position {name!r}; expected front or keep")
 
 
-def render(turns: Sequence[Turn], template: Template, *, image_position: str = "front",
-           open_turn: bool = False) -> list[Span]:
+def render(
+    turns: Sequence[Turn], template: Template, *, image_position: str = "front", open_turn: bool = False
+) -> list[Span]:
     """The prompt as spans; with `open_turn` it ends where the assistant is to speak.
 
     `image_position` front moves the placeholder of a turn with one picture to the front of that turn (and strips the
@@ -110,11 +111,15 @@ def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool =
 def _check_caption(turns: Sequence[Turn], open_turn: bool) -> None:
     expected = 1 if open_turn else 2
     if len(turns) != expected or turns[0].speaker != "human":
-        raise InputError(f"template plain holds one picture and its caption, found {len(turns)} turns; "
-                         "train conversations with another template")
+        raise InputError(
+            f"template plain holds one picture and its caption, found {len(turns)} turns; "
+            "train conversations with another template"
+        )
     if IMAGE_PLACEHOLDER not in turns[0].text:
-        raise InputError(f"template plain needs {IMAGE_PLACEHOLDER} in the first turn; "
-                         "train rows without a picture with another template")
+        raise InputError(
+            f"template plain needs {IMAGE_PLACEHOLDER} in the first turn; "
+            "train rows without a picture with another template"
+        )
 
 
 def _question_spans(text: str, template: Template, image_position: str) -> list[Span]:
@@ -133,20 +138,28 @@ def _question_spans(text: str, template: Template, image_position: str) -> list[
 
 # ---- the templates (strings are interface constants of LLaVA) ------------------------------------------------------
 
-_POLITE = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, "
-           "detailed, and polite answers to the {0}'s questions.")
-_TAGGED = ("A chat between a curious user and an artificial intelligence assistant. The assistant is able to "
-           "understand the visual content that the user provides, and assist the user with a variety of tasks using "
-           "natural language.The visual content will be provided with the following format: "
-           "<Image>visual content</Image>.")
-_LLAVA_LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
-                  "the user provides, and assist the user with a variety of tasks using natural language.")
-_LLAMA_2 = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
-            "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
-            "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-            "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
-            "something not correct. If you don't know the answer to a question, please don't share false information.")
-_MPT = ("A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.")
+_POLITE = (
+    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the {0}'s questions."
+)
+_TAGGED = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to "
+    "understand the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.The visual content will be provided with the following format: "
+    "<Image>visual content</Image>."
+)
+_LLAVA_LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that "
+    "the user provides, and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
+    "illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 _IMAGE_TAGS = ("<Image>", "</Image>")
 _BOS = Span("<s>", special=True)
 _EOS = Span("</s>", is_target=True, special=True)
@@ -157,24 +170,42 @@ def _hashes(system: str, **changes) -> Template:
     hashes = Span("###", is_target=True)
     return Template(
         opening=(Span(system + "\n\n"),),
-        question=(hashes, Span(" Human: ")), after_question=(Span("\n"),),
-        cue=(hashes, Span(" Assistant:", is_target=True)), before_answer=" ", after_answer="\n",
-        closing=(Span("### ", is_target=True),), stop=("###",), drop_leading_answer=False, **changes)
+        question=(hashes, Span(" Human: ")),
+        after_question=(Span("\n"),),
+        cue=(hashes, Span(" Assistant:", is_target=True)),
+        before_answer=" ",
+        after_answer="\n",
+        closing=(Span("### ", is_target=True),),
+        stop=("###",),
+        drop_leading_answer=False,
+        **changes,
+    )
 
 
 def _vicuna(system: str, **changes) -> Template:
     return Template(
         opening=(Span(system + " "),),
-        question=(Span("USER: "),), after_question=(Span(" "),),
-        cue=(Span("ASSISTANT:"),), before_answer=" ", end_of_answer=(_EOS,), stop=("</s>",), **changes)
+        question=(Span("USER: "),),
+        after_question=(Span(" "),),
+        cue=(Span("ASSISTANT:"),),
+        before_answer=" ",
+        end_of_answer=(_EOS,),
+        stop=("</s>",),
+        **changes,
+    )
 
 
 def _instruct(system: str, again: tuple[Span, ...]) -> Template:
     """`[INST] … [/INST]`: the system message sits inside the first instruction."""
     return Template(
-        opening=(Span("[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")),), again=again,
+        opening=(Span("[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")),),
+        again=again,
         after_question=(Span(" [/INST]"),),
-        before_answer=" ", after_answer=" ", end_of_answer=(_EOS,), stop=("</s>",))
+        before_answer=" ",
+        after_answer=" ",
+        end_of_answer=(_EOS,),
+        stop=("</s>",),
+    )
 
 
 def _chatml(system: str) -> Template:
@@ -182,9 +213,12 @@ def _chatml(system: str) -> Template:
     start, end = Span("<|im_start|>", special=True), Span("<|im_end|>", special=True)
     return Template(
         opening=(start, Span(f"system\n{system}"), end),
-        question=(start, Span("user\n")), after_question=(end,),
-        cue=(start, Span("assistant\n")), end_of_answer=(dataclasses.replace(end, is_target=True),),
-        stop=("<|im_end|>",))
+        question=(start, Span("user\n")),
+        after_question=(end,),
+        cue=(start, Span("assistant\n")),
+        end_of_answer=(dataclasses.replace(end, is_target=True),),
+        stop=("<|im_end|>",),
+    )
 
 
 _PLAIN = Template(after_answer="\n", stop=("\n",), drop_leading_answer=False, caption_only=True)

@@ -166,12 +166,15 @@ def _check_path(image: Any, where: str) -> None:
 def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str, ...]) -> None:
     for index, turn in enumerate(turns):
         if turn.speaker == "gpt" and IMAGE_PLACEHOLDER in turn.text:
-            raise InputError(f"conversations[{index}]: {IMAGE_PLACEHOLDER} inside an answer; only a human "
-                             "turn may hold it")
+            raise InputError(
+                f"conversations[{index}]: {IMAGE_PLACEHOLDER} inside an answer; only a human turn may hold it"
+            )
     found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if found != len(images):
-        raise InputError(f"{found} {IMAGE_PLACEHOLDER} in the human turns but {len(images)} "
-                         f"image{'' if len(images) == 1 else 's'} named; expected one placeholder an image")
+        raise InputError(
+            f"{found} {IMAGE_PLACEHOLDER} in the human turns but {len(images)} "
+            f"image{'' if len(images) == 1 else 's'} named; expected one placeholder an image"
+        )
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -179,8 +182,9 @@ def _check_unicode(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise InputError(f"{where}: lone surrogate U+{code:04X} at character {error.start}; "
-                         "the text was cut inside a character") from None
+        raise InputError(
+            f"{where}: lone surrogate U+{code:04X} at character {error.start}; the text was cut inside a character"
+        ) from None
 
 
 def _kind(value: Any) -> str:

@@ -103,8 +103,10 @@ class TextTokenizer:
     def _check_reserved(self, ids: np.ndarray) -> None:
         leaked = np.intersect1d(ids, self._reserved)
         if leaked.size:
-            raise InputError(f"the text spells the special token {self._codec.id_to_token(int(leaked[0]))!r} and this "
-                             "tokenizer cannot write it as plain text; remove it from the text")
+            raise InputError(
+                f"the text spells the special token {self._codec.id_to_token(int(leaked[0]))!r} and this "
+                "tokenizer cannot write it as plain text; remove it from the text"
+            )
 
 
 class StreamDecoder:
@@ -139,8 +141,8 @@ class StreamDecoder:
         return text if self.stopped else text + held
 
     def _new_text(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._context:self._shown])
-        return self._tokenizer.decode(self._ids[self._context:])[len(known):]
+        known = self._tokenizer.decode(self._ids[self._context : self._shown])
+        return self._tokenizer.decode(self._ids[self._context :])[len(known) :]
 
     def _take(self, text: str) -> str:
         if text:
@@ -150,7 +152,7 @@ class StreamDecoder:
         found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
         if found:
             self.stopped = True
-            return self._held[:min(found)]
+            return self._held[: min(found)]
         cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
@@ -161,11 +163,13 @@ def load_tokenizer(folder: str) -> TextTokenizer:
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; expected one with a Hugging Face tokenizer")
     if not any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in _TOKENIZER_FILES):
-        raise InputError(f"{folder}: holds no tokenizer; expected tokenizer.json, tokenizer.model, "
-                         "or vocab.json with merges.txt")
+        raise InputError(
+            f"{folder}: holds no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        )
     _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
     # Seconds of import that only a command that reads a tokenizer should pay for.
     from transformers import AutoTokenizer
+
     try:
         source = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
@@ -205,19 +209,24 @@ def cut(encoded: Encoded, patches: int, max_length: int) -> Encoded:
     images = np.flatnonzero(encoded.tokens == IMAGE_MARK)
     lost = images[images >= length]
     if lost.size:
-        raise InputError(f"image {int(np.sum(images < length)) + 1} of {images.size} ends at token {ends[lost[0]]}, "
-                         f"beyond max_length {max_length}; raise data.max_length or shorten the row")
+        raise InputError(
+            f"image {int(np.sum(images < length)) + 1} of {images.size} ends at token {ends[lost[0]]}, "
+            f"beyond max_length {max_length}; raise data.max_length or shorten the row"
+        )
     if not encoded.targets.any():
         raise InputError("the row has no target; expected an answer to train on")
     if not encoded.targets[:length].any():
         first = ends[np.flatnonzero(encoded.targets)[0]] - 1
-        raise InputError(f"row longer than max_length keeps no target: {ends[-1]} tokens, the first target is token "
-                         f"{first}, max_length {max_length}; raise data.max_length or shorten the question")
+        raise InputError(
+            f"row longer than max_length keeps no target: {ends[-1]} tokens, the first target is token "
+            f"{first}, max_length {max_length}; raise data.max_length or shorten the question"
+        )
     return Encoded(encoded.tokens[:length], encoded.targets[:length])
 
 
-def expand(tokens: np.ndarray, targets: np.ndarray, image_token_id: int, patches: int,
-           max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
+def expand(
+    tokens: np.ndarray, targets: np.ndarray, image_token_id: int, patches: int, max_length: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Each IMAGE_MARK becomes `patches` times `image_token_id`: (tokens int32[T], targets bool[T]).
 
     `max_length` cuts and checks as `cut` does; None (a prompt, which has no targets) does neither.

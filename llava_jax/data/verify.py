@@ -46,9 +46,19 @@ class VerifyReport:
         return self.targets / self.tokens if self.tokens else 0.0
 
 
-def verify(annotations: str, images: str, tokenizer: TextTokenizer, template: str, *, image_position: str = "front",
-           max_length: int = 2048, patches: int = 576, aspect: str = "pad", dump_path: str | None = None,
-           check_image: Callable[[str], None] = image.check_image) -> VerifyReport:
+def verify(
+    annotations: str,
+    images: str,
+    tokenizer: TextTokenizer,
+    template: str,
+    *,
+    image_position: str = "front",
+    max_length: int = 2048,
+    patches: int = 576,
+    aspect: str = "pad",
+    dump_path: str | None = None,
+    check_image: Callable[[str], None] = image.check_image,
+) -> VerifyReport:
     """Checks every row; writes what is trained to `dump_path` (JSONL, a line a kept row) when given.
 
     `check_image` raises InputError for a picture that cannot be read; each picture is looked at once. InputError is
@@ -90,12 +100,17 @@ def verify(annotations: str, images: str, tokenizer: TextTokenizer, template: st
 def report_lines(report: VerifyReport) -> list[str]:
     """The report for a person: every rejected row, then the sums."""
     lines = [f"rejected: {rejected}" for rejected in report.rejected]
-    lines.append(f"{report.kept} of {report.rows} rows can be trained, {len(report.rejected)} cannot "
-                 "(rows are counted from 0)")
-    lines.append(f"{report.tokens} tokens, {report.targets} of them supervised ({report.supervised_share:.1%}); "
-                 f"longest row: {report.longest[0]} with {report.longest[1]} tokens")
-    lines.append(f"shortened to fit: {report.cut}; answers before the first question left out: "
-                 f"{report.leading_answers}; last questions without an answer left out: {report.open_questions}")
+    lines.append(
+        f"{report.kept} of {report.rows} rows can be trained, {len(report.rejected)} cannot (rows are counted from 0)"
+    )
+    lines.append(
+        f"{report.tokens} tokens, {report.targets} of them supervised ({report.supervised_share:.1%}); "
+        f"longest row: {report.longest[0]} with {report.longest[1]} tokens"
+    )
+    lines.append(
+        f"shortened to fit: {report.cut}; answers before the first question left out: "
+        f"{report.leading_answers}; last questions without an answer left out: {report.open_questions}"
+    )
     return lines
 
 
