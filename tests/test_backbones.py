@@ -4,6 +4,7 @@ import itertools
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from llava_jax.convert import hf
 from llava_jax.demo import backbones, reading, world
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import build
+from llava_jax.ops.rope import angles, rotate
 from llava_jax.types import ModelConfig
 
 SHIPPED = os.path.join(os.path.dirname(backbones.__file__), "backbones")
@@ -60,6 +62,19 @@ def test_held_out_scenes_are_in_no_training_text_or_picture(words):
     assert not any(world.is_held_out(scene) for scene in scenes)
     assert not any(world.is_held_out(world.near_miss(scene, rng)) for scene in scenes[:500])
     assert all(world.is_held_out(scene) for scene in world.sample_scenes(rng, 100, held_out=True))
+
+
+def test_first_heads_start_out_looking_back_by_fixed_distances():
+    params = backbones.look_back(nnx.to_pure_dict(nnx.state(Llama(backbones.LLAMA, rngs=nnx.Rngs(0)))))
+    tokens_BT = np.random.default_rng(0).integers(3, reading.VOCABULARY, (1, 40))
+    x_BTD = params["embed"]["table"][tokens_BT]
+    x_BTD /= jnp.sqrt(jnp.square(x_BTD).mean(-1, keepdims=True))
+    rope = angles(jnp.arange(40)[None], backbones.LLAMA.rope, backbones.LLAMA.head_dim)
+    attn = params["layers"]["attn"]
+    q, k = (rotate(jnp.einsum("BTD,DNH->BTNH", x_BTD, attn[name]["kernel"][0]), *rope) for name in "qk")
+    scores_NS = jnp.einsum("NH,SNH->NS", q[0, 35], k[0, :36]) / np.sqrt(backbones.LLAMA.head_dim)
+    assert (35 - scores_NS.argmax(-1)).tolist() == [1, 2, 3, 4, 6, 7]
+    assert jax.nn.softmax(scores_NS, -1).max(-1).min() > 0.8
 
 
 def test_shipped_backbones_are_small_and_of_the_sizes_written_here():

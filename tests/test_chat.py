@@ -47,7 +47,8 @@ def _targets(spans):
         ("mistral_instruct", "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST]"),
         (
             "chatml_direct",
-            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\n"
+            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
+            "<|im_start|>assistant\n"
             "A1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n",
         ),
     ],

@@ -18,7 +18,7 @@ from llava_jax.demo import world
 
 VOCABULARY = 1024
 LENGTH = 128
-REPETITIONS = 250
+REPETITIONS = 150
 BOS, EOS, NEWLINE = 1, 2, 13
 SYSTEM = find_template("v1").opening[0].text.strip()
 ASK_FOR_CAPTION = "Describe the image concisely."
@@ -112,20 +112,21 @@ def some_questions(scene: world.Scene, rng: np.random.Generator) -> list[world.Q
 
 
 def row(scene: world.Scene, words: Words, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
-    """One text and which of its tokens are to be predicted: tokens said twice, the scene told again, or questions."""
+    """One text and which of its tokens are to be predicted: words said over and over, the scene told again, or questions."""
     context, kind = description(scene, words, rng), rng.random()
     if kind < 0.1:
-        return repetition(rng)
+        return repetition(words, rng)
     if kind < 0.4:
         return retelling(scene, context, words, rng)
     return dialogue(scene, context, words, rng)
 
 
-def repetition(rng: np.random.Generator) -> tuple[list[int], list[bool]]:
-    """Different tokens in no order, twice."""
-    said = [int(token) for token in rng.choice(np.arange(3, VOCABULARY), size=rng.integers(16, 60), replace=False)]
-    tokens = [BOS, *said, *said]
-    return tokens, [False] * (len(said) + 2) + [True] * (len(said) - 1)
+def repetition(words: Words, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+    """Different words of the world in no order, and again in the same order until the row is full."""
+    nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, "the", "a", "at", "is", "and")
+    said = [token for word in rng.permutation(nouns)[: rng.integers(6, 25)] for token in words.ids(str(word))]
+    tokens = ([BOS] + said * LENGTH)[:LENGTH]
+    return tokens, [False] * (len(said) + 2) + [True] * (LENGTH - len(said) - 2)
 
 
 def description(scene: world.Scene, words: Words, rng: np.random.Generator) -> list[int]:
@@ -172,7 +173,7 @@ def dialogue(
 def batches(words: Words, rows: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless batches: tokens int32[rows, LENGTH] padded on the right with 0, targets bool[rows, LENGTH].
 
-    The first REPETITIONS batches hold nothing but tokens said twice: a decoder that has learned to find what it read
+    The first REPETITIONS batches hold nothing but words said over and over: a decoder that has learned to find what it read
     before learns to read descriptions in minutes, one that has not stays for hours at guessing.
     """
     rng = np.random.default_rng(seed)
@@ -180,7 +181,9 @@ def batches(words: Words, rows: int, seed: int) -> Iterator[tuple[np.ndarray, np
         tokens_BT = np.zeros((rows, LENGTH), np.int32)
         targets_BT = np.zeros((rows, LENGTH), bool)
         for index in range(rows):
-            tokens, targets = repetition(rng) if batch < REPETITIONS else row(world.sample_scene(rng), words, rng)
+            tokens, targets = (
+                repetition(words, rng) if batch < REPETITIONS else row(world.sample_scene(rng), words, rng)
+            )
             tokens_BT[index, : len(tokens)] = tokens[:LENGTH]
             targets_BT[index, : len(targets)] = targets[:LENGTH]
         yield tokens_BT, targets_BT

@@ -21,6 +21,7 @@ from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Se
 Params = dict[str, Any]
 
 RANDOM = "random:"
+EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
     "clip-l-14": ClipConfig(width=1024, mlp_width=4096, layers=24, heads=16, image_size=224, patch_size=14),
@@ -118,16 +119,14 @@ def _config_json(key: str, spec: str, named: dict) -> tuple[dict | None, str]:
 
 
 def tokenizer_folder(spec: str) -> str:
-    """The folder with the tokenizer of `model.llm`: the folder itself, or the one FILE.json lies in."""
+    """The folder with the tokenizer of `model.llm`: the folder itself, or the one FILE.json lies in.
+
+    A named size takes the small tokenizer that comes with the package: random weights know no words anyway.
+    """
     if not spec.startswith(RANDOM):
         return spec
     name = spec.removeprefix(RANDOM)
-    if name.endswith(".json"):
-        return os.path.dirname(name) or "."
-    raise InputError(
-        f"model.llm={spec}: a named size has no tokenizer to train with; give random:FOLDER/config.json, "
-        "with the tokenizer files in FOLDER"
-    )
+    return (os.path.dirname(name) or ".") if name.endswith(".json") else EMBEDDED_TOKENIZER
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------

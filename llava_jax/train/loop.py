@@ -299,7 +299,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, steps: int) -> 
             f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
             f"projector {plan.config.projector}, compute {t.dtype}, remat {t.remat}, accumulate {t.accumulate}, "
             f"mesh {mesh} on {jax.default_backend()}",
-            f"template {settings.data.template}, image {plan.config.vision.image_size} px {settings.data.aspect}, "
+            f"tokenizer {plan.tokenizer}, template {settings.data.template}, image {plan.config.vision.image_size} px {settings.data.aspect}, "
             f"{plan.config.vision.patches} image tokens (id {plan.config.image_token_id}), "
             f"max_length {settings.data.max_length}",
             describe(settings.optim, run.state.params, run.frozen),
