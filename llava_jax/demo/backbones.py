@@ -20,8 +20,10 @@ import optax
 from flax import nnx
 from safetensors.numpy import save_file
 
+from llava_jax.convert import hf
 from llava_jax.convert.table import TABLE, to_hf
 from llava_jax.data.image import preprocess
+from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.demo import reading, world
 from llava_jax.layers import LayerNorm, Linear
 from llava_jax.models.clip import Clip
@@ -108,7 +110,7 @@ class Contrast(nnx.Module):
         return jnp.exp(jnp.minimum(self.scale[...], jnp.log(100.0))) * pictures @ captions.T
 
 
-def clip_batches(tokenizer: reading.Words, rows: int, pool: int, seed: int) -> Iterator[tuple]:
+def clip_batches(tokenizer: TextTokenizer, rows: int, pool: int, seed: int) -> Iterator[tuple]:
     """Batches of pictures and captions where every scene comes with a near miss of itself, to be told apart."""
     rng = np.random.default_rng(seed)
     scenes = [scene for first in world.sample_scenes(rng, pool) for scene in (first, world.near_miss(first, rng))]
@@ -119,12 +121,12 @@ def clip_batches(tokenizer: reading.Words, rows: int, pool: int, seed: int) -> I
         tokens_BT = np.zeros((rows, CAPTION_LENGTH), np.int32)
         last_B = np.zeros(rows, np.int32)
         for row, scene in enumerate(index):
-            ids = tokenizer.ids(world.caption(scenes[scene], rng))[:CAPTION_LENGTH]
+            ids = reading.ids(tokenizer, world.caption(scenes[scene], rng))[:CAPTION_LENGTH]
             tokens_BT[row, : len(ids)], last_B[row] = ids, len(ids) - 1
         yield pixels[index], tokens_BT, last_B
 
 
-def train_clip(tokenizer: reading.Words, folder: str, steps: int, seconds: float, pool: int = 10000) -> None:
+def train_clip(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, pool: int = 10000) -> None:
     graphdef, state = nnx.split(Contrast(rngs=nnx.Rngs(0)))
 
     def loss_fn(params: Params, *batch: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,7 +157,8 @@ def save_clip(params: Params, folder: str) -> None:
 # ---- LLaMA ------------------------------------------------------------------------------------------------------
 
 
-def train_llama(tokenizer: reading.Words, folder: str, steps: int, seconds: float) -> None:
+def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, go_on: bool = False) -> None:
+    """Trains the decoder from a fresh start, or goes on with the one that lies in `folder`."""
     model = Llama(LLAMA, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
 
@@ -170,13 +173,18 @@ def train_llama(tokenizer: reading.Words, folder: str, steps: int, seconds: floa
         # Rows weigh the same: a dialogue has fewer targets than a retelling, and each of them is worth more.
         return (nll_B / count_B).mean(), right
 
-    batches = reading.batches(tokenizer, rows=32, seed=2)
+    if go_on:
+        params = jax.tree.map(jnp.asarray, hf.read_llama(folder, dtype="float32")[1])
+        batches, lr = reading.batches(tokenizer, rows=32, seed=3, repetitions=0), 1.2e-3
+    else:
+        params = look_back(nnx.to_pure_dict(state))
+        batches, lr = reading.batches(tokenizer, rows=32, seed=2, repetitions=150), 2e-3
     fit(
-        look_back(nnx.to_pure_dict(state)),
+        params,
         loss_fn,
         batches,
         steps,
-        2e-3,
+        lr,
         "llama",
         seconds,
         lambda p: save_llama(p, folder),
@@ -253,15 +261,16 @@ def main() -> None:
     parser.add_argument("--clip_minutes", type=float, default=60)
     parser.add_argument("--llama_minutes", type=float, default=120)
     parser.add_argument("--steps", type=int, default=20000, help="at most this many steps each")
+    parser.add_argument("--go_on", action="store_true", help="train the LLaMA that lies in --output further")
     args = parser.parse_args()
     clip, llama = os.path.join(args.output, "clip"), os.path.join(args.output, "llama")
     if args.only in (None, "tokenizer"):
         reading.make_tokenizer(llama)
-    tokenizer = reading.Words(llama)
+    tokenizer = load_tokenizer(llama)
     if args.only in (None, "clip"):
         train_clip(tokenizer, clip, args.steps, 60 * args.clip_minutes)
     if args.only in (None, "llama"):
-        train_llama(tokenizer, llama, args.steps, 60 * args.llama_minutes)
+        train_llama(tokenizer, llama, args.steps, 60 * args.llama_minutes, args.go_on)
 
 
 if __name__ == "__main__":

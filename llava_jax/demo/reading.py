@@ -4,6 +4,7 @@ A row is a description (a sentence, or a map in words) and either questions abou
 dialogue, or the same scene said again. That is the reading comprehension a published LLaMA brings along.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,12 +14,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llava_jax.data.chat import find_template
+from llava_jax.data.chat import Span, find_template, render
+from llava_jax.data.tokenize import TextTokenizer, encode
 from llava_jax.demo import world
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, Turn
 
 VOCABULARY = 1024
 LENGTH = 128
-REPETITIONS = 150
 BOS, EOS, NEWLINE = 1, 2, 13
 SYSTEM = find_template("v1").opening[0].text.strip()
 ASK_FOR_CAPTION = "Describe the image concisely."
@@ -37,20 +39,9 @@ PHRASES = (
 )
 
 
-class Words:
-    """Ids of text by LLaMA's rules, without BOS, cached by string."""
-
-    def __init__(self, folder: str):
-        self._tokenizer = tokenizers.Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-        self._seen: dict[str, list[int]] = {}
-
-    def ids(self, text: str) -> list[int]:
-        found = self._seen.get(text)
-        if found is None:
-            found = self._tokenizer.encode(text, add_special_tokens=False).ids
-            if len(self._seen) < 100_000:
-                self._seen[text] = found
-        return found
+def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The ids of a text by itself, without BOS."""
+    return tokenizer.encode_chunk([Span(text)])[0].tolist()
 
 
 def make_tokenizer(folder: str) -> None:
@@ -101,89 +92,97 @@ def make_tokenizer(folder: str) -> None:
 
 
 def some_questions(scene: world.Scene, rng: np.random.Generator) -> list[world.Question]:
-    """The scene's questions in random order, the kinds taking turns so that none is drowned by another."""
+    """The scene's questions in random order, the kinds taking turns so that none is drowned by another.
+
+    Places come first: they take the longest to learn.
+    """
     by_kind: dict[str, list[world.Question]] = {}
     for question in world.questions(scene, rng):
         by_kind.setdefault(question.kind, []).append(question)
     ranked = []
-    for found in by_kind.values():
-        ranked += [(turn + rng.random(), found[i]) for turn, i in enumerate(rng.permutation(len(found)))]
+    for kind, found in by_kind.items():
+        early = 0.5 if kind == "position" else 0.0
+        ranked += [(turn + rng.random() - early, found[i]) for turn, i in enumerate(rng.permutation(len(found)))]
     return [question for _, question in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def row(scene: world.Scene, words: Words, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
-    """One text and which of its tokens are to be predicted: words said over and over, the scene told again, or questions."""
-    context, kind = description(scene, words, rng), rng.random()
+def row(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, targets) of one text: repeated words, the scene told again, or questions about it."""
+    kind = rng.random()
     if kind < 0.1:
-        return repetition(words, rng)
+        return repetition(tokenizer, rng)
     if kind < 0.4:
-        return retelling(scene, context, words, rng)
-    return dialogue(scene, context, words, rng)
+        return retelling(scene, tokenizer, rng)
+    return dialogue(scene, tokenizer, rng)
 
 
-def repetition(words: Words, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
+def repetition(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Different words of the world in no order, and again in the same order until the row is full."""
     nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, "the", "a", "at", "is", "and")
-    said = [token for word in rng.permutation(nouns)[: rng.integers(6, 25)] for token in words.ids(str(word))]
-    tokens = ([BOS] + said * LENGTH)[:LENGTH]
-    return tokens, [False] * (len(said) + 2) + [True] * (LENGTH - len(said) - 2)
+    said = ids(tokenizer, " ".join(rng.permutation(nouns)[: rng.integers(6, 25)]))
+    tokens = np.array([BOS, *np.resize(said, LENGTH - 1)], np.int32)
+    return tokens, np.arange(LENGTH) > len(said) + 1
 
 
-def description(scene: world.Scene, words: Words, rng: np.random.Generator) -> list[int]:
-    """What stands where a picture would stand: a map in words, or a sentence."""
-    if rng.random() < 0.6:
-        return [token for word in world.place_map(scene) for token in words.ids(word)]
-    return words.ids(world.caption(scene, rng))
-
-
-def retelling(
-    scene: world.Scene, context: list[int], words: Words, rng: np.random.Generator
-) -> tuple[list[int], list[bool]]:
+def retelling(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The description, and the scene in other wordings, a line each: what belongs together has to be looked up."""
-    tokens, targets = [BOS, *context], [False] * (1 + len(context))
+    described = [BOS, *description(scene, tokenizer, rng)]
+    tokens = list(described)
     while len(tokens) < LENGTH:
-        line = [*words.ids(world.caption(scene, rng)), NEWLINE]
-        tokens, targets = tokens + line, targets + [True] * len(line)
-    return tokens, targets
+        tokens += [*ids(tokenizer, world.caption(scene, rng)), NEWLINE]
+    return np.array(tokens[:LENGTH], np.int32), np.arange(LENGTH) >= len(described)
 
 
-def dialogue(
-    scene: world.Scene, context: list[int], words: Words, rng: np.random.Generator
-) -> tuple[list[int], list[bool]]:
-    """Questions about the description and their answers, as many as fit, in the v1 format."""
+def description(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> list[int]:
+    """What stands where a picture would stand: a map in words, or a sentence."""
+    said = " ".join(world.place_map(scene)) if rng.random() < 0.6 else world.caption(scene, rng)
+    return ids(tokenizer, said)
+
+
+def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Questions about the scene and their answers, as many as fit, in the v1 format, often without its first words.
+
+    The description stands in place of the picture, or is part of the first question.
+    """
     asked = [(question.text, question.answer) for question in some_questions(scene, rng)]
     if rng.random() < 0.1:
         asked.insert(0, (ASK_FOR_CAPTION, world.caption(scene, rng)))
-    user = f"{SYSTEM} USER: " if rng.random() < 0.5 else "USER: "
-    if rng.random() < 0.25:
-        opening = words.ids(f"{user}{world.caption(scene, rng)}\n{asked[0][0]} ASSISTANT:")
-    else:
-        opening = [*words.ids(user), *context, *words.ids(f"\n{asked[0][0]} ASSISTANT:")]
-    tokens, targets = [BOS, *opening], [False] * (1 + len(opening))
-    for turn, (question, answer) in enumerate(asked):
-        prompt = [] if turn == 0 else words.ids(f"USER: {question} ASSISTANT:")
-        reply = [*words.ids(answer), EOS]
-        if turn and len(tokens) + len(prompt) + len(reply) > LENGTH:
+    template = find_template("v1") if rng.random() < 0.5 else dataclasses.replace(find_template("v1"), opening=())
+    shown = world.caption(scene, rng) if rng.random() < 0.25 else IMAGE_PLACEHOLDER
+    described = description(scene, tokenizer, rng)
+    for count in range(len(asked), 0, -1):
+        turns = [Turn(who, text) for pair in asked[:count] for who, text in zip(("human", "gpt"), pair, strict=True)]
+        turns[0] = Turn("human", f"{shown}\n{turns[0].text}")
+        tokens, targets = splice(encode(render(turns, template), tokenizer), described)
+        if len(tokens) <= LENGTH or count == 1:
             break
-        tokens += prompt + reply
-        targets += [False] * len(prompt) + [True] * len(reply)
-    return tokens, targets
+    return tokens[:LENGTH], targets[:LENGTH]
 
 
-def batches(words: Words, rows: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def splice(encoded: Encoded, described: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, targets) with the words of a description in place of the picture, if there is one."""
+    marks = np.flatnonzero(encoded.tokens == IMAGE_MARK)
+    at = int(marks[0]) if len(marks) else 0
+    described, rest = (described, at + 1) if len(marks) else ([], 0)
+    tokens = np.concatenate([encoded.tokens[:at], np.array(described, np.int32), encoded.tokens[rest:]])
+    nothing = np.zeros(len(described), bool)
+    return tokens, np.concatenate([encoded.targets[:at], nothing, encoded.targets[rest:]])
+
+
+def batches(
+    tokenizer: TextTokenizer, rows: int, seed: int, repetitions: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless batches: tokens int32[rows, LENGTH] padded on the right with 0, targets bool[rows, LENGTH].
 
-    The first REPETITIONS batches hold nothing but words said over and over: a decoder that has learned to find what it read
-    before learns to read descriptions in minutes, one that has not stays for hours at guessing.
+    The first `repetitions` batches hold nothing but words said over and over: a decoder that has learned to find what
+    it read before learns to read descriptions sooner.
     """
     rng = np.random.default_rng(seed)
     for batch in itertools.count():
         tokens_BT = np.zeros((rows, LENGTH), np.int32)
         targets_BT = np.zeros((rows, LENGTH), bool)
         for index in range(rows):
-            tokens, targets = (
-                repetition(words, rng) if batch < REPETITIONS else row(world.sample_scene(rng), words, rng)
-            )
-            tokens_BT[index, : len(tokens)] = tokens[:LENGTH]
-            targets_BT[index, : len(targets)] = targets[:LENGTH]
+            scene = world.sample_scene(rng)
+            tokens, targets = repetition(tokenizer, rng) if batch < repetitions else row(scene, tokenizer, rng)
+            tokens_BT[index, : len(tokens)], targets_BT[index, : len(tokens)] = tokens, targets
         yield tokens_BT, targets_BT

@@ -24,6 +24,7 @@ KINDS = ("presence", "colour", "shape", "count", "position")
 PICTURE_SIZE = 96
 CELL = PICTURE_SIZE // 3
 MAP_SIDE = 6
+OPENINGS = ("", "there is ", "a picture of ", "an image with ", "the picture shows ")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -146,18 +147,10 @@ def _join(parts: list[str]) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence that names every thing, its colour and its place, in one of several wordings and any order."""
+    """One sentence that names every thing with its colour and its place, in any order, with one of several openings."""
     things = [scene[i] for i in rng.permutation(len(scene))]
-    style = int(rng.integers(5))
-    if style == 0:
-        return _join([f"a {t.name} at the {t.place}" for t in things]) + "."
-    if style == 1:
-        return "there is " + _join([f"a {t.name} at the {t.place}" for t in things]) + "."
-    if style == 2:
-        return _join([f"at the {t.place} a {t.name}" for t in things]) + "."
-    if style == 3:
-        return "a picture of " + _join([f"a {t.name} at the {t.place}" for t in things]) + "."
-    return " ".join(f"the {t.place} holds a {t.name}." for t in things)
+    opening = OPENINGS[int(rng.integers(len(OPENINGS)))]
+    return opening + _join([f"a {thing.name} at the {thing.place}" for thing in things]) + "."
 
 
 def place_map(scene: Scene) -> list[str]:
