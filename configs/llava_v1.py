@@ -9,7 +9,10 @@ pictures and clip gradients at norm 1.
 
 import ml_collections
 
-from configs import common
+try:
+    from configs import common
+except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
+    import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -9,7 +9,10 @@ original draws its finetune batches by modality and length; here they are drawn 
 
 import ml_collections
 
-from configs import common
+try:
+    from configs import common
+except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
+    import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

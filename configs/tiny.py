@@ -7,7 +7,10 @@
 
 import ml_collections
 
-from configs import common
+try:
+    from configs import common
+except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
+    import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -17,12 +20,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.stage = args.stage
     c.model.vision = "random:tiny"
     c.model.llm = "random:tiny"
-    c.data.max_length = 256
+    c.data.max_length = 1024  # tokenizers of small models come near one token a character
     c.data.template = "plain" if args.stage == "pretrain" else "v1"
     c.data.aspect = "crop" if args.stage == "pretrain" else "pad"
     c.optim.lr = 1e-3
     c.optim.clip_norm = 1.0
-    c.train.batch_size = 16
+    c.train.batch_size = 8
     c.train.dtype = "float32"
     c.train.remat = "none"
     c.train.log_every = 1

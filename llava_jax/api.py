@@ -13,8 +13,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from llava_jax.convert.config import read_config
-from llava_jax.convert.hf import LlavaExtras, read_llava
+from llava_jax.convert.hf import LlavaExtras, read_llava, stored_dtype
 from llava_jax.data.chat import Span, Template, find_template, render
 from llava_jax.data.image import load_image, preprocess
 from llava_jax.data.tokenize import StreamDecoder, TextTokenizer, encode, expand, load_tokenizer
@@ -22,10 +21,10 @@ from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_b
 from llava_jax.infer.sample import stop_table, stripped
 from llava_jax.models.llava import build
 from llava_jax.sharding import make_mesh, replicated
-from llava_jax.train.assemble import is_workdir, load_trained
+from llava_jax.source import parse
+from llava_jax.train.assemble import load_trained
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
 
-FORMS = "hf:DIR (Hugging Face LlavaForConditionalGeneration), orbax:DIR (a workdir of train), or such a DIR alone"
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 Message = Mapping[str, Any]
@@ -178,13 +177,15 @@ def question(text: str, images: Picture | Sequence[Picture] | None) -> list[Mess
 class Llava:
     """A model that answers; made by `load`. `params` is the plain nested dict {vision, projector, llm}.
 
-    `weights` is a checksum of the projector, which every stage of training changes.
+    `weights` is a checksum of the projector, which every stage of training changes. `template_assumed`: neither the
+    source nor its user named the template.
     """
 
     name: str
     engine: Engine
     processor: Processor
     weights: str
+    template_assumed: bool = False
 
     @property
     def params(self) -> dict[str, Any]:
@@ -312,24 +313,25 @@ def load(source: str, template: str | None = None, dtype: str | None = None) -> 
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
     Over several devices the weights are on each and batches are split. Raises InputError for anything else.
     """
-    form, folder = split_source(source)
+    form, folder = parse(os.fspath(source))
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
     if template is not None:
         find_template(template)
     if form == "orbax":
-        plan, params, settings = load_trained(folder)
+        plan, params, settings = load_trained(folder, dtype=dtype)
         config, rules = plan.config, settings.data
         extras = LlavaExtras(rules.template, rules.aspect, rules.image_position, plan.tokenizer)
         dtype = dtype or config.dtype
     else:
-        config, params, extras = read_llava(folder)
-        dtype = dtype or _stored_dtype(folder)
+        dtype = dtype or stored_dtype(folder)
+        config, params, extras = read_llava(folder, dtype=dtype)
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     processor = Processor(
         load_tokenizer(extras.tokenizer), config, template or extras.template, extras.aspect, extras.image_position
     )
-    return assemble(os.path.basename(os.path.abspath(folder)), params, processor)
+    model = assemble(os.path.basename(os.path.abspath(folder)), params, processor)
+    return dataclasses.replace(model, template_assumed=template is None and extras.template_assumed)
 
 
 def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
@@ -343,25 +345,3 @@ def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32), checksum)
     return Llava(name, engine, processor, f"{checksum:08x}")
-
-
-def split_source(source: str) -> tuple[str, str]:
-    """(`hf` or `orbax`, folder) of a SRC. Raises InputError naming the accepted forms."""
-    form, colon, folder = source.partition(":")
-    if not colon or os.path.isdir(source):
-        form, folder = "", source
-    if form not in ("", "hf", "orbax"):
-        raise InputError(f"model {source!r}: form {form!r} is not read; expected {FORMS}")
-    if not os.path.isdir(folder):
-        raise InputError(f"model {source!r}: no folder {folder!r}; expected {FORMS}")
-    found = "orbax" if is_workdir(folder) else "hf" if os.path.isfile(os.path.join(folder, "config.json")) else None
-    if found is None or form not in ("", found):
-        held = {"orbax": "a workdir of train", "hf": "a config.json without checkpoints/", None: "neither"}[found]
-        raise InputError(f"model {source!r}: the folder holds {held}; expected {FORMS}")
-    return found, folder
-
-
-def _stored_dtype(folder: str) -> str:
-    given = read_config(folder, FORMS)
-    stored = given.get("dtype", given.get("torch_dtype"))
-    return "bfloat16" if stored in ("float16", "bfloat16") else "float32"

@@ -60,10 +60,12 @@ COMMANDS: dict[str, Command] = {
         cli_data.synthesize,
     ),
     "prepare verify": Command(
-        "name every row of a data set that cannot be trained, and why; exit code 1 when there is one",
-        "llava-jax prepare verify --annotations=data.json --images=images --tokenizer=vicuna --template=v1",
+        "name every row of a data set that cannot be trained, and why; exit code 2 when there is one",
+        "llava-jax prepare verify --config=configs/tiny.py:stage=finetune --config.model.vision=CLIP_DIR "
+        "--config.model.llm=LLAMA_DIR --config.data.annotations=data.json --config.data.images=images",
         cli_data.verify_flags,
         cli_data.verify,
+        passes="--config",
     ),
     "evaluate exact_match": Command(
         "score a file of answers by exact match, for each type of question and over all",
@@ -141,7 +143,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 the check found something, 2 bad input (one line on stderr), 130 interrupted."""
+    """The exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted, 141 the reader of our output is gone.
+
+    `train` leaves by SystemExit(42) after SIGTERM, once its state is saved.
+    """
     # transformers warns on stderr that there is no torch; we use its tokenizers only, and stderr is for our one line.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

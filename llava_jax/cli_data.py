@@ -1,54 +1,104 @@
 """The commands that hold no model: prepare verify, synthesize, evaluate exact_match."""
 
 import argparse
-import json
+import os
 
 from llava_jax.cli_parse import announce
-from llava_jax.types import InputError
+from llava_jax.cli_train import load_settings
+from llava_jax.types import DataSettings, InputError
+
+# The flags that a config answers in their place.
+SINGLE = ("annotations", "images", "tokenizer", "template", "image_position", "max_length", "vision", "patches")
+NEEDED = ("annotations", "images", "tokenizer", "template")
 
 
 def verify_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="LLaVA's JSON, or JSONL")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder the rows' pictures are relative to")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of the decoder, or of its tokenizer")
-    parser.add_argument("--template", required=True, help="conversation template: plain, v0, v1, llava_llama_2, …")
-    parser.add_argument("--image_position", choices=("front", "keep"), default="front", help="as in training (front)")
-    parser.add_argument("--max_length", type=int, default=2048, help="as in training, image tokens included (2048)")
-    parser.add_argument(
-        "--patches", type=int, default=576, help="image tokens of one picture: (size / patch)², 576 for 336 pixels"
-    )
     parser.add_argument("--dump", metavar="FILE.jsonl", help="written: ids, targets and supervised text of each row")
+    parser.add_argument_group("what `train` would read").description = (
+        "--config=FILE[:arg]      as for `train`, with its --config.KEY=VALUE; the rows, their pictures, template,\n"
+        "                         tokenizer and lengths are then those of that run"
+    )
+    single = parser.add_argument_group("or, without a config")
+    single.add_argument("--annotations", metavar="FILE", help="LLaVA's JSON, or JSONL")
+    single.add_argument("--images", metavar="DIR", help="folder the rows' pictures are relative to")
+    single.add_argument("--tokenizer", metavar="DIR", help="folder of the decoder, or of its tokenizer")
+    single.add_argument("--template", help="conversation template: plain, v0, v1, llava_llama_2, …")
+    single.add_argument("--image_position", choices=("front", "keep"), help="as in training (front)")
+    single.add_argument("--max_length", type=int, help="as in training, image tokens included (2048)")
+    single.add_argument("--vision", metavar="DIR", help="CLIP folder; its config.json says what a picture takes")
+    single.add_argument("--patches", type=int, help="the same as a number: image tokens of one picture (576)")
 
 
 def verify(args: argparse.Namespace) -> int:
-    for name in ("max_length", "patches"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    data, folder, patches = checks_of_run(args) if args.passed else checks_of_flags(args)
     from llava_jax.data import verify as checks
     from llava_jax.data.tokenize import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(folder)
     announce(
         "prepare verify",
-        annotations=args.annotations,
-        images=args.images,
-        tokenizer=args.tokenizer,
-        template=f"{args.template}, image position {args.image_position}",
-        max_length=f"{args.max_length} tokens, {args.patches} of them for each picture",
+        config=" ".join(args.passed),
+        annotations=data.annotations,
+        images=data.images,
+        tokenizer=folder,
+        template=f"{data.template}, image position {data.image_position}",
+        max_length=f"{data.max_length} tokens, {patches} of them for each picture",
         dump=args.dump,
     )
     report = checks.verify(
-        args.annotations,
-        args.images,
+        data.annotations,
+        data.images,
         tokenizer,
-        args.template,
-        image_position=args.image_position,
-        max_length=args.max_length,
-        patches=args.patches,
+        data.template,
+        image_position=data.image_position,
+        max_length=data.max_length,
+        patches=patches,
         dump_path=args.dump,
     )
     print("\n".join(checks.report_lines(report)))
-    return 1 if report.rejected else 0
+    if report.rejected:
+        count = f"{len(report.rejected)} of {report.rows} rows of {data.annotations} cannot be trained"
+        more = " (the first of them)" if len(report.rejected) > 1 else ""
+        raise InputError(f"{count}: {report.rejected[0]}{more}; mend or remove them")
+    return 0
+
+
+def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int]:
+    """(data settings, tokenizer folder, image tokens of a picture) of the run that `--config` describes."""
+    given = [f"--{name}" for name in SINGLE if getattr(args, name) is not None]
+    if given:
+        raise InputError(f"{' and '.join(given)} beside --config: give the --config.KEY=VALUE that `train` gets")
+    settings = load_settings(args.passed)
+    if not settings.data.annotations:
+        raise InputError("data.annotations is empty: expected the JSON or JSONL file to check")
+    from llava_jax.train.assemble import plan_model
+
+    plan = plan_model(settings)
+    return settings.data, plan.tokenizer, plan.config.vision.patches
+
+
+def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int]:
+    """The same of the single flags."""
+    missing = [f"--{name}" for name in NEEDED if getattr(args, name) is None]
+    if missing:
+        raise InputError(f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} beside the others")
+    for name in ("max_length", "patches"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    if args.vision is not None and args.patches is not None:
+        raise InputError("--vision and --patches both say what a picture takes; give one of them")
+    position, length = args.image_position or "front", args.max_length or 2048
+    data = DataSettings(args.annotations, args.images, args.template, position, "pad", length, False, 0)
+    return data, args.tokenizer, args.patches or patches_of(args.vision)
+
+
+def patches_of(folder: str | None) -> int:
+    """Image tokens of one picture for a CLIP folder; those of CLIP ViT-L/14 at 336 pixels without one."""
+    if folder is None:
+        return 576
+    from llava_jax.convert.config import clip_config, read_config
+
+    return clip_config(read_config(folder, "a Hugging Face CLIP folder"), os.path.join(folder, "config.json")).patches
 
 
 def synthesize_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,10 +158,5 @@ def exact_match(args: argparse.Namespace) -> int:
     from llava_jax.evaluate import exact_match as benchmark
 
     announce("evaluate exact_match", questions=args.questions, answers=args.answers, json=args.json)
-    figures = benchmark.score(args.questions, args.answers)
-    print(benchmark.table({"exact match": figures}))
-    if args.json is not None:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
-            file.write("\n")
+    benchmark.evaluate(args.questions, args.answers, args.json)
     return 0

@@ -4,9 +4,13 @@ import argparse
 import dataclasses
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from llava_jax.cli_parse import announce
 from llava_jax.types import InputError, Sampling
+
+if TYPE_CHECKING:
+    from llava_jax.api import Llava
 
 SOURCE = "hf:DIR (a Hugging Face folder), orbax:DIR (a workdir of train), or just DIR"
 
@@ -86,6 +90,7 @@ def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
     need_file("--image", args.image)
     announce("generate", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
     model = api.load(args.model, template=args.template)
+    announce_model(model)
     print(model.generate([args.prompt], [args.image], **dataclasses.asdict(sampling))[0])
     return 0
 
@@ -106,6 +111,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
         batch_size=args.batch_size,
     )
     model = api.load(args.model, template=args.template)
+    announce_model(model)
     written = answer_file(
         model, args.questions, args.images, args.answers, sampling, batch_size=args.batch_size, progress=sys.stdout
     )
@@ -126,7 +132,9 @@ def chat(args: argparse.Namespace) -> int:
 
     need_file("--image", args.image)
     announce("chat", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    terminal.chat(api.load(args.model, template=args.template), args.image, sys.stdin, sys.stdout, sampling)
+    model = api.load(args.model, template=args.template)
+    announce_model(model)
+    terminal.chat(model, args.image, sys.stdin, sys.stdout, sampling)
     return 0
 
 
@@ -141,6 +149,20 @@ def convert(args: argparse.Namespace) -> int:
     announce("convert", source=args.source, target=args.target)
     commands.convert(args.source, args.target)
     return 0
+
+
+def announce_model(model: "Llava") -> None:
+    """What the model is asked with, once it is read."""
+    about = model.about
+    announce(
+        f"model {model.name}",
+        template=about["template"] + (" (assumed)" if model.template_assumed else ""),
+        aspect=about["aspect"],
+        image_position=about["image_position"],
+        dtype=about["dtype"],
+    )
+    if model.processor.rules.caption_only:
+        print(f"template {about['template']} writes captions: the prompt is not used, only its picture\n", flush=True)
 
 
 def need_file(flag: str, path: str | None) -> None:

@@ -43,5 +43,5 @@ def announce(title: str, **facts: Any) -> None:
     print(title)
     for name, value in facts.items():
         if value is not None and value != "":
-            print(f"  {name.replace('_', ' '):<14}{value}")
+            print(f"  {name.replace('_', ' '):<16}{value}")
     print(flush=True)

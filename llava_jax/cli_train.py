@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from llava_jax.cli_parse import announce
-from llava_jax.settings import nearest, settings_from_dict
-from llava_jax.types import InputError
+from llava_jax.settings import nearest, read_settings, settings_from_dict
+from llava_jax.types import InputError, Settings
 
 # What running a user's config file can raise, bugs in that file included; each becomes one line.
 CONFIG_ERRORS = (
@@ -32,19 +33,23 @@ CONFIG_ERRORS = (
 def train_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run: checkpoints, config.json, metrics.jsonl")
     parser.add_argument_group("config").description = (
-        "--config=FILE[:arg]      a config of configs/, or your own; required\n"
+        "--config=FILE[:arg]      a config of configs/, your own, or the config.json of a run; required\n"
         "--config.KEY=VALUE       overrides one key of it, as in --config.train.batch_size=32"
     )
 
 
 def train(args: argparse.Namespace) -> int:
-    config = load_config(args.passed)
+    settings = load_settings(args.passed)
     from llava_jax.train import loop
 
-    settings = settings_from_dict(config.to_dict())
     announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
     loop.train(settings, args.workdir)
     return 0
+
+
+def load_settings(passed: Sequence[str]) -> Settings:
+    """The checked settings of a config and its overrides. Raises InputError."""
+    return settings_from_dict(load_config(passed).to_dict())
 
 
 def load_config(passed: Sequence[str]) -> ConfigDict:
@@ -52,31 +57,38 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
     files = [word for word in passed if word.startswith("--config=")]
     if len(files) != 1:
         given = "none" if not files else " and ".join(files)
-        raise InputError(f"train needs one --config=FILE[:arg], such as configs/tiny.py:stage=pretrain; got {given}")
-    path = files[0].removeprefix("--config=").split(":", 1)[0]
+        raise InputError(f"expected one --config=FILE[:arg], such as configs/tiny.py:stage=pretrain; got {given}")
+    spec = files[0].removeprefix("--config=")
+    path, colon, _ = spec.partition(":")
     if not os.path.isfile(path):
         raise InputError(f"--config: no file {path!r}; give a config file such as configs/tiny.py:stage=pretrain")
+    if path.endswith(".json") and colon:
+        raise InputError(f"--config={spec}: a config.json takes no argument after the colon; give --config={path}")
     overrides = [word for word in passed if word.startswith("--config.")]
-    check_keys(run_config(files), overrides)
-    return run_config([*files, *overrides])
+    check_keys(run_config(spec), overrides)
+    return run_config(spec, overrides)
 
 
-def run_config(words: Sequence[str]) -> ConfigDict:
-    """Runs the config file through config_flags, in flags of its own. Raises InputError for whatever it raises."""
+def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file through config_flags, in flags of its own. Raises InputError for whatever it raises."""
     values = flags.FlagValues()
-    argv = ["train", *words]
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
-    path = words[0].removeprefix("--config=")
+    if spec.endswith(".json"):
+        argv = ["train", *overrides]
+        saved = ConfigDict(dataclasses.asdict(read_settings(spec)))
+        config_flags.DEFINE_config_dict("config", saved, lock_config=True, flag_values=values, sys_argv=argv)
+    else:
+        argv = ["train", f"--config={spec}", *overrides]
+        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     try:
-        with importing_beside(path.split(":", 1)[0]):
+        with importing_beside(spec.split(":", 1)[0]):
             values(argv)
         config = values.config
     except flags.IllegalFlagValueError as error:
-        raise InputError(f"config {path}: {last_line(error)}") from error
+        raise InputError(f"config {spec}: {last_line(error)}") from error
     except CONFIG_ERRORS as error:
-        raise InputError(f"config {path}: {type(error).__name__}: {last_line(error)}") from error
+        raise InputError(f"config {spec}: {type(error).__name__}: {last_line(error)}") from error
     if not isinstance(config, ConfigDict):
-        raise InputError(f"config {path}: get_config() returned {type(config).__name__}, not a ConfigDict")
+        raise InputError(f"config {spec}: get_config() returned {type(config).__name__}, not a ConfigDict")
     return config
 
 

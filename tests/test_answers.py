@@ -159,6 +159,12 @@ def test_bad_questions_are_named(tiny, asked, line, message):
         run(tiny, asked)
 
 
+def test_questions_may_begin_with_a_byte_order_mark(asked):
+    before = answers.read_questions(str(asked / "q.jsonl"), str(asked))
+    (asked / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + (asked / "q.jsonl").read_bytes())
+    assert answers.read_questions(str(asked / "q.jsonl"), str(asked)) == before
+
+
 def test_no_questions(asked):
     with pytest.raises(InputError, match="no such file"):
         answers.read_questions(str(asked / "none.jsonl"), str(asked))

@@ -13,6 +13,7 @@ from flax import nnx
 
 import llava_jax
 from llava_jax import api
+from llava_jax.convert import hf
 from llava_jax.convert.export import write_llava
 from llava_jax.data.chat import TEMPLATES, render
 from llava_jax.data.image import preprocess
@@ -215,7 +216,7 @@ def test_float16_folders_compute_in_bfloat16(exported, tmp_path):
     config = json.loads((exported / "config.json").read_text())
     for stored, dtype in (("float16", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")):
         (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": stored}))
-        assert api._stored_dtype(str(tmp_path)) == dtype
+        assert hf.stored_dtype(str(tmp_path)) == dtype
 
 
 def test_the_package_is_imported_without_jax():

@@ -1,6 +1,5 @@
 """Checkpoints: exact, strict about shapes and dtypes, and able to step over a damaged one."""
 
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint as C
-from llava_jax.types import InputError
+from llava_jax.types import InputError, Settings
 from tests.tiny_run import change, make_settings
 
 TX = optax.adam(1e-3)
@@ -161,21 +161,64 @@ def test_a_save_that_orbax_refuses_is_an_error(tmp_path):
         C.save(manager, make_state(2), numbers(), {})
 
 
+def start(workdir: pathlib.Path, settings: Settings) -> None:
+    """What a run does around its updates."""
+    with C.hold_workdir(str(workdir), settings):
+        write_settings(str(workdir / "config.json"), settings)
+
+
 def test_workdir_of_another_config_is_refused(tmp_path):
     settings = make_settings(tmp_path, "pretrain")
-    C.open_workdir(str(tmp_path / "run"), settings)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "pretrain"
-    C.open_workdir(str(tmp_path / "run"), change(settings, "optim", lr=0.5))  # nothing trained yet
+    start(tmp_path / "run", settings)
+    start(tmp_path / "run", change(settings, "optim", lr=0.5))  # nothing trained yet
     write(tmp_path / "run", [2])
     with pytest.raises(InputError) as error:
-        C.open_workdir(str(tmp_path / "run"), change(settings, "train", steps=9))
+        start(tmp_path / "run", change(settings, "train", steps=9))
     assert "optim.lr: 0.5 there, 0.001 asked for; train.steps: 4 there, 9 asked for" in str(error.value)
     free = change(change(settings, "train", log_every=7, checkpoint_every=1, keep=9), "data", workers=2)
-    C.open_workdir(str(tmp_path / "run"), change(free, "optim", lr=0.5))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["keep"] == 9
+    start(tmp_path / "run", change(free, "optim", lr=0.5))
+
+
+def test_a_relative_path_is_the_same_config(tmp_path, monkeypatch):
+    settings = make_settings(tmp_path, "pretrain")
+    start(tmp_path / "run", settings)
+    write(tmp_path / "run", [2])
+    monkeypatch.chdir(tmp_path)
+    relative = change(settings, "data", annotations="captions.json", images="images/")
+    relative = change(relative, "init", model="hf:llava")
+    C.check_workdir(str(tmp_path / "run"), relative)
+    monkeypatch.chdir("/")
+    with pytest.raises(InputError, match="data.annotations"):
+        C.check_workdir(str(tmp_path / "run"), relative)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llava"}', "{}", "no json"])
+def test_a_config_json_that_is_no_runs_is_left_alone(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json is not that of a run"):
+        start(tmp_path, make_settings(tmp_path, "pretrain"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", text)]
+
+
+def test_one_trainer_a_workdir(tmp_path):
+    settings = make_settings(tmp_path, "pretrain")
+    with C.hold_workdir(str(tmp_path / "run"), settings):
+        with pytest.raises(InputError, match="another train is running in it"):
+            start(tmp_path / "run", settings)
+    start(tmp_path / "run", settings)
+
+
+def test_fingerprint_is_of_the_newest_checkpoint(tmp_path):
+    write(tmp_path, [2])
+    first = C.fingerprint(str(tmp_path))
+    assert C.fingerprint(str(tmp_path)) == first
+    write(tmp_path, [3])
+    second = C.fingerprint(str(tmp_path))
+    (tmp_path / "checkpoints" / "3" / "meta" / "metadata").write_text("{}")
+    assert len({first, second, C.fingerprint(str(tmp_path))}) == 3
 
 
 def test_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        C.open_workdir(str(tmp_path / "run"), make_settings(tmp_path, "pretrain"))
+        start(tmp_path / "run", make_settings(tmp_path, "pretrain"))

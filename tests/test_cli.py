@@ -1,8 +1,11 @@
 """The command line: what it lists, what it hands on, and one clear line with exit code 2 for everything it refuses."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -163,6 +166,7 @@ def test_every_config_is_complete(path):
         (["evaluate", "exact_match", "--questions=no.jsonl", "--answers=no.jsonl"], "no.jsonl"),
         (["train", "--config=no.py", "--workdir=w"], "no.py"),
         (["train", "--workdir=w"], "--config"),
+        (["prepare", "verify", "--images=i"], "--annotations and --tokenizer and --template"),
         (["train", "--config={broken}", "--workdir=w"], "ZeroDivisionError"),
         (["train", "--config={syntax}", "--workdir=w"], "SyntaxError"),
         (["train", "--config={none}", "--workdir=w"], "NoneType"),
@@ -220,9 +224,41 @@ def test_bad_row_stops_training(bad, says, world, tmp_path, capsys):
 def test_verify_names_the_bad_row_and_keeps_the_others(bad, says, world, tmp_path, capsys):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([row(1), bad, row(2)]))
-    assert cli.main(verify_words(world, rows)) == 1
-    out = capsys.readouterr().out
+    assert cli.main(verify_words(world, rows)) == 2
+    out, err = capsys.readouterr()
     assert says in out and "row-0" in out and "2 of 3 rows can be trained" in out
+    assert err.startswith(f"error: 1 of 3 rows of {rows} cannot be trained: row 1 (id 'row-0'): ") and says in err
+    assert err.endswith("; mend or remove them\n") and err.count("\n") == 1
+
+
+def test_verify_tells_the_first_of_several_bad_rows(world, tmp_path, capsys):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([row(1), row(2, image="no.jpg"), row(3, answer=" ")]))
+    assert cli.main(verify_words(world, rows)) == 2
+    out, err = capsys.readouterr()
+    assert "row-2" in out and "row-3" in out and "row-3" not in err
+    assert "2 of 3 rows" in err and "no.jpg" in err and "(the first of them)" in err
+
+
+def test_verify_of_a_config_checks_what_train_would(world, tmp_path, capsys):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([row(1), row(2, question="<image>\n" + "Why? " * 30)]))
+    words = [word for word in train_words(world, tmp_path / "run", rows=rows) if word.startswith("--config")]
+    assert cli.main(["prepare", "verify", *words]) == 0
+    assert "400 tokens, 16 of them for each picture" in capsys.readouterr().out
+    assert "row-2" in refused(["prepare", "verify", *words, "--config.data.max_length=200"], capsys)
+    assert "nowhere" in refused(["prepare", "verify", *words, "--config.data.images=nowhere"], capsys)
+    assert "--patches" in refused(["prepare", "verify", *words, "--patches=4"], capsys)
+
+
+def test_verify_takes_the_patches_from_a_clip_folder(world, tmp_path, capsys):
+    sizes = {"model_type": "clip_vision_model", "image_size": 40, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    words = [word for word in verify_words(world, world / "rows.json") if not word.startswith("--patches")]
+    assert cli.main([*words, f"--vision={tmp_path}"]) == 0
+    assert "25 of them for each picture" in capsys.readouterr().out
+    assert "one of them" in refused([*words, f"--vision={tmp_path}", "--patches=25"], capsys)
+    assert "--template" in refused([word for word in words if not word.startswith("--template")], capsys)
 
 
 def test_verify_dumps_what_is_trained(world, tmp_path, capsys):
@@ -268,6 +304,24 @@ def test_train_writes_its_workdir(trained):
     assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
+def test_config_json_of_a_run_is_a_config(trained, tmp_path, capsys):
+    given = f"--config={trained}/config.json"
+    settings = cli_train.load_settings([given, "--config.optim.lr=3", "--config.data.template=v0"])
+    saved = json.loads((trained / "config.json").read_text())
+    saved["optim"]["lr"], saved["data"]["template"] = 3.0, "v0"
+    assert dataclasses.asdict(settings) == saved
+    assert cli.main(["train", given, f"--workdir={trained}"]) == 0
+    assert "resuming at step 2" in capsys.readouterr().out
+    for words, says in {
+        (given, "--config.optim.lrr=1"): "did you mean optim.lr?",
+        (given, "--config.train.steps=1.5"): "1.5",
+        (f"{given}:stage=pretrain",): "takes no argument",
+        (f"--config={tmp_path}/broken.json",): "broken.json",
+    }.items():
+        (tmp_path / "broken.json").write_text("{")
+        assert says in refused(["train", *words, f"--workdir={tmp_path}/run"], capsys)
+
+
 @pytest.fixture(scope="module")
 def exported(trained, world) -> pathlib.Path:
     assert cli.main(["convert", f"--from=orbax:{trained}", f"--to=hf:{world}/exported"]) == 0
@@ -286,10 +340,32 @@ def test_generate_answers_one_question(trained, exported, world, capsys):
     for source in (f"orbax:{trained}", f"hf:{exported}"):
         capsys.readouterr()
         assert cli.main(["generate", "--model", source, *words]) == 0
-        said, _, answer = capsys.readouterr().out.partition("\n\n")
+        said, read, answer = capsys.readouterr().out.split("\n\n")
         assert "at most 4 tokens" in said
+        facts = dict(re.split(" {2,}", line.strip()) for line in read.splitlines()[1:])
+        assert facts == {"template": "v1", "aspect": "crop", "image position": "front", "dtype": "float32"}
         answers.append(answer)
     assert answers[0] == answers[1]
+
+
+def test_an_assumed_template_is_told(exported, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    del config["llava_jax"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    words = [f"--model={folder}", "--prompt=What?", "--max_new_tokens=4"]
+    for more, told in ([], "v1 (assumed)\n"), (["--template=v1"], "v1\n"):
+        assert cli.main(["generate", *words, *more]) == 0
+        assert f"template        {told}" in capsys.readouterr().out.partition("model foreign")[2]
+
+
+def test_a_prompt_that_the_template_leaves_out_is_told(exported, world, capsys):
+    words = [f"--model={exported}", f"--image={world}/images/a.jpg", "--prompt=What?", "--max_new_tokens=4"]
+    assert cli.main(["generate", *words, "--template=plain"]) == 0
+    assert "the prompt is not used" in capsys.readouterr().out
+    assert cli.main(["generate", *words]) == 0
+    assert "the prompt is not used" not in capsys.readouterr().out
 
 
 def test_generate_answers_a_file(exported, world, tmp_path):

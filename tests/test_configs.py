@@ -1,5 +1,9 @@
 """Configs: complete, refusing what they do not know, and equal to the published recipes."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 from configs import common, llava_v1, llava_v1_5, tiny
@@ -65,3 +69,10 @@ def test_unknown_arguments_are_refused(arg, says):
 def test_arguments_have_defaults():
     assert load(llava_v1_5, "").stage == load(tiny, None).stage == "finetune"
     assert "13b" in load(llava_v1, "size=13b").model.llm
+
+
+@pytest.mark.parametrize("config", [tiny, llava_v1, llava_v1_5], ids=lambda config: config.__name__)
+def test_a_config_prints_itself(config, tmp_path):
+    path = pathlib.Path(config.__file__).resolve()
+    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{config.get_config()}\n", "")

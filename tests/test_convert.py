@@ -522,9 +522,9 @@ def test_a_failed_write_leaves_nothing(tmp_path, sources):
 @pytest.mark.parametrize("source, target, says", [
     ("hf:{llama}", "orbax:{out}", "cannot be written"),
     ("hf:{llama}", "{out}", "cannot be written"),
-    ("llava:{llama}", "hf:{out}", "original LLaVA"),
+    ("llava:{llama}", "hf:{out}", "form 'llava' is not read"),
     ("orbax:{llama}", "hf:{out}", "checkpoints"),
-    ("hf:nowhere", "hf:{out}", "no such folder"),
+    ("hf:nowhere", "hf:{out}", "no folder 'nowhere'"),
     ("{llama}", "hf:{out}", "'llama'"),
     ("hf:{llama}", "hf:{llama}", "is the source"),
 ])  # fmt: skip
@@ -532,3 +532,69 @@ def test_convert_refuses(tmp_path, sources, source, target, says):
     names = dict(llama=sources[1], out=tmp_path / "out")
     with pytest.raises(InputError, match=says):
         commands.convert(source.format(**names), target.format(**names))
+
+
+# ---- what foreign folders say ----------------------------------------------------------------------------------------
+
+
+def foreign(tmp_path, sources, **options):
+    """An exported folder without our key in config.json."""
+    write(sources, tmp_path / "out", **options)
+    edit(tmp_path / "out" / "config.json", lambda value: value.pop("llava_jax"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("template", ["v0", "v1", "llava_llama_2", "mistral_instruct", "chatml_direct"])
+def test_a_foreign_chat_template_and_padding_are_recognised(tmp_path, sources, template):
+    folder = foreign(tmp_path, sources, template=template)
+    extras = hf.read_llava_config(str(folder))[1]
+    assert (extras.template, extras.aspect, extras.template_assumed) == (template, "pad", False)
+
+
+@pytest.mark.parametrize("source", [None, "{% for m in messages %}{{ m.role }}: hello{% endfor %}", "{% broken"])
+def test_another_chat_template_is_assumed_and_said(tmp_path, sources, source, capsys):
+    folder = foreign(tmp_path, sources, aspect="crop")
+    edit(folder / "tokenizer_config.json", lambda value: value.pop("chat_template"))
+    os.remove(folder / "chat_template.json")
+    os.remove(folder / "chat_template.jinja")
+    if source is not None:
+        (folder / "chat_template.jinja").write_text(source)
+    extras = hf.read_llava_config(str(folder))[1]
+    assert (extras.template, extras.aspect, extras.template_assumed) == ("v1", "crop", True)
+    commands.convert(str(folder), f"hf:{tmp_path / 'again'}")
+    assert "v1 is assumed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["image_mean", "image_std"])
+def test_other_normalisation_is_refused_by_name(tmp_path, sources, key):
+    folder = foreign(tmp_path, sources)
+    edit(folder / "preprocessor_config.json", lambda value: value.update({key: [0.5, 0.5, 0.5]}))
+    with pytest.raises(InputError, match=key):
+        hf.read_llava_config(str(folder))
+    shutil.copy(folder / "preprocessor_config.json", sources[0])
+    with pytest.raises(InputError, match=key):
+        hf.read_clip(sources[0])
+
+
+def test_an_exported_tokenizer_neither_cuts_nor_fills(tmp_path, sources):
+    path = tmp_path / "llama" / "tokenizer.json"
+    padding = dict(strategy={"Fixed": 9}, direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0)
+    limits = dict(
+        truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0),
+        padding=padding | dict(pad_token="<unk>"),
+    )
+    edit(path, lambda value: value.update(limits))
+    write(sources, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert written["truncation"] is None and written["padding"] is None
+
+
+def test_an_end_of_text_only_in_config_json_is_exported(tmp_path, sources):
+    path = tmp_path / "llama" / "tokenizer_config.json"
+    edit(path, lambda value: value.pop("eos_token"))
+    with pytest.raises(InputError, match="no end-of-text token"):
+        write(sources, tmp_path / "out")
+    edit(tmp_path / "llama" / "config.json", lambda value: value.update(eos_token_id=2))
+    write(sources, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"

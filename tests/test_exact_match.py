@@ -20,6 +20,12 @@ def write(path, rows):
     return str(path)
 
 
+def test_files_may_begin_with_a_byte_order_mark(tmp_path, questions):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("\ufeff" + json.dumps({"question_id": 1, "text": "red"}) + "\n", encoding="utf-8")
+    assert score(questions, str(answers))["right"] == 1
+
+
 @pytest.fixture
 def questions(tmp_path):
     return write(tmp_path / "questions.jsonl", QUESTIONS)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from llava_jax.train import assemble, loop
+from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.train import assemble, checkpoint, loop
 from llava_jax.types import Batch, InputError
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
 
@@ -116,10 +117,60 @@ def test_other_frozen_weights_under_a_run_are_refused(runs, inputs, tmp_path):
     content = path.read_bytes()
     try:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(InputError, match="is not the one this run was trained with"):
+        with pytest.raises(InputError, match="the frozen .* is not the one this run was trained with"):
             assemble.load_trained(str(ran.workdir))
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, says, loads",
+    [
+        ("captions.json", "data.annotations in .*captions.json is not the one", True),
+        ("llava/tokenizer_config.json", "the tokenizer in .*llava is not the one", False),
+        ("llava/config.json", "the decoder's config.json in .*llava/config.json is not the one", False),
+    ],
+)
+def test_other_inputs_under_a_run_are_refused(runs, inputs, name, says, loads):
+    ran = runs("pretrain")
+    content = (inputs / name).read_bytes()
+    try:
+        (inputs / name).write_bytes(content + b"\n")
+        with pytest.raises(InputError, match=says):
+            loop.train(ran.settings, str(ran.workdir))
+        if loads:
+            assemble.load_trained(str(ran.workdir))
+        else:
+            with pytest.raises(InputError, match=says):
+                assemble.load_trained(str(ran.workdir))
+    finally:
+        (inputs / name).write_bytes(content)
+
+
+def test_a_run_reads_another_run(runs, inputs):
+    """init.model of a workdir: the run's own parts in the dtype asked for, and its newest checkpoint remembered."""
+    ran = runs("finetune")
+    settings = change(make_settings(inputs, "pretrain"), "init", model=f"orbax:{ran.workdir}")
+    plan = assemble.plan_model(settings)
+    assert assemble.frozen_sources(settings)["llm"]["fingerprint"] == checkpoint.fingerprint(str(ran.workdir))
+    read = assemble.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
+    assert set(read) == {"vision", "llm"} and str(read["vision"]["patch"]["kernel"].dtype) == "bfloat16"
+    jax.tree.map(np.testing.assert_array_equal, read["llm"], ran.trainable[1]["llm"])
+
+
+def test_what_init_model_leaves_unread_is_said(runs, inputs):
+    settings = change(make_settings(inputs, "finetune"), "model", projector="linear", feature_layer=-3)
+    settings = change(settings, "init", projector=str(runs("pretrain").workdir))
+    said = assemble.origins(settings, assemble.plan_model(settings))
+    assert "init.model decides the model" in said and "(init.projector)" in said
+    assert "model.projector=linear is not read, it has mlp2x_gelu" in said and "feature_layer=-3 is not read" in said
+
+
+def test_nothing_is_written_before_all_is_checked(inputs, tmp_path):
+    settings = change(make_settings(inputs, "pretrain"), "data", max_length=5)
+    with pytest.raises(InputError):
+        loop.train(settings, str(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("what", ["no targets", "not finite"])
@@ -164,9 +215,10 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
         ("data", dict(annotations=""), "data.annotations is empty"),
         ("data", dict(annotations="none.json"), "none.json"),
         ("data", dict(max_length=5), "rows cannot be trained"),
-        ("init", dict(model="hf:/nowhere"), "init.model=hf:/nowhere: no such folder"),
-        ("init", dict(model="zip:/tmp"), "form 'zip' is not known"),
+        ("init", dict(model="hf:/nowhere"), "init.model=hf:/nowhere: no folder '/nowhere'"),
+        ("init", dict(model="zip:/tmp"), "form 'zip' is not read"),
         ("init", dict(model=""), "model.vision=random:huge"),
+        ("data", dict(max_length=129), "data.max_length=129 is above the 128 positions"),
         ("init", dict(projector="/nowhere"), "init.projector=/nowhere: not found"),
         ("mesh", dict(data=3), "mesh"),
         ("optim", dict(groups="vision=1e-3"), "optim.groups: 'vision'"),
@@ -197,8 +249,8 @@ def test_random_towers_of_a_config_file(inputs):
     assert assemble.llm_config("random:vicuna-13b").width == 5120
     with pytest.raises(InputError, match="did you mean vicuna-7b"):
         assemble.llm_config("random:vicuna-7")
-    with pytest.raises(InputError, match="has no tokenizer"):
-        assemble.tokenizer_folder("random:vicuna-7b")
+    # Named sizes take the small tokenizer of the package, which fits into the smallest of them.
+    assert load_tokenizer(assemble.tokenizer_folder("random:vicuna-7b")).size <= assemble.LLAMAS["tiny"].vocab_size
 
 
 def test_an_epoch_is_a_whole_number_of_steps(inputs):

@@ -49,6 +49,7 @@ def test_record_of_one_picture_many_or_none():
         (_row(conversations=_says(3)), "conversations[0]: value is a number"),
         (_row(conversations=_says("")), "conversations[0]: empty question"),
         (_row(conversations=[*_says("<image>"), {"from": "gpt", "value": ""}]), "conversations[2]: empty answer"),
+        (_row(conversations=[*_says("<image>"), {"from": "gpt", "value": " \n"}]), "conversations[2]: empty answer"),
         (_row(conversations=_says("What?")), "0 <image> in the human turns but 1 image named"),
         (_row(image=None), "1 <image> in the human turns but 0 images named"),
         (_row(conversations=_says("<image><image>")), "2 <image> in the human turns but 1 image named"),
@@ -82,6 +83,7 @@ def test_json_and_json_lines_give_the_same(tmp_path):
     as_list = load_records(_write(tmp_path / "a.json", rows))
     lines = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
     assert load_records(_write(tmp_path / "a.jsonl", lines)) == as_list
+    assert load_records(_write(tmp_path / "b.JSONL", lines)) == as_list
     assert [record.id for record in as_list] == ["r1", "r1", "r3"]
     assert as_list[2].turns[0].text == "Grüße 😀\u2028"
 

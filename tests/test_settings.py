@@ -40,7 +40,7 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(optim__lr=float("nan")), "config key optim.lr"),
         (dict(train__keep=0), "config key train.keep"),
         (dict(train__steps=0, train__epochs=0.0), "train.steps and train.epochs are both 0"),
-        (dict(train__accumulate=3), "train.batch_size=16 is not divisible by train.accumulate=3"),
+        (dict(train__accumulate=3), "train.batch_size=8 is not divisible by train.accumulate=3"),
         (dict(mesh__data=-1), "at most one axis can be -1"),
         (dict(mesh__tensor=0), "config key mesh.tensor"),
         (dict(optim__groups="projector"), "optim.groups: 'projector'"),
@@ -74,3 +74,14 @@ def test_broken_config_json_is_named(tmp_path, text):
         S.read_settings(str(path))
     with pytest.raises(InputError, match="missing.json"):
         S.read_settings(str(tmp_path / "missing.json"))
+
+
+def test_paths_become_absolute_and_named_sizes_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = S.settings_from_dict(
+        values(model__vision="random:tiny", model__llm="random:d/config.json", init__model="hf:m", data__images="i/")
+    )
+    made = S.absolute_paths(made)
+    assert (made.model.vision, made.model.llm) == ("random:tiny", f"random:{tmp_path}/d/config.json")
+    assert (made.init.model, made.init.projector) == (f"hf:{tmp_path}/m", "")
+    assert made.data.images == f"{tmp_path}/i" and S.absolute_paths(made) == made

@@ -1,10 +1,11 @@
+import json
 import pickle
 
 import numpy as np
 import pytest
 
 from llava_jax.data.chat import TEMPLATES, Span, find_template, render
-from llava_jax.data.tokenize import StreamDecoder, cut, encode, expand, load_tokenizer
+from llava_jax.data.tokenize import StreamDecoder, check_end, cut, encode, expand, load_tokenizer
 from llava_jax.types import Encoded, InputError, Turn
 from tests import make_tokenizers
 
@@ -317,6 +318,46 @@ def test_image_token_of_the_tokenizer_wins(tmp_path):
     source.save_pretrained(tmp_path / "with_image")
     tokenizer = load_tokenizer(str(tmp_path / "with_image"))
     assert tokenizer.image_token_id(9999) == tokenizer.size - 1
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_prepend", "byte_bpe"])
+def test_stored_truncation_and_padding_change_nothing(tokenizers, tmp_path, name):
+    MAKERS[name](tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 40},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+    path.write_text(json.dumps(content))
+    again = load_tokenizer(str(tmp_path))
+    for turns in CONVERSATIONS[:4]:
+        assert _starred(_encode(turns, "v1", again)) == _starred(_encode(turns, "v1", tokenizers[name][0]))
+
+
+def test_end_of_text_comes_from_the_decoders_config_or_is_missed(tokenizers, tmp_path):
+    MAKERS["byte_bpe"](tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    end = tokenizers["byte_bpe"][0].eos_id
+    del config["eos_token"]
+    path.write_text(json.dumps(config))
+    without = load_tokenizer(str(tmp_path))
+    assert without.eos_id is None
+    with pytest.raises(InputError, match="ends answers with the end-of-text token and the tokenizer has none"):
+        check_end(without, find_template("v1"))
+    for template in ("v0", "plain", "chatml_direct"):
+        check_end(without, find_template(template))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [end, 7]}))
+    found = load_tokenizer(str(tmp_path))
+    check_end(found, find_template("v1"))
+    assert found.eos_id == found.special_id("</s>") == end
+    assert _encode(SAMPLE, "v1", found).tokens[-1] == end
 
 
 # ---- length --------------------------------------------------------------------------------------------------------

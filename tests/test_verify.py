@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 
@@ -154,6 +155,10 @@ def test_each_picture_is_looked_at_once(tmp_path, images, tokenizer):
 def test_what_spoils_all_rows_is_an_error(tmp_path, images, tokenizer):
     with pytest.raises(InputError, match="unknown template 'v9'"):
         _verify(tmp_path, images, tokenizer, [GOOD], "v9")
+    endless = copy.copy(tokenizer)
+    endless._special = {}
+    with pytest.raises(InputError, match="end-of-text token"):
+        _verify(tmp_path, images, endless, [GOOD])
     with pytest.raises(InputError, match="unknown image_position 'back'"):
         _verify(tmp_path, images, tokenizer, [GOOD], image_position="back")
     with pytest.raises(InputError, match="no such images folder"):

@@ -12,6 +12,7 @@ import numpy as np
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import table
 from llava_jax.convert.export import write_llava
+from llava_jax.convert.processor import read_pictures, recognised_template
 from llava_jax.convert.safetensors_io import FLOATS, Tensors, open_file, open_folder
 from llava_jax.data.chat import TEMPLATES
 from llava_jax.models.llava import build
@@ -19,7 +20,19 @@ from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
 
 Params = dict[str, Any]
 
-__all__ = ["LlavaExtras", "read_clip", "read_llama", "read_llava", "read_llava_config", "read_projector", "write_llava"]
+PARTS = ("vision", "projector", "llm")
+__all__ = [
+    "LlavaExtras",
+    "read_clip",
+    "read_llama",
+    "read_llava",
+    "read_llava_config",
+    "read_llava_parts",
+    "read_pictures",
+    "read_projector",
+    "stored_dtype",
+    "write_llava",
+]
 
 # Stand-ins for the part that a CLIP or LLaMA folder does not say anything about.
 _NO_LLM = LlamaConfig(vocab_size=1, width=1, mlp_width=1, layers=1, heads=1, kv_heads=1, head_dim=2)
@@ -28,13 +41,17 @@ _NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, pat
 
 @dataclasses.dataclass(frozen=True)
 class LlavaExtras:
-    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder, `pad_id` None where unsaid."""
+    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder, `pad_id` None where unsaid.
+
+    `template_assumed`: the folder names no template and its chat template is none of ours.
+    """
 
     template: str = "v1"
     aspect: str = "crop"
     image_position: str = "front"
     tokenizer: str = ""
     pad_id: int | None = None
+    template_assumed: bool = False
 
 
 # ---- public -----------------------------------------------------------------------------------------------------
@@ -49,6 +66,7 @@ def read_clip(folder: str, *, feature_layer: int = -2, dtype: str = "float32") -
     given = hf_config.read_config(folder, "a Hugging Face CLIP folder (config.json and safetensors)")
     config = hf_config.clip_config(given, where)
     hf_config.check_feature_layer(feature_layer, config, where)
+    read_pictures(folder)
     model = ModelConfig(vision=config, llm=_NO_LLM, feature_layer=feature_layer)
     return config, _read(open_folder(folder), "clip", model, ("vision",), dtype)["vision"]
 
@@ -64,7 +82,13 @@ def read_llama(folder: str, *, dtype: str = "float32") -> tuple[LlamaConfig, Par
 def read_llava(folder: str, *, dtype: str = "float32") -> tuple[ModelConfig, Params, LlavaExtras]:
     """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration folder."""
     config, extras = read_llava_config(folder)
-    return config, _read(open_folder(folder), "llava", config, ("vision", "projector", "llm"), dtype), extras
+    return config, _read(open_folder(folder), "llava", config, PARTS, dtype), extras
+
+
+def read_llava_parts(folder: str, dtypes: Mapping[str, str]) -> Params:
+    """The parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; all are checked."""
+    config, _ = read_llava_config(folder)
+    return _read(open_folder(folder), "llava", config, PARTS, dtypes)
 
 
 def read_llava_config(folder: str) -> tuple[ModelConfig, LlavaExtras]:
@@ -72,6 +96,13 @@ def read_llava_config(folder: str) -> tuple[ModelConfig, LlavaExtras]:
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
     return hf_config.llava_config(given, where), _extras(given, folder, where)
+
+
+def stored_dtype(folder: str) -> str:
+    """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
+    given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
+    stored = given.get("dtype", given.get("torch_dtype"))
+    return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
 
 
 def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
@@ -86,8 +117,14 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def _read(tensors: Tensors, kind: str, config: ModelConfig, parts: tuple[str, ...], dtype: str) -> Params:
-    """The named parts of the model from `tensors`, or one InputError that lists every difference."""
+def _read(
+    tensors: Tensors, kind: str, config: ModelConfig, parts: tuple[str, ...], dtype: str | Mapping[str, str]
+) -> Params:
+    """The named parts of the model from `tensors`, or one InputError that lists every difference.
+
+    `dtype` for each part leaves out those it does not name, once they are checked.
+    """
+    dtypes = dict.fromkeys(parts, dtype) if isinstance(dtype, str) else dtype
     _, abstract = build(config)
     wanted = {path: leaf.shape for path, leaf in table.flatten(abstract).items() if path.split("/")[0] in parts}
     names, problems = _spelled(tensors, kind)
@@ -97,8 +134,11 @@ def _read(tensors: Tensors, kind: str, config: ModelConfig, parts: tuple[str, ..
         raise InputError(f"{tensors.where}: the weights do not fit the config: {'; '.join(problems)}")
     flat: dict[str, np.ndarray] = {}
     for path, shape in wanted.items():
+        part = path.split("/")[0]
+        if part not in dtypes:
+            continue
         row = table.ROWS[path]
-        array = np.empty(shape, jnp.dtype(dtype))
+        array = np.empty(shape, jnp.dtype(dtypes[part]))
         if row.stacked:
             for layer in range(shape[0]):
                 array[layer] = table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape[1:])
@@ -185,7 +225,10 @@ def _grouped(names: list[str]) -> list[str]:
 
 
 def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
-    """Our key in config.json; a foreign folder has none and gets LLaVA-1.5's template and CLIP's cropping."""
+    """Our key in config.json; a foreign folder has none and says it in its chat template and picture settings.
+
+    Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
+    """
     ours = given.get("llava_jax", {})
     allowed = dict(template=tuple(TEMPLATES), aspect=("pad", "crop"), image_position=("front", "keep"))
     for key, value in ours.items():
@@ -194,4 +237,6 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
                 f"{where}: llava_jax.{key} is {value!r}; expected one of {', '.join(allowed.get(key, ()))}"
             )
     pad_id = given.get("pad_token_id", (given.get("text_config") or {}).get("pad_token_id"))
-    return LlavaExtras(**ours, tokenizer=folder, pad_id=pad_id)
+    template = None if "template" in ours else recognised_template(folder)
+    said = {"aspect": read_pictures(folder)} | ({"template": template} if template else {}) | ours
+    return LlavaExtras(**said, tokenizer=folder, pad_id=pad_id, template_assumed="template" not in said)

@@ -8,13 +8,18 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from llava_jax.convert.chat_jinja import chat_jinja
 from llava_jax.convert.config import read_json
-from llava_jax.data.chat import find_template, render
+from llava_jax.data.chat import TEMPLATES, find_template, render
 from llava_jax.data.image import MEAN, STD
 from llava_jax.data.tokenize import TextTokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConfig, Turn
@@ -54,7 +59,7 @@ def write_processor(
     find_template(template)
     ours = load_tokenizer(tokenizer_folder)
     chat = _write_chat(folder, template, image_position, ours)
-    tokens = _write_tokenizer(folder, tokenizer_folder, chat)
+    tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id)
     _write_pictures(folder, config, aspect)
     return tokens
 
@@ -114,12 +119,93 @@ def _write_chat(folder: str, template: str, image_position: str, tokenizer: Text
     return jinja
 
 
+# ---- what a foreign folder says --------------------------------------------------------------------------------------
+
+_PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
+
+
+def read_pictures(folder: str) -> str:
+    """`pad` or `crop`, as the folder's picture settings say (crop where there are none).
+
+    InputError for values that its pictures would be normalised by and ours are not.
+    """
+    path = os.path.join(folder, "preprocessor_config.json")
+    given = read_json(path) if os.path.isfile(path) else {}
+    if not given and os.path.isfile(os.path.join(folder, "processor_config.json")):
+        path = os.path.join(folder, "processor_config.json")
+        given = read_json(path).get("image_processor") or {}
+    for key, ours in (("image_mean", MEAN), ("image_std", STD)):
+        values = given.get(key)
+        if values is not None and not (len(values) == 3 and np.allclose(values, ours, rtol=0, atol=1e-3)):
+            raise InputError(f"{path}: {key} is {values}, which is not supported; expected CLIP's {list(ours)}")
+    return "pad" if given.get("do_pad") else "crop"
+
+
+def recognised_template(folder: str) -> str | None:
+    """The first of our templates that the folder's chat template renders as, None when it is none of them or absent."""
+    tokens, source = _chat_template(folder)
+    if source is None:
+        return None
+    given = _rendered(source, tokens)
+    for name, template in TEMPLATES.items():
+        if not template.caption_only:
+            spans = render(_PROBE, template, open_turn=True)
+            spelled = {"<s>": tokens["bos_token"] or "<s>", "</s>": tokens["eos_token"] or "</s>"}
+            ours = "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
+            if ours in given:
+                return name
+    return None
+
+
+def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
+    """(bos_token and eos_token, Jinja text or None) of a folder."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(path) if os.path.isfile(path) else {}
+    tokens = {}
+    for key in ("bos_token", "eos_token"):
+        token = config.get(key)
+        tokens[key] = (token.get("content") if isinstance(token, dict) else token) or ""
+    jinja, beside = (os.path.join(folder, f"chat_template.{ending}") for ending in ("jinja", "json"))
+    if os.path.isfile(jinja):
+        with open(jinja, encoding="utf-8") as file:
+            return tokens, file.read()
+    source = read_json(beside).get("chat_template") if os.path.isfile(beside) else config.get("chat_template")
+    return tokens, source if isinstance(source, str) else None
+
+
+def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
+    """The probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
+    # As transformers compiles them; its `generation` tags only mark spans.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    names = {"human": "user", "gpt": "assistant"}
+    found = set()
+    for as_parts in (False, True):
+        messages = []
+        for turn in _PROBE:
+            text = turn.text.removeprefix("<image>\n")
+            parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
+            messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
+        try:
+            template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except (TemplateError, TypeError, ValueError, LookupError):
+            continue
+        found |= {text, text.removeprefix(tokens["bos_token"])}
+    return found
+
+
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(folder: str, source: str, chat: str) -> ExportedTokens:
-    """The source's files as they are, plus `<image>` and, where there is none, a pad token."""
+def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None) -> ExportedTokens:
+    """The source's files as they are, plus `<image>`, a pad token where there is none; nothing cut or filled."""
+    if eos_id is None:
+        raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
     tokenizer = _transformers(source)
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
     for name in COPIED:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
@@ -132,13 +218,16 @@ def _write_tokenizer(folder: str, source: str, chat: str) -> ExportedTokens:
     ids = {text: max(vocabulary.values()) + 1 + index for index, text in enumerate(added)}
     path = os.path.join(folder, "tokenizer.json")
     content = read_json(path) if os.path.isfile(path) else json.loads(tokenizer.backend_tokenizer.to_str())
-    if added or not os.path.isfile(path):
-        _write_json(folder, "tokenizer.json", _with_tokens(content, ids))
+    if added or not os.path.isfile(path) or _whole_text(content) != content:
+        _write_json(folder, "tokenizer.json", _whole_text(_with_tokens(content, ids)))
     _edit_companions(folder, ids, pad, chat, tokenizer)
     known = vocabulary | ids
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
-    return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, eos_id)
+
+
+def _whole_text(content: Json) -> Json:
+    """A tokenizer.json that neither cuts nor fills what it is given."""
+    return content | {key: None for key in ("truncation", "padding") if content.get(key) is not None}
 
 
 def _transformers(folder: str) -> Any:
@@ -166,7 +255,8 @@ def _edit_companions(folder: str, ids: dict[str, int], pad: str, chat: str, toke
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("bos_token", "eos_token", "unk_token"):
-        config.setdefault(key, getattr(tokenizer, key))
+        if config.get(key) is None:
+            config[key] = getattr(tokenizer, key)
     config |= dict(pad_token=pad, processor_class="LlavaProcessor", chat_template=chat)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): _token(text) for text, i in ids.items()}
@@ -209,7 +299,7 @@ def check_ids(folder: str, source: str, template: str, image_position: str) -> N
     problem = difference()
     if problem is None:
         return
-    effective = json.loads(_transformers(source).backend_tokenizer.to_str())
+    effective = _whole_text(json.loads(_transformers(source).backend_tokenizer.to_str()))
     for content in _variants(first, effective):
         _write_json(folder, "tokenizer.json", content)
         if difference() is None:

@@ -40,7 +40,7 @@ def load_records(path: str) -> list[Record]:
 def parse_records(path: str) -> list[Record | Rejected]:
     """One entry a row; raises InputError when the file as a whole is no annotation file."""
     text = _read_text(path)
-    if pathlib.PurePath(path).suffix in (".jsonl", ".ndjson"):
+    if pathlib.PurePath(path).suffix.lower() in (".jsonl", ".ndjson"):
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [_json_line(line, number) for number, line in lines]
     else:
@@ -133,7 +133,7 @@ def _parse_turn(turn: Any, where: str) -> Turn:
         raise InputError(f"{where}: {problem}, expected text")
     _check_unicode(text, where)
     # The original writes an empty turn without its separator and then masks the whole row; here it is named instead.
-    if not text:
+    if not (text.strip() if speaker == "gpt" else text):
         raise InputError(f"{where}: empty {'answer' if speaker == 'gpt' else 'question'}; remove the turn or fill it")
     return Turn(speaker, text)
 

@@ -21,6 +21,7 @@ from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
 # user writes can become a special token.
 _FIRST_MARK = 0xFDD0
 _MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
+END = "</s>"
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -30,24 +31,25 @@ class TextTokenizer:
     `size` is one more than the largest id. Picklable, so data workers can take it along.
     """
 
-    def __init__(self, source: Any):
-        """`source` is a fast transformers tokenizer (one with `backend_tokenizer`)."""
-        self._codec = tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str())
+    def __init__(self, source: Any, eos_id: int | None = None):
+        """`source` is a fast transformers tokenizer (one with `backend_tokenizer`); `eos_id` is used if it has none."""
+        self._codec = _whole_text(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._splitter = _make_splitter(self._codec)
         vocabulary = source.get_vocab()
         self.size = max(vocabulary.values()) + 1
         self.bos_id = source.bos_token_id if source("a").input_ids[:1] == [source.bos_token_id] else None
-        self.eos_id = source.eos_token_id
+        self.eos_id = source.eos_token_id if source.eos_token_id is not None else eos_id
         self.pad_id = next((i for i in (source.pad_token_id, source.unk_token_id) if i is not None), 0)
         self._image_id = vocabulary.get(IMAGE_PLACEHOLDER)
         self._special = {text: vocabulary[text] for text in SPECIAL_STRINGS if text in vocabulary}
         # A template written for LLaMA works with a tokenizer that spells its ends differently.
-        if "</s>" not in self._special and source.eos_token_id is not None:
-            self._special["</s>"] = source.eos_token_id
+        if END not in self._special and self.eos_id is not None:
+            self._special[END] = self.eos_id
         if "<s>" not in self._special and source.bos_token_id is not None:
             self._special["<s>"] = source.bos_token_id
         added = {i for i, token in source.added_tokens_decoder.items() if token.special}
-        self._reserved = np.array(sorted((added | set(source.all_special_ids)) - {source.unk_token_id}), np.int64)
+        reserved = (added | {*source.all_special_ids, self.eos_id}) - {source.unk_token_id, None}
+        self._reserved = np.array(sorted(reserved), np.int64)
 
     def special_id(self, text: str) -> int | None:
         """The id of a template's special string; None when this tokenizer has none and writes it as plain text."""
@@ -176,7 +178,16 @@ def load_tokenizer(folder: str) -> TextTokenizer:
         raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
     if not getattr(source, "is_fast", False):
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
-    return TextTokenizer(source)
+    return TextTokenizer(source, _end_in_config(folder, source.get_vocab()))
+
+
+def check_end(tokenizer: TextTokenizer, template: Template) -> None:
+    """InputError when answers are to end with the end-of-text token and the tokenizer has none to train."""
+    if any(span.special and span.text == END for span in template.end_of_answer) and tokenizer.special_id(END) is None:
+        raise InputError(
+            "the template ends answers with the end-of-text token and the tokenizer has none; name its eos_token in "
+            "tokenizer_config.json, or its eos_token_id in config.json"
+        )
 
 
 def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
@@ -241,11 +252,18 @@ def expand(
 
 
 def _make_splitter(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    splitter = tokenizers.Tokenizer.from_str(codec.to_str())
+    splitter = _whole_text(tokenizers.Tokenizer.from_str(codec.to_str()))
     # Post-processors add BOS, which is ours to place, and byte-level ones trim spaces off the offsets.
     splitter.post_processor = None
     splitter.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in _MARKS.values()])
     return splitter
+
+
+def _whole_text(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer without the cutting and filling that a tokenizer.json may ask for: lengths are ours to decide."""
+    codec.no_truncation()
+    codec.no_padding()
+    return codec
 
 
 def _is_image(span: Span) -> bool:
@@ -267,6 +285,21 @@ def _check_tokenizer_json(path: str) -> None:
         raise InputError(f"{path}: not JSON: {error}; copy the tokenizer again") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
+
+
+def _end_in_config(folder: str, vocabulary: dict[str, int]) -> int | None:
+    """eos_token_id of the decoder's config.json beside the tokenizer (the first of several), None where unsaid."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; copy it again") from None
+    end = given.get("eos_token_id") if isinstance(given, dict) else None
+    end = end[0] if isinstance(end, list) and end else end
+    return end if isinstance(end, int) and end in vocabulary.values() else None
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from llava_jax.data import image
 from llava_jax.data.chat import check_image_position, find_template
 from llava_jax.data.example import encode_turns, full_length, image_paths
 from llava_jax.data.records import Rejected, parse_records
-from llava_jax.data.tokenize import TextTokenizer, cut
+from llava_jax.data.tokenize import TextTokenizer, check_end, cut
 from llava_jax.types import DataSettings, Encoded, InputError, Record
 
 
@@ -65,6 +65,7 @@ def verify(
     raised only for what spoils all rows: no annotations, an unknown template, an images folder that is none.
     """
     check_image_position(image_position)
+    check_end(tokenizer, find_template(template))
     drops_leading = find_template(template).drop_leading_answer
     settings = DataSettings(annotations, images, template, image_position, aspect, max_length, False, 0)
     entries = parse_records(annotations)

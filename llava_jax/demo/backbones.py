@@ -53,10 +53,11 @@ def fit(
     name: str,
     seconds: float,
     save: Callable[[Params], None],
+    mask: Params,
 ) -> None:
     """AdamW with warmup and cosine over `steps` batches; the schedule ends early when `seconds` run out.
 
-    `save` is called now and then, and at the end.
+    `save` is called now and then, and at the end; updates are multiplied by `mask`.
     """
     scale = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, b2=0.98, weight_decay=0.05)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale)
@@ -66,6 +67,7 @@ def fit(
         (loss, metric), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
         state[1].hyperparams["learning_rate"] = lr
         updates, state = optimizer.update(grads, state, params)
+        updates = jax.tree.map(jnp.multiply, updates, mask)
         return optax.apply_updates(params, updates), state, loss, metric
 
     state, started, window = optimizer.init(params), time.monotonic(), []
@@ -137,7 +139,9 @@ def train_clip(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float
         return (loss(logits, labels).mean() + loss(logits.T, labels).mean()) / 2, right
 
     batches = clip_batches(tokenizer, rows=128, pool=pool, seed=1)
-    fit(nnx.to_pure_dict(state), loss_fn, batches, steps, 1e-3, "clip", seconds, lambda p: save_clip(p, folder))
+    params = nnx.to_pure_dict(state)
+    everything = jax.tree.map(jnp.ones_like, params)
+    fit(params, loss_fn, batches, steps, 1e-3, "clip", seconds, lambda p: save_clip(p, folder), everything)
 
 
 def save_clip(params: Params, folder: str) -> None:
@@ -188,25 +192,32 @@ def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: floa
         "llama",
         seconds,
         lambda p: save_llama(p, folder),
+        look_back_mask(params),
     )
 
 
-def look_back(params: Params) -> Params:
-    """The parameters with the first layer's heads starting out as fixed glances 1, 2, 3, 4, 6 and 7 tokens back.
+GLANCES = (1, 2, 3, 4, 6, 7)
+CONSTANT = 0.5
 
-    What belongs together stands at such distances (in sentences, and in maps and pictures of six fields a row). From
-    a blank start these glances and the search that uses them wait for each other, and the decoder stays at guessing
-    for hours. A constant in the first embedding dimension gives query and key a fixed direction; RoPE turns the
-    offset between the two into an attention peak at that distance.
+
+def look_back(params: Params) -> Params:
+    """The parameters with the first layer's heads set to look 1, 2, 3, 4, 6 and 7 tokens back.
+
+    What belongs together stands at such distances (in sentences, and in maps and pictures of six fields a row). Left
+    to themselves these glances and the search that uses them wait for each other, and the decoder stays at guessing.
+    A constant in the first embedding dimension gives query and key a fixed direction; RoPE turns the offset between
+    the two into an attention peak at that distance.
     """
-    constant, peak, fast = 0.1, 8.0, 6
-    params["embed"]["table"] = params["embed"]["table"].at[:, 0].set(constant)
-    seen = constant / np.sqrt((0.02**2 * (LLAMA.width - 1) + constant**2) / LLAMA.width)
+    peak, fast, spread = 12.0, 6, 0.05
+    params["embed"]["table"] = params["embed"]["table"].at[:, 0].set(CONSTANT)
+    seen = CONSTANT / np.sqrt((spread**2 * (LLAMA.width - 1) + CONSTANT**2) / LLAMA.width)
     size = np.sqrt(peak * np.sqrt(LLAMA.head_dim)) / seen
     frequencies = inverse_frequencies(LLAMA.rope, LLAMA.head_dim)[:fast]
     half = LLAMA.head_dim // 2
     attn = params["layers"]["attn"]
-    for head, distance in enumerate((1, 2, 3, 4, 6, 7)):
+    for name in ("q", "k"):
+        attn[name]["kernel"] = attn[name]["kernel"].at[0].set(0.0)
+    for head, distance in enumerate(GLANCES):
         query, key = np.zeros((2, LLAMA.head_dim), np.float32)
         query[:fast] = size
         key[:fast] = size * np.cos(distance * frequencies)
@@ -214,6 +225,17 @@ def look_back(params: Params) -> Params:
         attn["q"]["kernel"] = attn["q"]["kernel"].at[0, 0, head].set(query)
         attn["k"]["kernel"] = attn["k"]["kernel"].at[0, 0, head].set(key)
     return params
+
+
+def look_back_mask(params: Params) -> Params:
+    """1 where a parameter may change and 0 where that would move the glances of `look_back`."""
+    mask = jax.tree.map(jnp.ones_like, params)
+    mask["embed"]["table"] = mask["embed"]["table"].at[:, 0].set(0.0)
+    mask["layers"]["attn_norm"]["scale"] = mask["layers"]["attn_norm"]["scale"].at[0].set(0.0)
+    for name in ("q", "k"):
+        kernel = mask["layers"]["attn"][name]["kernel"]
+        mask["layers"]["attn"][name]["kernel"] = kernel.at[0].set(0.0)
+    return mask
 
 
 def save_llama(params: Params, folder: str) -> None:

@@ -80,7 +80,7 @@ def _with_accuracy(figures: dict[str, int]) -> dict[str, Any]:
 def _read(path: str, texts: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
     """Rows by question_id; each holds the fields `texts`, all of them strings."""
     rows: dict[Any, dict[str, Any]] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -86,7 +86,7 @@ def _images(row: dict[str, Any], where: str, folder: str) -> tuple[str, ...]:
 def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
     """(place, value) of every line of a JSONL file that is not blank."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected JSONL, one object a line") from None

@@ -186,15 +186,30 @@ def _place(engine: Engine, tree: Any) -> Any:
     return jax.device_put(tree, batch_sharding(engine.mesh) if even else replicated(engine.mesh))
 
 
-def _begin(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> tuple[Decoding, Draw, str]:
+class Prefilled(NamedTuple):
+    """A batch before its first id: what `begin` and `beam_search` go on from, `room` being their room for ids."""
+
+    logits_BV: jax.Array
+    cache: Cache
+    limit_B: jax.Array
+    hash_B: jax.Array
+    room: int
+
+
+def _prefilled(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> Prefilled:
     inputs, room = collate(prompts, rows), bucket(sampling.max_new_tokens)
     limit_B = _limits(engine, inputs, sampling)
     inputs, limit_B = _place(engine, (inputs, limit_B))
     size = inputs.tokens_BT.shape[1] + room
     logits_BV, cache = prefill(engine.params, inputs, graphdef=engine.graphdef, config=engine.config, size=size)
+    return Prefilled(logits_BV, cache, limit_B, inputs.hash_B, room)
+
+
+def _begin(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> tuple[Decoding, Draw, str]:
+    logits_BV, cache, limit_B, hash_B, room = _prefilled(engine, prompts, sampling, rows)
     draw, mode = draw_of(sampling), mode_of(sampling)
     seed = jnp.uint32(sampling.seed)
-    state = begin(logits_BV, cache, limit_B, inputs.hash_B, seed, engine.stops_QV, draw, mode=mode, size=room)
+    state = begin(logits_BV, cache, limit_B, hash_B, seed, engine.stops_QV, draw, mode=mode, size=room)
     return state, draw, mode
 
 
@@ -220,11 +235,7 @@ def generate_ids(
 
 
 def _beam_ids(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> jax.Array:
-    inputs, room = collate(prompts, rows), bucket(sampling.max_new_tokens)
-    limit_B = _limits(engine, inputs, sampling)
-    inputs, limit_B = _place(engine, (inputs, limit_B))
-    size = inputs.tokens_BT.shape[1] + room
-    logits_BV, cache = prefill(engine.params, inputs, graphdef=engine.graphdef, config=engine.config, size=size)
+    logits_BV, cache, limit_B, _, room = _prefilled(engine, prompts, sampling, rows)
     return beam_search(
         engine.params,
         logits_BV,

@@ -14,13 +14,22 @@ from llava_jax.convert import config as hf_config
 from llava_jax.convert import hf
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import Llava, build
-from llava_jax.settings import STAGES, nearest, read_settings
+from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
+from llava_jax.source import is_workdir, parse, split
 from llava_jax.train import checkpoint
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Settings
 
 Params = dict[str, Any]
 
-RANDOM = "random:"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
@@ -69,12 +78,12 @@ class Plan:
 def plan_model(settings: Settings) -> Plan:
     """Config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
     if settings.init.model:
-        source = model_source(settings.init.model)
-        if is_workdir(source):
-            plan = plan_model(read_settings(os.path.join(source, "config.json")))
+        form, folder = parse(settings.init.model, "init.model")
+        if form == "orbax":
+            plan = plan_model(read_settings(os.path.join(folder, "config.json")))
         else:
-            config, extras = hf.read_llava_config(source)
-            plan = Plan(config, extras.tokenizer, source)
+            config, extras = hf.read_llava_config(folder)
+            plan = Plan(config, extras.tokenizer, folder)
         config = dataclasses.replace(plan.config, dtype=settings.train.dtype, remat=settings.train.remat)
         return dataclasses.replace(plan, config=config)
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
@@ -95,6 +104,8 @@ def plan_model(settings: Settings) -> Plan:
 def vision_config(spec: str) -> ClipConfig:
     """ClipConfig of `model.vision`: a CLIP folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.vision", spec, CLIPS)
+    if not spec.startswith(RANDOM):
+        hf.read_pictures(spec)
     return CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
 
 
@@ -129,38 +140,75 @@ def tokenizer_folder(spec: str) -> str:
     return (os.path.dirname(name) or ".") if name.endswith(".json") else EMBEDDED_TOKENIZER
 
 
+def check_plan(settings: Settings, plan: Plan) -> None:
+    """InputError for what a run would only meet after it has read its rows or weights."""
+    if settings.data.max_length > plan.config.llm.max_positions:
+        raise InputError(
+            f"data.max_length={settings.data.max_length} is above the {plan.config.llm.max_positions} positions of the "
+            "decoder (max_position_embeddings): lower it"
+        )
+    if settings.init.projector:
+        read_projector(settings.init.projector, plan.config)
+
+
+def origins(settings: Settings, plan: Plan) -> str:
+    """Where each part comes from, and what of the config that leaves unread."""
+    init, config = settings.init, plan.config
+    if not init.model:
+        projector = init.projector or f"random ({config.projector})"
+        return f"vision {settings.model.vision}, decoder {settings.model.llm}, projector {projector}"
+    unread = [
+        f"model.{name}={given} is not read, it has {held}"
+        for name, given, held in (
+            ("projector", settings.model.projector, config.projector),
+            ("feature_layer", settings.model.feature_layer, config.feature_layer),
+        )
+        if given != held
+    ]
+    projector = f"projector {init.projector} (init.projector)" if init.projector else f"projector {init.model}"
+    line = f"vision {init.model}, decoder {init.model}, {projector}; init.model decides the model"
+    return "; ".join([line, *unread])
+
+
 # ---- weights ----------------------------------------------------------------------------------------------------
 
 
 def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Params) -> Params:
     """The parts named in `dtypes` (vision, projector, llm), each in its dtype, placed at the shardings `at`."""
-    specs = {"vision": settings.model.vision, "llm": settings.model.llm, "projector": RANDOM}
-    whole = _read_whole(settings.init.model) if settings.init.model else {}
-    read: Params = {}
-    for part, dtype in dtypes.items():
-        if part == "projector" and settings.init.projector:
-            found = read_projector(settings.init.projector, plan.config)
-        elif part in whole:
-            found = whole.pop(part)
-        elif specs[part].startswith(RANDOM):
-            continue
-        elif part == "vision":
-            found = hf.read_clip(specs[part], feature_layer=plan.config.feature_layer, dtype=dtype)[1]
-        else:
-            found = hf.read_llama(specs[part], dtype=dtype)[1]
-        kind = jax.numpy.dtype(dtype)
-        read[part] = jax.tree.map(lambda x, to, kind=kind: jax.device_put(x.astype(kind), to), found, at[part])
+    read = read_files(settings, plan, dtypes)
+    for part in read:
+        read[part] = jax.tree.map(jax.device_put, read[part], at[part])
     drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
     return read | random_params(plan.config, settings.seed, drawn, {part: at[part] for part in drawn})
 
 
-def _read_whole(source: str) -> Params:
-    folder = model_source(source)
-    return load_trained(folder)[1] if is_workdir(folder) else hf.read_llava(folder)[1]
+def read_files(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
+    """Those parts of `dtypes` that lie in files, as numpy in their dtype; the others are drawn."""
+    read: Params = {}
+    if "projector" in dtypes and settings.init.projector:
+        read["projector"] = _cast(read_projector(settings.init.projector, plan.config), dtypes["projector"])
+    left = {part: dtype for part, dtype in dtypes.items() if part not in read}
+    if settings.init.model:
+        form, folder = parse(settings.init.model, "init.model")
+        whole = _read_run(folder, left)[1] if form == "orbax" else hf.read_llava_parts(folder, left)
+        return read | whole
+    if "vision" in left and not settings.model.vision.startswith(RANDOM):
+        layer = plan.config.feature_layer
+        read["vision"] = hf.read_clip(settings.model.vision, feature_layer=layer, dtype=left["vision"])[1]
+    if "llm" in left and not settings.model.llm.startswith(RANDOM):
+        read["llm"] = hf.read_llama(settings.model.llm, dtype=left["llm"])[1]
+    return read
 
 
-def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Params) -> Params:
-    """The parts named in `dtypes` of `models.llava.init(config, seed)`, drawn where they lie; no other is computed."""
+def _cast(tree: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda x: np.asarray(x, jax.numpy.dtype(dtype)), tree)
+
+
+def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Params | None) -> Params:
+    """The parts named in `dtypes` of `models.llava.init(config, seed)`, drawn where they lie; no other is computed.
+
+    `at` holds their shardings; None leaves them on the first device.
+    """
 
     def make(key: jax.Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
@@ -177,15 +225,15 @@ def read_projector(source: str, config: ModelConfig) -> Params:
         return hf.read_projector(source, config)
     if not is_workdir(source):
         raise InputError(f"init.projector={source}: no checkpoints in it, expected the workdir of a pretrain run")
-    found = checkpoint.load_params(source)[1]["projector"]
+    found = checkpoint.load_params(source, part="projector")[1]["projector"]
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, build(config)[1]["projector"])]
     if shapes[0] != shapes[1]:
         raise InputError(f"init.projector={source}: holds {shapes[0]}, this model needs {shapes[1]}")
     return found
 
 
-def load_trained(workdir: str, step: int | None = None, dtype: str = "float32") -> tuple[Plan, Params, Settings]:
-    """(plan, whole model as numpy, settings) of a run.
+def load_trained(workdir: str, step: int | None = None, dtype: str | None = None) -> tuple[Plan, Params, Settings]:
+    """(plan, whole model as numpy, settings) of a run; `dtype` is by default the one it computes in.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
     the run saw: InputError otherwise.
@@ -193,33 +241,24 @@ def load_trained(workdir: str, step: int | None = None, dtype: str = "float32") 
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: no training run in it, expected config.json and checkpoints/ of `train`")
     settings = read_settings(os.path.join(workdir, "config.json"))
-    plan = plan_model(settings)
-    _, trained, meta = checkpoint.load_params(workdir, step)
-    check_sources(workdir, meta, settings)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    _, abstract = build(plan.config)
-    at = jax.tree.map(lambda _: here, abstract)
-    frozen = read_params(settings, plan, {part: dtype for part in abstract if part not in trained}, at)
-    params = {**jax.tree.map(np.asarray, frozen), **jax.tree.map(lambda x: x.astype(jax.numpy.dtype(dtype)), trained)}
+    plan, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step)
     return plan, params, settings
 
 
+def _read_run(workdir: str, dtypes: dict[str, str], step: int | None = None) -> tuple[Plan, Params]:
+    """(plan, the parts named in `dtypes` as numpy) of a run."""
+    settings = read_settings(os.path.join(workdir, "config.json"))
+    plan = plan_model(settings)
+    _, trained, meta = checkpoint.load_params(workdir, step)
+    check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(plan)})
+    params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
+    frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
+    params |= read_files(settings, plan, frozen)
+    drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
+    return plan, params | jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
+
+
 # ---- sources ----------------------------------------------------------------------------------------------------
-
-
-def model_source(source: str) -> str:
-    """The folder of a SRC: `hf:DIR`, `orbax:DIR`, or a bare DIR."""
-    kind, _, folder = source.rpartition(":")
-    if kind not in ("", "hf", "orbax"):
-        raise InputError(f"init.model={source}: form {kind!r} is not known, expected hf:DIR, orbax:DIR or a bare DIR")
-    if not os.path.isdir(folder):
-        raise InputError(f"init.model={source}: no such folder, expected a model folder or the workdir of a run")
-    return folder
-
-
-def is_workdir(folder: str) -> bool:
-    """Whether a folder is the workdir of a training run, by what lies in it."""
-    return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(os.path.join(folder, "checkpoints"))
 
 
 def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
@@ -229,22 +268,56 @@ def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
     for part in given:
         if part not in STAGES[settings.stage]:
             source = settings.init.model or given[part]
-            sources[part] = {"source": source, "fingerprint": fingerprint(source.rpartition(":")[2])}
+            sources[part] = {"source": source, "fingerprint": fingerprint(source)}
     return sources
 
 
-def check_sources(workdir: str, meta: dict, settings: Settings) -> None:
-    """InputError when a frozen part is no longer what the checkpoint was trained on."""
-    for part, now in frozen_sources(settings).items():
-        if now != meta["frozen"][part]:
+def model_inputs(plan: Plan) -> dict[str, dict[str, str]]:
+    """Path and hash of what a model depends on beside its weights: kept in every checkpoint."""
+    files = [os.path.join(plan.tokenizer, name) for name in TOKENIZER_FILES]
+    inputs = file_inputs("the tokenizer", plan.tokenizer, *files)
+    inputs |= file_inputs("the decoder's config.json", os.path.join(plan.tokenizer, "config.json"))
+    if plan.vision_folder:
+        inputs |= file_inputs("the vision tower's config.json", os.path.join(plan.vision_folder, "config.json"))
+    return inputs
+
+
+def file_inputs(name: str, path: str, *files: str) -> dict[str, dict[str, str]]:
+    """{name: path and hash of the content of `files` (the path itself by default)}; absent files count as such."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files or (path,):
+        content = ""
+        if os.path.isfile(file):
+            with open(file, "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{os.path.basename(file)} {content}\n".encode())
+    return {name: {"source": path, "fingerprint": digest.hexdigest()}}
+
+
+def check_unchanged(workdir: str, saved: dict, now: dict) -> None:
+    """InputError when a frozen part or another input is no longer what the checkpoint was trained on.
+
+    `saved` and `now` are metas of checkpoints; an input that either does not name is not compared.
+    """
+    found = {f"the frozen {part}": (was, now["frozen"][part]) for part, was in saved["frozen"].items()}
+    inputs = saved.get("inputs", {})
+    found |= {name: (inputs[name], given) for name, given in now["inputs"].items() if name in inputs}
+    for name, (was, given) in found.items():
+        if was["fingerprint"] != given["fingerprint"]:
             raise InputError(
-                f"{workdir}: the frozen {part} in {now['source']} is not the one this run was trained with "
-                f"(fingerprint {now['fingerprint']}, was {meta['frozen'][part]['fingerprint']}): put it back"
+                f"{workdir}: {name} in {given['source']} is not the one this run was trained with (fingerprint "
+                f"{given['fingerprint']}, was {was['fingerprint']}): put it back, or choose another workdir"
             )
 
 
-def fingerprint(folder: str) -> str:
-    """Hash of names, sizes and the first and last megabyte of the weight files in a folder; '' when there are none."""
+def fingerprint(source: str) -> str:
+    """Hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
+
+    Of weight files it takes names, sizes and the first and last megabyte.
+    """
+    folder = split(source)[1]
+    if is_workdir(folder):
+        return checkpoint.fingerprint(folder)
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))) if folder else []
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:

@@ -6,6 +6,9 @@ it is taken.
 """
 
 import dataclasses
+import fcntl
+import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llava_jax.settings import flatten, read_settings, write_settings
+from llava_jax.settings import absolute_paths, flatten, read_settings
 from llava_jax.types import InputError, Settings
 
 State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the fields step, params, opt_state
@@ -31,15 +34,41 @@ FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "data.wo
 UNREADABLE = (ValueError, OSError, KeyError)
 
 
-def open_workdir(workdir: str, settings: Settings) -> None:
-    """Writes config.json; when the workdir holds checkpoints of another config, InputError names the differences."""
+@contextmanager
+def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
+    """Makes the workdir and keeps other trainers out of it; InputError when it holds anything but this run."""
+    check_workdir(workdir, settings)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        lock = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror}), choose another one") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"--workdir={workdir}: another train is running in it, wait for its end or choose another workdir"
+            ) from error
+        yield
+
+
+def check_workdir(workdir: str, settings: Settings) -> None:
+    """InputError when a config.json there is not a run's, or checkpoints there are of another config (differences)."""
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(workdir):
         raise InputError(f"--workdir={workdir}: is a file, expected a folder or a new path")
-    os.makedirs(workdir, exist_ok=True)
+    if not _steps_on_disk(workdir) and not os.path.exists(path):
+        return
+    try:
+        there = absolute_paths(read_settings(path))
+    except InputError as error:
+        raise InputError(
+            f"--workdir={workdir}: its config.json is not that of a run ({error}): choose another workdir"
+        ) from error
     if _steps_on_disk(workdir):
-        old = dict(flatten(dataclasses.asdict(read_settings(path))))
-        new = dict(flatten(dataclasses.asdict(settings)))
+        old = dict(flatten(dataclasses.asdict(there)))
+        new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))
         differ = [key for key in new if new[key] != old[key] and key not in FREE_KEYS]
         if differ:
             shown = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
@@ -47,7 +76,6 @@ def open_workdir(workdir: str, settings: Settings) -> None:
                 f"--workdir={workdir} holds a run of another config ({shown}): expected the same config, "
                 "choose another workdir or give the values of its config.json"
             )
-    write_settings(path, settings)
 
 
 @contextmanager
@@ -116,10 +144,10 @@ def restore(
     return None
 
 
-def load_params(workdir: str, step: int | None = None) -> tuple[int, dict, dict]:
+def load_params(workdir: str, step: int | None = None, part: str | None = None) -> tuple[int, dict, dict]:
     """(step, trainable parameters as float32 numpy, meta) for inference; the newest readable step by default.
 
-    `meta["frozen"]` says which parts are not here and where they came from.
+    `part` reads that one alone. `meta["frozen"]` says which parts are not here and where they came from.
     """
     steps = [step] if step is not None else sorted(_steps_on_disk(workdir), reverse=True)
     if step is not None and step not in _steps_on_disk(workdir):
@@ -127,22 +155,37 @@ def load_params(workdir: str, step: int | None = None) -> tuple[int, dict, dict]
     for candidate in steps:
         folder = os.path.abspath(os.path.join(workdir, "checkpoints", str(candidate)))
         try:
-            return candidate, *_read_params(folder)
+            return candidate, *_read_params(folder, part)
         except UNREADABLE as error:
             print(f"checkpoint {folder} cannot be read ({_first_line(error)}), trying the one before")
     raise InputError(f"{workdir}: no readable checkpoint, expected checkpoints/STEP as `train` writes them")
 
 
-def _read_params(folder: str) -> tuple[dict, dict]:
+def _read_params(folder: str, part: str | None) -> tuple[dict, dict]:
     with open(os.path.join(folder, "meta", "metadata"), encoding="utf-8") as file:
         meta = json.load(file)
     reader = ocp.PyTreeCheckpointHandler()
     source = epath.Path(folder) / "state"
     saved = reader.metadata(source).tree["params"]
+    saved = saved if part is None else {part: saved[part]}
     item = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)}
     how = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)}
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
     return reader.restore(source, args=args)["params"], meta
+
+
+def fingerprint(workdir: str) -> str:
+    """Hash of the newest checkpoint: its step, its meta, the names and sizes of its files."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = os.path.join(workdir, "checkpoints", str(max(_steps_on_disk(workdir), default="none")))
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)):
+        if os.path.isfile(path):
+            digest.update(f"{os.path.relpath(path, os.path.dirname(folder))} {os.path.getsize(path)}\n".encode())
+    meta = os.path.join(folder, "meta", "metadata")
+    if os.path.isfile(meta):
+        with open(meta, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _saved_leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, tuple]:

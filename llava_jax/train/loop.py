@@ -1,6 +1,7 @@
 """One training stage from start to end: mesh, data, model, restore or start, updates, saves."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -17,12 +18,22 @@ from jax.sharding import Mesh
 from llava_jax.data.chat import find_template
 from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline, steps_for
 from llava_jax.data.records import load_records
-from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
+from llava_jax.data.tokenize import TextTokenizer, check_end, load_tokenizer
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.settings import STAGES
+from llava_jax.settings import STAGES, absolute_paths, write_settings
 from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
 from llava_jax.train import checkpoint, metrics
-from llava_jax.train.assemble import Plan, check_sources, frozen_sources, plan_model, read_params
+from llava_jax.train.assemble import (
+    Plan,
+    check_plan,
+    check_unchanged,
+    file_inputs,
+    frozen_sources,
+    model_inputs,
+    origins,
+    plan_model,
+    read_params,
+)
 from llava_jax.train.optim import describe, make_optimizer, make_schedule, warmup_steps
 from llava_jax.train.step import TrainState, batch_ranks, make_step, partition, state_shardings
 from llava_jax.types import InputError, ModelConfig, Record, Settings
@@ -46,15 +57,28 @@ def train(settings: Settings, workdir: str) -> None:
     InputError for anything given that cannot be used, for a batch without targets, and for a loss or gradient that is
     not finite; SystemExit(42) after SIGTERM, once the state is saved.
     """
+    settings = absolute_paths(settings)
     find_template(settings.data.template)
-    checkpoint.open_workdir(workdir, settings)
+    with checkpoint.hold_workdir(workdir, settings):
+        done, steps = train_held(settings, workdir)
+    print(f"{done}/{steps} steps done, saved in {workdir}")
+    if done < steps:
+        print("stopped by SIGTERM: the same command goes on from here")
+        raise SystemExit(STOPPED_EXIT_CODE)
+
+
+def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
+    """`train` in a workdir that is ours alone: (updates done, updates asked for)."""
     mesh = make_mesh(settings.mesh)
     check_batch_size(settings, mesh)
     plan = plan_model(settings)
+    check_plan(settings, plan)
     tokenizer = load_tokenizer(plan.tokenizer)
     check_vocabulary(tokenizer, plan)
+    check_end(tokenizer, find_template(settings.data.template))
     records = read_records(settings, plan.config, tokenizer)
     steps = total_steps(settings, len(records))
+    meta = meta_of(settings, plan)
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, settings.train.keep) as manager,
@@ -63,7 +87,8 @@ def train(settings: Settings, workdir: str) -> None:
     ):
         run = prepare(settings, plan.config, mesh, steps)
         print(opening(settings, plan, run, len(records), steps))
-        state, frozen = restore_or_start(workdir, settings, plan, run, manager, data)
+        state, frozen = restore_or_start(workdir, settings, plan, run, manager, data, meta)
+        write_settings(os.path.join(workdir, "config.json"), settings)
         first = int(state.step)
         with metrics.open_metrics(workdir, first, steps, settings.train.log_every) as writer:
             state = update(
@@ -74,15 +99,11 @@ def train(settings: Settings, workdir: str) -> None:
                 steps=range(first, steps),
                 save_every=settings.train.checkpoint_every,
                 report=partial(report, writer=writer, records=records),
-                save=partial(checkpoint.save, manager, data=data, meta=meta_of(settings)),
+                save=partial(checkpoint.save, manager, data=data, meta=meta),
                 writer=writer,
                 stop=stop,
             )
-        done = int(state.step)
-    print(f"{done}/{steps} steps done, saved in {workdir}")
-    if done < steps:
-        print("stopped by SIGTERM: the same command goes on from here")
-        raise SystemExit(STOPPED_EXIT_CODE)
+        return int(state.step), steps
 
 
 # ---- the updates ------------------------------------------------------------------------------------------------
@@ -200,15 +221,15 @@ def _placed(abstract: Any, shardings: Any) -> Any:
 
 
 def restore_or_start(
-    workdir: str, settings: Settings, plan: Plan, run: Run, manager: Any, data: BatchIterator
+    workdir: str, settings: Settings, plan: Plan, run: Run, manager: Any, data: BatchIterator, meta: dict
 ) -> tuple[TrainState, Any]:
     """(state, frozen parameters): the newest readable checkpoint with `data` at its position, or a fresh start."""
     restored = checkpoint.restore(workdir, manager, run.state, data)
     frozen_at = jax.tree.map(lambda x: x.sharding, run.frozen)
     frozen_dtypes = dict.fromkeys(run.frozen, settings.train.dtype)
     if restored is not None:
-        state, meta = restored
-        check_sources(workdir, meta, settings)
+        state, saved = restored
+        check_unchanged(workdir, saved, meta)
         print(f"resuming at step {int(state.step)}")
         return state, read_params(settings, plan, frozen_dtypes, frozen_at)
     at = jax.tree.map(lambda x: x.sharding, run.state)
@@ -219,9 +240,14 @@ def restore_or_start(
     return TrainState(jax.device_put(np.int32(0), at.step), params, opt_state), frozen
 
 
-def meta_of(settings: Settings) -> dict:
+def meta_of(settings: Settings, plan: Plan) -> dict:
     """What a checkpoint says about itself."""
-    return {"stage": settings.stage, "trainable": list(STAGES[settings.stage]), "frozen": frozen_sources(settings)}
+    return {
+        "stage": settings.stage,
+        "trainable": list(STAGES[settings.stage]),
+        "frozen": frozen_sources(settings),
+        "inputs": model_inputs(plan) | file_inputs("data.annotations", settings.data.annotations),
+    }
 
 
 def open_data(
@@ -299,7 +325,9 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, steps: int) -> 
             f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
             f"projector {plan.config.projector}, compute {t.dtype}, remat {t.remat}, accumulate {t.accumulate}, "
             f"mesh {mesh} on {jax.default_backend()}",
-            f"tokenizer {plan.tokenizer}, template {settings.data.template}, image {plan.config.vision.image_size} px {settings.data.aspect}, "
+            origins(settings, plan),
+            f"tokenizer {plan.tokenizer}, template {settings.data.template}, "
+            f"image {plan.config.vision.image_size} px {settings.data.aspect}, "
             f"{plan.config.vision.patches} image tokens (id {plan.config.image_token_id}), "
             f"max_length {settings.data.max_length}",
             describe(settings.optim, run.state.params, run.frozen),
