@@ -218,7 +218,6 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
         ("init", dict(model="hf:/nowhere"), "init.model=hf:/nowhere: no folder '/nowhere'"),
         ("init", dict(model="zip:/tmp"), "form 'zip' is not read"),
         ("init", dict(model=""), "model.vision=random:huge"),
-        ("data", dict(max_length=129), "data.max_length=129 is above the 128 positions"),
         ("init", dict(projector="/nowhere"), "init.projector=/nowhere: not found"),
         ("mesh", dict(data=3), "mesh"),
         ("optim", dict(groups="vision=1e-3"), "optim.groups: 'vision'"),
@@ -229,6 +228,14 @@ def test_bad_input_is_one_line(inputs, tmp_path, group, changes, says):
     with pytest.raises(InputError) as error:
         loop.train(settings, str(tmp_path / "run"))
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_row_longer_than_the_decoders_positions_is_refused(inputs, tmp_path):
+    settings = make_settings(inputs, "pretrain")
+    plan = assemble.plan_model(settings)
+    short = dataclasses.replace(plan.config, llm=dataclasses.replace(plan.config.llm, max_positions=8))
+    with pytest.raises(InputError, match="the decoder 8 positions"):
+        loop.read_records(settings, short, load_tokenizer(plan.tokenizer))
 
 
 def test_random_towers_of_a_config_file(inputs):

@@ -45,13 +45,15 @@ def steps_for(rows: int, batch_size: int, epochs: float) -> int:
 class Checked:
     """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
 
-    `tokens` and `targets` are what is trained on; `cut_rows` rows lose `cut_tokens` tokens to max_length.
+    `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
+    `cut_tokens` tokens to max_length.
     """
 
     rows: int
     problems: tuple[Rejected, ...]
     tokens: int
     targets: int
+    longest: int
     cut_rows: int
     cut_tokens: int
 
@@ -89,7 +91,8 @@ def check_records(
     )
     counts = np.array([result for result in results if not isinstance(result, str)], np.int64).reshape(-1, 3)
     tokens, targets, cut_tokens = counts.sum(axis=0).tolist()
-    return Checked(len(records), problems, tokens, targets, int(np.count_nonzero(counts[:, 2])), cut_tokens)
+    longest, cut_rows = int(counts[:, 0].max(initial=0)), int(np.count_nonzero(counts[:, 2]))
+    return Checked(len(records), problems, tokens, targets, longest, cut_rows, cut_tokens)
 
 
 def _check_row(

@@ -37,18 +37,19 @@ class Sizes:
     detail_rows: int = 600
     reasoning_rows: int = 600
     pretrain: tuple[str, ...] = (
-        "train.steps=300",
-        "train.batch_size=32",
+        "train.steps=400",
+        "train.batch_size=16",
         "data.max_length=72",
-        "optim.lr=2e-3",
-        "train.checkpoint_every=100",
+        "optim.lr=1e-2",
+        "train.checkpoint_every=200",
     )
     finetune: tuple[str, ...] = (
-        "train.steps=250",
-        "train.batch_size=32",
-        "data.max_length=144",
+        "train.steps=500",
+        "train.batch_size=16",
+        "data.max_length=128",
         "optim.lr=1e-3",
-        "train.checkpoint_every=50",
+        "optim.groups=projector=3e-3",
+        "train.checkpoint_every=250",
     )
     answer_batch: int = 64
     answer_tokens: int = 12

@@ -141,12 +141,7 @@ def tokenizer_folder(spec: str) -> str:
 
 
 def check_plan(settings: Settings, plan: Plan) -> None:
-    """InputError for what a run would only meet after it has read its rows or weights."""
-    if settings.data.max_length > plan.config.llm.max_positions:
-        raise InputError(
-            f"data.max_length={settings.data.max_length} is above the {plan.config.llm.max_positions} positions of the "
-            "decoder (max_position_embeddings): lower it"
-        )
+    """InputError for what a run would only meet after it has read its rows."""
     if settings.init.projector:
         read_projector(settings.init.projector, plan.config)
 

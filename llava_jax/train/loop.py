@@ -279,6 +279,11 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
         patches=config.vision.patches,
     )
     checked.require_clean()
+    if checked.longest > config.llm.max_positions:
+        raise InputError(
+            f"{settings.data.annotations}: the longest row has {checked.longest} tokens, the decoder "
+            f"{config.llm.max_positions} positions (max_position_embeddings); lower data.max_length to that"
+        )
     print(f"{checked.rows:,} rows, {checked.tokens:,} tokens, {checked.targets:,} of them supervised")
     if checked.cut_rows:
         cut = f"{checked.cut_tokens:,} tokens off {checked.cut_rows:,} rows"
