@@ -34,17 +34,17 @@ class Sizes:
     seed: int = 0
     train_scenes: int = 6000
     held_out_scenes: int = 300
-    detail_rows: int = 600
-    reasoning_rows: int = 600
+    detail_rows: int = 400
+    reasoning_rows: int = 400
     pretrain: tuple[str, ...] = (
-        "train.steps=400",
+        "train.steps=500",
         "train.batch_size=16",
         "data.max_length=72",
         "optim.lr=1e-2",
         "train.checkpoint_every=200",
     )
     finetune: tuple[str, ...] = (
-        "train.steps=500",
+        "train.steps=650",
         "train.batch_size=16",
         "data.max_length=128",
         "optim.lr=1e-3",
