@@ -27,6 +27,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.aspect = "pad"  # or crop
     c.data.max_length = 2048
     c.data.shuffle = True
+    c.data.group_by = "none"  # modality_length: rows of like length and kind share an update, as the original
+    c.data.pack = False  # several conversations in a row
+    c.data.pack_length = 0  # tokens in a packed row; 0: what leaves the least padding
+    c.data.pack_images = 0  # pictures in a packed row; 0: what is needed
     c.data.workers = 0  # processes that decode pictures; 0: in this one
 
     c.optim = ml_collections.ConfigDict()
@@ -41,12 +45,18 @@ def default_config() -> ml_collections.ConfigDict:
     c.optim.eps = 1e-8
 
     c.train = ml_collections.ConfigDict()
-    c.train.batch_size = 128  # rows an update, over all devices
+    c.train.batch_size = 128  # conversations an update, over all devices
     c.train.steps = 0  # 0: epochs decide
     c.train.epochs = 1.0
     c.train.accumulate = 1  # micro-batches an update
-    c.train.dtype = "bfloat16"  # of the computation; what learns is kept in float32
-    c.train.remat = "full"  # none, dots, full
+    c.train.dtype = "bfloat16"  # of the computation
+    c.train.param_dtype = "float32"  # of what learns
+    c.train.moment_dtype = "float32"  # of Adam's moments
+    c.train.frozen_dtype = "bfloat16"  # of what does not learn
+    c.train.remat = "full"  # none, dots, minimal, full, or names: kernel+q+k
+    c.train.attention = "auto"  # splash (TPU), cudnn (GPU), xla; auto: the best that runs
+    c.train.compiler_options = "none"  # tuned: those of the chip; or "option=value,option=value"
+    c.train.profile = 0  # updates to trace for the profiler
     c.train.log_every = 1
     c.train.checkpoint_every = 500  # 0: only the last step
     c.train.keep = 2

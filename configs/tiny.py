@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.optim.clip_norm = 1.0
     c.train.batch_size = 8
     c.train.dtype = "float32"
+    c.train.frozen_dtype = "float32"
     c.train.remat = "none"
     c.train.log_every = 1
     c.train.checkpoint_every = 100

@@ -5,7 +5,7 @@ import os
 
 from llava_jax.cli_parse import announce
 from llava_jax.cli_train import load_settings
-from llava_jax.types import DataSettings, InputError
+from llava_jax.types import UNPACKED, DataSettings, InputError
 
 # The flags that a config answers in their place.
 SINGLE = ("annotations", "images", "tokenizer", "template", "image_position", "max_length", "vision", "patches")
@@ -88,7 +88,9 @@ def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int]:
     if args.vision is not None and args.patches is not None:
         raise InputError("--vision and --patches both say what a picture takes; give one of them")
     position, length = args.image_position or "front", args.max_length or 2048
-    data = DataSettings(args.annotations, args.images, args.template, position, "pad", length, False, 0)
+    data = DataSettings(
+        args.annotations, args.images, args.template, position, "pad", length, shuffle=False, **UNPACKED
+    )
     return data, args.tokenizer, args.patches or patches_of(args.vision)
 
 

@@ -10,20 +10,27 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from llava_jax.source import absolute
-from llava_jax.types import InputError, Settings
+from llava_jax.types import REMAT_NAMES, InputError, Settings
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
 
 RANDOM = "random:"  # a tower with random weights, of a named size or of a config file
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "dots", "minimal", "full")  # minimal: all of REMAT_NAMES
 
 CHOICES = {
     "stage": tuple(STAGES),
     "model.projector": ("linear", "mlp2x_gelu"),
     "data.image_position": ("front", "keep"),
     "data.aspect": ("pad", "crop"),
+    "data.group_by": ("none", "modality_length"),
     "optim.schedule": ("cosine", "constant", "linear"),
-    "train.dtype": ("float32", "bfloat16"),
-    "train.remat": ("none", "dots", "full"),
+    "train.dtype": DTYPES,
+    "train.param_dtype": DTYPES,
+    "train.moment_dtype": DTYPES,
+    "train.frozen_dtype": DTYPES,
+    "train.attention": ("auto", "splash", "cudnn", "xla"),
     "train.loss_norm": ("global_token", "rank_mean"),
 }
 
@@ -31,6 +38,8 @@ CHOICES = {
 RANGES = {
     "seed": (0, 2**31, True, False),
     "data.max_length": (2, math.inf, True, False),
+    "data.pack_length": (0, math.inf, True, False),
+    "data.pack_images": (0, math.inf, True, False),
     "data.workers": (0, math.inf, True, False),
     "optim.lr": (0, math.inf, False, False),
     "optim.warmup_ratio": (0, 1, True, True),
@@ -43,6 +52,7 @@ RANGES = {
     "train.steps": (0, math.inf, True, False),
     "train.epochs": (0, math.inf, True, False),
     "train.accumulate": (1, math.inf, True, False),
+    "train.profile": (0, math.inf, True, False),
     "train.log_every": (1, math.inf, True, False),
     "train.checkpoint_every": (0, math.inf, True, False),
     "train.keep": (1, math.inf, True, False),
@@ -58,10 +68,15 @@ def settings_from_dict(values: dict) -> Settings:
     train = settings.train
     if train.steps == 0 and train.epochs == 0:
         raise InputError("train.steps and train.epochs are both 0: set one of them")
-    if train.batch_size % train.accumulate:
+    if train.batch_size % train.accumulate and not settings.data.pack:
         raise InputError(
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
             "expected whole micro-batches, change one of them"
+        )
+    if settings.data.pack and settings.train.loss_norm == "rank_mean":
+        raise InputError(
+            "train.loss_norm=rank_mean weighs the rows of each device as the original does, which data.pack mixes: "
+            "expected global_token with data.pack=True"
         )
     parse_groups(settings.optim.groups)
     return settings
@@ -166,6 +181,11 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 def _check_value(key: str, value: Any) -> None:
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"config key {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")
+    if key == "train.remat" and value not in REMATS and not set(value.split("+")) <= set(REMAT_NAMES):
+        raise InputError(
+            f"config key {key}: expected one of {', '.join(REMATS)}, or names of {', '.join(REMAT_NAMES)} "
+            f"joined by '+', got {value!r}"
+        )
     if key in RANGES:
         low, high, low_in, high_in = RANGES[key]
         if not ((value >= low if low_in else value > low) and (value <= high if high_in else value < high)):

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IMAGE_PLACEHOLDER = "<image>"
+# What the backward pass may keep of a decoder block, so as not to compute it again: `train.remat`.
+REMAT_NAMES = ("kernel", "q", "k", "v", "middle", "gate", "up")
 # One image in a tokenised conversation, before it is expanded to its P image tokens (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_MARK = -200
 
@@ -58,10 +60,11 @@ class Batch(NamedTuple):
 
     tokens_BT       int32; image slots hold the model's image token id, right padding holds the pad id
     targets_BT      bool; True where tokens_BT[b, t] is to be predicted (from position t-1)
-    segment_ids_BT  int32; 1.. for real tokens, 0 for padding
+    segment_ids_BT  int32; 1.. for the conversations of a row, 0 for padding; none sees another
     positions_BT    int32; rotary positions, 0.. within each segment
     pixels_BNXYC    float32, CLIP-normalised; zeros in image slots a row does not use
-    rows_B          int64, index of each row in the annotations (host only: None on the device)
+    rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M
+                    (host only: None on the device)
     """
 
     tokens_BT: Any
@@ -69,7 +72,7 @@ class Batch(NamedTuple):
     segment_ids_BT: Any
     positions_BT: Any
     pixels_BNXYC: Any
-    rows_B: Any = None
+    rows_BM: Any = None
 
 
 # ---- models -----------------------------------------------------------------------------------------------------
@@ -128,7 +131,9 @@ class LlamaConfig:
 class ModelConfig:
     """A whole LLaVA. `feature_layer` indexes hidden states as in the original: -2 leaves the last block out.
 
-    `image_token_id` may lie outside the vocabulary (the row is never looked up); `remat` is none, dots or full.
+    `image_token_id` may lie outside the vocabulary (the row is never looked up), `remat` is
+    models.llama.remat_policy's; `attention` (of the decoder) names an implementation of ops.attention, with tiles of
+    `attention_block` for splash.
     """
 
     vision: ClipConfig
@@ -138,6 +143,8 @@ class ModelConfig:
     image_token_id: int = 32000
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "xla"
+    attention_block: int = 512
 
     @property
     def vision_layers(self) -> int:
@@ -177,6 +184,10 @@ class InitSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
+    """`pack`: several conversations in a row of `pack_length` tokens with room for `pack_images` pictures; 0: as
+    many as leave the least padding. `group_by` is none or modality_length (the original's order).
+    """
+
     annotations: str
     images: str
     template: str
@@ -184,7 +195,15 @@ class DataSettings:
     aspect: str
     max_length: int
     shuffle: bool
+    group_by: str
+    pack: bool
+    pack_length: int
+    pack_images: int
     workers: int
+
+
+# A conversation a row, read in this process: the rest of DataSettings where there is no config.
+UNPACKED = dict(group_by="none", pack=False, pack_length=0, pack_images=0, workers=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,14 +223,25 @@ class OptimSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """`steps` 0 means: `epochs` decide. `clip_norm`, `checkpoint_every` 0 mean off (the last step is always saved)."""
+    """`batch_size` counts conversations. `steps` 0 means: `epochs` decide; `checkpoint_every` 0 means off (the last one
+    is always saved), `profile` is the number of updates to trace.
+
+    `dtype` is that of the computation, `param_dtype` of what learns, `moment_dtype` of Adam's moments, `frozen_dtype`
+    of the rest. `compiler_options` is none, tuned (chips.compiler_options) or 'option=value,option=value'.
+    """
 
     batch_size: int
     steps: int
     epochs: float
     accumulate: int
     dtype: str
+    param_dtype: str
+    moment_dtype: str
+    frozen_dtype: str
     remat: str
+    attention: str
+    compiler_options: str
+    profile: int
     log_every: int
     checkpoint_every: int
     keep: int

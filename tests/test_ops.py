@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from llava_jax.ops.attention import attention, reference_attention
-from llava_jax.ops.loss import masked_nll, masked_nll_rows
+from llava_jax.ops.attention import attention, choose, reference_attention
+from llava_jax.ops.loss import chunk_length, masked_nll, masked_nll_rows, next_token, weighted_nll
 from llava_jax.ops.rope import angles, inverse_frequencies, rotate
-from llava_jax.types import RopeConfig
+from llava_jax.types import InputError, RopeConfig
 
 
 def heads(seed: int, *shape: int) -> jax.Array:
@@ -36,6 +37,62 @@ def test_attention_equals_its_definition_forward_and_backward(causal, segments):
     ]
     for a, b in zip(*grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_splash_equals_the_definition_forward_and_backward(segments):
+    """The TPU kernel in Pallas' interpreter: two blocks a row, two query heads for a key head."""
+    q, k, v = heads(0, 1, 256, 2, 64), heads(1, 1, 256, 1, 64), heads(2, 1, 256, 1, 64)
+    ids = jnp.repeat(jnp.array([[1, 2, 3, 0]]), jnp.array([100, 60, 90, 6]), axis=1) if segments else None
+    mask = jnp.tril(jnp.ones((1, 256, 256), bool))
+    if segments:
+        mask &= ids[:, :, None] == ids[:, None, :]
+
+    def ours(q, k, v):
+        return attention(q, k, v, causal=True, segment_ids_BT=ids, implementation="splash", block=128)
+
+    def both(f):
+        return jax.value_and_grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    with pltpu.force_tpu_interpret_mode():
+        value, grads = jax.jit(lambda: both(ours))()
+    want, want_grads = both(lambda *x: reference_attention(*x, mask))
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for a, b in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+RUNS = dict(platform="tpu", dtype="bfloat16", length=2048, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    "changes, chosen",
+    [
+        ({}, "splash"),
+        ({"length": 577}, "xla"),
+        ({"head_dim": 80}, "xla"),
+        ({"platform": "gpu"}, "cudnn"),
+        ({"platform": "gpu", "dtype": "float32"}, "xla"),
+        ({"platform": "cpu"}, "xla"),
+    ],
+)
+def test_attention_is_chosen_by_platform_and_shape(changes, chosen):
+    assert choose("auto", **RUNS | changes) == chosen
+    assert choose("xla", **RUNS | changes) == "xla"
+
+
+@pytest.mark.parametrize(
+    "requested, changes, says",
+    [
+        ("splash", {"platform": "cpu"}, "needs a TPU, the devices are cpu"),
+        ("splash", {"length": 1000}, "multiple of 128 tokens, got 1000"),
+        ("cudnn", {}, "needs an NVIDIA GPU, the devices are tpu"),
+        ("cudnn", {"platform": "gpu", "dtype": "float32"}, "needs train.dtype=bfloat16"),
+    ],
+)
+def test_attention_asked_for_by_name_is_had_or_refused(requested, changes, says):
+    with pytest.raises(InputError, match=f"train.attention={requested}: .*{says}"):
+        choose(requested, **RUNS | changes)
 
 
 def test_neighbouring_segments_have_no_influence_at_all():
@@ -91,3 +148,53 @@ def test_what_is_no_target_has_no_gradient():
     grad = jax.grad(lambda logits: masked_nll(logits, tokens, targets)[0])(heads(0, 1, 4, 7))
     assert np.abs(grad[0, 1]).sum() > 0
     np.testing.assert_array_equal(np.abs(grad[0, jnp.array([0, 2, 3])]).sum(), 0.0)
+
+
+@pytest.mark.parametrize("length", [8, 200, 400])
+def test_loss_in_stretches_equals_the_plain_one_forward_and_backward(length):
+    """One stretch, two and four of 256 positions, the last one short; most have no target."""
+    hidden, head = heads(0, 2, length, 8), heads(1, 8, 11)
+    tokens = jax.random.randint(jax.random.key(2), (2, length), 0, 11)
+    targets = jnp.zeros((2, length), bool).at[0, 3:6].set(True).at[1, length // 2 :].set(True)
+
+    def plain(hidden, head):
+        return masked_nll(hidden @ head, tokens, targets)[0] / 7
+
+    def ours(hidden, head, learns=True):
+        labels, counted = next_token(tokens, targets, jnp.ones((2, length), jnp.int32))
+        return weighted_nll(hidden, head, labels, counted / 7, learns)
+
+    (want, want_grads), (got, grads) = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, head) for f in (plain, ours)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for a, b in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda h: ours(h, head, False))(hidden), grads[0])
+
+
+def test_stretches_bound_the_logits_in_memory():
+    """The compiled loss holds no more than a quarter of the logits, where the plain one holds them all."""
+    hidden, head = jnp.zeros((2, 1024, 8)), jnp.zeros((8, 4096))
+    tokens, targets = jnp.zeros((2, 1024), jnp.int32), jnp.ones((2, 1024), bool)
+
+    def temporary(f):
+        lowered = jax.jit(jax.grad(f, argnums=(0, 1))).lower(hidden, head)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    logits = 2 * 1024 * 4096 * 4
+    assert temporary(lambda h, w: masked_nll(h @ w, tokens, targets)[0]) > logits
+    assert temporary(lambda h, w: weighted_nll(h, w, tokens, targets.astype(jnp.float32), True)) < logits
+
+
+def test_stretches_follow_positions_and_vocabulary():
+    assert chunk_length(4 * 2048, 32000) == 2048
+    assert chunk_length(16 * 4096, 128256) == 512
+    assert chunk_length(100, 2048) == 256
+
+
+def test_the_first_token_of_a_segment_is_predicted_by_nobody():
+    tokens, targets = jnp.array([[5, 6, 7, 8, 9, 0]]), jnp.ones((1, 6), bool)
+    labels, counted = next_token(tokens, targets, jnp.array([[1, 1, 2, 2, 2, 0]]))
+    assert counted.tolist() == [[True, False, True, True, False, False]]
+    assert labels[counted].tolist() == [6, 8, 9]

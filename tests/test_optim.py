@@ -25,6 +25,18 @@ BASE = OptimSettings(
 )
 
 
+def test_moments_are_kept_in_the_dtype_asked_for():
+    """In bfloat16 they hold 8 bits of what float32 holds; the arithmetic and the update stay float32."""
+    params, gradients = {"w": jnp.linspace(-1, 1, 64)}, {"w": jnp.linspace(0.1, 2, 64)}
+    plain, low = (O.scale_by_adam(0.9, 0.999, 1e-8, dtype) for dtype in ("float32", "bfloat16"))
+    wanted, want_state = plain.update(gradients, plain.init(params))
+    got, state = low.update(gradients, low.init(params))
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype("bfloat16")}
+    assert got["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(got["w"], wanted["w"])
+    np.testing.assert_array_equal(state.mu["w"], want_state.mu["w"].astype("bfloat16"))
+
+
 def settings(**changes) -> OptimSettings:
     return dataclasses.replace(BASE, **changes)
 

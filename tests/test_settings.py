@@ -41,6 +41,8 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(train__keep=0), "config key train.keep"),
         (dict(train__steps=0, train__epochs=0.0), "train.steps and train.epochs are both 0"),
         (dict(train__accumulate=3), "train.batch_size=8 is not divisible by train.accumulate=3"),
+        (dict(train__remat="kernel+z"), "train.remat: expected one of none, dots, minimal, full, or names of kernel"),
+        (dict(data__pack=True, train__loss_norm="rank_mean"), "expected global_token with data.pack=True"),
         (dict(mesh__data=-1), "at most one axis can be -1"),
         (dict(mesh__tensor=0), "config key mesh.tensor"),
         (dict(optim__groups="projector"), "optim.groups: 'projector'"),

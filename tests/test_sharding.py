@@ -52,43 +52,55 @@ def test_a_dimension_that_does_not_divide_is_named():
         check_divisible("llm/head/kernel", (6, 8), PartitionSpec("fsdp", "tensor"), Mesh)
 
 
+PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
+
 EIGHT_DEVICES = textwrap.dedent("""
-    import jax, jax.numpy as jnp, numpy as np
-    from flax import nnx
+    import jax, numpy as np
     from llava_jax.models import llava
-    from llava_jax.ops.loss import masked_nll
     from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.types import MeshSettings
-    from tests.test_sharding import TINY
+    from llava_jax.train.step import batch_ranks, loss_and_grads, partition
+    from llava_jax.types import Batch, MeshSettings
+    from tests.test_sharding import PRESETS, TINY
 
     graphdef, abstract = llava.build(TINY)
     params = llava.init(TINY, 0)
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 60, (8, 12)).astype(np.int32)
-    tokens[:, 2:6] = TINY.image_token_id
-    targets = np.zeros((8, 12), bool); targets[:, 8:] = True
-    pixels = rng.normal(size=(8, 1, 16, 16, 3)).astype(np.float32)
+    B, T = 16, 192
+    tokens = rng.integers(1, 60, (B, T)).astype(np.int32)
+    tokens[:, 2:6] = tokens[:, 102:106] = TINY.image_token_id
+    targets = np.zeros((B, T), bool); targets[:, 8:40] = targets[: B // 2, 180:] = True
+    segments = np.where(np.arange(T) < 100, 1, 2) * np.ones((B, 1), np.int32)
+    positions = np.where(np.arange(T) < 100, np.arange(T), np.arange(T) - 100) * np.ones((B, 1), np.int32)
+    pixels = rng.normal(size=(B, 2, 16, 16, 3)).astype(np.float32)
+    batch = Batch(tokens, targets, segments.astype(np.int32), positions.astype(np.int32), pixels)
+    how = dict(graphdef=graphdef, dtype="float32", packed=True)
 
-    def loss(params, tokens, targets, pixels):
-        total, count = masked_nll(nnx.merge(graphdef, params)(tokens, pixels), tokens, targets)
-        return total / count
+    def both(params, batch, **more):
+        grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, **how, **more))
+        return jax.block_until_ready(grad(*partition(params, "finetune"), batch))
 
-    want = jax.jit(jax.value_and_grad(loss))(params, tokens, targets, pixels)
-    for sizes in ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)):
+    def close(got, want):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+
+    want = {norm: both(params, batch, accumulate=1, loss_norm=norm, ranks=8) for norm in ("global_token", "rank_mean")}
+    for sizes in PRESETS:
         mesh = make_mesh(MeshSettings(*sizes))
+        ranks = batch_ranks(mesh)
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
-            batch = jax.device_put((tokens, targets, pixels), batch_sharding(mesh))
-            got = jax.jit(jax.value_and_grad(loss))(placed, *batch)
-            jax.block_until_ready(got)
-        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
-            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+            on = jax.device_put(batch, batch_sharding(mesh))
+            close(both(placed, on, accumulate=1, loss_norm="global_token", ranks=ranks), want["global_token"])
+            close(both(placed, on, accumulate=2, loss_norm="global_token", ranks=ranks), want["global_token"])
+            if ranks == 8:
+                close(both(placed, on, accumulate=1, loss_norm="rank_mean", ranks=ranks), want["rank_mean"])
         print("equal", sizes)
 """)
 
 
 def test_sharded_loss_and_gradient_equal_the_single_device_ones():
+    """Packed rows with pictures, the loss in more than one stretch, and accumulation on every preset."""
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == 4
+    assert done.stdout.count("equal") == len(PRESETS)

@@ -17,7 +17,7 @@ from llava_jax.data.chat import check_image_position, find_template
 from llava_jax.data.example import encode_turns, full_length, image_paths
 from llava_jax.data.records import Rejected, parse_records
 from llava_jax.data.tokenize import TextTokenizer, check_end, cut
-from llava_jax.types import DataSettings, Encoded, InputError, Record
+from llava_jax.types import UNPACKED, DataSettings, Encoded, InputError, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,9 @@ def verify(
     check_image_position(image_position)
     check_end(tokenizer, find_template(template))
     drops_leading = find_template(template).drop_leading_answer
-    settings = DataSettings(annotations, images, template, image_position, aspect, max_length, False, 0)
+    settings = DataSettings(
+        annotations, images, template, image_position, aspect, max_length, shuffle=False, **UNPACKED
+    )
     entries = parse_records(annotations)
     if not os.path.isdir(images) and any(isinstance(entry, Record) and entry.images for entry in entries):
         raise InputError(f"{images}: no such images folder; expected the one that image paths start from")

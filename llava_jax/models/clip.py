@@ -81,7 +81,11 @@ class Clip(nnx.Module):
         cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
         x_BPE = jnp.concatenate([cls, x_BPE], axis=1) + self.position.astype(x_BPE.dtype)
         x_BPE = constrain(self.pre_norm(x_BPE), "batch", "position", "activation")
-        x_BPE, _ = jax.lax.scan(lambda x, block: (block(x), None), x_BPE, self.layers)
+
+        def body(x_BPE: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return constrain(block(x_BPE), "batch", "position", "activation"), None
+
+        x_BPE, _ = jax.lax.scan(body, x_BPE, self.layers)
         return x_BPE
 
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:

@@ -1,22 +1,26 @@
 """LLaMA decoder (arXiv 2302.13971) driven by its Hugging Face config: training call, prefill and decode."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.layers import Linear, RMSNorm, normal, param
 from llava_jax.ops.attention import attention
 from llava_jax.ops.rope import angles, rotate
 from llava_jax.sharding import constrain
-from llava_jax.types import LlamaConfig
+from llava_jax.types import REMAT_NAMES, LlamaConfig
 
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def remat_policy(remat: str) -> Callable[..., bool]:
+    """What the backward pass finds of a block: the names of REMAT_NAMES in `remat`, joined by '+'; full: nothing."""
+    if remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    names = () if remat == "full" else REMAT_NAMES if remat == "minimal" else remat.split("+")
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 class Cache(NamedTuple):
@@ -42,7 +46,10 @@ class Attention(nnx.Module):
         self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **inner)
 
     def qkv(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return rotate(self.q(x_BTD), *rope), rotate(self.k(x_BTD), *rope), self.v(x_BTD)
+        q_BTNH = constrain(rotate(self.q(x_BTD), *rope), "batch", "length", "heads", "head_dim")
+        k_BTKH = constrain(rotate(self.k(x_BTD), *rope), "batch", "length", "kv_heads", "head_dim")
+        v_BTKH = constrain(self.v(x_BTD), "batch", "length", "kv_heads", "head_dim")
+        return checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
 
 
 class Mlp(nnx.Module):
@@ -53,7 +60,8 @@ class Mlp(nnx.Module):
         self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("embed",), bias=config.mlp_bias, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = checkpoint_name(self.gate(x_BTD), "gate"), checkpoint_name(self.up(x_BTD), "up")
+        return self.down(jax.nn.silu(gate_BTF) * up_BTF)
 
 
 class Block(nnx.Module):
@@ -64,11 +72,16 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BT: jax.Array | None
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BT: jax.Array | None, **how: Any
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Full-length pass; also returns this layer's keys and values [B, T, K, H] (rotated)."""
+        """Full-length pass; also returns this layer's keys and values [B, T, K, H] (rotated).
+
+        `how` is what ops.attention is told beside the arrays: implementation, block.
+        """
+        x_BTD = constrain(x_BTD, "batch", "length", "activation")
         q, k, v = self.attn.qkv(self.attn_norm(x_BTD), rope)
-        x_BTD = x_BTD + self.attn.o(attention(q, k, v, causal=True, segment_ids_BT=segment_ids_BT))
+        out_BTNH = attention(q, k, v, causal=True, segment_ids_BT=segment_ids_BT, **how)
+        x_BTD = checkpoint_name(x_BTD + self.attn.o(out_BTNH), "middle")
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return constrain(x_BTD, "batch", "length", "activation"), (k, v)
 
@@ -93,38 +106,55 @@ class Embed(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
         inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
-        x_BTD = jnp.take(self.table[...], jnp.where(inside, tokens_BT, 0), axis=0).astype(self.dtype)
+        # Without the pin the compiler lays the batch out as the table, and never finds back.
+        table_VD = constrain(self.table.astype(self.dtype), "vocab", "activation")
+        x_BTD = jnp.take(table_VD, jnp.where(inside, tokens_BT, 0), axis=0)
         return constrain(x_BTD, "batch", "length", "activation")
 
 
 class Llama(nnx.Module):
     """Decoder over embeddings, so that image features can stand where tokens stand."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: str = "float32", remat: str = "none"):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        remat: str = "none",
+        attention: str = "xla",
+        attention_block: int = 512,
+    ):
         self.config, self.remat = config, remat
+        self.attention, self.attention_block = attention, attention_block
         self.embed = Embed(config, dtype, rngs=rngs)
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
         if not config.tied:
             self.head = Linear((config.width,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
 
+    def head_kernel(self, dtype: jnp.dtype) -> jax.Array:
+        """[D, V] whole along D, so that a loop over positions does not gather it again."""
+        kernel_DV = self.embed.table.astype(dtype).T if self.config.tied else self.head.kernel.astype(dtype)
+        return constrain(kernel_DV, "activation", "vocab")
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm."""
-        if self.config.tied:
-            logits_BTV = hidden_BTD @ self.embed.table.astype(hidden_BTD.dtype).T
-        else:
-            logits_BTV = self.head(hidden_BTD)
+        logits_BTV = hidden_BTD @ self.head_kernel(hidden_BTD.dtype)
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
     def _forward(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool):
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
 
+        how = dict(implementation=self.attention, block=self.attention_block)
+
         def body(x_BTD: jax.Array, block: Block):
-            x_BTD, kv = block(x_BTD, rope, segment_ids_BT)
+            x_BTD, kv = block(x_BTD, rope, segment_ids_BT, **how)
             return x_BTD, kv if keep_kv else None
 
         if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[self.remat])
+            # prevent_cse: a scan's body is not merged with its recomputation anyway.
+            body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
         x_BTD, kv = jax.lax.scan(body, x_BTD, self.layers)
         return self.norm(x_BTD), kv
 

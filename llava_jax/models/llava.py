@@ -9,6 +9,7 @@ from flax import nnx
 from llava_jax.layers import Linear, torch_uniform
 from llava_jax.models.clip import Clip
 from llava_jax.models.llama import Llama
+from llava_jax.sharding import constrain
 from llava_jax.types import ModelConfig
 
 Params = dict[str, Any]
@@ -49,14 +50,34 @@ class Llava(nnx.Module):
         self.config = config
         self.vision = Clip(config.vision, config.vision_layers, rngs=rngs)
         self.projector = Projector(config, rngs=rngs)
-        self.llm = Llama(config.llm, rngs=rngs, dtype=config.dtype, remat=config.remat)
+        self.llm = Llama(
+            config.llm,
+            rngs=rngs,
+            dtype=config.dtype,
+            remat=config.remat,
+            attention=config.attention,
+            attention_block=config.attention_block,
+        )
 
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
-        """Projected features [B, N*P, D] of N images a row."""
+        """Projected features [B, N*P, D] of N images a row; image slots are zeros where a row has none.
+
+        The n-th slots of all rows go through the tower together, and not at all where no row has an n-th picture.
+        """
+
+        def see(pixels_BXYC: jax.Array) -> jax.Array:
+            return self.vision(pixels_BXYC.astype(self.config.dtype))
+
+        def see_slot(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
+            like = jax.eval_shape(see, pixels_BXYC)
+            blank = lambda pixels: jnp.zeros(like.shape, like.dtype)  # noqa: E731
+            return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), see, blank, pixels_BXYC)
+
+        _, seen_NBPE = jax.lax.scan(see_slot, None, pixels_BNXYC.swapaxes(0, 1))
         B, N = pixels_BNXYC.shape[:2]
-        flat = pixels_BNXYC.reshape(B * N, *pixels_BNXYC.shape[2:]).astype(self.config.dtype)
-        features = self.projector(self.vision(flat))
-        return features.reshape(B, N * features.shape[1], features.shape[2])
+        seen_BPE = constrain(seen_NBPE.swapaxes(0, 1), "batch", "position", "position", "activation")
+        features_BPD = self.projector(seen_BPE.reshape(B, N * seen_BPE.shape[2], seen_BPE.shape[3]))
+        return constrain(features_BPD, "batch", "position", "activation")
 
     def embed_and_merge(self, tokens_BT: jax.Array, features_BPD: jax.Array | None) -> jax.Array:
         """Embeddings [B, T, D] with image features in the image slots; None where no row has an image."""
@@ -75,7 +96,8 @@ class Llava(nnx.Module):
         """Decoder states [B, T, D] before the head; positions default to 0..T-1."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        features_BPD = None if pixels_BNXYC is None else self.image_features(pixels_BNXYC)
+        sees = pixels_BNXYC is not None and pixels_BNXYC.shape[1] > 0
+        features_BPD = self.image_features(pixels_BNXYC) if sees else None
         return self.llm(self.embed_and_merge(tokens_BT, features_BPD), positions_BT, segment_ids_BT)
 
     def __call__(

@@ -1,7 +1,52 @@
-"""Attention: one function for the vision tower, training, prefill and decode."""
+"""Attention: one function for the vision tower, training, prefill and decode, and the kernel that does it.
+
+`xla` runs everywhere and takes every argument; `splash` (a Pallas kernel of jax) is for TPUs and `cudnn` for NVIDIA
+GPUs: neither holds the scores of a row, [N, T, S], in memory.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from llava_jax.sharding import spec_of
+from llava_jax.types import InputError
+
+# What a rematerialised block may keep of the kernel (its result and sums), so that the backward pass need not run it.
+RESIDUALS = "kernel"
+LANES = 128  # of a TPU's vector unit: what the blocks of splash must be multiples of
+
+
+def choose(requested: str, *, platform: str, dtype: str, length: int, head_dim: int) -> str:
+    """The implementation for causal attention over rows of `length`: splash, cudnn or xla.
+
+    `auto` takes the kernel of the platform ('tpu', 'gpu', 'cpu') where it can run and xla elsewhere; a kernel asked for
+    by name that cannot run is an InputError with the reason.
+    """
+    reasons = {
+        "splash": _first(
+            (platform != "tpu", f"needs a TPU, the devices are {platform}"),
+            (length % LANES != 0, f"needs rows of a multiple of {LANES} tokens, got {length}"),
+            (head_dim % 64 != 0, f"needs heads of a multiple of 64, got {head_dim}"),
+        ),
+        "cudnn": _first(
+            (platform != "gpu", f"needs an NVIDIA GPU, the devices are {platform}"),
+            (dtype != "bfloat16", f"needs train.dtype=bfloat16, got {dtype}"),
+            (head_dim % 8 != 0 or head_dim > 128, f"needs heads of a multiple of 8 up to 128, got {head_dim}"),
+        ),
+        "xla": "",
+    }
+    if requested == "auto":
+        return next(name for name, reason in reasons.items() if not reason)
+    if reasons[requested]:
+        raise InputError(f"train.attention={requested}: {reasons[requested]}; take auto or xla")
+    return requested
+
+
+def _first(*checks: tuple[bool, str]) -> str:
+    return next((reason for fails, reason in checks if fails), "")
 
 
 def attention(
@@ -12,19 +57,73 @@ def attention(
     causal: bool = False,
     segment_ids_BT: jax.Array | None = None,
     key_mask_BS: jax.Array | None = None,
+    implementation: str = "xla",
+    block: int = 512,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads; returns BTNH in the dtype of q.
 
     `segment_ids_BT` lets a position see only its own segment (T == S); `key_mask_BS` bool hides cache slots that
-    hold nothing. The softmax runs in float32.
+    hold nothing (xla only). The softmax runs in float32. `block` is the tile of splash along T.
     """
+    if implementation == "splash":
+        if not causal or key_mask_BS is not None:
+            raise ValueError("splash does causal attention without a key mask")
+        return _splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, block)
     mask = None
     if segment_ids_BT is not None:
         mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
     if key_mask_BS is not None:
         key_mask = key_mask_BS[:, None, None, :]
         mask = key_mask if mask is None else mask & key_mask
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation="xla")
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=implementation
+    )
+    return checkpoint_name(out_BTNH, RESIDUALS)
+
+
+def _splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, block: int
+) -> jax.Array:
+    """Each device runs the kernel on its own rows and heads: the compiler cannot split a Pallas call by itself."""
+    heads = spec_of(("batch", "length", "heads", "head_dim"), 4)
+    kv_heads = spec_of(("batch", "length", "kv_heads", "head_dim"), 4)
+    segments = None if segment_ids_BT is None else spec_of(("batch", "length"), 2)
+    local = functools.partial(_splash_local, block=block)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # check_vma: the kernel does not say along which mesh axes its results vary.
+        specs = (heads, kv_heads, kv_heads, segments)
+        local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+    return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _splash_local(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, block: int
+) -> jax.Array:
+    _, T, N, H = q_BTNH.shape
+    block = max(size for size in range(LANES, min(block, T) + 1, LANES) if T % size == 0)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T)) for _ in range(N)]),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        residual_checkpoint_name=RESIDUALS,
+    )
+    q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
+    if segment_ids_BT is None:
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH)
+    else:
+        ids = splash_attention_kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, ids)
+    return out_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
 
 
 def reference_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

@@ -85,7 +85,28 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def make_optimizer(settings: OptimSettings, steps: int, params: Any) -> optax.GradientTransformation:
+def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.GradientTransformation:
+    """optax.scale_by_adam with both moments kept in `dtype`; the arithmetic is float32."""
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        moments = [jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) for _ in range(2)]
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), *moments)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        mu = jax.tree.map(lambda m, g: (1 - b1) * g + b1 * m.astype(jnp.float32), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: (1 - b2) * (g * g) + b2 * v.astype(jnp.float32), state.nu, grads)
+        count = optax.safe_increment(state.count)
+        mu_scale, nu_scale = (1 / (1 - beta ** count.astype(jnp.float32)) for beta in (b1, b2))
+        updates = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps), mu, nu)
+        kept = [jax.tree.map(lambda x: x.astype(dtype), tree) for tree in (mu, nu)]
+        return updates, optax.ScaleByAdamState(count, *kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(
+    settings: OptimSettings, steps: int, params: Any, moment_dtype: str = "float32"
+) -> optax.GradientTransformation:
     """AdamW with decoupled decay for the trainable `params` (arrays or shapes), over `steps` updates.
 
     p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p), with lr the parameter's own rate times the schedule.
@@ -93,7 +114,7 @@ def make_optimizer(settings: OptimSettings, steps: int, params: Any) -> optax.Gr
     rates = learning_rates(settings, params)
     schedule = make_schedule(settings, steps)
     parts = [
-        optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+        scale_by_adam(settings.b1, settings.b2, settings.eps, moment_dtype),
         optax.add_decayed_weights(settings.weight_decay, decay_mask(params)),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: u * rate, updates, rates)),
         optax.scale_by_schedule(lambda count: -schedule(count)),

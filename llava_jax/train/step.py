@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llava_jax.ops.loss import masked_nll_rows
+from llava_jax.ops.loss import next_token, weighted_nll
 from llava_jax.settings import STAGES
 from llava_jax.sharding import batch_sharding, replicated
 from llava_jax.train.optim import Schedule
@@ -21,7 +21,7 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What an update changes: updates done (int32), trainable parameters (float32), optimizer slots for them."""
+    """What an update changes: updates done (int32), trainable parameters, optimizer slots for them."""
 
     step: Any
     params: Any
@@ -35,21 +35,40 @@ def partition(params: Params, stage: str) -> tuple[Params, Params]:
 
 
 def loss_terms(
-    params: Params, frozen: Params, batch: Batch, *, graphdef: nnx.GraphDef, loss_norm: str, ranks: int
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    *,
+    graphdef: nnx.GraphDef,
+    dtype: str,
+    packed: bool,
+    loss_norm: str,
+    ranks: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """(numerator, (denominator, targets)) of the loss of one micro-batch; the loss is the ratio of their sums.
 
     global_token: summed nll over the number of targets. rank_mean, the original's: mean over ranks of each rank's own
     mean, where a rank is one of `ranks` runs of neighbouring rows. Without targets the ratio is 0/0: not finite.
+
+    Weights enter the computation in `dtype` before anything gathers them, so that what travels between devices, their
+    gradients included, has that dtype. Rows of one conversation (not `packed`) need no segments: their padding comes
+    last, where causal attention hides it.
     """
+    # Copied here, not where they are used: inside the scan over layers the float32 weights would be gathered.
+    params, frozen = jax.tree.map(lambda x: x.astype(dtype), (params, frozen))
     model = nnx.merge(graphdef, {**frozen, **params})
-    logits_BTV = model(batch.tokens_BT, batch.pixels_BNXYC, batch.segment_ids_BT, batch.positions_BT)
-    nll_B, count_B = masked_nll_rows(logits_BTV, batch.tokens_BT, batch.targets_BT)
-    targets = count_B.sum()
-    if loss_norm == "global_token":
-        return nll_B.sum(), (targets.astype(jnp.float32), targets)
-    means_R = nll_B.reshape(ranks, -1).sum(1) / count_B.reshape(ranks, -1).sum(1)
-    return means_R.sum(), (jnp.float32(ranks), targets)
+    segment_ids_BT = batch.segment_ids_BT if packed else None
+    hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT)
+    labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
+    targets = counted_BT.sum(dtype=jnp.int32)
+    weights_BT, weight = counted_BT.astype(jnp.float32), targets.astype(jnp.float32)
+    if loss_norm == "rank_mean":
+        count_R = counted_BT.reshape(ranks, -1).sum(1)
+        weights_BT = (weights_BT.reshape(ranks, -1) / count_R[:, None]).reshape(weights_BT.shape)
+        weight = jnp.float32(ranks)
+    head_DV = model.llm.head_kernel(hidden_BTD.dtype)
+    learns = "llm" in params
+    return weighted_nll(hidden_BTD, head_DV, labels_BT, weights_BT, learns), (weight, targets)
 
 
 def micro_batches(batch: Batch, accumulate: int, ranks: int) -> Batch:
@@ -76,11 +95,13 @@ def loss_and_grads(
 
         def add(sums: Any, micro: Batch) -> tuple[Any, None]:
             (total, (weight, targets)), grads = grad_fn(params, frozen, micro)
-            return jax.tree.map(jnp.add, sums, (total, weight, targets, grads)), None
+            return jax.tree.map(lambda old, new: old + new, sums, (total, weight, targets, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+        # Sums of bfloat16 gradients are kept in float32: many small terms.
+        empty = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        zeros = (jnp.float32(0), jnp.float32(0), jnp.int32(0), empty)
         (total, weight, targets, grads), _ = jax.lax.scan(add, zeros, micro_batches(batch, accumulate, ranks))
-    return total / weight, jax.tree.map(lambda g: g / weight, grads), targets
+    return total / weight, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads), targets
 
 
 def train_step(
@@ -88,20 +109,16 @@ def train_step(
     frozen: Params,
     batch: Batch,
     *,
-    graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     learning_rate: Schedule,
-    accumulate: int,
-    loss_norm: str,
-    ranks: int,
+    **how: Any,
 ) -> tuple[TrainState, Metrics]:
     """One update. When the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
 
-    Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding).
+    Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding). `how` is
+    what `loss_and_grads` is told beside the arrays.
     """
-    loss, grads, targets = loss_and_grads(
-        state.params, frozen, batch, graphdef=graphdef, accumulate=accumulate, loss_norm=loss_norm, ranks=ranks
-    )
+    loss, grads, targets = loss_and_grads(state.params, frozen, batch, **how)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
@@ -119,9 +136,13 @@ def batch_ranks(mesh: Mesh) -> int:
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Params, shardings: Params) -> TrainState:
     """Shardings of the state: optimizer slots lie as their parameters, counters on every device."""
-    whole = replicated(mesh)
+    whole, like = replicated(mesh), jax.tree.structure(params)
+
+    def is_slots(part: Any) -> bool:
+        return jax.tree.structure(part) == like
+
     slots = jax.eval_shape(tx.init, params)
-    slots = optax.tree_map_params(tx, lambda _, where: where, slots, shardings, transform_non_params=lambda _: whole)
+    slots = jax.tree.map(lambda part: shardings if is_slots(part) else whole, slots, is_leaf=is_slots)
     return TrainState(whole, shardings, slots)
 
 

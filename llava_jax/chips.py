@@ -1,0 +1,85 @@
+"""What the chips can do: peaks, memory, links, what prices a compiled program on them, and compiler flags worth having.
+
+Peaks, memory and links are the vendors' figures; the rest is for `plan_hlo`, which says where it comes from.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator. Peaks are of dense bfloat16 products; bytes are what XLA can use, not what the label says.
+
+    `link_bytes_per_second` is one way over one of `links` torus axes (all of NVLink on a GPU). The rest is 0 where no
+    compiled program is priced: `clock` in Hz; `vector_overpricing`, by how much the compiler's cycles of elementwise
+    operations are too many; what fraction of the peak splash attention reaches on the causal half of its FLOPs.
+    """
+
+    name: str
+    peak_flops: float
+    hbm_bytes: float
+    hbm_bytes_per_second: float
+    link_bytes_per_second: float
+    links: int
+    clock: float = 0.0
+    vector_overpricing: float = 0.0
+    splash_forward: float = 0.0
+    splash_backward: float = 0.0
+
+
+CHIPS: dict[str, Chip] = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 15.75 * GIB, 8.2e11, 45e9, 2, 1.5e9, 2.635, 0.47, 0.55),
+        Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 90e9, 3, 1.75e9, 3.485, 0.40, 0.50),
+        Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 2, 1.75e9, 3.57, 0.16, 0.25),
+        Chip("a100-40gb", 312e12, 40 * GIB, 1.555e12, 300e9, 1),
+        Chip("a100", 312e12, 80 * GIB, 2.039e12, 300e9, 1),
+        Chip("h100", 989e12, 80 * GIB, 3.35e12, 450e9, 1),
+        Chip("h200", 989e12, 140 * GIB, 4.8e12, 450e9, 1),
+    )
+}
+
+# jax's Device.device_kind. Cards that share a name but not its figures (H100 PCIe, H100 NVL) are left out: unknown.
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+# A matrix product holds more of its operands in VMEM at once; gradients are reduced on the SparseCores meanwhile.
+# Chosen by what the compiler says of its programs. Not confirmed on hardware.
+SPARSE_CORE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+TUNED = {
+    "v5e": {"xla_tpu_scoped_vmem_limit_kib": "32768"},
+    "v5p": {"xla_tpu_scoped_vmem_limit_kib": "49152", **SPARSE_CORE},
+    "v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304", **SPARSE_CORE},
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip behind jax's `Device.device_kind` ("TPU v5 lite", "NVIDIA H200"); None when its figures are unknown."""
+    name = KINDS.get(device_kind)
+    return CHIPS[name] if name else None
+
+
+def compiler_options(chip: Chip | None) -> dict[str, str]:
+    """XLA options of `train.compiler_options=tuned` for a chip, as jax's compile takes them; none for most."""
+    return dict(TUNED.get(chip.name, {})) if chip else {}

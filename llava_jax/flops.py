@@ -1,0 +1,41 @@
+"""Model FLOPs of an update: what MFU counts, whatever the program really computes."""
+
+from llava_jax.settings import STAGES
+from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
+
+
+def decoder_products(config: LlamaConfig) -> int:
+    """Weights of the decoder that take part in matrix products, the head included, embeddings and norms not."""
+    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = config.width * (2 * heads + 2 * kv_heads) + 3 * config.width * config.mlp_width
+    return config.layers * layer + config.width * config.vocab_size
+
+
+def clip_forward_flops(config: ClipConfig, layers: int) -> float:
+    """FLOPs of one picture through the patch embedding and `layers` blocks."""
+    tokens, width = config.patches + 1, config.width
+    block = 2 * tokens * (4 * width**2 + 2 * width * config.mlp_width) + 4 * tokens**2 * width
+    return layers * block + 2 * config.patches * 3 * config.patch_size**2 * width
+
+
+def projector_weights(config: ModelConfig) -> int:
+    """Weights of the projector's matrix products."""
+    linear_1 = config.vision.width * config.llm.width
+    return linear_1 + (config.llm.width**2 if config.projector == "mlp2x_gelu" else 0)
+
+
+def step_flops(config: ModelConfig, stage: str, *, rows: int, length: int, images: int) -> float:
+    """Model FLOPs of one whole update over `rows` rows of `length` tokens and `images` pictures in all.
+
+    Every token of a row counts, image tokens as text; attention counts its causal half over the row; nothing that
+    remat computes again counts. Training a part is three times its forward pass, passing gradients through a frozen
+    decoder two times (three for attention, which has no weights); the frozen tower counts its blocks that run, once.
+    """
+    trained = STAGES[stage]
+    tokens = rows * length
+    products = 2 * decoder_products(config.llm)
+    attention = 2 * config.llm.layers * length * config.llm.heads * config.llm.head_dim
+    decoder = tokens * ((3 if "llm" in trained else 2) * products + 3 * attention)
+    vision = (3 if "vision" in trained else 1) * clip_forward_flops(config.vision, config.vision_layers)
+    projector = 6 * config.vision.patches * projector_weights(config)
+    return float(decoder + images * (vision + projector))

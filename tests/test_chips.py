@@ -1,0 +1,38 @@
+"""The chips' figures, and the names jax calls them by."""
+
+import pytest
+
+from llava_jax.chips import CHIPS, KINDS, chip_of, compiler_options
+
+
+def test_every_kind_is_a_chip():
+    assert set(KINDS.values()) == set(CHIPS)
+    assert all(chip.name == name for name, chip in CHIPS.items())
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA H200", "h200")]
+)
+def test_chip_of_a_device(kind, name):
+    assert chip_of(kind) is CHIPS[name]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v99", "NVIDIA H100 PCIe", ""])
+def test_an_unknown_device_has_no_chip(kind):
+    assert chip_of(kind) is None
+    assert compiler_options(chip_of(kind)) == {}
+
+
+def test_clocks_and_peaks_agree():
+    # Multiply-adds a cycle are a whole number of 128 or 256 wide systolic arrays: 4 of 128 on v5e, and so on.
+    per_cycle = {name: CHIPS[name].peak_flops / CHIPS[name].clock for name in ("v5e", "v5p", "v6e")}
+    assert per_cycle == pytest.approx({"v5e": 131_072, "v5p": 262_144, "v6e": 524_288}, rel=0.01)
+
+
+def test_compiler_options_are_of_the_chip_and_not_shared():
+    options = compiler_options(CHIPS["v5e"])
+    assert options == {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+    options["more"] = "true"
+    assert "more" not in compiler_options(CHIPS["v5e"])
+    assert compiler_options(CHIPS["v5p"])["xla_tpu_enable_sparse_core_collective_offload_all_reduce"] == "true"
+    assert compiler_options(CHIPS["h200"]) == {}

@@ -1,0 +1,55 @@
+"""Model FLOPs against the published models and against a small one summed up by hand."""
+
+import dataclasses
+
+import pytest
+
+from llava_jax.flops import clip_forward_flops, decoder_products, projector_weights, step_flops
+from llava_jax.train.assemble import CLIPS, LLAMAS
+from llava_jax.types import ModelConfig
+
+CONFIG_7B = ModelConfig(vision=CLIPS["clip-l-14-336"], llm=LLAMAS["vicuna-7b"])
+CONFIG_13B = ModelConfig(vision=CLIPS["clip-l-14-336"], llm=LLAMAS["vicuna-13b"])
+
+
+def test_parts_of_the_published_models():
+    assert decoder_products(CONFIG_7B.llm) == 6_607_077_376
+    assert decoder_products(CONFIG_13B.llm) == 12_851_609_600
+    assert projector_weights(CONFIG_7B) == 1024 * 4096 + 4096 * 4096
+    assert projector_weights(dataclasses.replace(CONFIG_7B, projector="linear")) == 1024 * 4096
+    assert CONFIG_7B.vision_layers == 23
+    assert clip_forward_flops(CONFIG_7B.vision, 23) == pytest.approx(0.366e12, rel=0.002)
+
+
+@pytest.mark.parametrize(
+    "config, stage, length, teraflops",
+    [
+        (CONFIG_7B, "pretrain", 600, 16.6),
+        (CONFIG_7B, "finetune", 836, 34.2),
+        (CONFIG_13B, "pretrain", 600, 31.8),
+        (CONFIG_13B, "finetune", 836, 66.0),
+    ],
+)
+def test_one_conversation_of_the_published_stages(config, stage, length, teraflops):
+    assert step_flops(config, stage, rows=1, length=length, images=1) / 1e12 == pytest.approx(teraflops, rel=0.005)
+
+
+def test_a_small_model_by_hand():
+    llm = dataclasses.replace(LLAMAS["tiny"], tied=True)  # width 64, mlp 128, 2 layers, 4 heads of 16, 2 kv heads
+    config = ModelConfig(vision=CLIPS["tiny"], llm=llm)
+    products = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128) + 64 * 2048
+    assert decoder_products(llm) == products
+    T, attention = 10, 2 * 2 * 2 * 10 * 64 / 2 * 2  # per token: layers x (scores, values) x 2T(heads head_dim) / 2
+    block = 2 * 17 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 17 * 17 * 32
+    picture = 2 * block + 2 * 16 * (8 * 8 * 3) * 32 + 6 * 16 * (32 * 64 + 64 * 64)
+    finetune = 3 * T * (2 * products + attention / 2) + picture
+    pretrain = T * (4 * products + 3 * attention / 2) + picture
+    assert step_flops(config, "finetune", rows=1, length=T, images=1) == finetune
+    assert step_flops(config, "pretrain", rows=1, length=T, images=1) == pretrain
+
+
+def test_rows_and_pictures_count_each():
+    whole = step_flops(CONFIG_7B, "finetune", rows=128, length=2048, images=100)
+    text = step_flops(CONFIG_7B, "finetune", rows=1, length=2048, images=0)
+    picture = step_flops(CONFIG_7B, "finetune", rows=0, length=2048, images=1)
+    assert whole == pytest.approx(128 * text + 100 * picture)
