@@ -1,4 +1,5 @@
-"""The input pipeline: right rows, in an order that only the seed decides, from any point on, with any workers."""
+"""The input pipeline: right rows, in an order that only the seed decides, from any point on, with any workers; packed
+rows hold the same conversations."""
 
 import dataclasses
 import json
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -20,14 +22,15 @@ from transformers import PreTrainedTokenizerFast
 from llava_jax.data import pipeline
 from llava_jax.data.example import encode_record
 from llava_jax.data.image import load_image
+from llava_jax.data.packing import plan_batches
 from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline, steps_for
 from llava_jax.data.tokenize import TextTokenizer
-from llava_jax.types import Batch, DataSettings, InputError, Record, Turn
+from llava_jax.types import UNPACKED, Batch, DataSettings, InputError, Record, Turn
 
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
 PICTURES = ("wide.jpg", "tall.png", "square.webp", "odd.bmp")
-SETTINGS = DataSettings("rows.json", str(IMAGES), "v1", "keep", "pad", max_length=320, shuffle=True, workers=0)
-IMAGE_ID, PATCHES, SIZE, BATCH = 999, 4, 16, 4
+SETTINGS = DataSettings("rows.json", str(IMAGES), "v1", "keep", "pad", max_length=320, shuffle=True, **UNPACKED)
+IMAGE_ID, PATCHES, SIZE, BATCH, STEPS = 999, 4, 16, 4, 16
 
 
 def make_record(index: int) -> Record:
@@ -59,19 +62,20 @@ def make_tokenizer() -> TextTokenizer:
 TOKENIZER = make_tokenizer()
 
 
-def stream(records: list[Record] = RECORDS, batch_size: int = BATCH, seed: int = 0, shard=(0, 1), **changes):
-    return make_pipeline(
-        records,
-        dataclasses.replace(SETTINGS, **changes),
-        TOKENIZER,
-        image_size=SIZE,
-        patches=PATCHES,
-        image_token_id=IMAGE_ID,
-        batch_size=batch_size,
-        seed=seed,
-        shard_index=shard[0],
-        shard_count=shard[1],
-    )
+def stream(
+    records: list[Record] = RECORDS,
+    batch_size: int = BATCH,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    row_multiple: int = 1,
+    **changes,
+) -> BatchIterator:
+    settings = dataclasses.replace(SETTINGS, **changes)
+    checked = check_records(records, settings, TOKENIZER, image_token_id=IMAGE_ID, patches=PATCHES)
+    sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=STEPS, seed=seed)
+    plan = plan_batches(records, checked.lengths_A, settings, **sizes)
+    model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
+    return make_pipeline(records, settings, TOKENIZER, plan, rows=rows, **model)
 
 
 def take(data: BatchIterator, count: int) -> list[Batch]:
@@ -100,6 +104,15 @@ def reference() -> list[Batch]:
     return batches
 
 
+@pytest.fixture(scope="module")
+def packed() -> list[Batch]:
+    """The same with several conversations in a row."""
+    data = stream(pack=True)
+    batches = take(data, 16)
+    data.close()
+    return batches
+
+
 # ---- content ----------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +122,7 @@ def test_a_batch_holds_its_records(reference):
     assert batch.pixels_BNXYC.shape == (BATCH, 2, SIZE, SIZE, 3)
     kinds = [field.dtype for field in batch]
     assert kinds == [np.int32, np.bool_, np.int32, np.int32, np.float32, np.int64]
-    for b, row in enumerate(batch.rows_B):
+    for b, row in enumerate(batch.rows_BM[:, 0]):
         record = RECORDS[row]
         tokens, targets = encode_record(record, SETTINGS, TOKENIZER, IMAGE_ID, PATCHES)
         length = len(tokens)
@@ -125,16 +138,49 @@ def test_a_batch_holds_its_records(reference):
         assert not batch.pixels_BNXYC[b, len(record.images) :].any()
 
 
-def test_rows_without_pictures_still_have_a_slot():
-    data = stream([RECORDS[0], RECORDS[3]], batch_size=2)
-    assert next(data).pixels_BNXYC.shape == (2, 1, SIZE, SIZE, 3)
+def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
+    alone = {}
+    for batch in reference:
+        for b, row in enumerate(batch.rows_BM[:, 0].tolist()):
+            alone[row] = Batch(*(field[b] for field in batch))
+    assert len({batch.tokens_BT.shape for batch in packed}) == 1 and packed[0].tokens_BT.shape[0] < BATCH
+    together = 0
+    for batch in packed:
+        assert [field.dtype for field in batch] == [field.dtype for field in reference[0]]
+        assert np.count_nonzero(batch.rows_BM >= 0) == BATCH
+        for tokens, targets, segments, positions, pixels, rows in zip(*batch, strict=True):
+            members, slot = rows[rows >= 0], 0
+            assert (rows[len(members) :] == -1).all()
+            assert set(segments) - {0} == set(range(1, len(members) + 1))
+            # One conversation after the other, and then padding.
+            assert (np.diff(np.where(segments == 0, len(members) + 1, segments)) >= 0).all()
+            for segment, row in enumerate(members.tolist(), start=1):
+                own, one = segments == segment, alone[row]
+                real = one.segment_ids_BT == 1
+                np.testing.assert_array_equal(tokens[own], one.tokens_BT[real])
+                np.testing.assert_array_equal(targets[own], one.targets_BT[real])
+                np.testing.assert_array_equal(positions[own], one.positions_BT[real])
+                for picture in one.pixels_BNXYC[: len(RECORDS[row].images)]:
+                    np.testing.assert_array_equal(pixels[slot], picture)
+                    slot += 1
+            padding = segments == 0
+            assert (tokens[padding] == TOKENIZER.pad_id).all()
+            assert not targets[padding].any() and not positions[padding].any() and not pixels[slot:].any()
+            together += len(members) > 1
+    assert together > len(packed)
+
+
+def test_text_alone_has_no_picture_slots():
+    for pack in (False, True):
+        data = stream([RECORDS[0], RECORDS[3]], batch_size=2, pack=pack)
+        assert next(data).pixels_BNXYC.shape[1:] == (0, SIZE, SIZE, 3)
 
 
 # ---- order ------------------------------------------------------------------------------------------------------
 
 
 def rows_of(batches: list[Batch]) -> np.ndarray:
-    return np.concatenate([batch.rows_B for batch in batches])
+    return np.concatenate([batch.rows_BM[:, 0] for batch in batches])
 
 
 def test_every_epoch_shows_every_row_once_in_a_new_order(reference):
@@ -149,26 +195,34 @@ def test_without_shuffle_the_order_is_the_file():
     assert rows_of(take(stream(shuffle=False), 6)).tolist() == [*range(11), *range(11), 0, 1]
 
 
-def test_workers_change_neither_the_stream_nor_the_state(reference):
-    data, alone = stream(workers=2), stream()
-    assert_equal(take(data, 16), reference)
+def test_workers_change_neither_the_stream_nor_the_state(packed):
+    data, alone = stream(workers=2, pack=True), stream(pack=True)
+    assert_equal(take(data, 16), packed)
     assert data.get_state() == {"batches": 16}
     take(alone, 7)
     data.set_state(json.loads(json.dumps(alone.get_state())))
-    assert_equal(take(data, 5), reference[7:12])
+    assert_equal(take(data, 5), packed[7:12])
     assert type(next(data).pixels_BNXYC) is np.ndarray
     data.close()
     assert not multiprocessing.active_children()
 
 
-def test_hosts_share_each_global_batch(reference):
-    hosts = [take(stream(shard=(index, 2)), 16) for index in range(2)]
-    for whole, first, second in zip(reference, *hosts, strict=True):
-        fields = [np.stack(pair, axis=1) for pair in zip(first, second, strict=True)]
-        joined = Batch(*(field.reshape(-1, *field.shape[2:]) for field in fields))
+@pytest.mark.parametrize("pack", [False, True])
+def test_hosts_share_each_global_batch(reference, pack):
+    alone = reference if not pack else take(stream(pack=True, row_multiple=4), 16)
+    hosts = [take(stream(rows=rows, pack=pack, row_multiple=4), 16) for rows in ((0, 1), (2,), (3,))]
+    assert [len(host[0].tokens_BT) for host in hosts] == [2, 1, 1]
+    for whole, *shares in zip(alone, *hosts, strict=True):
+        joined = Batch(*(np.concatenate(fields) for fields in zip(*shares, strict=True)))
         assert_equal([joined], [whole])
-    with pytest.raises(InputError, match="not divisible by the 3 hosts"):
-        stream(shard=(0, 3))
+
+
+def test_the_stream_ends_with_the_run():
+    data = stream()
+    assert len(list(data)) == STEPS
+    data.set_state({"batches": STEPS})
+    with pytest.raises(StopIteration):
+        next(data)
 
 
 def test_steps_fill_the_last_batch_from_the_next_epoch():
@@ -184,17 +238,17 @@ def test_steps_fill_the_last_batch_from_the_next_epoch():
 # ---- state ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("used", [False, True])
-def test_any_state_goes_on_exactly(reference, used):
-    data = stream()
+@pytest.mark.parametrize("used, pack", [(False, False), (True, True)])
+def test_any_state_goes_on_exactly(reference, packed, used, pack):
+    data, expected = stream(pack=pack), packed if pack else reference
     for delivered in range(13):
         state = json.loads(json.dumps(data.get_state()))
-        other = stream()
+        other = stream(pack=pack)
         if used:
             take(other, 2)
         other.set_state(state)
         assert other.get_state() == state
-        assert_equal(take(other, 3), reference[delivered : delivered + 3])
+        assert_equal(take(other, 3), expected[delivered : delivered + 3])
         other.close()
         next(data)
 
@@ -233,6 +287,7 @@ def test_counts_are_what_is_trained(reference):
     epoch = Batch(*(np.concatenate(field)[:11] for field in zip(*reference, strict=True)))
     clean = check(RECORDS)
     assert clean.tokens == epoch.segment_ids_BT.sum() and clean.targets == epoch.targets_BT.sum()
+    assert clean.lengths_A[epoch.rows_BM[:, 0]].tolist() == epoch.segment_ids_BT.sum(1).tolist()
 
 
 def test_checking_in_processes_finds_the_same(monkeypatch):
@@ -240,6 +295,8 @@ def test_checking_in_processes_finds_the_same(monkeypatch):
     alone = check(records)
     monkeypatch.setattr(pipeline, "PARALLEL_CHECK_ROWS", 1)
     assert check(records, workers=1) == alone
+    assert check(records, workers=1).lengths_A.tolist() == alone.lengths_A.tolist()
+    assert alone.lengths_A[-1] == 0 and np.count_nonzero(alone.lengths_A) == len(RECORDS)
 
 
 def test_no_rows_and_an_unknown_template():

@@ -1,8 +1,9 @@
-"""From records to batches of fixed shape: a grain pipeline whose order depends on the seed and nothing else.
+"""From records to batches of fixed shape: a grain pipeline whose order is that of the plan and nothing else.
 
-Global batch k is the stretch [k * batch_size, (k + 1) * batch_size) of an endless stream that runs through the records
-epoch after epoch, shuffled anew in each. Which worker reads a row, and which host, changes neither the order nor the
-content; where a run stands is therefore one number, the batches delivered, and that is the iterator's whole state.
+`packing.plan_batches` says before the run which records stand in which row of global batch k: a stream that runs
+through the records epoch after epoch, shuffled anew in each, of which every update takes batch_size. Which worker reads
+a row, and which host, changes neither the order nor the content; where a run stands is therefore one number, the
+batches delivered, and that is the iterator's whole state.
 
 Worker processes are spawned: they import the main module again, so that must do nothing when imported.
 """
@@ -24,6 +25,7 @@ from absl import flags
 from llava_jax.data.chat import find_template
 from llava_jax.data.example import encode_record, encode_turns, full_length, image_paths, require_images
 from llava_jax.data.image import load_image
+from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import Rejected
 from llava_jax.data.tokenize import TextTokenizer, expand
 from llava_jax.types import Batch, DataSettings, InputError, Record
@@ -46,7 +48,7 @@ class Checked:
     """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
 
     `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
-    `cut_tokens` tokens to max_length.
+    `cut_tokens` tokens to max_length. `lengths_A` (int32) are the tokens trained of each row, 0 where it cannot be.
     """
 
     rows: int
@@ -56,6 +58,7 @@ class Checked:
     longest: int
     cut_rows: int
     cut_tokens: int
+    lengths_A: np.ndarray = dataclasses.field(compare=False)
 
     def require_clean(self, shown: int = 3) -> None:
         """Raise InputError with the number of bad rows and the first of them, if there are any."""
@@ -92,7 +95,8 @@ def check_records(
     counts = np.array([result for result in results if not isinstance(result, str)], np.int64).reshape(-1, 3)
     tokens, targets, cut_tokens = counts.sum(axis=0).tolist()
     longest, cut_rows = int(counts[:, 0].max(initial=0)), int(np.count_nonzero(counts[:, 2]))
-    return Checked(len(records), problems, tokens, targets, longest, cut_rows, cut_tokens)
+    lengths_A = np.array([0 if isinstance(result, str) else result[0] for result in results], np.int32)
+    return Checked(len(records), problems, tokens, targets, longest, cut_rows, cut_tokens, lengths_A)
 
 
 def _check_row(
@@ -115,70 +119,68 @@ def make_pipeline(
     records: Sequence[Record],
     settings: DataSettings,
     tokenizer: TextTokenizer,
+    plan: BatchPlan,
     *,
     image_size: int,
     patches: int,
     image_token_id: int,
-    batch_size: int,
-    seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> "BatchIterator":
-    """An endless grain iterator over this host's rows of each global batch of `batch_size`.
+    """A grain iterator over the batches of `plan`, or over these `rows` of each, a host's share.
 
-    The host's rows are those at b % shard_count == shard_index of the global batch. Batches hold room for as many
-    images a row as the record with most images has, and for one at least. A row that cannot be read raises InputError
-    with row, id and path; the iterator is of no use afterwards.
+    A record that cannot be read raises InputError with row, id and path; the iterator is of no use afterwards.
     """
-    if batch_size % shard_count:
-        raise InputError(f"train.batch_size={batch_size} is not divisible by the {shard_count} hosts; change it")
+    rows = range(plan.shape.rows) if rows is None else rows
     make_row = functools.partial(
         _make_row,
+        rows=rows,
+        plan=plan,
         records=records,
         settings=settings,
         tokenizer=tokenizer,
         image_size=image_size,
         patches=patches,
         image_token_id=image_token_id,
-        images_per_row=max(1, max(len(record.images) for record in records)),
     )
-    rows = grain.MapDataset.range(len(records))
-    if settings.shuffle:
-        rows = rows.shuffle(seed=seed)
-    batches = rows.repeat()[shard_index::shard_count].map(make_row).batch(batch_size // shard_count, batch_fn=_stack)
-    return BatchIterator(batches, settings.workers)
+    places = grain.MapDataset.range(plan.steps * len(rows))
+    return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), settings.workers)
 
 
 def _make_row(
-    row: int,
+    place: int,
+    rows: Sequence[int],
+    plan: BatchPlan,
     records: Sequence[Record],
     settings: DataSettings,
     tokenizer: TextTokenizer,
     image_size: int,
     patches: int,
     image_token_id: int,
-    images_per_row: int,
 ) -> Batch:
     """One row of a batch: the fields of Batch without B."""
-    record = records[row]
-    pixels_NXYC = np.zeros((images_per_row, image_size, image_size, 3), np.float32)
-    try:
-        tokens, targets = encode_record(record, settings, tokenizer, image_token_id, patches)
-        for slot, path in enumerate(image_paths(record, settings)):
-            pixels_NXYC[slot] = load_image(path, image_size, settings.aspect)
-    except InputError as error:
-        raise InputError(str(Rejected(row, record.id, str(error)))) from None
-    padding = (0, settings.max_length - len(tokens))
-    length = np.arange(settings.max_length, dtype=np.int32)
-    real = length < len(tokens)
-    return Batch(
-        tokens_BT=np.pad(tokens, padding, constant_values=tokenizer.pad_id),
-        targets_BT=np.pad(targets, padding),
-        segment_ids_BT=real.astype(np.int32),
-        positions_BT=np.where(real, length, 0),
-        pixels_BNXYC=pixels_NXYC,
-        rows_B=np.int64(row),
-    )
+    length = plan.shape.length
+    tokens = np.full(length, tokenizer.pad_id, np.int32)
+    targets = np.zeros(length, bool)
+    segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
+    pixels_NXYC = np.zeros((plan.shape.images, image_size, image_size, 3), np.float32)
+    members = plan.members(place // len(rows), rows[place % len(rows)])
+    start = slot = 0
+    for segment, row in enumerate(members.tolist(), start=1):
+        record = records[row]
+        try:
+            ours, ours_targets = encode_record(record, settings, tokenizer, image_token_id, patches)
+            for path in image_paths(record, settings):
+                pixels_NXYC[slot] = load_image(path, image_size, settings.aspect)
+                slot += 1
+        except InputError as error:
+            raise InputError(str(Rejected(row, record.id, str(error)))) from None
+        end = start + len(ours)
+        tokens[start:end], targets[start:end] = ours, ours_targets
+        segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
+        start = end
+    rows_M = np.full(plan.most, -1, np.int64)
+    rows_M[: len(members)] = members
+    return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, rows_M)
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
@@ -186,7 +188,7 @@ def _stack(rows: Sequence[Batch]) -> Batch:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Endless batches from `batches`, read ahead by `workers` processes, or by a thread when there are none.
+    """Batches from `batches`, read ahead by `workers` processes, or by a thread when there are none.
 
     The state is `{"batches": k}`, the number delivered: it does not know workers or hosts, so a run may go on with
     others. A fresh reader is made where the state is set.

@@ -1,7 +1,7 @@
 """Rows of LLaVA annotation files (JSON list or JSON Lines), checked one by one.
 
 What a row must hold: `conversations` with strictly known speakers and non-empty texts, and as many `<image>` in the
-human turns as it names pictures. Rows are counted from 0, as in `Batch.rows_B`. Ids need not be unique.
+human turns as it names pictures. Rows are counted from 0, as in `Batch.rows_BM`. Ids need not be unique.
 """
 
 import dataclasses

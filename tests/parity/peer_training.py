@@ -1,7 +1,6 @@
 """The same stage trained twice from the same weights on the same batches: our step, and a plain PyTorch loop."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -11,7 +10,8 @@ import peers
 import torch
 
 from llava_jax.convert import hf
-from llava_jax.data.pipeline import make_pipeline
+from llava_jax.data.packing import plan_batches
+from llava_jax.data.pipeline import check_records, make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
@@ -27,17 +27,12 @@ THEIR_PARTS = {
 
 def batches(data: DataSettings, folder: str, config: ModelConfig, batch_size: int) -> list[Batch]:
     """The first STEPS batches as our pipeline encodes them."""
-    stream = make_pipeline(
-        load_records(data.annotations),
-        data,
-        load_tokenizer(folder),
-        image_size=config.vision.image_size,
-        patches=config.vision.patches,
-        image_token_id=config.image_token_id,
-        batch_size=batch_size,
-        seed=3,
-    )
-    taken = list(itertools.islice(stream, STEPS))
+    records, tokenizer = load_records(data.annotations), load_tokenizer(folder)
+    model = dict(image_token_id=config.image_token_id, patches=config.vision.patches)
+    lengths_A = check_records(records, data, tokenizer, **model).lengths_A
+    plan = plan_batches(records, lengths_A, data, batch_size=batch_size, row_multiple=1, steps=STEPS, seed=3)
+    stream = make_pipeline(records, data, tokenizer, plan, image_size=config.vision.image_size, **model)
+    taken = list(stream)
     stream.close()
     return taken
 
@@ -54,6 +49,8 @@ def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) ->
             tx=tx,
             learning_rate=optim.make_schedule(settings, STEPS),
             accumulate=1,
+            dtype="float32",
+            packed=False,
             loss_norm="global_token",
             ranks=1,
         )
@@ -61,7 +58,7 @@ def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) ->
     state = step.TrainState(jnp.int32(0), trainable, tx.init(trainable))
     curve = []
     for batch in data:
-        state, metrics = update(state, frozen, batch._replace(rows_B=None))
+        state, metrics = update(state, frozen, batch._replace(rows_BM=None))
         curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return np.array(curve)
 

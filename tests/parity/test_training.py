@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_jax.convert import hf
-from llava_jax.types import DataSettings, OptimSettings
+from llava_jax.types import UNPACKED, DataSettings, OptimSettings
 
 ROWS = [
     dict(image="a.png", turns=["<image>\nWhat is the man doing in the image?", "He is using his cell phone."]),
@@ -60,7 +60,7 @@ def test_stage_follows_torch(tmp_path, stage):
         aspect=aspect,
         max_length=320,
         shuffle=True,
-        workers=0,
+        **UNPACKED,
     )
     settings = OptimSettings(groups="", schedule="cosine", warmup_ratio=0.03, b1=0.9, b2=0.999, eps=1e-8, **changes)
     batches = peer_training.batches(data, model, hf.read_llava_config(model)[0], batch_size=2)

@@ -1,0 +1,342 @@
+"""Which conversations stand in which row of which batch, and the one shape that every batch of a run has.
+
+All of it is decided before the run from the lengths of the conversations, the settings and the seed. An update takes
+exactly `batch_size` conversations, packed or not. Letters of this file: U updates of the run, A rows of the
+annotations, C conversations of an update.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from llava_jax.data.grouping import grouped_order, modality_lengths
+from llava_jax.types import DataSettings, InputError, Record
+
+# Shapes with at least this share of real tokens are preferred to any with less.
+TARGET = 0.95
+# A chosen row length is a multiple of UNIT, attention is at its best at one of BLOCK: it then works in whole tiles.
+UNIT, BLOCK = 128, 512
+# A decoder of width D spends T / (12 D) as much on causal attention over T tokens as on its matrices; this is 12 D of
+# the 4096 of a 7B.
+ATTENTION = 12 * 4096
+# Lengths looked at for each number of rows, in steps of UNIT, and ways tried to pack an update into them.
+LENGTHS, TRIES = 32, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Rows of a batch, tokens and image slots of a row, and the share of the run's tokens that is not padding."""
+
+    rows: int
+    length: int
+    images: int
+    filled: float
+
+    def __str__(self) -> str:
+        return (
+            f"batches of {self.rows} x {self.length} tokens with {self.images} pictures a row, "
+            f"{self.filled:.1%} of the tokens real"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """The batches of a run: conversation c of update u is annotation row order_UC[u, c], in batch row rows_UC[u, c].
+
+    `most` is the largest number of conversations in a row. Both arrays are int32.
+    """
+
+    shape: BatchShape
+    order_UC: np.ndarray
+    rows_UC: np.ndarray
+    most: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.order_UC)
+
+    def members(self, step: int, row: int) -> np.ndarray:
+        """The annotation rows in row `row` of batch `step`, in the order in which they stand there."""
+        return self.order_UC[step, self.rows_UC[step] == row]
+
+
+def plan_batches(
+    records: Sequence[Record],
+    lengths_A: np.ndarray,
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    row_multiple: int,
+    steps: int,
+    seed: int,
+) -> BatchPlan:
+    """The plan of `steps` updates of `batch_size` conversations; `lengths_A` are their tokens (`Checked.lengths`).
+
+    Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one conversation
+    and max_length tokens. InputError when that does not divide, or the settings contradict each other or the data.
+    """
+    images_A = np.array([len(record.images) for record in records])
+    if settings.group_by != "none" and (settings.pack or not settings.shuffle):
+        other = "data.pack=True" if settings.pack else "data.shuffle=False"
+        raise InputError(f"data.group_by={settings.group_by} and {other} each order the rows: set only one of them")
+    if settings.pack:
+        return plan_packed(
+            lengths_A, images_A, settings, batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed
+        )
+    if batch_size % row_multiple:
+        raise InputError(
+            f"train.batch_size={batch_size} does not divide into device shards times train.accumulate: "
+            f"expected a multiple of {row_multiple}"
+        )
+    if settings.group_by == "modality_length":
+        order_UC = grouped_order(modality_lengths(records), batch_size, row_multiple, seed, steps)
+    else:
+        order_UC = _stream(len(records), settings.shuffle, seed, steps * batch_size).reshape(steps, batch_size)
+    filled = float(lengths_A[order_UC].mean() / settings.max_length)
+    shape = BatchShape(batch_size, settings.max_length, int(images_A.max()), filled)
+    rows_UC = np.tile(np.arange(batch_size, dtype=np.int32), (steps, 1))
+    return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
+
+
+def plan_packed(
+    lengths_A: np.ndarray,
+    images_A: np.ndarray,
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    row_multiple: int,
+    steps: int,
+    seed: int,
+) -> BatchPlan:
+    """The packed plan; `images_A` are the pictures of each conversation.
+
+    Update u takes places [u * batch_size, (u + 1) * batch_size) of an endless stream that runs through the
+    conversations epoch after epoch; the last update of an epoch is filled up from the next. With settings.shuffle an
+    epoch is dealt (`deal`) to the updates it reaches into, anew with the seed and the epoch's number; without, it
+    stands in the order of the file. The order depends on neither the shape nor the devices.
+    """
+    count, places = len(lengths_A), steps * batch_size
+    _check_limits(lengths_A, images_A, settings)
+    if settings.shuffle:
+        epochs = range(math.ceil(places / count))
+        order = np.concatenate([_dealt_epoch(lengths_A, images_A, epoch, batch_size, seed) for epoch in epochs])
+    else:
+        order = np.arange(places) % count
+    order_UC = order[:places].reshape(steps, batch_size)
+    lengths_UC, images_UC = lengths_A[order_UC].astype(np.int64), images_A[order_UC].astype(np.int64)
+    shape, rows_UC = _choose(lengths_UC, images_UC, int(lengths_A.max()), int(images_A.max()), row_multiple, settings)
+    most = max(int(np.bincount(rows_C).max()) for rows_C in rows_UC)
+    return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most)
+
+
+# ---- the order --------------------------------------------------------------------------------------------------
+
+
+def _stream(count: int, shuffle: bool, seed: int, places: int) -> np.ndarray:
+    """The first `places` of the endless stream of unpacked rows: epoch after epoch, shuffled anew in each."""
+    if not shuffle:
+        return np.arange(places) % count
+    stream = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+    return np.fromiter((stream[place] for place in range(places)), np.int64, places)
+
+
+def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
+    """The places of one epoch; its first and last update it may share with the epochs beside it."""
+    start, stop = epoch * len(lengths_A), (epoch + 1) * len(lengths_A)
+    bounds = np.arange(start // batch_size, (stop - 1) // batch_size + 2) * batch_size
+    return deal(lengths_A, images_A, np.diff(bounds.clip(start, stop)), np.random.default_rng([seed, epoch]))
+
+
+def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order in which each update has much the same tokens and pictures; update u takes shares_U[u] places.
+
+    The conversations, sorted by pictures and length, are dealt in rounds of one to each update: every second round at
+    random, the others giving the longest to the update that has had least.
+    """
+    order = rng.permutation(len(lengths_A))
+    order = order[np.lexsort((-lengths_A[order], -images_A[order]))]
+    update_of_A = np.empty(len(lengths_A), np.int64)
+    excess_U, mean, rounds = np.zeros(len(shares_U)), lengths_A.mean(), int(shares_U.max())
+    for left in range(rounds, 0, -1):
+        # A small share takes part in rounds far apart, none of them the first or the last.
+        due_U, after_U = ((shares_U * rest + rounds // 2) // rounds for rest in (left, left - 1))
+        updates = np.flatnonzero(due_U > after_U)
+        dealt, order = np.split(order, [len(updates)])
+        dealt = dealt[np.argsort(-lengths_A[dealt], kind="stable")]
+        by_excess = left % 2 == 1
+        updates = updates[np.argsort(excess_U[updates], kind="stable")] if by_excess else rng.permutation(updates)
+        update_of_A[dealt] = updates
+        excess_U[updates] += lengths_A[dealt] - mean
+    return np.argsort(update_of_A, kind="stable")
+
+
+# ---- the shape --------------------------------------------------------------------------------------------------
+
+
+def _check_limits(lengths_A: np.ndarray, images_A: np.ndarray, settings: DataSettings) -> None:
+    for key, given, needed_A, what in (
+        ("data.pack_length", settings.pack_length, lengths_A, "tokens"),
+        ("data.pack_images", settings.pack_images, images_A, "pictures"),
+    ):
+        row = int(needed_A.argmax())
+        if 0 < given < needed_A[row]:
+            raise InputError(
+                f"{key}={given}: row {row} of {settings.annotations} has {needed_A[row]} {what}, expected at least "
+                f"that many, or 0 to have it chosen"
+            )
+
+
+def _choose(
+    lengths_UC: np.ndarray,
+    images_UC: np.ndarray,
+    longest: int,
+    most_images: int,
+    row_multiple: int,
+    settings: DataSettings,
+) -> tuple[BatchShape, np.ndarray]:
+    """The cheapest shape into which every update packs, and the batch row of each conversation as int32[U, C]."""
+    totals_U, pictures_U = lengths_UC.sum(1), images_UC.sum(1)
+    shapes = list(_shapes(lengths_UC.shape[1], int(totals_U.max()), longest, row_multiple, settings.pack_length))
+    # Long updates fail soonest; one that has failed is tried first from then on.
+    hardest = np.argsort(-totals_U, kind="stable").tolist()
+    pack = functools.partial(_pack_all, lengths_UC, images_UC, hardest)
+    for rows, length in sorted(shapes, key=lambda shape: _cost(*shape, totals_U.mean())):
+        fewest = max(most_images, math.ceil(pictures_U.max() / rows))
+        allowed = int(pictures_U.max())
+        if settings.pack_images:
+            fewest = allowed = settings.pack_images if most_images else 0
+        rows_UC = pack(rows, length, allowed)
+        if rows_UC is None:
+            continue
+        needed = max(int(np.bincount(r, i).max()) for r, i in zip(rows_UC, images_UC, strict=True))
+        for images in range(fewest, needed):
+            fewer = pack(rows, length, images)
+            if fewer is not None:
+                rows_UC, needed = fewer, images
+                break
+        images = allowed if settings.pack_images else max(needed, most_images)
+        return BatchShape(rows, length, images, float(totals_U.mean() / (rows * length))), rows_UC
+    raise AssertionError("one conversation a row always fits")
+
+
+def _shapes(conversations: int, tokens: int, longest: int, row_multiple: int, fixed: int) -> Iterator[tuple[int, int]]:
+    """(rows, length) that could hold `tokens`, from row_multiple rows to one for each conversation."""
+    most = math.ceil(conversations / row_multiple) * row_multiple
+    for rows in range(row_multiple, most + 1, row_multiple):
+        least = max(longest, math.ceil(tokens / rows))
+        if fixed:
+            if fixed >= least:
+                yield rows, fixed
+            continue
+        unit = UNIT if least >= UNIT else 8
+        first = math.ceil(least / unit) * unit
+        yield from ((rows, first + extra * unit) for extra in range(LENGTHS))
+
+
+def _cost(rows: int, length: int, tokens: float) -> tuple[bool, float, int]:
+    """For sorting: enough real tokens or not, then work in token slots, attention counted double off the tiles."""
+    attention = length / ATTENTION * (1 if length % BLOCK == 0 else 2)
+    return tokens / (rows * length) < TARGET, rows * length * (1 + attention), length
+
+
+def _pack_all(
+    lengths_UC: np.ndarray, images_UC: np.ndarray, hardest: list[int], rows: int, length: int, images: int
+) -> np.ndarray | None:
+    """The batch row of each conversation as int32[U, C]; None as soon as an update does not fit."""
+    rows_UC = np.empty(lengths_UC.shape, np.int32)
+    for place, update in enumerate(hardest):
+        rows_C = pack_update(lengths_UC[update], images_UC[update], rows, length, images)
+        if rows_C is None:
+            hardest.insert(0, hardest.pop(place))
+            return None
+        rows_UC[update] = rows_C
+    return rows_UC
+
+
+# ---- one update -------------------------------------------------------------------------------------------------
+
+
+def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: int, images: int) -> np.ndarray | None:
+    """The row of each conversation so that no row has more than `length` tokens or `images` pictures, or None.
+
+    The longest come first, each into the emptiest row (or, in every second try, the fullest that it fits); then
+    conversations of the fullest row change places with shorter ones until none is too full. Later tries start from
+    lengths that are a little off. The same input gives the same answer.
+    """
+    rng = np.random.default_rng(0)
+    for attempt in range(TRIES):
+        weights_C = lengths_C if attempt < 2 else lengths_C * rng.uniform(0.8, 1.25, len(lengths_C))
+        limit = length if attempt % 2 else 0
+        first = np.argsort(-weights_C, kind="stable")
+        packed = _place(lengths_C, images_C, first, rows, limit, images)
+        if packed is not None and _relieve(lengths_C, images_C, *packed, length, images):
+            return packed[0]
+    return None
+
+
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # row of each conversation; tokens and pictures of each row
+
+
+def _place(
+    lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, limit: int, images: int
+) -> Packed | None:
+    """Each conversation into the fullest row that stays within `limit`, else into the emptiest; None without slots."""
+    rows_C = np.empty(len(order), np.int64)
+    tokens_R, images_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    for c in order:
+        free_R = images_R + images_C[c] <= images
+        fits_R = free_R & (tokens_R + lengths_C[c] <= limit)
+        if fits_R.any():
+            row = np.where(fits_R, tokens_R, -1).argmax()
+        elif free_R.any():
+            row = np.where(free_R, tokens_R, np.iinfo(np.int64).max).argmin()
+        else:
+            return None
+        rows_C[c] = row
+        tokens_R[row] += lengths_C[c]
+        images_R[row] += images_C[c]
+    return rows_C, tokens_R, images_R
+
+
+def _relieve(
+    lengths_C: np.ndarray,
+    images_C: np.ndarray,
+    rows_C: np.ndarray,
+    tokens_R: np.ndarray,
+    images_R: np.ndarray,
+    length: int,
+    images: int,
+) -> bool:
+    """Exchanges, in place, until no row is over `length`; False where no exchange lowers the fullest row any more.
+
+    Each row also holds an empty conversation, so that an exchange may be a plain move.
+    """
+    conversations, rows = len(rows_C), len(tokens_R)
+    sizes = np.concatenate([lengths_C, np.zeros(rows, np.int64)])
+    pictures = np.concatenate([images_C, np.zeros(rows, np.int64)])
+    while True:
+        full = tokens_R.argmax()
+        if tokens_R[full] <= length:
+            return True
+        places = np.concatenate([rows_C, np.arange(rows)])
+        inside, outside = np.flatnonzero(rows_C == full), np.flatnonzero(places != full)
+        tokens = sizes[inside, None] - sizes[outside]
+        moved = pictures[inside, None] - pictures[outside]
+        others = places[outside]
+        fuller = np.maximum(tokens_R[full] - tokens, tokens_R[others] + tokens)
+        fits = (images_R[full] - moved <= images) & (images_R[others] + moved <= images)
+        fuller = np.where(fits, fuller, np.iinfo(np.int64).max)
+        if not fuller.size or fuller.min() >= tokens_R[full]:
+            return False
+        i, j = np.unravel_index(fuller.argmin(), fuller.shape)
+        change_R = np.zeros(rows, np.int64)
+        change_R[[full, others[j]]] = -1, 1
+        tokens_R += change_R * tokens[i, j]
+        images_R += change_R * moved[i, j]
+        rows_C[inside[i]] = others[j]
+        if outside[j] < conversations:
+            rows_C[outside[j]] = full
