@@ -40,10 +40,13 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     settings = load_settings(args.passed)
-    from llava_jax.train import loop
+    from llava_jax.train import compiling, hosts, loop
 
-    announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
-    loop.train(settings, args.workdir)
+    with hosts.connected():
+        compiling.keep_compiled()
+        if hosts.is_first():
+            announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
+        loop.train(settings, args.workdir)
     return 0
 
 

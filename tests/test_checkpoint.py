@@ -97,7 +97,7 @@ def test_another_tree_shape_or_dtype_is_refused(tmp_path, wanted, says):
 def damaged_files(step: pathlib.Path) -> list[pathlib.Path]:
     """The files without which a checkpoint cannot be right."""
     data = max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    return [data, step / "state" / "_METADATA", step / "meta" / "metadata", step / "data" / "process_0-of-1.json"]
+    return [data, step / "state" / "_METADATA", step / "meta" / "metadata", step / "data" / "metadata"]
 
 
 # Orbax keeps a second copy of what a missing _METADATA says, and reads that.
@@ -175,7 +175,7 @@ def test_workdir_of_another_config_is_refused(tmp_path):
     with pytest.raises(InputError) as error:
         start(tmp_path / "run", change(settings, "train", steps=9))
     assert "optim.lr: 0.5 there, 0.001 asked for; train.steps: 4 there, 9 asked for" in str(error.value)
-    free = change(change(settings, "train", log_every=7, checkpoint_every=1, keep=9), "data", workers=2)
+    free = change(change(settings, "train", log_every=7, checkpoint_every=1, keep=9, profile=2), "data", workers=2)
     start(tmp_path / "run", change(free, "optim", lr=0.5))
 
 

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.train import assemble, checkpoint, loop
+from llava_jax.models.llava import build
+from llava_jax.train import assemble, checkpoint, loop, tracing
 from llava_jax.types import Batch, InputError
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
 
@@ -25,7 +27,8 @@ def inputs(tmp_path_factory) -> pathlib.Path:
 class Ran:
     workdir: pathlib.Path
     settings: object
-    step: object
+    steps: list
+    jitted: object
     frozen: tuple
     trainable: tuple
     screen: str
@@ -48,20 +51,26 @@ def runs(inputs, tmp_path_factory):
 
 def record(settings, workdir: pathlib.Path) -> Ran:
     """Trains, with copies of the weights from around the updates."""
-    seen = {}
-    inner = loop.update
+    seen = {"steps": []}
+    inner, compile_step = loop.update, loop.compile_step
+
+    def compiling(*args):
+        made = compile_step(*args)
+        seen["steps"].append(made[0])
+        return made
 
     def around(run, state, frozen, data, **how):
         before = jax.tree.map(np.array, (frozen, state.params))
         state = inner(run, state, frozen, data, **how)
         after = jax.tree.map(np.array, (frozen, state.params))
-        seen.update(step=run.step, frozen=(before[0], after[0]), trainable=(before[1], after[1]))
+        seen.update(jitted=run.step, frozen=(before[0], after[0]), trainable=(before[1], after[1]))
         return state
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "update", around)
+        patch.setattr(loop, "compile_step", compiling)
         lines = []
-        patch.setattr("builtins.print", lambda *words: lines.append(" ".join(map(str, words))))
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         loop.train(settings, str(workdir))
     return Ran(workdir, settings, screen="\n".join(lines), **seen)
 
@@ -78,7 +87,10 @@ def test_trainable_leaves_all_change_and_frozen_ones_not_a_bit(runs, stage, move
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_one_compile_a_stage(runs, stage):
-    assert runs(stage).step._cache_size() == 1
+    """The loop calls the program that it compiled ahead, which takes one shape; the jitted step is never called."""
+    ran = runs(stage)
+    assert len(ran.steps) == 1 and isinstance(ran.steps[0], jax.stages.Compiled)
+    assert ran.jitted._cache_size() == 0
 
 
 def test_the_second_stage_starts_from_the_firsts_projector(runs):
@@ -91,7 +103,14 @@ def test_workdir_holds_what_the_contract_says(runs):
     assert json.loads((ran.workdir / "config.json").read_text()) == dataclasses.asdict(ran.settings)
     assert [row["step"] for row in read_metrics(ran.workdir)] == [0, 1, 2, 3]
     assert sorted(p.name for p in (ran.workdir / "checkpoints").iterdir()) == ["2", "4"]
-    for said in ("stage finetune: 4 steps of 4 rows", "trainable", "frozen", "compiled in", "4/4 steps done"):
+    for said in (
+        "stage finetune: 4 steps of 4 conversations",
+        "batches of 4 x 112 tokens with 1 pictures a row",
+        "trainable",
+        "frozen",
+        "compiled in",
+        "4/4 steps done",
+    ):
         assert said in ran.screen
 
 
@@ -173,6 +192,84 @@ def test_nothing_is_written_before_all_is_checked(inputs, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_the_device_never_waits_for_the_host(inputs, tmp_path, monkeypatch):
+    """The next batch is fetched and copied, and the last update's metrics are read, while an update runs."""
+    told = []
+    opened, compiled, reported = loop.open_data, loop.compile_step, loop.report
+
+    def open_data(*args):
+        data = opened(*args)
+        take = type(data).__next__
+        follow = lambda self: told.append("batch") or take(self)  # noqa: E731
+        data.__class__ = type("Told", (type(data),), {"__next__": follow})
+        return data
+
+    def compile_step(*args):
+        step, *rest = compiled(*args)
+        return (lambda *args: told.append("update") or step(*args)), *rest
+
+    def report(n, *args, **how):
+        told.append(f"read {n}")
+        return reported(n, *args, **how)
+
+    for name, function in (("open_data", open_data), ("compile_step", compile_step), ("report", report)):
+        monkeypatch.setattr(loop, name, function)
+    loop.train(make_settings(inputs, "pretrain", data__max_length=32), str(tmp_path))
+    first = ["batch", "update", "batch", "update", "read 0", "batch", "update", "read 1"]
+    assert told == [*first, "batch", "update", "read 2", "read 3"]
+
+
+def test_a_profile_is_written_and_changes_no_number(runs, tmp_path, capsys):
+    plain = runs("pretrain")
+    assert not (plain.workdir / "profile").exists()
+    loop.train(change(plain.settings, "train", profile=1), str(tmp_path))
+    said = capsys.readouterr().out
+    assert f"profile of updates 2 to 2 in {tmp_path}/profile: " in said and "--logdir=" in said
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
+    assert read_metrics(plain.workdir) == read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("asked, traced", [(2, [2, 3]), (9, [0, 1, 2, 3, 4, 5]), (5, [1, 2, 3, 4, 5]), (0, [])])
+def test_which_updates_are_traced(tmp_path, monkeypatch, asked, traced):
+    seen = []
+    monkeypatch.setattr(tracing.jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(tracing.jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    with tracing.tracing(str(tmp_path), range(0, 6), asked) as tracer:
+        for n in range(6):
+            tracer.before(n, None)
+            seen.append(n)
+            tracer.after(n, None)
+    inside = seen[seen.index("start") + 1 : seen.index("stop")] if traced else []
+    assert inside == traced and seen.count("start") == seen.count("stop") == bool(traced)
+
+
+def test_a_run_that_ends_early_still_writes_its_trace(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tracing.jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(tracing.jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    with pytest.raises(InputError), tracing.tracing(str(tmp_path), range(10, 20), 5) as tracer:
+        tracer.before(12, None)
+        raise InputError("a batch without targets")
+    assert seen == ["start", "stop"]
+
+
+def test_a_packed_run_in_bfloat16(inputs, tmp_path, capsys):
+    """Weights in the dtypes asked for, several conversations in a row, and the shape said before the first update."""
+    dtypes = dict(train__dtype="bfloat16", train__param_dtype="bfloat16", train__frozen_dtype="bfloat16")
+    settings = make_settings(inputs, "finetune", data__pack=True, train__steps=2, **dtypes)
+    loop.train(settings, str(tmp_path))
+    said = capsys.readouterr().out
+    shape = re.search(r"batches of (\d+) x (\d+) tokens with (\d+) pictures a row, ([\d.]+)% of the tokens real", said)
+    assert shape and int(shape[1]) < 4
+    tokens = [row["tokens"] for row in read_metrics(tmp_path)]
+    assert float(shape[4]) == pytest.approx(100 * np.mean(tokens) / (int(shape[1]) * int(shape[2])), abs=0.06)
+    params = checkpoint.load_params(str(tmp_path))[1]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    loop.train(settings, str(tmp_path))
+    assert "resuming at step 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["no targets", "not finite"])
 def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, monkeypatch, what):
     open_data = loop.open_data
@@ -221,6 +318,7 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
         ("init", dict(projector="/nowhere"), "init.projector=/nowhere: not found"),
         ("mesh", dict(data=3), "mesh"),
         ("optim", dict(groups="vision=1e-3"), "optim.groups: 'vision'"),
+        ("train", dict(compiler_options="xla_nope=1"), "No such compile option: 'xla_nope'"),
     ],
 )
 def test_bad_input_is_one_line(inputs, tmp_path, group, changes, says):
@@ -246,7 +344,7 @@ def test_random_towers_of_a_config_file(inputs):
     plan = assemble.plan_model(settings)
     assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    at = jax.tree.map(lambda _: here, loop.build(plan.config)[1])
+    at = jax.tree.map(lambda _: here, build(plan.config)[1])
     draw = [assemble.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *draw)
     for name, fan_in in (("linear_1", 16), ("linear_2", 32)):

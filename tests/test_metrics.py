@@ -8,7 +8,8 @@ import pytest
 from llava_jax.train import metrics as M
 from llava_jax.types import InputError
 
-FIELDS = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
+CONTRACT = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
+FIELDS = [*CONTRACT, "data_wait", "compile_seconds"]
 
 
 def values(step: int) -> dict:
@@ -37,6 +38,21 @@ def test_rows_have_the_contracts_fields(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
     for said in ("step 3/3 (100%)", "loss 0.6667", "supervised 25%", "filled 50%", "tokens/s", "ETA 0:00"):
         assert said in screen
+
+
+def test_time_waited_mfu_and_compiling(tmp_path):
+    screen = io.StringIO()
+    with M.open_metrics(str(tmp_path), 4, 10, 2, screen) as writer:
+        writer.start_clock(compile_seconds=7.0, ideal_seconds=1e-6)
+        for step in range(4, 10):
+            writer.write(step, values(step), slots=40, data_wait=0.5 * step)
+    rows = read(tmp_path)
+    assert [row["step"] for row in rows] == [4, 6, 8, 9]
+    # The mean of the steps since the line before.
+    assert [row["data_wait"] for row in rows] == [2.0, 2.75, 3.75, 4.5]
+    assert [row["compile_seconds"] for row in rows] == [7.0, None, None, None]
+    assert all(row["mfu"] == pytest.approx(1e-6 / row["seconds"]) for row in rows)
+    assert "MFU " in screen.getvalue()
 
 
 def test_log_every_keeps_the_first_and_last_step(tmp_path):

@@ -1,6 +1,7 @@
 """A training run small enough for tests: eight rows, four pictures, a tokenizer, configs of tiny towers, a whole model.
 
-`python -m tests.tiny_run CONFIG_JSON WORKDIR` trains: what the tests kill and start again.
+`python -m tests.tiny_run CONFIG_JSON WORKDIR …` trains one such pair after the other: what the tests kill and start
+again.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from llava_jax.convert.config import clip_config, llama_config
 from llava_jax.convert.hf import write_llava
 from llava_jax.models.llava import build
 from llava_jax.settings import read_settings, settings_from_dict
+from llava_jax.train.hosts import connected
 from llava_jax.train.loop import train
 from llava_jax.types import ModelConfig, Settings
 from tests.make_tokenizers import trained_llama
@@ -112,10 +114,12 @@ def change(settings: Settings, group: str, **changes: object) -> Settings:
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    timed = ("seconds", "tokens_per_second", "mfu")
+    timed = ("seconds", "tokens_per_second", "mfu", "data_wait", "compile_seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
-    train(read_settings(sys.argv[1]), sys.argv[2])
+    with connected():
+        for config, workdir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            train(read_settings(config), workdir)

@@ -17,6 +17,7 @@ from llava_jax.models.llava import Llava, build
 from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
 from llava_jax.source import is_workdir, parse, split
 from llava_jax.train import checkpoint
+from llava_jax.train.hosts import place
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Settings
 
 Params = dict[str, Any]
@@ -172,7 +173,7 @@ def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Para
     """The parts named in `dtypes` (vision, projector, llm), each in its dtype, placed at the shardings `at`."""
     read = read_files(settings, plan, dtypes)
     for part in read:
-        read[part] = jax.tree.map(jax.device_put, read[part], at[part])
+        read[part] = place(read[part], at[part])
     drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
     return read | random_params(plan.config, settings.seed, drawn, {part: at[part] for part in drawn})
 

@@ -3,6 +3,9 @@
 Layout: WORKDIR/checkpoints/STEP/{state,data,meta}, STEP being the number of updates done. Frozen weights are not
 saved; meta says where they came from. A checkpoint that cannot be read is moved to WORKDIR/damaged/ and the one before
 it is taken.
+
+Of several processes each writes the arrays on its own devices, the first one all the rest. Nothing says how many there
+were: any number on any mesh goes on from there.
 """
 
 import dataclasses
@@ -16,19 +19,19 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grain
-import grain.checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.settings import absolute_paths, flatten, read_settings
+from llava_jax.train.hosts import check_agreed, check_shared, is_first
 from llava_jax.types import InputError, Settings
 
 State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the fields step, params, opt_state
 
 # What may change between the start of a run and its resumption: none of it enters the numbers.
-FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "data.workers")
+FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
 
 # What reading a truncated, emptied or foreign checkpoint raises (orbax and tensorstore mostly ValueError).
 UNREADABLE = (ValueError, OSError, KeyError)
@@ -36,11 +39,19 @@ UNREADABLE = (ValueError, OSError, KeyError)
 
 @contextmanager
 def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
-    """Makes the workdir and keeps other trainers out of it; InputError when it holds anything but this run."""
+    """Makes the workdir and keeps other trainers out of it; InputError when it holds anything but this run.
+
+    The first process does it for all; the others see to it that they look at the same folder.
+    """
+    path = os.path.join(workdir, ".lock")
+    if not is_first():
+        check_shared(workdir, path)
+        yield
+        return
     check_workdir(workdir, settings)
     try:
         os.makedirs(workdir, exist_ok=True)
-        lock = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115
+        lock = open(path, "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror}), choose another one") from error
     with lock:
@@ -50,6 +61,7 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
             raise InputError(
                 f"--workdir={workdir}: another train is running in it, wait for its end or choose another workdir"
             ) from error
+        check_shared(workdir, path)
         yield
 
 
@@ -86,7 +98,7 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         },
     )
@@ -105,7 +117,7 @@ def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterat
         return
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state._asdict()),
-        data=grain.checkpoint.CheckpointSave(data),
+        data=ocp.args.JsonSave(data.get_state()),
         meta=ocp.args.JsonSave(meta),
     )
     if not manager.save(step, args=args):
@@ -121,20 +133,29 @@ def restore(
     InputError that names the first differences; an unreadable checkpoint is reported, moved away and stepped over.
     """
     damaged: dict[int, str] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
+    steps = sorted(manager.all_steps(), reverse=True)
+    check_agreed({f"the list of checkpoints in {workdir}": repr(steps)})
+    for step in steps:
         folder = os.path.join(workdir, "checkpoints", str(step))
         try:
             _check_like(folder, _saved_leaves(manager, step), state)
-            read = ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), meta=ocp.args.JsonRestore())
+            json_read = ocp.args.JsonRestore()
+            read = ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), data=json_read, meta=json_read)
             restored = manager.restore(step, args=read)
-            manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
         except UNREADABLE as error:
             damaged[step] = _first_line(error)
+            if jax.process_count() > 1:
+                # The others may be able to read it, and would then go on from another step than this process.
+                raise InputError(
+                    f"{folder} cannot be read by process {jax.process_index()} ({damaged[step]}): restore it from a "
+                    "copy, or move it away to go on from the one before"
+                ) from error
             print(f"checkpoint {folder} cannot be read ({damaged[step]}), trying the one before")
             continue
         for bad in damaged:
             _set_aside(workdir, bad)
         manager.reload()
+        data.set_state(restored["data"])
         return type(state)(**restored["state"]), restored["meta"]
     if damaged:
         raise InputError(
@@ -145,9 +166,10 @@ def restore(
 
 
 def load_params(workdir: str, step: int | None = None, part: str | None = None) -> tuple[int, dict, dict]:
-    """(step, trainable parameters as float32 numpy, meta) for inference; the newest readable step by default.
+    """(step, trainable parameters as numpy, meta) for inference; the newest readable step by default.
 
-    `part` reads that one alone. `meta["frozen"]` says which parts are not here and where they came from.
+    They have the dtype they learn in. `part` reads that one alone. `meta["frozen"]` says which parts are not here and
+    where they came from.
     """
     steps = [step] if step is not None else sorted(_steps_on_disk(workdir), reverse=True)
     if step is not None and step not in _steps_on_disk(workdir):

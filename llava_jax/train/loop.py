@@ -1,59 +1,49 @@
 """One training stage from start to end: mesh, data, model, restore or start, updates, saves."""
 
-import math
+import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from llava_jax.data.chat import find_template
-from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline, steps_for
-from llava_jax.data.records import load_records
-from llava_jax.data.tokenize import TextTokenizer, check_end, load_tokenizer
-from llava_jax.models.llava import build, logical_axes
-from llava_jax.settings import STAGES, absolute_paths, write_settings
-from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
+from llava_jax.data.packing import BatchShape
+from llava_jax.data.pipeline import BatchIterator
+from llava_jax.data.tokenize import check_end, load_tokenizer
+from llava_jax.settings import absolute_paths, write_settings
+from llava_jax.sharding import make_mesh
 from llava_jax.train import checkpoint, metrics
-from llava_jax.train.assemble import (
-    Plan,
-    check_plan,
-    check_unchanged,
-    file_inputs,
-    frozen_sources,
-    model_inputs,
-    origins,
-    plan_model,
-    read_params,
+from llava_jax.train.assemble import check_plan, plan_model
+from llava_jax.train.compiling import compile_step
+from llava_jax.train.hosts import check_agreed, global_batch, is_first, say, stop_signal
+from llava_jax.train.prepare import Run, prepare
+from llava_jax.train.start import (
+    check_vocabulary,
+    ideal_seconds,
+    meta_of,
+    open_data,
+    opening,
+    plan_data,
+    read_records,
+    restore_or_start,
+    total_steps,
 )
-from llava_jax.train.optim import describe, make_optimizer, make_schedule, warmup_steps
-from llava_jax.train.step import TrainState, batch_ranks, make_step, partition, state_shardings
-from llava_jax.types import InputError, ModelConfig, Record, Settings
+from llava_jax.train.step import TrainState
+from llava_jax.train.tracing import Tracer, tracing
+from llava_jax.types import Batch, InputError, Record, Settings
 
 STOPPED_EXIT_CODE = 42
-
-
-class Run(NamedTuple):
-    """What is fixed before the first update; `state` and `frozen` are ShapeDtypeStructs with shardings."""
-
-    mesh: Mesh
-    step: Callable
-    tx: optax.GradientTransformation
-    state: TrainState
-    frozen: Any
 
 
 def train(settings: Settings, workdir: str) -> None:
     """Trains one stage in `workdir`; goes on by itself where a checkpoint of the same config lies there.
 
+    Several processes that `hosts.connected` has joined train together, each calling this with the same arguments.
     InputError for anything given that cannot be used, for a batch without targets, and for a loss or gradient that is
     not finite; SystemExit(42) after SIGTERM, once the state is saved.
     """
@@ -61,49 +51,60 @@ def train(settings: Settings, workdir: str) -> None:
     find_template(settings.data.template)
     with checkpoint.hold_workdir(workdir, settings):
         done, steps = train_held(settings, workdir)
-    print(f"{done}/{steps} steps done, saved in {workdir}")
+    say(f"{done}/{steps} steps done, saved in {workdir}")
     if done < steps:
-        print("stopped by SIGTERM: the same command goes on from here")
+        say("stopped by SIGTERM: the same command goes on from here")
         raise SystemExit(STOPPED_EXIT_CODE)
 
 
 def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     """`train` in a workdir that is ours alone: (updates done, updates asked for)."""
     mesh = make_mesh(settings.mesh)
-    check_batch_size(settings, mesh)
     plan = plan_model(settings)
     check_plan(settings, plan)
     tokenizer = load_tokenizer(plan.tokenizer)
     check_vocabulary(tokenizer, plan)
     check_end(tokenizer, find_template(settings.data.template))
-    records = read_records(settings, plan.config, tokenizer)
+    records, checked = read_records(settings, plan.config, tokenizer)
     steps = total_steps(settings, len(records))
+    batches = plan_data(settings, mesh, records, checked, steps)
     meta = meta_of(settings, plan)
+    check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, settings.train.keep) as manager,
-        closing(open_data(settings, plan.config, tokenizer, records)) as data,
-        stop_signal() as stop,
+        closing(open_data(settings, plan.config, tokenizer, records, batches, mesh)) as data,
+        stop_signal() as stopping,
     ):
-        run = prepare(settings, plan.config, mesh, steps)
-        print(opening(settings, plan, run, len(records), steps))
+        run = prepare(settings, plan.config, mesh, steps, batches.shape.length)
+        say(opening(settings, plan, run, len(records), batches))
         state, frozen = restore_or_start(workdir, settings, plan, run, manager, data, meta)
-        write_settings(os.path.join(workdir, "config.json"), settings)
-        first = int(state.step)
-        with metrics.open_metrics(workdir, first, steps, settings.train.log_every) as writer:
+        if is_first():
+            write_settings(os.path.join(workdir, "config.json"), settings)
+        todo = range(int(state.step), steps)
+        with open_metrics(workdir, todo, settings) as writer, tracing(workdir, todo, settings.train.profile) as tracer:
             state = update(
                 run,
                 state,
                 frozen,
                 data,
-                steps=range(first, steps),
+                steps=todo,
+                rows=batches.shape.rows,
                 save_every=settings.train.checkpoint_every,
+                start=partial(start, run, settings, batches.shape, writer),
                 report=partial(report, writer=writer, records=records),
                 save=partial(checkpoint.save, manager, data=data, meta=meta),
-                writer=writer,
-                stop=stop,
+                tracer=tracer,
+                stopping=stopping,
             )
         return int(state.step), steps
+
+
+def open_metrics(workdir: str, steps: range, settings: Settings) -> Any:
+    """The run's MetricsWriter; in all processes but the first, None."""
+    if not is_first():
+        return nullcontext()
+    return metrics.open_metrics(workdir, steps.start, steps.stop, settings.train.log_every)
 
 
 # ---- the updates ------------------------------------------------------------------------------------------------
@@ -116,44 +117,78 @@ def update(
     data: BatchIterator,
     *,
     steps: range,
+    rows: int,
     save_every: int,
+    start: Callable[..., Callable],
     report: Callable[..., None],
     save: Callable[[TrainState], None],
-    writer: metrics.MetricsWriter,
-    stop: threading.Event,
+    tracer: Tracer,
+    stopping: Callable[[int], bool],
 ) -> TrainState:
-    """Runs the updates `steps`, saving every `save_every` and at the end, or at once when `stop` is set.
+    """Runs the updates `steps`, saving every `save_every` and at the end, or at once when `stopping` says so.
 
-    An update's metrics are read while the next one runs, so the device does not wait for the host. Before a save they
-    are read first: what follows an update that failed is never saved.
+    The device never waits for the host: while an update runs, the metrics of the one before are read, and the next
+    batch is fetched and copied. Before a save the last metrics are read too: what follows an update that failed is
+    never saved.
     """
     pending = None
     for n in steps:
+        before = time.monotonic()
         batch = next(data)
-        arrays = jax.device_put(batch._replace(rows_B=None), batch_sharding(run.mesh))
+        waited = time.monotonic() - before
+        arrays = global_batch(batch, run.mesh, rows)
         if n == steps.start:
-            compile_step(run, state, frozen, arrays)
-            writer.start_clock()
-        state, values = run.step(state, frozen, arrays)
+            # The first batch is waited for before the clock starts.
+            step, waited = start(state, frozen, arrays), 0.0
+        tracer.before(n, state)
+        state, values = step(state, frozen, arrays)
         if pending is not None:
             report(*pending)
-        pending = (n, values, batch.rows_B, batch.tokens_BT.size)
-        stopping = stop.is_set()
-        if stopping or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
+        pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited)
+        tracer.after(n, state)
+        stopped = stopping(n + 1)
+        if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
             report(*pending)
             pending = None
             save(state)
-        if stopping:
+        if stopped:
             break
     return state
 
 
+def start(
+    run: Run,
+    settings: Settings,
+    shape: BatchShape,
+    writer: metrics.MetricsWriter | None,
+    state: TrainState,
+    frozen: Any,
+    arrays: Batch,
+) -> Callable:
+    """The compiled step; says what it takes, and the clock of the metrics starts."""
+    step, seconds, line = compile_step(run, state, frozen, arrays, settings.train.compiler_options)
+    say(line)
+    if writer is not None:
+        writer.start_clock(seconds, ideal_seconds(settings.stage, run, shape))
+    return step
+
+
 def report(
-    n: int, values: dict, rows: np.ndarray, slots: int, *, writer: metrics.MetricsWriter, records: list[Record]
+    n: int,
+    values: dict,
+    rows: np.ndarray,
+    slots: int,
+    waited: float,
+    *,
+    writer: metrics.MetricsWriter | None,
+    records: list[Record],
 ) -> None:
-    """Writes the metrics of update `n`; InputError when it had no targets or was not finite (it was not applied)."""
+    """Writes the metrics of update `n`; InputError when it had no targets or was not finite (it was not applied).
+
+    `rows` are those that this process read.
+    """
     values = jax.device_get(values)
-    where = f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows)}"
+    where = f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0])}"
     if values["targets"] == 0:
         raise InputError(f"{where}: no token of the batch is supervised, expected at least one; check these rows")
     if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
@@ -161,180 +196,5 @@ def report(
             f"{where}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite; the update was "
             "not applied and nothing was saved since: lower optim.lr, set optim.clip_norm, or check these rows"
         )
-    writer.write(n, values, slots)
-
-
-def compile_step(run: Run, state: TrainState, frozen: Any, arrays: Any) -> None:
-    """Compiles the step ahead of its first call, which finds the result, and prints time and memory."""
-    start = time.monotonic()
-    memory = run.step.lower(state, frozen, arrays).compile().memory_analysis()
-    line = f"compiled in {time.monotonic() - start:.1f} s"
-    if memory is not None:
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        line += f", {total / 2**30:.2f} GiB a device ({memory.temp_size_in_bytes / 2**30:.2f} of them temporary)"
-    print(line)
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside the main thread Python takes no signals and it is never set."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# ---- before the first update ------------------------------------------------------------------------------------
-
-
-def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int) -> Run:
-    """The jitted step of the stage and the shapes and shardings of what it takes; no weight is read yet."""
-    graphdef, abstract = build(config)
-    shardings = param_shardings(logical_axes(config), abstract, mesh)
-    params, frozen = partition(_placed(abstract, shardings), settings.stage)
-    params_at, frozen_at = partition(shardings, settings.stage)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype, sharding=x.sharding), frozen)
-    tx = make_optimizer(settings.optim, steps, params)
-    state_at = state_shardings(mesh, tx, params, params_at)
-    schedule = make_schedule(settings.optim, steps)
-    step = make_step(
-        mesh,
-        state_at,
-        frozen_at,
-        graphdef=graphdef,
-        tx=tx,
-        learning_rate=lambda n: settings.optim.lr * schedule(n),
-        accumulate=settings.train.accumulate,
-        loss_norm=settings.train.loss_norm,
-    )
-    state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(tx.init, params))
-    return Run(mesh, step, tx, _placed(state, state_at), frozen)
-
-
-def _placed(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
-
-
-def restore_or_start(
-    workdir: str, settings: Settings, plan: Plan, run: Run, manager: Any, data: BatchIterator, meta: dict
-) -> tuple[TrainState, Any]:
-    """(state, frozen parameters): the newest readable checkpoint with `data` at its position, or a fresh start."""
-    restored = checkpoint.restore(workdir, manager, run.state, data)
-    frozen_at = jax.tree.map(lambda x: x.sharding, run.frozen)
-    frozen_dtypes = dict.fromkeys(run.frozen, settings.train.dtype)
-    if restored is not None:
-        state, saved = restored
-        check_unchanged(workdir, saved, meta)
-        print(f"resuming at step {int(state.step)}")
-        return state, read_params(settings, plan, frozen_dtypes, frozen_at)
-    at = jax.tree.map(lambda x: x.sharding, run.state)
-    dtypes = dict.fromkeys(run.state.params, "float32")
-    read = read_params(settings, plan, frozen_dtypes | dtypes, frozen_at | at.params)
-    params, frozen = partition(read, settings.stage)
-    opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
-    return TrainState(jax.device_put(np.int32(0), at.step), params, opt_state), frozen
-
-
-def meta_of(settings: Settings, plan: Plan) -> dict:
-    """What a checkpoint says about itself."""
-    return {
-        "stage": settings.stage,
-        "trainable": list(STAGES[settings.stage]),
-        "frozen": frozen_sources(settings),
-        "inputs": model_inputs(plan) | file_inputs("data.annotations", settings.data.annotations),
-    }
-
-
-def open_data(
-    settings: Settings, config: ModelConfig, tokenizer: TextTokenizer, records: list[Record]
-) -> BatchIterator:
-    """The stage's batches."""
-    return make_pipeline(
-        records,
-        settings.data,
-        tokenizer,
-        image_size=config.vision.image_size,
-        patches=config.vision.patches,
-        image_token_id=config.image_token_id,
-        batch_size=settings.train.batch_size,
-        seed=settings.seed,
-    )
-
-
-def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> list[Record]:
-    """All rows, each of which can be trained; prints what max_length cuts off."""
-    if not settings.data.annotations:
-        raise InputError("data.annotations is empty: expected the JSON or JSONL file to train on")
-    records = load_records(settings.data.annotations)
-    checked = check_records(
-        records,
-        settings.data,
-        tokenizer,
-        image_token_id=config.image_token_id,
-        patches=config.vision.patches,
-    )
-    checked.require_clean()
-    if checked.longest > config.llm.max_positions:
-        raise InputError(
-            f"{settings.data.annotations}: the longest row has {checked.longest} tokens, the decoder "
-            f"{config.llm.max_positions} positions (max_position_embeddings); lower data.max_length to that"
-        )
-    print(f"{checked.rows:,} rows, {checked.tokens:,} tokens, {checked.targets:,} of them supervised")
-    if checked.cut_rows:
-        cut = f"{checked.cut_tokens:,} tokens off {checked.cut_rows:,} rows"
-        print(f"data.max_length={settings.data.max_length} cuts {cut}")
-    return records
-
-
-def total_steps(settings: Settings, rows: int) -> int:
-    """`train.steps`, or what `train.epochs` makes; an epoch is a whole number of steps, as in the original."""
-    if settings.train.steps:
-        return settings.train.steps
-    return math.ceil(settings.train.epochs * steps_for(rows, settings.train.batch_size, 1.0))
-
-
-def check_batch_size(settings: Settings, mesh: Mesh) -> None:
-    """InputError when the batch does not divide over the devices and micro-batches."""
-    ways = batch_ranks(mesh) * settings.train.accumulate
-    if settings.train.batch_size % ways:
-        raise InputError(
-            f"train.batch_size={settings.train.batch_size} does not divide into {batch_ranks(mesh)} device shards "
-            f"times train.accumulate={settings.train.accumulate}: expected a multiple of {ways}"
-        )
-
-
-def check_vocabulary(tokenizer: TextTokenizer, plan: Plan) -> None:
-    """InputError when the tokenizer has text tokens without a row in the embedding table."""
-    rows = plan.config.llm.vocab_size
-    outside = {i for i in (plan.config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
-    if tokenizer.size - len(outside) > rows:
-        raise InputError(
-            f"{plan.tokenizer}: the tokenizer has {tokenizer.size} ids and the decoder's embedding {rows} rows: "
-            "expected the tokenizer that belongs to the decoder"
-        )
-
-
-def opening(settings: Settings, plan: Plan, run: Run, rows: int, steps: int) -> str:
-    """What was decided, printed before the first update."""
-    t = settings.train
-    epochs = steps * t.batch_size / rows
-    mesh = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    return "\n".join(
-        [
-            f"stage {settings.stage}: {steps:,} steps of {t.batch_size} rows ({epochs:.2f} epochs), "
-            f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
-            f"projector {plan.config.projector}, compute {t.dtype}, remat {t.remat}, accumulate {t.accumulate}, "
-            f"mesh {mesh} on {jax.default_backend()}",
-            origins(settings, plan),
-            f"tokenizer {plan.tokenizer}, template {settings.data.template}, "
-            f"image {plan.config.vision.image_size} px {settings.data.aspect}, "
-            f"{plan.config.vision.patches} image tokens (id {plan.config.image_token_id}), "
-            f"max_length {settings.data.max_length}",
-            describe(settings.optim, run.state.params, run.frozen),
-        ]
-    )
+    if writer is not None:
+        writer.write(n, values, slots, waited)

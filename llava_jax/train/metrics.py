@@ -42,7 +42,12 @@ def truncate_metrics(path: str, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes one object a logged step, with the time since the last logged one shared out over the steps between."""
+    """Writes one object a logged step, with the time since the last logged one shared out over the steps between.
+
+    `mfu` is the time that the chips' peak would take for the update's model FLOPs over the time it took (null where
+    the peak is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start:
+    it stands in the first line after a start, the others have null.
+    """
 
     def __init__(self, workdir: str, first_step: int, steps: int, log_every: int, screen: TextIO):
         path = os.path.join(workdir, "metrics.jsonl")
@@ -52,16 +57,23 @@ class MetricsWriter:
         self._steps, self._log_every, self._screen = steps, log_every, screen
         self._shown = -QUIET_SECONDS
         self._start = self._last = time.monotonic()
-        self._first, self._pending_steps, self._pending_tokens = first_step, 0, 0
+        self._first, self._pending_steps, self._pending_tokens, self._pending_wait = first_step, 0, 0, 0.0
+        self._compile_seconds: float | None = None
+        self._ideal_seconds: float | None = None
 
-    def start_clock(self) -> None:
-        """The next step's time counts from here (after compiling)."""
+    def start_clock(self, compile_seconds: float | None = None, ideal_seconds: float | None = None) -> None:
+        """The next step's time counts from here (after compiling); at its peak a step would take `ideal_seconds`."""
         self._start = self._last = time.monotonic()
+        self._compile_seconds, self._ideal_seconds = compile_seconds, ideal_seconds
 
-    def write(self, step: int, values: dict[str, Any], slots: int) -> None:
-        """Records update `step` (0 is the first); `values` are host numbers, `slots` the batch's size B * T."""
+    def write(self, step: int, values: dict[str, Any], slots: int, data_wait: float = 0.0) -> None:
+        """Records update `step` (0 is the first).
+
+        `values` are host numbers, `slots` the batch's size B * T, `data_wait` the seconds it waited for its batch.
+        """
         self._pending_steps += 1
         self._pending_tokens += int(values["tokens"])
+        self._pending_wait += data_wait
         last = step == self._steps - 1
         if step % self._log_every and not last:
             return
@@ -73,14 +85,17 @@ class MetricsWriter:
             **{name: int(values[name]) for name in ("targets", "tokens")},
             "seconds": seconds,
             "tokens_per_second": self._pending_tokens / max(now - self._last, 1e-9),
-            "mfu": None,
+            "mfu": None if self._ideal_seconds is None else self._ideal_seconds / max(seconds, 1e-9),
+            "data_wait": self._pending_wait / self._pending_steps,
+            "compile_seconds": self._compile_seconds,
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name not in ("step", "mfu"):
+            if name != "step" and value is not None:
                 self._board.add_scalar(name, value, step)
-        self._last, self._pending_steps, self._pending_tokens = now, 0, 0
+        self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
+        self._compile_seconds = None
         self._show(row, slots, last)
 
     def _show(self, row: dict[str, Any], slots: int, last: bool) -> None:
@@ -91,10 +106,11 @@ class MetricsWriter:
         self._shown = now
         done = row["step"] + 1
         left = (now - self._start) / max(1, done - self._first) * (self._steps - done)
+        mfu = "" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%  "
         line = (
             f"step {done}/{self._steps} ({100 * done / self._steps:.0f}%)  loss {row['loss']:.4f}  "
             f"grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"supervised {100 * row['targets'] / row['tokens']:.0f}%  filled {100 * row['tokens'] / slots:.0f}%  "
+            f"{mfu}supervised {100 * row['targets'] / row['tokens']:.0f}%  filled {100 * row['tokens'] / slots:.0f}%  "
             f"ETA {duration(left)}"
         )
         self._screen.write(f"\r\x1b[2K{line}" + ("\n" if last else "") if tty else line + "\n")

@@ -1,0 +1,181 @@
+"""What a stage needs before its first update: rows, batches and weights, checked, and said on the screen."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llava_jax.chips import chip_of
+from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
+from llava_jax.data.pipeline import BatchIterator, Checked, check_records, make_pipeline, steps_for
+from llava_jax.data.records import load_records
+from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.flops import step_flops
+from llava_jax.settings import STAGES
+from llava_jax.train import checkpoint
+from llava_jax.train.assemble import (
+    Plan,
+    check_unchanged,
+    file_inputs,
+    frozen_sources,
+    model_inputs,
+    origins,
+    read_params,
+)
+from llava_jax.train.hosts import local_rows, place, say
+from llava_jax.train.optim import describe, warmup_steps
+from llava_jax.train.prepare import Run
+from llava_jax.train.step import TrainState, batch_ranks, partition
+from llava_jax.types import InputError, ModelConfig, Record, Settings
+
+# ---- rows and batches -------------------------------------------------------------------------------------------
+
+
+def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[list[Record], Checked]:
+    """All rows, each of which can be trained, and what is known of them; prints what max_length cuts off."""
+    if not settings.data.annotations:
+        raise InputError("data.annotations is empty: expected the JSON or JSONL file to train on")
+    records = load_records(settings.data.annotations)
+    checked = check_records(
+        records,
+        settings.data,
+        tokenizer,
+        image_token_id=config.image_token_id,
+        patches=config.vision.patches,
+    )
+    checked.require_clean()
+    if checked.longest > config.llm.max_positions:
+        raise InputError(
+            f"{settings.data.annotations}: the longest row has {checked.longest} tokens, the decoder "
+            f"{config.llm.max_positions} positions (max_position_embeddings); lower data.max_length to that"
+        )
+    say(f"{checked.rows:,} rows, {checked.tokens:,} tokens, {checked.targets:,} of them supervised")
+    if checked.cut_rows:
+        cut = f"{checked.cut_tokens:,} tokens off {checked.cut_rows:,} rows"
+        say(f"data.max_length={settings.data.max_length} cuts {cut}")
+    return records, checked
+
+
+def total_steps(settings: Settings, rows: int) -> int:
+    """`train.steps`, or what `train.epochs` makes; an epoch is a whole number of steps, as in the original."""
+    if settings.train.steps:
+        return settings.train.steps
+    return math.ceil(settings.train.epochs * steps_for(rows, settings.train.batch_size, 1.0))
+
+
+def plan_data(settings: Settings, mesh: Mesh, records: list[Record], checked: Checked, steps: int) -> BatchPlan:
+    """Which rows stand where in the batches of the whole run, and the shape that all of them have."""
+    return plan_batches(
+        records,
+        checked.lengths_A,
+        settings.data,
+        batch_size=settings.train.batch_size,
+        row_multiple=batch_ranks(mesh) * settings.train.accumulate,
+        steps=steps,
+        seed=settings.seed,
+    )
+
+
+def open_data(
+    settings: Settings,
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    records: list[Record],
+    batches: BatchPlan,
+    mesh: Mesh,
+) -> BatchIterator:
+    """The rows of the stage's batches that this process reads."""
+    return make_pipeline(
+        records,
+        settings.data,
+        tokenizer,
+        batches,
+        image_size=config.vision.image_size,
+        patches=config.vision.patches,
+        image_token_id=config.image_token_id,
+        rows=local_rows(mesh, batches.shape.rows),
+    )
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def restore_or_start(
+    workdir: str, settings: Settings, plan: Plan, run: Run, manager: Any, data: BatchIterator, meta: dict
+) -> tuple[TrainState, Any]:
+    """(state, frozen parameters): the newest readable checkpoint with `data` at its position, or a fresh start."""
+    restored = checkpoint.restore(workdir, manager, run.state, data)
+    frozen_at = jax.tree.map(lambda x: x.sharding, run.frozen)
+    frozen_dtypes = dict.fromkeys(run.frozen, settings.train.frozen_dtype)
+    if restored is not None:
+        state, saved = restored
+        check_unchanged(workdir, saved, meta)
+        say(f"resuming at step {int(state.step)}")
+        return state, read_params(settings, plan, frozen_dtypes, frozen_at)
+    at = jax.tree.map(lambda x: x.sharding, run.state)
+    dtypes = dict.fromkeys(run.state.params, settings.train.param_dtype)
+    read = read_params(settings, plan, frozen_dtypes | dtypes, frozen_at | at.params)
+    params, frozen = partition(read, settings.stage)
+    opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
+    return TrainState(place(np.zeros((), np.int32), at.step), params, opt_state), frozen
+
+
+def meta_of(settings: Settings, plan: Plan) -> dict:
+    """What a checkpoint says about itself."""
+    return {
+        "stage": settings.stage,
+        "trainable": list(STAGES[settings.stage]),
+        "frozen": frozen_sources(settings),
+        "inputs": model_inputs(plan) | file_inputs("data.annotations", settings.data.annotations),
+    }
+
+
+# ---- what is checked and said -----------------------------------------------------------------------------------
+
+
+def check_vocabulary(tokenizer: TextTokenizer, plan: Plan) -> None:
+    """InputError when the tokenizer has text tokens without a row in the embedding table."""
+    rows = plan.config.llm.vocab_size
+    outside = {i for i in (plan.config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
+    if tokenizer.size - len(outside) > rows:
+        raise InputError(
+            f"{plan.tokenizer}: the tokenizer has {tokenizer.size} ids and the decoder's embedding {rows} rows: "
+            "expected the tokenizer that belongs to the decoder"
+        )
+
+
+def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
+    """Seconds an update would take at the peak of the run's chips; None where that is unknown."""
+    chip = chip_of(run.mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    images = shape.rows * shape.images
+    flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=images)
+    return flops / (chip.peak_flops * run.mesh.size)
+
+
+def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchPlan) -> str:
+    """What was decided, printed before the first update."""
+    t, steps = settings.train, batches.steps
+    epochs = steps * t.batch_size / rows
+    mesh = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+    processes = jax.process_count()
+    share = f", {processes} processes" if processes > 1 else ""
+    return "\n".join(
+        [
+            f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "
+            f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
+            str(batches.shape),
+            f"projector {plan.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
+            f"accumulate {t.accumulate}, mesh {mesh} on {devices}{share}",
+            origins(settings, plan),
+            f"tokenizer {plan.tokenizer}, template {settings.data.template}, "
+            f"image {plan.config.vision.image_size} px {settings.data.aspect}, "
+            f"{plan.config.vision.patches} image tokens (id {plan.config.image_token_id}), "
+            f"max_length {settings.data.max_length}",
+            describe(settings.optim, run.state.params, run.frozen),
+        ]
+    )
