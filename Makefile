@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 DEMO ?= demo_run
 
 demo: .venv/.runtime
-	.venv/bin/python -m llava_jax demo --workdir=$(DEMO)
+	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax demo --workdir=$(DEMO)
 
 test: .venv/.dev
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q

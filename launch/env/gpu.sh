@@ -1,0 +1,43 @@
+# shellcheck shell=bash
+# Environment of training on NVIDIA GPUs; every process reads it before train starts. None of it has been measured by us:
+# the XLA flags are those of NVIDIA's JAX-Toolbox (docs/GPU_performance.md), and jaxlib 0.10.2 knows every one.
+
+# No GPU is an error, not a run on the CPU; the CPU stays there for what the host computes. Documented by jax.
+export JAX_PLATFORMS=cuda,cpu
+
+# XLA takes 75 % of the memory by default; the rest of ours is for NCCL and cuDNN. Lower it when NCCL runs out.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+
+flags=(
+  # Collectives start early and end late, so that they run beside the computation.
+  --xla_gpu_enable_latency_hiding_scheduler=true
+  # Those of one decoder layer move into the layer before or after it: the layers are a loop.
+  --xla_gpu_enable_pipelined_all_gather=true
+  --xla_gpu_enable_pipelined_reduce_scatter=true
+  --xla_gpu_enable_pipelined_all_reduce=true
+  # Two iterations of the layer loop at a time, so that no buffer is copied between them.
+  --xla_gpu_enable_while_loop_double_buffering=true
+  # All weights (and gradients) of a layer in one message; a layer of 7B is 405 MB in bfloat16.
+  --xla_gpu_all_gather_combine_threshold_bytes=8589934592
+  --xla_gpu_reduce_scatter_combine_threshold_bytes=8589934592
+  --xla_gpu_all_reduce_combine_threshold_bytes=8589934592
+)
+export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }${flags[*]}"
+unset flags
+
+# On Hopper and before, one hardware queue keeps the order that the scheduler chose. NVIDIA advises against it on
+# Blackwell: set it to 8, the default of CUDA, there.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+
+# A wrong network or a lost peer is named in the log.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# A start after a preemption does not compile again. The home folder, which the nodes of a cluster share. Documented by
+# jax.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/llava_jax}
+
+# Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
+export HF_HUB_OFFLINE=1
+
+# The data workers are processes already; threads of the tokenizer below them only take their cores.
+export TOKENIZERS_PARALLELISM=false

@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Environment of training on TPU v5p; every worker reads it before train starts. Edit it here; it travels with the package.
+# None of this has been confirmed on hardware by us: there was no TPU at hand. Where it comes from stands beside it.
+#
+# Compile options are not here but in the config, where they are part of the run and where `compile` sees them:
+# --config.train.compiler_options=tuned. So LIBTPU_INIT_ARGS stays unset; a flag in both places could contradict itself.
+
+# A worker whose TPU does not come up (still held by another process, say) fails at once instead of training on its
+# CPU; the CPU stays there for what the host computes. Documented by jax.
+export JAX_PLATFORMS=tpu,cpu
+
+# A start after a preemption does not compile again. On a TPU VM this is the worker's own disk, which a recreated node
+# does not have: a folder on the disk that outlives the node (or gs://…) serves better. Documented by jax.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/llava_jax}
+
+# libtpu's own messages: warnings and errors into the log, no informational ones. The names are in libtpu 0.0.42.1.
+export TPU_MIN_LOG_LEVEL=1
+export TPU_STDERR_LOG_LEVEL=1
+
+# Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
+export HF_HUB_OFFLINE=1
+
+# The data workers are processes already; threads of the tokenizer below them only take their cores. Documented by
+# tokenizers, which also warns without it when a process forks.
+export TOKENIZERS_PARALLELISM=false
+
+# What `tuned` holds for this chip: a larger share of VMEM for matrix products, and collectives handed to the SparseCore,
+# from the compiler model only. libtpu refuses v5e's flags of asynchronous collectives (FAILED_PRECONDITION).
