@@ -1,11 +1,12 @@
 # make demo    the whole story on this machine's CPU, at most ten minutes on two cores
 # make test    the tests, without torch
 # make parity  the comparison with torch and transformers
+# make bench   speed and memory beside torch and transformers
 # make lint    ruff
 #
 # Each target sets up its own environment (.venv, .venv-parity) and does so again only when a requirements file changes.
 
-.PHONY: demo test parity lint
+.PHONY: demo test parity bench lint
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -21,6 +22,11 @@ test: .venv/.dev
 
 parity: .venv-parity/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
+
+bench: .venv/.runtime .venv-parity/.parity
+	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark train --peer
+	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark generate --peer
+	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark data --peer
 
 lint: .venv/.dev
 	.venv/bin/python -m ruff check .

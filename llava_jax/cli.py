@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llava_jax import cli_data, cli_models, cli_train
+from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_train
 from llava_jax.cli_parse import Parser
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
@@ -39,6 +39,14 @@ COMMANDS: dict[str, Command] = {
         "llava-jax train --config=configs/tiny.py:stage=pretrain --workdir=runs/pretrain --config.optim.lr=1e-3",
         cli_train.train_flags,
         cli_train.train,
+        passes="--config",
+    ),
+    "compile": Command(
+        "compile the step of `train` ahead of time, for TPUs by name or for what is here: does it fit, how fast is it",
+        "llava-jax compile --config=configs/llava_v1_5.py:size=7b,stage=finetune --topology=v5e:8x8 "
+        "--config.model.llm=random:vicuna-7b --config.model.vision=random:clip-l-14-336 --rows=665298",
+        cli_plan.compile_flags,
+        cli_plan.compile_,
         passes="--config",
     ),
     "generate": Command(
@@ -78,6 +86,24 @@ COMMANDS: dict[str, Command] = {
         "llava-jax convert --from=orbax:runs/finetune --to=hf:my-llava",
         cli_models.convert_flags,
         cli_models.convert,
+    ),
+    "benchmark train": Command(
+        "seconds an update of both stages, with --peer beside transformers and PyTorch",
+        "llava-jax benchmark train --peer --json=train.json",
+        cli_benchmark.train_flags,
+        cli_benchmark.train,
+    ),
+    "benchmark generate": Command(
+        "tokens a second of greedy answers to prompts with pictures, and seconds to the first token",
+        "llava-jax benchmark generate --peer --json=generate.json",
+        cli_benchmark.generate_flags,
+        cli_benchmark.generate,
+    ),
+    "benchmark data": Command(
+        "pictures decoded and preprocessed a CPU second",
+        "llava-jax benchmark data --peer --json=data.json",
+        cli_benchmark.data_flags,
+        cli_benchmark.data,
     ),
 }
 HELP = ("--help", "-h", "help")

@@ -1,0 +1,189 @@
+"""The two sides of a benchmark beside each other: started, sent turn by turn in alternation, and held together.
+
+A turn of ours is followed by a turn of the peer's, so that whatever else the machine does slows both. On a CPU both are
+pinned to one core and CPU seconds are counted.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llava_jax.types import InputError
+
+Figures = dict[str, Any]
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+OURS, PEER = "ours", "peer"
+# The seconds whose ratio is the result of a job.
+UNIT = {"train": "step", "generate": "token", "data": "picture"}
+# How far the two losses of the first update may lie apart in float32 (both sides start from the same file).
+LOSS_TOLERANCE = 1e-4
+PARITY_PYTHON = os.path.join(".venv-parity", "bin", "python")
+
+
+def find_peer_python(given: str | None) -> str:
+    """The Python that has torch: the one given, this one, or that of `make parity`. Raises InputError."""
+    if given:
+        return given
+    if importlib.util.find_spec("torch") is not None:
+        return sys.executable
+    if os.path.exists(PARITY_PYTHON):
+        return PARITY_PYTHON
+    raise InputError(
+        f"--peer needs torch and transformers, which neither this Python nor {PARITY_PYTHON} has: run `make parity` "
+        "once, or give --peer_python=PYTHON"
+    )
+
+
+def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) -> Figures:
+    """Medians of each side over `rounds` turns, and the ratio theirs / ours where there is a peer.
+
+    `work` says what a side does (see `ours.py`); files it names as "" are made in a temporary folder. Raises InputError
+    when a side fails, with the last line it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="llava_jax_benchmark_") as folder:
+        work = with_paths(work, folder)
+        path = os.path.join(folder, "work.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(work, file)
+        here = [sys.executable, "-m"]
+        making = dict(os.environ, JAX_PLATFORMS="cpu")
+        with pinned(work["core"]), contextlib.ExitStack() as stack:
+            run_once([*here, "llava_jax.benchmark.making", path], making, os.path.join(folder, "making.log"))
+            commands = {OURS: [*here, "llava_jax.benchmark.ours", path]}
+            if peer_python is not None:
+                commands[PEER] = [peer_python, os.path.join(HERE, "peer.py"), path]
+            sides = {
+                name: stack.enter_context(Side(name, command, os.path.join(folder, f"{name}.log")))
+                for name, command in commands.items()
+            }
+            for side in sides.values():
+                side.ready()
+            for _ in range(rounds):
+                for side in sides.values():
+                    side.turn()
+            for side in sides.values():
+                side.finish()
+    return summary(work, sides)
+
+
+def with_paths(work: Mapping[str, Any], folder: str) -> Figures:
+    """The work with the places of its files."""
+    if work["job"] == "data":
+        return {**work, "pictures": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
+    return {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
+
+
+@contextlib.contextmanager
+def pinned(core: int | None) -> Iterator[None]:
+    """What is started within runs on that core alone; None leaves everything as it is."""
+    if core is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Side(contextlib.AbstractContextManager):
+    """A process that serves turns (`turns.serve`); it ends with the block."""
+
+    def __init__(self, name: str, command: Sequence[str], log: str):
+        self.name, self.command, self.log = name, command, log
+        self.found: Figures = {}
+        self.turns: list[Mapping[str, float]] = []
+
+    def __enter__(self) -> "Side":
+        with open(self.log, "wb") as log:
+            try:
+                self.process = subprocess.Popen(
+                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+            except OSError as error:
+                raise InputError(f"{self.command[0]}: {error.strerror}; expected a Python with torch") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def ready(self) -> None:
+        self.found = self._answer()
+
+    def turn(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it printed says why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        self.turns.append(self._answer())
+
+    def finish(self) -> None:
+        self.process.stdin.close()
+        self.found |= self._answer()
+
+    def figures(self) -> Figures:
+        """What it found, and the median of every name over its turns."""
+        return self.found | {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
+
+    def _answer(self) -> Figures:
+        line = self.process.stdout.readline()
+        if not line:
+            raise InputError(failure(f"{self.name} ({self.command[0]})", self.process.wait(), self.log))
+        return json.loads(line)
+
+
+def run_once(command: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    with open(log, "wb") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=file).returncode
+    if code:
+        raise InputError(failure("making the model", code, log))
+
+
+def failure(what: str, code: int, log: str) -> str:
+    with open(log, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    return f"benchmark: {what} ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
+
+
+# ---- what came out --------------------------------------------------------------------------------------------------
+
+
+def summary(work: Mapping[str, Any], sides: Mapping[str, Side]) -> Figures:
+    """The figures of each side; `ratio` is theirs / ours of the medians, `ratios` that of each round."""
+    figures = {name: side.figures() for name, side in sides.items()}
+    if PEER not in sides:
+        return figures
+    unit = UNIT[work["job"]]
+    same = check_same(work, figures[OURS], figures[PEER])
+    each = [theirs[unit] / ours[unit] for ours, theirs in zip(sides[OURS].turns, sides[PEER].turns, strict=True)]
+    return figures | {"ratio": figures[PEER][unit] / figures[OURS][unit], "ratios": each, "same": same}
+
+
+def check_same(work: Mapping[str, Any], ours: Figures, theirs: Figures) -> str:
+    """In words, how it is known that both sides did the same work. Raises InputError where they did not."""
+    if work["job"] == "data":
+        if abs(ours["sum"] - theirs["sum"]) > 1e-6 * theirs["sum"]:
+            raise InputError(f"benchmark: the pictures differ (sums {ours['sum']}, {theirs['sum']}): not the same work")
+        return "the same pixels"
+    if not work["weights"]:
+        return "random weights on each side, not compared"
+    if work["job"] == "generate":
+        rows = zip(ours.pop("ids"), theirs.pop("ids"), strict=True)
+        pairs = [pair for ours_row, theirs_row in rows for pair in zip(ours_row, theirs_row, strict=True)]
+        return f"{sum(a == b for a, b in pairs)} of {len(pairs)} ids are the same"
+    if abs(ours["loss"] - theirs["loss"]) > LOSS_TOLERANCE:
+        both = f"{ours['loss']} and {theirs['loss']}"
+        raise InputError(f"benchmark: the losses of one model differ, {both}: not the same work")
+    return f"loss {ours['loss']:.5f} and {theirs['loss']:.5f} from the same weights"

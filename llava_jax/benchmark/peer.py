@@ -1,0 +1,145 @@
+"""The other side: the same work by transformers and PyTorch, in the Python that has them. Nothing of ours imports this.
+
+A program, `python llava_jax/benchmark/peer.py WORK.json`: llava_jax itself need not be installed there.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from turns import Figures, Turn, clock, serve
+
+# What learns in each stage, by the names of LlavaForConditionalGeneration.
+PARTS = {
+    "pretrain": ("multi_modal_projector",),
+    "finetune": ("multi_modal_projector", "language_model", "lm_head"),
+}
+
+
+def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    return {"train": train, "generate": generate, "data": data}[work["job"]](work)
+
+
+def load(work: Mapping[str, Any], device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of the folder, or one of its size with random weights where it holds no weights."""
+    how = dict(dtype=dtype, attn_implementation="sdpa")
+    if work["weights"]:
+        return LlavaForConditionalGeneration.from_pretrained(work["model"], **how).to(device)
+    with torch.device(device):
+        return LlavaForConditionalGeneration._from_config(LlavaConfig.from_pretrained(work["model"]), **how)
+
+
+def place() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: `steps` updates of the stage; seconds an update."""
+    device = place()
+    model = load(work, device, getattr(torch, work["param_dtype"])).train()
+    trained = []
+    for name, value in model.named_parameters():
+        value.requires_grad = any(part in name.split(".") for part in PARTS[work["stage"]])
+        if value.requires_grad:
+            trained.append(value)
+    optimizer = torch.optim.AdamW(trained, lr=work["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    if work["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    forward = torch.compile(model) if work["compiled"] else model
+    with np.load(work["batch"]) as arrays:
+        tokens = torch.from_numpy(arrays["tokens"]).long().to(device)
+        labels = torch.from_numpy(np.where(arrays["targets"], arrays["tokens"], -100)).long().to(device)
+        pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(device, model.dtype)
+
+    def update() -> torch.Tensor:
+        # Rows are full, so no mask is given: sdpa then takes its causal kernel.
+        loss = forward(input_ids=tokens, pixel_values=pixels, labels=labels, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    seconds = clock(device)
+
+    def turn() -> dict[str, float]:
+        began = seconds()
+        for _ in range(work["steps"]):
+            loss = update()
+        loss.item()
+        return {"step": (seconds() - began) / work["steps"], **device_peak()}
+
+    first = update().item()
+    update().item()
+    return {"loss": first, **about(model, device)}, turn
+
+
+def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: greedy answers of `new_tokens` ids to a batch of prompts; seconds an id, and to the first one."""
+    device = place()
+    model = load(work, device, getattr(torch, work["dtype"])).eval()
+    with np.load(work["batch"]) as arrays:
+        tokens = torch.from_numpy(arrays["tokens"]).long().to(device)
+        pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(device, model.dtype)
+    model.generation_config.eos_token_id = None
+    prompt = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False)
+    seconds = clock(device)
+
+    @torch.inference_mode()
+    def answer(count: int) -> tuple[float, list[list[int]]]:
+        began = seconds()
+        ids = model.generate(**prompt, max_new_tokens=count, min_new_tokens=count)[:, tokens.shape[1] :].tolist()
+        return seconds() - began, ids
+
+    def turn() -> dict[str, float]:
+        whole, first = answer(work["new_tokens"])[0], answer(1)[0]
+        return {"token": whole / work["new_tokens"], "first_token": first, **device_peak()}
+
+    return {"ids": answer(work["new_tokens"])[1], **about(model, device)}, turn
+
+
+def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: every picture decoded, padded to a square and put through CLIPImageProcessor; seconds a picture."""
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = work["size"]
+    process = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    background = tuple(int(255 * mean) for mean in process.image_mean)
+
+    def pixels(path: str) -> np.ndarray:
+        image = Image.open(path).convert("RGB")
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), background)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return process(square, return_tensors="np")["pixel_values"][0]
+
+    seconds = clock("cpu")
+
+    def turn() -> dict[str, float]:
+        began = seconds()
+        for path in work["pictures"]:
+            pixels(path)
+        return {"picture": (seconds() - began) / len(work["pictures"])}
+
+    first = pixels(work["pictures"][0])
+    return {"sum": float(np.abs(first).astype(np.float64).sum()), "device": "cpu"}, turn
+
+
+def about(model: torch.nn.Module, device: str) -> Figures:
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    parameters = sum(value.numel() for value in model.parameters())
+    return {"device": name, "parameters": parameters, "torch": torch.__version__}
+
+
+def device_peak() -> dict[str, float]:
+    """Most memory the accelerator has held; nothing on a CPU."""
+    return {"device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+
+
+if __name__ == "__main__":
+    serve(start)

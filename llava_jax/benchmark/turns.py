@@ -1,0 +1,56 @@
+"""One side of a benchmark, as a process of its own: it gets ready, then works one turn for each line it is sent.
+
+Only the standard library: the PyTorch side imports this file too, by its path, where llava_jax need not be installed.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Figures = dict[str, Any]
+# One turn: seconds a unit of work, under the names that both sides share.
+Turn = Callable[[], Mapping[str, float]]
+
+
+def serve(start: Callable[[Mapping[str, Any]], tuple[Figures, Turn]]) -> None:
+    """The life of a side: the work is the JSON file named in argv, `start` warms up and gives what it found and a turn.
+
+    Each line on stdin is answered by one line of JSON on stdout; anything else that is printed goes to stderr.
+    """
+    with open(sys.argv[1], encoding="utf-8") as file:
+        work = json.load(file)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    found, turn = start(work)
+    started = peak_bytes()
+    forget_peak()
+    print(json.dumps(found), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(turn()), file=answers, flush=True)
+    print(json.dumps({"start_bytes": started, "peak_bytes": peak_bytes()}), file=answers, flush=True)
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Seconds of this process's threads on a CPU, which a busy machine lengthens little; of the wall elsewhere."""
+    return time.process_time if device == "cpu" else time.perf_counter
+
+
+def peak_bytes() -> int:
+    """Most memory this process has held since `forget_peak`, as Linux counts it; 0 on another system."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except FileNotFoundError:
+        return 0
+
+
+def forget_peak() -> None:
+    """From here on `peak_bytes` counts anew, where the system lets a process do so."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except (FileNotFoundError, PermissionError):
+        return
