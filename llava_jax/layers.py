@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.sharding import gathered
+
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
 normal = jax.nn.initializers.normal(0.02)
@@ -46,13 +48,17 @@ class Linear(nnx.Module):
         init: Initializer = normal,
         bias_init: Initializer = zeros,
     ):
-        self.in_dims = len(in_shape)
+        self.in_dims, self.axes = len(in_shape), (*in_axes, *out_axes)
         self.kernel = param(rngs, init, (*in_shape, *out_shape), (*in_axes, *out_axes))
         if bias:
             self.bias = param(rngs, bias_init, out_shape, out_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=self.in_dims)
+        # Rows as one dimension: over two of them XLA's CPU backend does not take its fast product for the gradient.
+        lead, in_shape = x.shape[: x.ndim - self.in_dims], x.shape[x.ndim - self.in_dims :]
+        kernel = gathered(self.kernel.astype(x.dtype), *self.axes)
+        y = jnp.tensordot(x.reshape(-1, *in_shape), kernel, axes=self.in_dims)
+        y = y.reshape(*lead, *y.shape[1:])
         return y + self.bias.astype(x.dtype) if hasattr(self, "bias") else y
 
 

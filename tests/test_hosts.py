@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 8
 
 
-def launch(count: int, *runs: list[str], cache: pathlib.Path, devices: int = 8) -> list[subprocess.Popen]:
+def launch(count: int, *runs: list[str], devices: int = 8) -> list[subprocess.Popen]:
     """`count` processes with `devices` in all; `runs` are the arguments of each, or of all when there is one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,8 +31,7 @@ def launch(count: int, *runs: list[str], cache: pathlib.Path, devices: int = 8) 
     common = dict(
         JAX_PLATFORMS="cpu",
         XLA_FLAGS=flags,
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling is most of the time
     )
     many = dict(JAX_COORDINATOR_ADDRESS=address, JAX_COORDINATOR_BIND_ADDRESS=address, JAX_NUM_PROCESSES=str(count))
     return [
@@ -73,9 +72,9 @@ def inputs(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def ran(inputs) -> dict:
     """What two processes said, the first time until one gets SIGTERM, and one process that does the same on its own."""
-    cache, two = inputs / "cache", inputs / "two"
+    two = inputs / "two"
     long = [inputs / "global_token.json", two]
-    stopped = launch(2, long, cache=cache)
+    stopped = launch(2, long)
     wait_for_lines(two / "metrics.jsonl", 1, stopped)
     stopped[1].send_signal(signal.SIGTERM)
     said = {"stopped": finish(stopped)}
@@ -83,9 +82,9 @@ def ran(inputs) -> dict:
     said["logged"] = len(read_metrics(two))
     shutil.copytree(two, inputs / "back")
     ranks = inputs / "rank_mean.json"
-    said["two"] = finish(launch(2, [*long, ranks, inputs / "two_ranks"], cache=cache))
+    said["two"] = finish(launch(2, [*long, ranks, inputs / "two_ranks"]))
     alone = [inputs / "global_token.json", inputs / "one", ranks, inputs / "one_ranks"]
-    said["one"] = finish(launch(1, [*alone, inputs / "global_token.json", inputs / "back"], cache=cache))
+    said["one"] = finish(launch(1, [*alone, inputs / "global_token.json", inputs / "back"]))
     return said
 
 
@@ -129,7 +128,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(ran, inputs):
 def test_only_the_first_process_speaks(ran):
     first, second = ran["two"]
     assert "2 processes" in first[1] and f"{STEPS}/{STEPS} steps done" in first[1]
-    ours = [line for line in second[1].splitlines() if not line.startswith("[Gloo]")]
+    ours = [line for line in second[1].splitlines() if "peer ranks" not in line]  # what gloo says
     assert len(ours) == 1 and ours[0].startswith("{")
 
 
@@ -143,14 +142,14 @@ def test_each_host_reads_the_rows_of_its_devices(ran):
 
 def test_a_workdir_that_is_not_shared_is_refused(inputs, tmp_path):
     apart = [[inputs / "rank_mean.json", tmp_path / name] for name in ("a", "b")]
-    first, second = finish(launch(2, *apart, cache=inputs / "cache", devices=2))
+    first, second = finish(launch(2, *apart, devices=2))
     assert second[0] == 2 and "process 1 does not see what process 0 writes in it" in second[2]
     assert first[0] != 0
 
 
 def test_hosts_with_other_settings_are_refused(inputs, tmp_path):
     apart = [[inputs / name, tmp_path] for name in ("rank_mean.json", "global_token.json")]
-    both = finish(launch(2, *apart, cache=inputs / "cache", devices=4))
+    both = finish(launch(2, *apart, devices=4))
     # Whoever says so first ends the other one.
     assert any(code == 2 and "the config of process 1 and of process 0 differ" in err for code, _, err in both), both
     assert all(code != 0 for code, *_ in both)
@@ -178,7 +177,7 @@ def test_what_one_host_cannot_read_ends_all(inputs, tmp_path):
     settings = make_settings(inputs, "pretrain", data__shuffle=False, data__max_length=48, **paths)
     write_settings(str(tmp_path / "settings.json"), settings)
     begin = time.monotonic()
-    first, second = finish(launch(2, [tmp_path / "settings.json", tmp_path / "run"], cache=inputs / "cache", devices=2))
+    first, second = finish(launch(2, [tmp_path / "settings.json", tmp_path / "run"], devices=2))
     assert second[0] == 2 and "row 3 (id 'caption-3')" in second[2] and "broken.png" in second[2]
     assert first[0] not in (0, 2)
     assert time.monotonic() - begin < 150

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llava_jax.layers import Linear, RMSNorm, normal, param
 from llava_jax.ops.attention import attention
 from llava_jax.ops.rope import angles, rotate
-from llava_jax.sharding import constrain
+from llava_jax.sharding import constrain, gathered
 from llava_jax.types import REMAT_NAMES, LlamaConfig
 
 
@@ -107,7 +107,7 @@ class Embed(nnx.Module):
         """Embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
         inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
         # Without the pin the compiler lays the batch out as the table, and never finds back.
-        table_VD = constrain(self.table.astype(self.dtype), "vocab", "activation")
+        table_VD = gathered(self.table.astype(self.dtype), "vocab", "embed")
         x_BTD = jnp.take(table_VD, jnp.where(inside, tokens_BT, 0), axis=0)
         return constrain(x_BTD, "batch", "length", "activation")
 
@@ -136,7 +136,7 @@ class Llama(nnx.Module):
     def head_kernel(self, dtype: jnp.dtype) -> jax.Array:
         """[D, V] whole along D, so that a loop over positions does not gather it again."""
         kernel_DV = self.embed.table.astype(dtype).T if self.config.tied else self.head.kernel.astype(dtype)
-        return constrain(kernel_DV, "activation", "vocab")
+        return gathered(kernel_DV, "embed", "vocab")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm."""

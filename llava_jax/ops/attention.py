@@ -69,6 +69,8 @@ def attention(
         if not causal or key_mask_BS is not None:
             raise ValueError("splash does causal attention without a key mask")
         return _splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, block)
+    if implementation == "xla" and causal and key_mask_BS is None:
+        return checkpoint_name(_in_blocks(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT), RESIDUALS)
     mask = None
     if segment_ids_BT is not None:
         mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
@@ -79,6 +81,38 @@ def attention(
         q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=implementation
     )
     return checkpoint_name(out_BTNH, RESIDUALS)
+
+
+def _in_blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """Causal attention a stretch of queries at a time: none computes what lies behind it, scores are made twice.
+
+    At most 16 stretches: each is a piece of the program.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    block = max(LANES, -(-T // 16))
+    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    stretch = jax.checkpoint(_stretch, prevent_cse=False)
+    parts = []
+    for first in range(0, T, block):
+        last = min(first + block, T)
+        ids = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, first:last], segment_ids_BT[:, :last])
+        parts.append(stretch(q_BKGTH[:, :, :, first:last], k_BKTH[:, :, :last], v_BKTH[:, :, :last], *ids))
+    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _stretch(
+    q_BKGQH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, ids_BQ: jax.Array | None, ids_BS: jax.Array | None
+) -> jax.Array:
+    """The last Q of S positions attend to all of them that are not behind them; G query heads share a key head."""
+    Q, S = q_BKGQH.shape[3], k_BKSH.shape[2]
+    seen = jnp.arange(S - Q, S)[:, None] >= jnp.arange(S)
+    if ids_BQ is not None:
+        seen = seen & (ids_BQ[:, None, None, :, None] == ids_BS[:, None, None, None, :])
+    scores = jnp.einsum("BKGQH,BKSH->BKGQS", q_BKGQH, k_BKSH, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGQS,BKSH->BKGQH", weights, v_BKSH)
 
 
 def _splash(

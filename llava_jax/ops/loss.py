@@ -95,15 +95,20 @@ def _local(
     hidden = jnp.pad(hidden_BTD.reshape(-1, D)[order], ((0, pad), (0, 0)))
     labels, weights = (jnp.pad(x[order], (0, pad)) for x in (labels, weights))
 
+    # The same for all devices: they meet in the sums over the vocabulary.
+    used = -(-jnp.count_nonzero(weights) // chunk)
+    if on_mesh:
+        used = jax.lax.pmax(used, ("data", "fsdp", "tensor"))
+
     def add(sums: tuple, stretch: tuple) -> tuple[tuple, jax.Array]:
+        number, *arrays = stretch
         idle = lambda sums, hidden, *_: (sums, jnp.zeros_like(hidden))  # noqa: E731
-        return jax.lax.cond(
-            jnp.any(stretch[2] != 0), functools.partial(_stretch, head_DV, on_mesh), idle, sums, *stretch
-        )
+        return jax.lax.cond(number < used, functools.partial(_stretch, head_DV, on_mesh), idle, sums, *arrays)
 
     head_sum = jnp.zeros(head_DV.shape, jnp.float32) if head_learns else None
     stretches = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, labels, weights))
-    (loss, head_sum), hidden = jax.lax.scan(add, (jnp.float32(0), head_sum), stretches)
+    numbers = jnp.arange(stretches[0].shape[0])
+    (loss, head_sum), hidden = jax.lax.scan(add, (jnp.float32(0), head_sum), (numbers, *stretches))
     hidden = hidden.reshape(-1, D)[jnp.argsort(order)].reshape(B, T, D)
     head = None if head_sum is None else head_sum.astype(head_DV.dtype)
     if on_mesh:

@@ -19,8 +19,12 @@ def keep_compiled() -> str:
     """Where compiled programs are kept for the next start ('' where they are not); call it before the first one.
 
     JAX_COMPILATION_CACHE_DIR names the folder. Without it a GPU or TPU has one under the home folder and a CPU none:
-    its programs compile in seconds, and may not run on a machine with another processor.
+    its programs compile in seconds, and may not run on a machine with another processor. Several CPU devices never do:
+    of programs that are read back (jax 0.10.2) they run the collectives in different orders, and abort.
     """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return ""
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILED_FOLDER))
     return jax.config.jax_compilation_cache_dir or ""

@@ -95,6 +95,8 @@ def loss_and_grads(
 
         def add(sums: Any, micro: Batch) -> tuple[Any, None]:
             (total, (weight, targets)), grads = grad_fn(params, frozen, micro)
+            # Otherwise libtpu moves the sum over the devices out of the loop, and fails at it (0.0.42).
+            grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(lambda old, new: old + new, sums, (total, weight, targets, grads)), None
 
         # Sums of bfloat16 gradients are kept in float32: many small terms.
