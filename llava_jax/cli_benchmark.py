@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.cli_parse import announce
+from llava_jax.cli_parse import announce, check_output
 from llava_jax.types import InputError
 
 STAGES = ("pretrain", "finetune")
@@ -139,6 +139,7 @@ def sides(args: argparse.Namespace, size: str) -> tuple[str | None, int | None]:
     """(Python of the peer or None, core both are pinned to or None). Raises InputError."""
     from llava_jax.benchmark.compare import find_peer_python
 
+    check_output("--json", args.json)
     if args.peer_python and not args.peer:
         raise InputError("--peer_python without --peer: add --peer, or leave it out")
     peer = find_peer_python(args.peer_python) if args.peer else None
@@ -157,6 +158,7 @@ def model_work(args: argparse.Namespace, core: int | None, rows: int, length: in
 
 
 def where(core: int | None, peer: str | None) -> dict[str, str]:
+    """What is announced of the machine and of the other side."""
     return {
         "core": "not pinned" if core is None else f"{core}, the only one of each side",
         "peer": f"{PEER_NAME} of {peer}, in turns with ours" if peer else "none (--peer)",
@@ -204,9 +206,9 @@ def print_table(result: Mapping[str, Any], *lines: tuple) -> None:
     from llava_jax.benchmark.compare import OURS, PEER
 
     columns = {"ours": result[OURS]} | ({PEER_NAME: result[PEER]} if PEER in result else {})
-    gigabytes = ("peak memory, MB", lambda side: f"{side.get('device_bytes', side['peak_bytes']) / 1e6:.0f}")
+    memory = ("peak memory, MB", lambda side: f"{side.get('device_bytes', side['peak_bytes']) / 1e6:.0f}")
     print(" " * 24 + "".join(f"{name:>24}" for name in columns))
-    for name, show in (*lines, gigabytes):
+    for name, show in (*lines, memory):
         print(f"  {name:<22}" + "".join(f"{show(side):>24}" for side in columns.values()))
     if "ratio" in result:
         low, high = min(result["ratios"]), max(result["ratios"])

@@ -1,6 +1,7 @@
 """What every command shares: flags whose complaints are InputErrors, nearest names, the lines said before a start."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -36,6 +37,15 @@ class Parser(argparse.ArgumentParser):
             near = nearest(flag, (*self.known_flags, *also_known))
             raise InputError(f"{self.prog} has no argument {flag!r}{near}; see `{self.prog} --help`")
         return args
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """InputError for a file that could not be written, before the minutes that its figures take."""
+    folder = os.path.dirname(path or "")
+    if folder and not os.path.isdir(folder):
+        raise InputError(f"{flag}={path}: no folder {folder!r}; make it first")
+    if path and os.path.isdir(path):
+        raise InputError(f"{flag}={path}: is a folder, expected the name of a file")
 
 
 def announce(title: str, **facts: Any) -> None:

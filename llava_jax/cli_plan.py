@@ -5,7 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from llava_jax.cli_parse import announce
+from llava_jax.cli_parse import announce, check_output
 from llava_jax.cli_train import load_settings
 from llava_jax.types import InputError, Settings
 
@@ -77,10 +77,8 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise InputError(f"--{name}={value}: expected a number above 0")
-    for name in ("json", "hlo"):
-        folder = os.path.dirname(getattr(args, name) or "")
-        if folder and not os.path.isdir(folder):
-            raise InputError(f"--{name}={getattr(args, name)}: no folder {folder!r}; make it first")
+    check_output("--json", args.json)
+    check_output("--hlo", args.hlo)
     if args.sweep and args.hlo:
         raise InputError("--sweep compiles many programs: give --hlo to a run without it")
     if not args.sweep and (args.sweep_rows or args.sweep_remat or args.sweep_mesh):
@@ -123,6 +121,8 @@ def sweep(args: argparse.Namespace, settings: Settings, target: "Target") -> int
     print(plan_report.sweep_head(), flush=True)
     done = []
     for figures in plan_sweep.plans(settings, target, grid, args.tokens_per_row):
+        if args.rows and "skipped" not in figures:
+            figures |= plan_report.data_set(figures, args.rows, settings.train.epochs, settings.train.steps)
         print(plan_report.sweep_line(figures), flush=True)
         done.append(figures)
     chosen = plan_report.best(done)

@@ -166,8 +166,8 @@ def lower(settings: Settings, target: Target, tokens_per_row: float | None = Non
 
 def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
     """(all figures of the step, as `compile --json` writes them; the text of the compiled program, '' without one)."""
-    start = time.monotonic()
     figures = describe(lowered)
+    start = time.monotonic()
     kind = lowered.target.devices[0].device_kind
     try:
         compiled = compile_lowered(lowered.lowered, lowered.settings.train.compiler_options, kind)

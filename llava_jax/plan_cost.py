@@ -75,9 +75,9 @@ class Estimate:
 
 
 def layout_of(chip: Chip, sizes: tuple[int, ...]) -> Layout:
-    """The layout of a slice: v5p has rings from 4x4x4 on, v5e and v6e as a whole pod of 16x16."""
-    count = math.prod(sizes)
-    return Layout(sizes, count >= 256 or (chip.name == "v5p" and count >= 64))
+    """The layout of a slice: v5p has rings where all three axes have 4 chips, v5e and v6e as a whole pod of 16x16."""
+    least, axes = (4, 3) if chip.name == "v5p" else (16, 2)
+    return Layout(sizes, all(size >= least for size in sizes[:axes]))
 
 
 def estimate(text: str, chip: Chip, layout: Layout) -> Estimate:
@@ -180,6 +180,10 @@ class Pricer:
         self.types = {name: {i.name: i.type for i in body} for name, body in program.computations.items()}
         self.fused_backward = not any("_mha_dq" in f"{i.name} {i.rest}" for i in program.instructions())
         self._costs: dict[str, Cost] = {}
+        # Caches of the instance: those of a decorated method would hold every program that was ever priced.
+        self._inside = functools.cache(self._first_collective)
+        self._body_has_product = functools.cache(self._any_product)
+        self._body_product_flops = functools.cache(self._all_product_flops)
 
     @property
     def cost(self) -> Cost:
@@ -256,8 +260,7 @@ class Pricer:
         """The collective that an instruction is, or that its called computation holds."""
         return i if i.collective else self._inside(i.calls) if i.calls else None
 
-    @functools.cache  # noqa: B019 (a pricer lives as long as one estimate)
-    def _inside(self, name: str) -> Instruction | None:
+    def _first_collective(self, name: str) -> Instruction | None:
         for i in self.program.computations.get(name, ()):
             if i.collective:
                 return i
@@ -304,8 +307,7 @@ class Pricer:
             return True
         return bool(i.calls) and self._body_has_product(i.calls)
 
-    @functools.cache  # noqa: B019
-    def _body_has_product(self, name: str) -> bool:
+    def _any_product(self, name: str) -> bool:
         return any(self._has_product(i) for i in self.program.computations.get(name, ()))
 
     def _product_flops(self, i: Instruction, types: dict[str, str]) -> float:
@@ -313,8 +315,7 @@ class Pricer:
             return product_flops(i, types)
         return self._body_product_flops(i.calls) if i.calls else 0.0
 
-    @functools.cache  # noqa: B019
-    def _body_product_flops(self, name: str) -> float:
+    def _all_product_flops(self, name: str) -> float:
         products = ("convolution", "dot", "fusion")
         body = [i for i in self.program.computations.get(name, ()) if i.opcode in products]
         return sum(self._product_flops(i, self.types[name]) for i in body)

@@ -1,8 +1,8 @@
 """What `compile` says of a plan: figures with their error, what to change where it does not fit, hours of data."""
 
-import math
 from typing import Any
 
+from llava_jax.data.pipeline import steps_for
 from llava_jax.settings import REMATS
 
 GIB = 2**30
@@ -84,7 +84,7 @@ def _known(figures: Figures, key: str, say: Any) -> str:
 def _time(figures: Figures) -> list[str]:
     model = f"{figures['model_flops'] / 1e12:,.3g} TFLOP of the model a chip and step"
     if figures["step_seconds"] is None:
-        return [_line("FLOPs", model), *([_line("time of a step", _known(figures, "step_seconds", str))])]
+        return [_line("FLOPs", model), _line("time of a step", _known(figures, "step_seconds", str))]
     seconds = figures["step_seconds"]
     lines = [
         _line("FLOPs", f"{model}, {figures['flops'] / 1e12:,.3g} with what is computed again"),
@@ -120,7 +120,7 @@ def _data_set(figures: Figures) -> list[str]:
 
 def data_set(figures: Figures, rows: int, epochs: float, steps: int) -> Figures:
     """Steps and hours for a data set of `rows` conversations; `steps` (0: epochs decide) as train.steps."""
-    steps = steps or math.ceil(epochs * math.ceil(rows / figures["batch_size"]))
+    steps = steps or steps_for(rows, figures["batch_size"], epochs)
     seconds = figures["step_seconds"]
     return {"data_rows": rows, "steps": steps, "hours": None if seconds is None else steps * seconds / 3600}
 
@@ -208,6 +208,6 @@ def sweep_end(plans: list[Figures], chosen: Figures | None) -> str:
         return "none fits" if timed or any(plan["fits"] is False for plan in plans) else "no time is known here"
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in chosen["mesh"].items())
     flags = f"--config.train.batch_size={chosen['batch_size']} --config.train.remat={chosen['remat']} {mesh}"
-    return (
-        f"best that fits, by estimated tokens a second and chip ({CALIBRATION_LINE}):\n{sweep_line(chosen)}\n  {flags}"
-    )
+    flags += " --config.train.accumulate=1" + f" --config.data.pack_length={chosen['length']}" * chosen["pack"]
+    best_line = f"best that fits, by estimated tokens a second and chip ({CALIBRATION_LINE}):"
+    return "\n".join([best_line, sweep_line(chosen), f"  {flags}", *_data_set(chosen)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class Grid:
 def parse_grid(rows: str | None, remats: str | None, meshes: str | None, settings: Settings, target: Target) -> Grid:
     """The grid of `--sweep_rows=2,4`, `--sweep_remat=full,minimal`, `--sweep_mesh=1x64x1,2x32x1`; each has a default.
 
-    By default the weights are split over all chips, over half of them, and as the config says.
+    By default the weights are split over all chips of a slice, over half of them, and as the config says.
     """
     chips, slices = len(target.devices), target.slices
     given = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else ROWS
@@ -35,24 +36,29 @@ def parse_grid(rows: str | None, remats: str | None, meshes: str | None, setting
     for kind in kinds:
         settings_from_dict(dataclasses.asdict(_point(settings, 1, kind, (chips, 1, 1), None)))
     if meshes:
-        shapes = [_mesh(word, chips) for word in meshes.split(",")]
+        shapes = [_mesh(word, chips, slices) for word in meshes.split(",")]
     else:
-        shapes = [(slices, chips // slices, 1), _whole(settings.mesh, chips)]
-        if chips // slices > 1:
+        whole = _whole(settings.mesh, chips)
+        shapes = [(slices, chips // slices, 1)]
+        if whole[0] % slices == 0:
+            shapes.append(whole)
+        if chips // slices % 2 == 0:
             shapes.append((2 * slices, chips // slices // 2, 1))
     return Grid(given, kinds, tuple(dict.fromkeys(shapes)))
 
 
 def _number(flag: str, word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
-        raise InputError(f"{flag}: {word!r} is not a number of 1 or more; write {flag}=2,4")
+        raise InputError(f"{flag}: {word!r} is not a whole number of 1 or more")
     return int(word)
 
 
-def _mesh(word: str, chips: int) -> tuple[int, int, int]:
+def _mesh(word: str, chips: int, slices: int) -> tuple[int, int, int]:
     sizes = tuple(_number("--sweep_mesh", size) for size in word.split("x"))
-    if len(sizes) != 3 or sizes[0] * sizes[1] * sizes[2] != chips:
+    if len(sizes) != 3 or math.prod(sizes) != chips:
         raise InputError(f"--sweep_mesh: {word!r} is not DATAxFSDPxTENSOR with a product of {chips} chips")
+    if sizes[0] % slices:
+        raise InputError(f"--sweep_mesh: {word!r}: on {slices} slices DATA is a multiple of {slices}")
     return sizes
 
 
@@ -90,9 +96,10 @@ def plans(settings: Settings, target: Target, grid: Grid, tokens_per_row: float 
 def _point(
     settings: Settings, rows: int, remat: str, mesh: tuple[int, int, int], tokens_per_row: float | None
 ) -> Settings:
-    size = rows * mesh[0] * mesh[1]
-    if settings.data.pack and tokens_per_row:
-        length = settings.data.pack_length or settings.data.max_length
-        size = int(size * length * TARGET / tokens_per_row)
+    size, data = rows * mesh[0] * mesh[1], settings.data
+    if data.pack and tokens_per_row:
+        # Of a given length: else batch_shape would choose another, and fewer rows than this point is about.
+        data = dataclasses.replace(data, pack_length=data.pack_length or data.max_length)
+        size = int(size * data.pack_length * TARGET / tokens_per_row)
     train = dataclasses.replace(settings.train, batch_size=size, accumulate=1, remat=remat)
-    return dataclasses.replace(settings, train=train, mesh=MeshSettings(*mesh))
+    return dataclasses.replace(settings, data=data, train=train, mesh=MeshSettings(*mesh))

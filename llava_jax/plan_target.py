@@ -54,7 +54,7 @@ def named_target(name: str, slices: int = 1) -> Target:
         said = str(error).splitlines()[0]
         raise InputError(f"--topology={name}: libtpu knows no such topology ({said}); choose another") from error
     except RuntimeError as error:
-        raise InputError(f"--topology={name} needs libtpu: install llava-jax[tpu] ({error})") from error
+        raise InputError(f'--topology={name} needs libtpu: pip install -e ".[tpu]" ({error})') from error
     chip = CHIPS[kind]
     return Target(name, devices, chip, layout_of(chip, sizes), slices, chip.hbm_bytes)
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from llava_jax import cli
@@ -76,6 +77,14 @@ def test_different_work_is_refused(work, ours, theirs, says):
         compare.check_same(work, ours, theirs)
 
 
+def test_a_fingerprint_sees_where_a_value_stands():
+    pixels_XYC = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    others = (pixels_XYC[::-1], pixels_XYC[:, ::-1], pixels_XYC[..., ::-1], pixels_XYC * 1.001)
+    found = turns.fingerprint(pixels_XYC)
+    assert found == turns.fingerprint(pixels_XYC.copy())
+    assert all(abs(turns.fingerprint(other) - found) > 1e-6 * found for other in others)
+
+
 def test_same_ids_are_counted():
     work = {"job": "generate", "weights": True}
     assert compare.check_same(work, {"ids": [[1, 2], [3, 4]]}, {"ids": [[1, 2], [3, 5]]}).startswith("3 of 4 ids")
@@ -108,6 +117,7 @@ def refused(words: list[str], capsys) -> str:
         (["benchmark", "train", "--rounds=0"], "--rounds=0: expected 1 or more"),
         (["benchmark", "train", "--core=9999"], "--core=9999"),
         (["benchmark", "train", "--length=10"], "--length=10"),
+        (["benchmark", "data", "--json=no/such/data.json"], "no folder 'no/such'"),
         (["benchmark", "data", "--peer_python=python3"], "add --peer"),
         (["benchmark", "data", "--peer", "--peer_python=no-such-python"], "no-such-python"),
         (["benchmark", "train", "--stage=lora"], "--stage"),

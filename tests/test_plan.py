@@ -72,6 +72,15 @@ def test_a_topology_that_is_none(name, says):
         plan_target.named_target(name)
 
 
+def test_without_libtpu_the_answer_says_what_to_install(monkeypatch):
+    def absent(**_):
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    with pytest.raises(InputError, match=r'v5e:8x8 needs libtpu: pip install -e "\.\[tpu\]" \(JAX TPU'):
+        plan_target.named_target("v5e:8x8")
+
+
 def test_local_devices_have_no_known_memory_on_a_cpu():
     target = plan_target.local_target()
     assert (target.chip, target.hbm_bytes, target.layout, target.slices) == (None, None, None, 1)
@@ -239,6 +248,24 @@ def test_grids():
             plan_sweep.parse_grid(*bad, settings(tiny), target)
 
 
+def test_grids_of_slices_spread_the_data_over_them():
+    target = dataclasses.replace(plan_target.local_target(), devices=[None] * 64, slices=2)
+    grid = plan_sweep.parse_grid(None, None, None, settings(tiny), target)
+    assert grid.meshes == ((2, 32, 1), (4, 16, 1))
+    with pytest.raises(InputError, match="multiple of 2"):
+        plan_sweep.parse_grid(None, None, "1x64x1", settings(tiny), target)
+
+
+def test_a_packed_point_has_the_rows_it_is_called_by(monkeypatch):
+    monkeypatch.setattr(plan_sweep, "lower", lambda given, *_: given)
+    monkeypatch.setattr(plan_sweep, "compile_plan", lambda given: ({"fits": True, "settings": given}, ""))
+    given = settings(tiny, data__pack=True)
+    grid = plan_sweep.Grid((1, 2, 8), ("full",), ((2, 4, 1),))
+    for rows, figures in zip(grid.rows, plan_sweep.plans(given, plan_target.local_target(), grid, 300), strict=True):
+        shape = plan.batch_shape(figures["settings"], config_of(), ways=8, tokens_per_row=300)
+        assert (shape.rows, shape.length) == (8 * rows, 1024)
+
+
 def test_larger_batches_are_not_tried_where_a_smaller_one_does_not_fit(monkeypatch):
     tried = []
 
@@ -286,6 +313,7 @@ def test_the_sweep_of_local_devices(tmp_path, capsys):
         (["--slices=2"], "--slices=2"),
         (["--rows=0"], "--rows=0"),
         (["--json=no/such/plan.json"], "no folder 'no/such'"),
+        (["--hlo=tests"], "is a folder"),
         (["--sweep_rows=2"], "need --sweep"),
         (["--sweep", "--hlo=x"], "--hlo"),
         (["--topology=v4:8x8"], "expected one of v5e, v5p, v6e"),

@@ -233,6 +233,7 @@ def test_splash_attention_by_its_products(names, products, efficiency):
         ("v5e", (16, 16), True),
         ("v5p", (2, 2, 1), False),
         ("v5p", (4, 4, 4), True),
+        ("v5p", (2, 4, 8), False),
         ("v6e", (4, 4), False),
     ],
 )

@@ -15,6 +15,7 @@ FIGURES = {
     "rows": 128,
     "length": 2048,
     "filled": None,
+    "pack": False,
     "remat": "none",
     "dtypes": {"param_dtype": "float32", "moment_dtype": "float32", "frozen_dtype": "bfloat16"},
     "compiler_options": "tuned",
@@ -61,7 +62,7 @@ def test_the_report_has_every_figure_and_its_error():
 
 
 def test_steps_of_a_data_set():
-    assert plan_report.data_set(FIGURES, 558_128, 2.0, 0)["steps"] == 2 * 4361
+    assert plan_report.data_set(FIGURES, 558_128, 2.0, 0)["steps"] == 8721
     assert plan_report.data_set(FIGURES, 558_128, 1.0, 10) == {"data_rows": 558_128, "steps": 10, "hours": 20 / 3600}
     assert plan_report.data_set({**FIGURES, "step_seconds": None}, 128, 1.0, 0)["hours"] is None
 
@@ -100,3 +101,7 @@ def test_the_best_plan_fits_and_is_the_fastest():
     assert "does not fit" in plan_report.sweep_line(large)
     end = plan_report.sweep_end([slow, fast], fast)
     assert "--config.train.batch_size=128 --config.train.remat=none --config.mesh.data=2" in end and "±8 %" in end
+    assert "accumulate=1" in end and "pack_length" not in end and "data set" not in end
+    hours = plan_report.data_set(fast, rows=665_298, epochs=1.0, steps=0)
+    end = plan_report.sweep_end([fast], fast | hours | {"pack": True})
+    assert "--config.data.pack_length=2048" in end and "173 minutes" in end

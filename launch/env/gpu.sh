@@ -32,9 +32,8 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # A wrong network or a lost peer is named in the log.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# A start after a preemption does not compile again. The home folder, which the nodes of a cluster share. Documented by
-# jax.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/llava_jax}
+# Compiled programs are kept in ~/.cache/llava_jax/compiled by train itself, so that a start after a preemption does not
+# compile again where the nodes share the home folder; elsewhere export JAX_COMPILATION_CACHE_DIR here. Documented by jax.
 
 # Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
 export HF_HUB_OFFLINE=1

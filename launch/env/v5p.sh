@@ -9,9 +9,9 @@
 # CPU; the CPU stays there for what the host computes. Documented by jax.
 export JAX_PLATFORMS=tpu,cpu
 
-# A start after a preemption does not compile again. On a TPU VM this is the worker's own disk, which a recreated node
-# does not have: a folder on the disk that outlives the node (or gs://…) serves better. Documented by jax.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/llava_jax}
+# Compiled programs are kept in ~/.cache/llava_jax/compiled by train itself. On a TPU VM that is the worker's own disk,
+# which a recreated node does not have: export JAX_COMPILATION_CACHE_DIR here as a folder that outlives the node (or
+# gs://…) and a start after a preemption does not compile again. Documented by jax.
 
 # libtpu's own messages: warnings and errors into the log, no informational ones. The names are in libtpu 0.0.42.1.
 export TPU_MIN_LOG_LEVEL=1
