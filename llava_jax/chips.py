@@ -51,9 +51,7 @@ KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
-    "NVIDIA A100-PCIE-40GB": "a100-40gb",
     "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA A100 80GB PCIe": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }

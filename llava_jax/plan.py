@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llava_jax import plan_hlo
 from llava_jax.convert.config import check_feature_layer
-from llava_jax.data.packing import TARGET, UNIT
+from llava_jax.data.packing import UNIT
 from llava_jax.flops import step_flops
 from llava_jax.plan_cost import Estimate, estimate
 from llava_jax.plan_target import Target
@@ -32,6 +32,9 @@ from llava_jax.types import Batch, InputError, ModelConfig, Settings
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
+
+# Share of real tokens in the rows that train packs, on lengths like those of the published data (96.6 to 98.8 %).
+FILLED = 0.965
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
                 "data.pack=True: compile reads no data: give --tokens_per_row=N, the mean length of a conversation "
                 "with its image tokens (LLaVA-1.5: about 600 in pretrain, 840 in finetune)"
             )
-        tokens = size * tokens_per_row / TARGET
+        tokens = size * tokens_per_row / FILLED
         length = data.pack_length or _pack_length(tokens / ways, data.max_length)
         rows = ways * math.ceil(tokens / length / ways)
         images = data.pack_images or min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))

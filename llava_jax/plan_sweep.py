@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from llava_jax.data.packing import TARGET
-from llava_jax.plan import compile_plan, lower
+from llava_jax.plan import FILLED, compile_plan, lower
 from llava_jax.plan_target import Target
 from llava_jax.settings import settings_from_dict
 from llava_jax.types import InputError, MeshSettings, Settings
@@ -100,6 +99,6 @@ def _point(
     if data.pack and tokens_per_row:
         # Of a given length: else batch_shape would choose another, and fewer rows than this point is about.
         data = dataclasses.replace(data, pack_length=data.pack_length or data.max_length)
-        size = int(size * data.pack_length * TARGET / tokens_per_row)
+        size = int(size * data.pack_length * FILLED / tokens_per_row)
     train = dataclasses.replace(settings.train, batch_size=size, accumulate=1, remat=remat)
     return dataclasses.replace(settings, data=data, train=train, mesh=MeshSettings(*mesh))

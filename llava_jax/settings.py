@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from llava_jax.source import absolute
-from llava_jax.types import REMAT_NAMES, InputError, Settings
+from llava_jax.types import REMAT_NAMES, DataSettings, InputError, Settings
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
 
@@ -73,6 +73,7 @@ def settings_from_dict(values: dict) -> Settings:
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
             "expected whole micro-batches, change one of them"
         )
+    _check_order(settings.data)
     if settings.data.pack and settings.train.loss_norm == "rank_mean":
         raise InputError(
             "train.loss_norm=rank_mean weighs the rows of each device as the original does, which data.pack mixes: "
@@ -191,6 +192,17 @@ def _check_value(key: str, value: Any) -> None:
         if not ((value >= low if low_in else value > low) and (value <= high if high_in else value < high)):
             bounds = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
             raise InputError(f"config key {key}: expected a number in {bounds}, got {value!r}")
+
+
+def _check_order(data: DataSettings) -> None:
+    if data.group_by != "none" and (data.pack or not data.shuffle):
+        other = "data.pack=True" if data.pack else "data.shuffle=False"
+        raise InputError(f"data.group_by={data.group_by} and {other} each order the rows: set only one of them")
+    if not data.pack and (data.pack_length or data.pack_images):
+        raise InputError(
+            f"data.pack_length={data.pack_length} and data.pack_images={data.pack_images} say how rows are packed: "
+            "set data.pack=True, or both to 0"
+        )
 
 
 def _check_mesh(settings: Settings) -> None:

@@ -338,7 +338,6 @@ def test_a_row_longer_than_the_decoders_positions_is_refused(inputs, tmp_path):
 
 def test_random_towers_of_a_config_file(inputs):
     """The specs `random:FILE.json` and `random:NAME`, and the projector drawn as torch.nn.Linear draws it."""
-    (inputs / "vision.json").exists()
     settings = change(make_settings(inputs, "pretrain"), "init", model="")
     settings = change(settings, "model", vision=f"random:{inputs}/vision.json", llm=f"random:{inputs}/llm/config.json")
     plan = assemble.plan_model(settings)

@@ -164,13 +164,6 @@ def test_short_rows_are_not_stretched():
     assert plan.shape.length < 128 and plan.shape.filled > 0.75
 
 
-def test_more_device_shards_than_conversations_leave_rows_empty():
-    lengths, images = instruction_lengths(50)
-    plan = make_plan(lengths, images, batch_size=4, row_multiple=8, steps=10)
-    assert plan.shape.rows == 8
-    assert_sound(plan, lengths, images, 4, 8)
-
-
 def test_an_update_that_needs_exchanges():
     # Longest first into the emptiest row gives 7 and 5; only 3 + 3 and 2 + 2 + 2 fit six tokens.
     rows = pack_update(np.array([3, 3, 2, 2, 2]), np.zeros(5, int), rows=2, length=6, images=0)
@@ -225,10 +218,8 @@ def test_packing_is_asked_for():
     assert plan.most > 1 and plan.shape.rows % 2 == 0 and plan.shape.length < 128
 
 
-def test_contradictions_are_named():
-    with pytest.raises(InputError, match="data.group_by=modality_length and data.pack=True"):
-        plan_rows(pack=True, group_by="modality_length")
-    with pytest.raises(InputError, match="data.group_by=modality_length and data.shuffle=False"):
-        plan_rows(shuffle=False, group_by="modality_length")
+def test_batches_that_do_not_divide_are_named():
+    with pytest.raises(InputError, match="train.batch_size=4 is less than 8 device shards"):
+        plan_rows(pack=True, row_multiple=8)
     with pytest.raises(InputError, match="train.batch_size=4 does not divide .* multiple of 3"):
         plan_rows(row_multiple=3)

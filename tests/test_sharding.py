@@ -15,7 +15,7 @@ from llava_jax.types import ClipConfig, InputError, LlamaConfig, MeshSettings, M
 
 TINY = ModelConfig(
     vision=ClipConfig(width=32, mlp_width=64, layers=3, heads=4, image_size=16, patch_size=8),
-    llm=LlamaConfig(vocab_size=64, width=32, mlp_width=64, layers=2, heads=4, kv_heads=4, head_dim=8),
+    llm=LlamaConfig(vocab_size=64, width=32, mlp_width=64, layers=2, heads=8, kv_heads=4, head_dim=4),
     image_token_id=64,
 )
 
@@ -55,6 +55,7 @@ def test_a_dimension_that_does_not_divide_is_named():
 PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
 
 EIGHT_DEVICES = textwrap.dedent("""
+    import dataclasses
     import jax, numpy as np
     from llava_jax.models import llava
     from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
@@ -75,9 +76,9 @@ EIGHT_DEVICES = textwrap.dedent("""
     batch = Batch(tokens, targets, segments.astype(np.int32), positions.astype(np.int32), pixels)
     how = dict(graphdef=graphdef, dtype="float32", packed=True)
 
-    def both(params, batch, **more):
+    def both(params, batch, stage="finetune", **more):
         grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, **how, **more))
-        return jax.block_until_ready(grad(*partition(params, "finetune"), batch))
+        return jax.block_until_ready(grad(*partition(params, stage), batch))
 
     def close(got, want):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -95,12 +96,29 @@ EIGHT_DEVICES = textwrap.dedent("""
             if ranks == 8:
                 close(both(placed, on, accumulate=1, loss_norm="rank_mean", ranks=ranks), want["rank_mean"])
         print("equal", sizes)
+
+    # The frozen head, no pictures, and a head that is the embedding, where every axis is used.
+    plain = dict(accumulate=1, loss_norm="global_token")
+    text = batch._replace(tokens_BT=np.minimum(tokens, 59), pixels_BNXYC=pixels[:, :0])
+    for case, config, data, stage in (
+        ("pretrain", TINY, batch, "pretrain"),
+        ("text", TINY, text, "finetune"),
+        ("tied", dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, tied=True)), batch, "finetune"),
+    ):
+        how["graphdef"], abstract = llava.build(config)
+        params = llava.init(config, 0)
+        want = both(params, data, stage, ranks=1, **plain)
+        mesh = make_mesh(MeshSettings(2, 2, 2))
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, param_shardings(llava.logical_axes(config), abstract, mesh))
+            close(both(placed, jax.device_put(data, batch_sharding(mesh)), stage, ranks=4, **plain), want)
+        print("equal", case)
 """)
 
 
 def test_sharded_loss_and_gradient_equal_the_single_device_ones():
-    """Packed rows with pictures, the loss in more than one stretch, and accumulation on every preset."""
+    """Packed rows with pictures, the loss in more than one stretch, and accumulation on every preset; both stages."""
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == len(PRESETS)
+    assert done.stdout.count("equal") == len(PRESETS) + 3

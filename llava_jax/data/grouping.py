@@ -9,12 +9,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_jax.types import Record
+from llava_jax.types import InputError, Record
 
 
 def modality_lengths(records: Sequence[Record]) -> list[int]:
-    """Words of each row over all its turns as the file has them, placeholders counted; negative without a picture."""
-    words = (sum(len(turn.text.split()) for turn in record.turns) for record in records)
+    """Words of each row over all its turns as the file has them, placeholders counted; negative without a picture.
+
+    InputError for a row without words, as the original asserts.
+    """
+    words = [sum(len(turn.text.split()) for turn in record.turns) for record in records]
+    if 0 in words:
+        row = words.index(0)
+        raise InputError(
+            f"row {row} (id {records[row].id!r}): has no words, so data.group_by=modality_length cannot place it: give "
+            "it some, or set group_by to none"
+        )
     return [count if record.images else -count for count, record in zip(words, records, strict=True)]
 
 

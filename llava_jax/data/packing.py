@@ -29,12 +29,15 @@ LENGTHS, TRIES = 32, 8
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """Rows of a batch, tokens and image slots of a row, and the share of the run's tokens that is not padding."""
+    """Rows of a batch, tokens and image slots of a row; and of the run's batches the mean share of tokens that are not
+    padding, and of pictures.
+    """
 
     rows: int
     length: int
     images: int
     filled: float
+    pictures: float
 
     def __str__(self) -> str:
         return (
@@ -64,6 +67,20 @@ class BatchPlan:
         return self.order_UC[step, self.rows_UC[step] == row]
 
 
+def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:
+    """InputError when an update's conversations cannot be dealt over device shards times micro-batches."""
+    if pack and batch_size < row_multiple:
+        raise InputError(
+            f"train.batch_size={batch_size} is less than {row_multiple} device shards times train.accumulate, some "
+            "would have nothing to do: expected at least as many conversations"
+        )
+    if not pack and batch_size % row_multiple:
+        raise InputError(
+            f"train.batch_size={batch_size} does not divide into device shards times train.accumulate: "
+            f"expected a multiple of {row_multiple}"
+        )
+
+
 def plan_batches(
     records: Sequence[Record],
     lengths_A: np.ndarray,
@@ -79,25 +96,19 @@ def plan_batches(
     Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one conversation
     and max_length tokens. InputError when that does not divide, or the settings contradict each other or the data.
     """
+    check_batch_size(batch_size, row_multiple, settings.pack)
     images_A = np.array([len(record.images) for record in records])
-    if settings.group_by != "none" and (settings.pack or not settings.shuffle):
-        other = "data.pack=True" if settings.pack else "data.shuffle=False"
-        raise InputError(f"data.group_by={settings.group_by} and {other} each order the rows: set only one of them")
     if settings.pack:
         return plan_packed(
             lengths_A, images_A, settings, batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed
-        )
-    if batch_size % row_multiple:
-        raise InputError(
-            f"train.batch_size={batch_size} does not divide into device shards times train.accumulate: "
-            f"expected a multiple of {row_multiple}"
         )
     if settings.group_by == "modality_length":
         order_UC = grouped_order(modality_lengths(records), batch_size, row_multiple, seed, steps)
     else:
         order_UC = _stream(len(records), settings.shuffle, seed, steps * batch_size).reshape(steps, batch_size)
     filled = float(lengths_A[order_UC].mean() / settings.max_length)
-    shape = BatchShape(batch_size, settings.max_length, int(images_A.max()), filled)
+    pictures = float(images_A[order_UC].sum(axis=1).mean())
+    shape = BatchShape(batch_size, settings.max_length, int(images_A.max()), filled, pictures)
     rows_UC = np.tile(np.arange(batch_size, dtype=np.int32), (steps, 1))
     return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
 
@@ -219,7 +230,8 @@ def _choose(
                 rows_UC, needed = fewer, images
                 break
         images = allowed if settings.pack_images else max(needed, most_images)
-        return BatchShape(rows, length, images, float(totals_U.mean() / (rows * length))), rows_UC
+        filled = float(totals_U.mean() / (rows * length))
+        return BatchShape(rows, length, images, filled, float(pictures_U.mean())), rows_UC
     raise AssertionError("one conversation a row always fits")
 
 

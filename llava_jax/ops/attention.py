@@ -1,7 +1,8 @@
 """Attention: one function for the vision tower, training, prefill and decode, and the kernel that does it.
 
 `xla` runs everywhere and takes every argument; `splash` (a Pallas kernel of jax) is for TPUs and `cudnn` for NVIDIA
-GPUs: neither holds the scores of a row, [N, T, S], in memory.
+GPUs: neither holds the scores of a row, [N, T, S], in memory. (cuDNN takes segments as a bias [B, 1, T, T] only, which
+stands in memory with its gradient; packed rows on a GPU pay that. It has not been run: no GPU was at hand.)
 """
 
 import functools
@@ -65,9 +66,9 @@ def attention(
     `segment_ids_BT` lets a position see only its own segment (T == S); `key_mask_BS` bool hides cache slots that
     hold nothing (xla only). The softmax runs in float32. `block` is the tile of splash along T.
     """
+    if implementation != "xla" and (not causal or key_mask_BS is not None):
+        raise ValueError(f"{implementation} does causal attention without a key mask")
     if implementation == "splash":
-        if not causal or key_mask_BS is not None:
-            raise ValueError("splash does causal attention without a key mask")
         return _splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, block)
     if implementation == "xla" and causal and key_mask_BS is None:
         return checkpoint_name(_in_blocks(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT), RESIDUALS)

@@ -95,7 +95,7 @@ def _local(
     hidden = jnp.pad(hidden_BTD.reshape(-1, D)[order], ((0, pad), (0, 0)))
     labels, weights = (jnp.pad(x[order], (0, pad)) for x in (labels, weights))
 
-    # The same for all devices: they meet in the sums over the vocabulary.
+    # The same for all devices: what they do must not diverge around the sums over the vocabulary.
     used = -(-jnp.count_nonzero(weights) // chunk)
     if on_mesh:
         used = jax.lax.pmax(used, ("data", "fsdp", "tensor"))

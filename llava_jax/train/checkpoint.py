@@ -32,6 +32,8 @@ State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the 
 
 # What may change between the start of a run and its resumption: none of it enters the numbers.
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
+# Nor does how a batch is cut over devices, where neither the loss nor the order of rows asks.
+MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulate")
 
 # What reading a truncated, emptied or foreign checkpoint raises (orbax and tensorstore mostly ValueError).
 UNREADABLE = (ValueError, OSError, KeyError)
@@ -61,6 +63,10 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
             raise InputError(
                 f"--workdir={workdir}: another train is running in it, wait for its end or choose another workdir"
             ) from error
+        except OSError as error:
+            raise InputError(
+                f"--workdir={workdir}: its file system cannot lock files ({error.strerror}), choose another folder"
+            ) from error
         check_shared(workdir, path)
         yield
 
@@ -81,7 +87,9 @@ def check_workdir(workdir: str, settings: Settings) -> None:
     if _steps_on_disk(workdir):
         old = dict(flatten(dataclasses.asdict(there)))
         new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))
-        differ = [key for key in new if new[key] != old[key] and key not in FREE_KEYS]
+        alike = settings.train.loss_norm == "global_token" and settings.data.group_by == "none"
+        free = FREE_KEYS + MESH_KEYS if alike else FREE_KEYS
+        differ = [key for key in new if new[key] != old[key] and key not in free]
         if differ:
             shown = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
             raise InputError(

@@ -51,8 +51,9 @@ def compile_lowered(lowered: jax.stages.Lowered, spec: str, device_kind: str) ->
     try:
         return lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
-        if options and str(error).startswith("INVALID_ARGUMENT"):
-            said = str(error).removeprefix("INVALID_ARGUMENT:").splitlines()[0].strip().rstrip(":")
+        kind, _, rest = str(error).partition(":")
+        if options and kind in ("INVALID_ARGUMENT", "FAILED_PRECONDITION"):
+            said = rest.splitlines()[0].strip().rstrip(":")
             raise InputError(
                 f"train.compiler_options={spec}: the compiler for {device_kind} says {said!r}; correct the option or "
                 "leave it out"
@@ -63,7 +64,15 @@ def compile_lowered(lowered: jax.stages.Lowered, spec: str, device_kind: str) ->
 def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tuple[Callable, float, str]:
     """(the step, seconds it took to compile, a line about them and about its memory)."""
     start = time.monotonic()
-    step = compile_lowered(run.step.lower(state, frozen, batch), spec, run.mesh.devices.flat[0].device_kind)
+    try:
+        step = compile_lowered(run.step.lower(state, frozen, batch), spec, run.mesh.devices.flat[0].device_kind)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"the step does not fit: {str(error).splitlines()[0]}; `llava-jax compile` with the same config says by "
+            "how much, and what to change"
+        ) from error
     seconds = time.monotonic() - start
     line = f"compiled in {seconds:.1f} s"
     memory = step.memory_analysis()

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from llava_jax.data.chat import find_template
-from llava_jax.data.packing import BatchShape
+from llava_jax.data.packing import BatchShape, check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.tokenize import check_end, load_tokenizer
 from llava_jax.settings import absolute_paths, write_settings
 from llava_jax.sharding import make_mesh
 from llava_jax.train import checkpoint, metrics
 from llava_jax.train.assemble import check_plan, plan_model
-from llava_jax.train.compiling import compile_step
+from llava_jax.train.compiling import compile_step, compiler_options
 from llava_jax.train.hosts import check_agreed, global_batch, is_first, say, stop_signal
 from llava_jax.train.prepare import Run, prepare
 from llava_jax.train.start import (
@@ -33,7 +33,7 @@ from llava_jax.train.start import (
     restore_or_start,
     total_steps,
 )
-from llava_jax.train.step import TrainState
+from llava_jax.train.step import TrainState, batch_ranks
 from llava_jax.train.tracing import Tracer, tracing
 from llava_jax.types import Batch, InputError, Record, Settings
 
@@ -60,6 +60,8 @@ def train(settings: Settings, workdir: str) -> None:
 def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     """`train` in a workdir that is ours alone: (updates done, updates asked for)."""
     mesh = make_mesh(settings.mesh)
+    check_batch_size(settings.train.batch_size, batch_ranks(mesh) * settings.train.accumulate, settings.data.pack)
+    compiler_options(settings.train.compiler_options, mesh.devices.flat[0].device_kind)
     plan = plan_model(settings)
     check_plan(settings, plan)
     tokenizer = load_tokenizer(plan.tokenizer)

@@ -85,8 +85,32 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def round_to(x: jax.Array, dtype: jnp.dtype, seed: jax.Array) -> jax.Array:
+    """float32 `x` in `dtype`; bfloat16 takes the value above or below by chance, so that the mean is kept.
+
+    To the nearest, a change of less than half a unit of bfloat16 (0.2 to 0.4 %) would be lost in each update: the
+    second moment would never decay, and weights would stand still at small rates. Chance is a hash of the place and
+    the `seed` (the update's number): the same in every run, and a few integer operations.
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return x.astype(dtype)
+    noise = jnp.uint32(seed) * jnp.uint32(0x9E3779B9)
+    for dim in range(x.ndim):
+        noise = (noise ^ jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)) * jnp.uint32(0x85EBCA6B)
+        noise = noise ^ (noise >> 15)
+    noise = (noise * jnp.uint32(0xC2B2AE35)) >> 16
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+
+
+def apply_updates(params: Any, updates: Any, seed: jax.Array) -> Any:
+    """The parameters with float32 updates added, each in its own dtype by `round_to`."""
+    return jax.tree.map(lambda p, u: round_to(p.astype(jnp.float32) + u, p.dtype, seed), params, updates)
+
+
 def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.GradientTransformation:
-    """optax.scale_by_adam with both moments kept in `dtype`; the arithmetic is float32."""
+    """optax.scale_by_adam with both moments kept in `dtype` by `round_to`; the arithmetic is float32."""
 
     def init(params: Any) -> optax.ScaleByAdamState:
         moments = [jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) for _ in range(2)]
@@ -98,7 +122,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gradien
         count = optax.safe_increment(state.count)
         mu_scale, nu_scale = (1 / (1 - beta ** count.astype(jnp.float32)) for beta in (b1, b2))
         updates = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps), mu, nu)
-        kept = [jax.tree.map(lambda x: x.astype(dtype), tree) for tree in (mu, nu)]
+        kept = [jax.tree.map(lambda x: round_to(x, dtype, count), tree) for tree in (mu, nu)]
         return updates, optax.ScaleByAdamState(count, *kept)
 
     return optax.GradientTransformation(init, update)

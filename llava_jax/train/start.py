@@ -151,8 +151,7 @@ def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
     chip = chip_of(run.mesh.devices.flat[0].device_kind)
     if chip is None:
         return None
-    images = shape.rows * shape.images
-    flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=images)
+    flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=shape.pictures)
     return flops / (chip.peak_flops * run.mesh.size)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llava_jax.ops.loss import next_token, weighted_nll
 from llava_jax.settings import STAGES
 from llava_jax.sharding import batch_sharding, replicated
-from llava_jax.train.optim import Schedule
+from llava_jax.train.optim import Schedule, apply_updates
 from llava_jax.types import Batch
 
 Params = dict[str, Any]
@@ -123,7 +123,7 @@ def train_step(
     loss, grads, targets = loss_and_grads(state.params, frozen, batch, **how)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    new = TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     tokens = jnp.sum(batch.segment_ids_BT > 0, dtype=jnp.int32)
