@@ -2,7 +2,7 @@
 # One training stage on this machine's CPU.
 #
 #   launch/laptop.sh CONFIG WORKDIR [--config.key=value …]
-#   launch/laptop.sh configs/tiny.py:stage=pretrain runs/pretrain --config.train.steps=10
+#   launch/laptop.sh configs/tiny.py:stage=pretrain runs/pretrain --config.data.annotations=FILE --config.data.images=DIR
 #
 # DRY_RUN=1 prints the command and runs nothing.
 set -euo pipefail

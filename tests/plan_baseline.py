@@ -104,7 +104,7 @@ def packed() -> dict[str, Entry]:
     """
     found = {}
     for stage, batch, tokens, length, images, remat in (
-        ("pretrain", 256, 598, 2560, 4, "kernel+gate+up"),
+        ("pretrain", 256, 598, 2560, 4, "minimal"),
         ("finetune", 128, 865, 2048, 3, "kernel+gate+up"),
         ("finetune", 512, 865, 3584, 4, "kernel"),
     ):

@@ -70,6 +70,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     records, checked = read_records(settings, plan.config, tokenizer)
     steps = total_steps(settings, len(records))
     batches = plan_data(settings, mesh, records, checked, steps)
+    run = prepare(settings, plan.config, mesh, steps, batches.shape.length)
     meta = meta_of(settings, plan)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
@@ -78,7 +79,6 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         closing(open_data(settings, plan.config, tokenizer, records, batches, mesh)) as data,
         stop_signal() as stopping,
     ):
-        run = prepare(settings, plan.config, mesh, steps, batches.shape.length)
         say(opening(settings, plan, run, len(records), batches))
         state, frozen = restore_or_start(workdir, settings, plan, run, manager, data, meta)
         if is_first():

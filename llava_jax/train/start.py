@@ -167,7 +167,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
         [
             f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "
             f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
-            str(batches.shape),
+            f"{batches.shape}, at most {batches.most} conversations a row",
             f"projector {plan.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
             f"accumulate {t.accumulate}, mesh {mesh} on {devices}{share}",
             origins(settings, plan),
