@@ -42,7 +42,12 @@ def common_flags(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", choices=SIZES, default="small", help="small: 39 M, float32; tiny: shows that it runs; 7b: bfloat16, for a GPU")
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="small: 39 M, float32; tiny: shows that it runs; 7b: bfloat16, for a GPU",
+    )
     parser.add_argument("--rows", type=int, help="rows of the batch")
     parser.add_argument("--length", type=int, help="tokens of a row, those of its picture included")
     parser.add_argument("--compiler_options", default="none", help="as train.compiler_options: none, tuned, or k=v,k=v")
