@@ -92,8 +92,9 @@ EIGHT_DEVICES = textwrap.dedent("""
             placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
             on = jax.device_put(batch, batch_sharding(mesh))
             close(both(placed, on, accumulate=1, loss_norm="global_token", ranks=ranks), want["global_token"])
-            close(both(placed, on, accumulate=2, loss_norm="global_token", ranks=ranks), want["global_token"])
-            if ranks == 8:
+            if sizes == (2, 2, 2):
+                close(both(placed, on, accumulate=2, loss_norm="global_token", ranks=ranks), want["global_token"])
+            if sizes == (8, 1, 1):
                 close(both(placed, on, accumulate=1, loss_norm="rank_mean", ranks=ranks), want["rank_mean"])
         print("equal", sizes)
 
@@ -117,8 +118,10 @@ EIGHT_DEVICES = textwrap.dedent("""
 
 
 def test_sharded_loss_and_gradient_equal_the_single_device_ones():
-    """Packed rows with pictures, the loss in more than one stretch, and accumulation on every preset; both stages."""
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    """Packed rows with pictures, the loss in more than one stretch, on every preset; accumulation and both stages."""
+    # Compiling is nearly all of the time, and what is optimised away is not what is tested.
+    cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("equal") == len(PRESETS) + 3
