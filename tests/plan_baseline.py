@@ -107,6 +107,7 @@ def packed() -> dict[str, Entry]:
         ("pretrain", 256, 598, 2560, 4, "minimal"),
         ("finetune", 128, 864, 2048, 3, "kernel+gate+up"),
         ("finetune", 512, 864, 3584, 4, "kernel"),
+        ("finetune", 1024, 864, 3584, 4, "full"),
     ):
         flags = ("--config.data.pack=True", f"--tokens_per_row={tokens}", f"--config.train.batch_size={batch}")
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
