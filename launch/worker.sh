@@ -10,7 +10,9 @@ set -euo pipefail
 RUN=$HOME/llava_jax_run
 
 # Whether the run that holds train is there; after a reboot its process id may be somebody else's.
-alive() { [[ -s $RUN/pid ]] && grep -qsa 'worker\.sh' "/proc/$(<"$RUN/pid")/cmdline"; }
+named() { grep -qsa 'worker\.sh' "/proc/$(<"$RUN/pid")/cmdline"; }
+# Asked twice: while a process that has just been started becomes another program, it has no name.
+alive() { [[ -s $RUN/pid ]] && { named || { [[ -d /proc/$(<"$RUN/pid") ]] && sleep 0.2 && named; }; }; }
 
 state() {
   if alive; then
