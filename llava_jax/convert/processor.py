@@ -27,7 +27,7 @@ from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConf
 Json = dict[str, Any]
 
 PAD = "<pad>"
-COPIED = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -206,7 +206,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None) ->
     tokenizer = _transformers(source)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
-    for name in COPIED:
+    for name in TOKENIZER_FILES:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
     vocabulary = tokenizer.get_vocab()

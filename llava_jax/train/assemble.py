@@ -12,6 +12,7 @@ from flax import nnx
 
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import hf
+from llava_jax.convert.processor import TOKENIZER_FILES
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import Llava, build
 from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
@@ -22,15 +23,6 @@ from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Se
 
 Params = dict[str, Any]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
