@@ -66,6 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1  # -1: the devices that are left
     c.mesh.tensor = 1
+    c.mesh.fsdp_inner = 1  # of the fsdp devices, along a second axis of the network: sums are made in two steps
     return c
 
 

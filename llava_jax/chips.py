@@ -66,7 +66,12 @@ SPARSE_CORE = {
     "xla_sc_disable_megacore_partitioning": "true",
 }
 TUNED = {
-    "v5e": {"xla_tpu_scoped_vmem_limit_kib": "32768"},
+    "v5e": {
+        "xla_tpu_scoped_vmem_limit_kib": "32768",
+        # Only with mesh.fsdp_inner is there a reduce-scatter that these can run beside matrix products.
+        "xla_enable_async_reduce_scatter_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+    },
     "v5p": {"xla_tpu_scoped_vmem_limit_kib": "49152", **SPARSE_CORE},
     "v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304", **SPARSE_CORE},
 }

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.ops.product import product, sums_in_two_steps
 from llava_jax.sharding import gathered
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
@@ -56,8 +57,11 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # Rows as one dimension: over two of them XLA's CPU backend does not take its fast product for the gradient.
         lead, in_shape = x.shape[: x.ndim - self.in_dims], x.shape[x.ndim - self.in_dims :]
-        kernel = gathered(self.kernel.astype(x.dtype), *self.axes)
-        y = jnp.tensordot(x.reshape(-1, *in_shape), kernel, axes=self.in_dims)
+        rows, kernel = x.reshape(-1, *in_shape), self.kernel.astype(x.dtype)
+        if "embed" in self.axes and sums_in_two_steps():
+            y = product(rows, kernel, self.axes, self.in_dims)
+        else:
+            y = jnp.tensordot(rows, gathered(kernel, *self.axes), axes=self.in_dims)
         y = y.reshape(*lead, *y.shape[1:])
         return y + self.bias.astype(x.dtype) if hasattr(self, "bias") else y
 

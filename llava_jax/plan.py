@@ -23,7 +23,7 @@ from llava_jax.flops import step_flops
 from llava_jax.plan_cost import Estimate, estimate
 from llava_jax.plan_target import Target
 from llava_jax.settings import RANDOM
-from llava_jax.sharding import batch_sharding, make_mesh
+from llava_jax.sharding import batch_sharding, make_mesh, mesh_sizes
 from llava_jax.train.assemble import llm_config, plan_model, vision_config
 from llava_jax.train.compiling import compile_lowered
 from llava_jax.train.prepare import Run, prepare
@@ -198,7 +198,7 @@ def describe(lowered: Lowered) -> dict[str, Any]:
         "topology": target.name,
         "slices": target.slices,
         "stage": settings.stage,
-        "mesh": dict(run.mesh.shape),
+        "mesh": mesh_sizes(run.mesh),
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "rows": shape.rows,

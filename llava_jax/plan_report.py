@@ -4,6 +4,7 @@ from typing import Any
 
 from llava_jax.data.pipeline import steps_for
 from llava_jax.settings import REMATS
+from llava_jax.sharding import SIZES
 
 GIB = 2**30
 Figures = dict[str, Any]
@@ -180,7 +181,7 @@ def sweep_line(figures: Figures) -> str:
     peak = "-" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / GIB:.2f}"
     fits = {True: "", False: "does not fit", None: ""}[figures["fits"]]
     cells = (
-        "x".join(str(size) for size in mesh.values()),
+        "x".join(str(mesh[axis]) for axis in SIZES),
         f"{micro:g}",
         figures["remat"],
         peak,

@@ -9,6 +9,7 @@ from typing import Any
 from llava_jax.plan import FILLED, compile_plan, lower
 from llava_jax.plan_target import Target
 from llava_jax.settings import settings_from_dict
+from llava_jax.sharding import SIZES
 from llava_jax.types import InputError, MeshSettings, Settings
 
 ROWS = (2, 4, 8)
@@ -80,7 +81,7 @@ def plans(settings: Settings, target: Target, grid: Grid, tokens_per_row: float 
         for rows in sorted(grid.rows):
             if too_large:
                 skipped = f"not compiled: {too_large} rows do not fit"
-                shards = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+                shards = dict(zip(SIZES, mesh, strict=True), fsdp_inner=settings.mesh.fsdp_inner)
                 empty = dict.fromkeys(("peak_bytes", "step_seconds", "fits"))
                 total = rows * mesh[0] * mesh[1]
                 yield {"mesh": shards, "rows": total, "remat": remat, "skipped": skipped, **empty}
@@ -101,4 +102,6 @@ def _point(
         data = dataclasses.replace(data, pack_length=data.pack_length or data.max_length)
         size = int(size * data.pack_length * FILLED / tokens_per_row)
     train = dataclasses.replace(settings.train, batch_size=size, accumulate=1, remat=remat)
-    return dataclasses.replace(settings, data=data, train=train, mesh=MeshSettings(*mesh))
+    return dataclasses.replace(
+        settings, data=data, train=train, mesh=MeshSettings(*mesh, fsdp_inner=settings.mesh.fsdp_inner)
+    )

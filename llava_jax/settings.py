@@ -210,5 +210,7 @@ def _check_mesh(settings: Settings) -> None:
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise InputError(f"config key mesh.{name}: expected 1 or more devices, or -1 for what is left, got {size}")
+    if settings.mesh.fsdp_inner < 1:
+        raise InputError(f"config key mesh.fsdp_inner: expected a divisor of mesh.fsdp, got {settings.mesh.fsdp_inner}")
     if list(sizes.values()).count(-1) > 1:
         raise InputError(f"mesh {sizes}: at most one axis can be -1 (what is left), set the others")

@@ -10,15 +10,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.types import InputError, MeshSettings
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Together the two fsdp axes are mesh.fsdp; the inner one has size 1 unless mesh.fsdp_inner says otherwise.
+FSDP = ("fsdp", "fsdp_inner")
+MESH_AXES = ("data", *FSDP, "tensor")
 
 # Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their
 # width over fsdp (gathered layer by layer) and their heads, mlp and vocabulary over tensor (Megatron's layout). The
 # vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it and never waits for it.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", *FSDP),
     "length": None,
-    "embed": "fsdp",
+    "embed": FSDP,
     "vision_embed": None,
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -33,8 +35,11 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
+SIZES = ("data", "fsdp", "tensor")  # what mesh.* of a config gives
+
+
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over all devices (or those given) with axes data, fsdp, tensor; one size may be -1 and takes the rest.
+    """Mesh over all devices (or those given) with MESH_AXES; one size may be -1 and takes the rest.
 
     On TPUs the axes follow the links between the chips; where there are several slices, `data` runs across them, so
     that only the gradients' sum crosses the slower network.
@@ -42,13 +47,24 @@ def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise InputError(f"mesh: sizes {sizes} for {MESH_AXES}; expected positive numbers and at most one -1")
+        raise InputError(f"mesh: sizes {sizes} for {SIZES}; expected positive numbers and at most one -1")
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        raise InputError(f"mesh: {MESH_AXES} = {sizes} needs {known} devices or a multiple, found {len(devices)}")
-    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        raise InputError(f"mesh: {SIZES} = {sizes} needs {known} devices or a multiple, found {len(devices)}")
+    data, fsdp, tensor = sizes
+    inner = settings.fsdp_inner
+    if inner < 1 or fsdp % inner:
+        raise InputError(f"mesh.fsdp_inner={inner}: expected a divisor of mesh.fsdp, which is {fsdp}")
+    shape = [data, fsdp // inner, inner, tensor]
+    return Mesh(_arranged(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    """The mesh in the terms of MeshSettings: devices along data, fsdp (both of its axes) and tensor, and fsdp_inner."""
+    data, outer, inner, tensor = (mesh.shape[axis] for axis in MESH_AXES)
+    return {"data": data, "fsdp": outer * inner, "tensor": tensor, "fsdp_inner": inner}
 
 
 def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
@@ -63,7 +79,7 @@ def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
             f"of {slices}; set --config.mesh.data={slices}"
         )
     inside = [sizes[0] // slices, *sizes[1:]]
-    across = [slices, 1, 1]
+    across = [slices] + [1] * len(sizes[1:])
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
@@ -107,6 +123,18 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(axes, x.ndim))
+
+
+def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
+    """Inside shard_map: the sum of `x` over data and fsdp, of which each device keeps its part along `dimension`.
+
+    One axis after the other: along a single axis of a TPU's network this is a true reduce-scatter, over two at once
+    the compiler makes an all-reduce of it and cuts the result.
+    """
+    for axis in FSDP:
+        if jax.sharding.get_abstract_mesh().shape[axis] > 1:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, "data")
 
 
 def gathered(kernel: jax.Array, *axes: str) -> jax.Array:

@@ -250,11 +250,16 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each mesh axis; -1 (at most once) takes what is left."""
+    """Devices along each mesh axis; -1 (at most once) takes what is left.
+
+    `fsdp_inner` of the fsdp devices lie along a second axis of the chips' network, and gradients are summed along one
+    axis after the other (ops/product.py).
+    """
 
     data: int
     fsdp: int
     tensor: int
+    fsdp_inner: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,11 +78,17 @@ def small_and_large() -> dict[str, Entry]:
     }
 
 
+def tuned(stage: str, topology: str) -> tuple[str, ...]:
+    """What the tuned plans are compiled with beside a batch and train.remat."""
+    two_steps = stage == "finetune" and topology == "v5e:8x8"
+    return ("--config.train.compiler_options=tuned", *["--config.mesh.fsdp_inner=8"] * two_steps)
+
+
 def four_rows() -> dict[str, Entry]:
     """4 rows of 2048 a chip, without compiler options and with the chip's tuned ones."""
     found = {}
     for size, stage, topology, chips, remat in (
-        ("7b", "finetune", "v5e:8x8", 64, "kernel"),
+        ("7b", "finetune", "v5e:8x8", 64, "kernel+v"),
         ("7b", "finetune", "v5p:4x4x4", 64, "minimal"),
         ("7b", "finetune", "v6e:4x4", 16, "kernel+q+k+v+middle+up"),
         ("13b", "finetune", "v5e:8x8", 64, "full"),
@@ -92,7 +98,8 @@ def four_rows() -> dict[str, Entry]:
             title = f"{size.upper()} {stage}, 4 rows a chip" + (", tuned" if options == "tuned" else "")
             name = f"{size}-{stage}-{topology.replace(':', '-')}-4rows-{options}"
             flags = (f"--config.train.batch_size={4 * chips}", f"--config.train.remat={remat}")
-            found[name] = entry(title, size, stage, topology, *flags, f"--config.train.compiler_options={options}")
+            more = tuned(stage, topology) if options == "tuned" else ()
+            found[name] = entry(title, size, stage, topology, *flags, *more)
     return found
 
 
@@ -111,7 +118,7 @@ def packed() -> dict[str, Entry]:
     ):
         flags = ("--config.data.pack=True", f"--tokens_per_row={tokens}", f"--config.train.batch_size={batch}")
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
-        flags += (f"--config.train.remat={remat}", "--config.train.compiler_options=tuned")
+        flags += (f"--config.train.remat={remat}", *tuned(stage, "v5e:8x8"))
         title = f"{stage} of {batch} conversations, packed, tuned"
         found[f"7b-{stage}-v5e-8x8-packed-{batch}"] = entry(f"7B {title}", "7b", stage, "v5e:8x8", *flags)
     return found

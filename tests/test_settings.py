@@ -48,6 +48,7 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(data__group_by="modality_length", data__shuffle=False), "data.shuffle=False each order the rows"),
         (dict(mesh__data=-1), "at most one axis can be -1"),
         (dict(mesh__tensor=0), "config key mesh.tensor"),
+        (dict(mesh__fsdp_inner=-1), "config key mesh.fsdp_inner: expected a divisor of mesh.fsdp"),
         (dict(optim__groups="projector"), "optim.groups: 'projector'"),
         (dict(optim__groups="(=1e-3"), "optim.groups: '(=1e-3'"),
         (dict(optim__groups="llm=-1"), "optim.groups: 'llm=-1'"),

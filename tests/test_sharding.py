@@ -22,7 +22,7 @@ TINY = ModelConfig(
 
 def test_mesh_takes_what_is_left():
     mesh = make_mesh(MeshSettings(data=1, fsdp=-1, tensor=1))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": jax.device_count(), "fsdp_inner": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (3, 5, 7), (-2, 1, 1)])
@@ -31,8 +31,14 @@ def test_impossible_meshes_are_refused(sizes):
         make_mesh(MeshSettings(*sizes))
 
 
+@pytest.mark.parametrize("inner", [0, 3, -1])
+def test_fsdp_inner_divides_fsdp(inner):
+    with pytest.raises(InputError, match=f"mesh.fsdp_inner={inner}: expected a divisor of mesh.fsdp, which is 1"):
+        make_mesh(MeshSettings(1, 1, 1, fsdp_inner=inner), jax.devices()[:1])
+
+
 def test_stacked_layers_stay_whole_and_every_axis_has_a_rule():
-    assert spec_of(("embed", "heads", "head_dim"), 4) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert spec_of(("embed", "heads", "head_dim"), 4) == PartitionSpec(None, ("fsdp", "fsdp_inner"), "tensor", None)
     axes = jax.tree.leaves(llava.logical_axes(TINY), is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert {name for names in axes for name in names} <= set(RULES)
 
@@ -52,7 +58,7 @@ def test_a_dimension_that_does_not_divide_is_named():
         check_divisible("llm/head/kernel", (6, 8), PartitionSpec("fsdp", "tensor"), Mesh)
 
 
-PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
+PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 8, 1, 4), (2, 2, 2, 2))
 
 EIGHT_DEVICES = textwrap.dedent("""
     import dataclasses

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llava_jax.sharding import spec_of
+from llava_jax.sharding import MESH_AXES, RULES, scatter_sum, spec_of
 
 # Logits a device holds at a time, in float32: 256 MiB.
 LOGITS = 2**26
@@ -98,7 +98,7 @@ def _local(
     # The same for all devices: what they do must not diverge around the sums over the vocabulary.
     used = -(-jnp.count_nonzero(weights) // chunk)
     if on_mesh:
-        used = jax.lax.pmax(used, ("data", "fsdp", "tensor"))
+        used = jax.lax.pmax(used, MESH_AXES)
 
     def add(sums: tuple, stretch: tuple) -> tuple[tuple, jax.Array]:
         number, *arrays = stretch
@@ -112,10 +112,10 @@ def _local(
     hidden = hidden.reshape(-1, D)[jnp.argsort(order)].reshape(B, T, D)
     head = None if head_sum is None else head_sum.astype(head_DV.dtype)
     if on_mesh:
-        loss = jax.lax.psum(loss, ("data", "fsdp"))
+        loss = jax.lax.psum(loss, RULES["batch"])
         hidden = jax.lax.psum(hidden, "tensor")
         if head is not None:
-            head = jax.lax.psum(jax.lax.psum_scatter(head, "fsdp", scatter_dimension=0, tiled=True), "data")
+            head = scatter_sum(head, 0)
     return _Parts(loss, hidden, head)
 
 

@@ -33,7 +33,7 @@ State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the 
 # What may change between the start of a run and its resumption: none of it enters the numbers.
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
 # Nor does how a batch is cut over devices, where neither the loss nor the order of rows asks.
-MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "train.accumulate")
+MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")
 
 # What reading a truncated, emptied or foreign checkpoint raises (orbax and tensorstore mostly ValueError).
 UNREADABLE = (ValueError, OSError, KeyError)

@@ -1,5 +1,6 @@
 """One update: loss and gradients of the stage's partition over the global batch, AdamW, metrics."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from llava_jax.ops.loss import next_token, weighted_nll
 from llava_jax.settings import STAGES
-from llava_jax.sharding import batch_sharding, replicated
+from llava_jax.sharding import RULES, batch_sharding, replicated
 from llava_jax.train.optim import Schedule, apply_updates
 from llava_jax.types import Batch
 
@@ -133,7 +134,7 @@ def train_step(
 
 def batch_ranks(mesh: Mesh) -> int:
     """Shards a batch is cut into: the devices along the mesh's batch axes."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Params, shardings: Params) -> TrainState:
