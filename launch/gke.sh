@@ -32,7 +32,7 @@ yaml() {
 render() {
   local text word args=""
   for word in --config="$1" --workdir="$2" "${@:3}"; do
-    word=$(yaml "$word")
+    word=$(yaml "$word") || exit
     args+=$'\n                    - '$word
   done
   SPOT_SELECTOR=${SPOT:+$'\n                cloud.google.com/gke-spot: "true"'}
@@ -48,7 +48,7 @@ render() {
 
 submit() {
   local manifest
-  manifest=$(render "$@")
+  manifest=$(render "$@") || exit
   run mkdir -p build
   if dry; then
     quote launch/gke.sh render "$NAME" "$@" | sed "s|\$| >build/$NAME.yaml|"

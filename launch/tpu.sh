@@ -63,7 +63,7 @@ send() {
       --strict-host-key-checking=no || return 1
   done
   on_all_workers "mkdir -p llava_jax && cd llava_jax && rm -rf configs launch llava_jax && \
-tar -xzf ../llava_jax.tar.gz && launch/worker.sh install${SETUP:+ && { $SETUP; \}}"
+tar -xzf ../llava_jax.tar.gz && launch/worker.sh install${SETUP:+ && bash -c ${SETUP@Q}}"
 }
 
 install() { pack && send; }

@@ -56,7 +56,8 @@ KINDS = {
     "NVIDIA H200": "h200",
 }
 
-# A matrix product holds more of its operands in VMEM at once; gradients are reduced on the SparseCores meanwhile.
+# A matrix product holds more of its operands in VMEM at once; gradients are summed meanwhile, on the SparseCores or, on
+# v5e with mesh.fsdp_inner, beside the products.
 # Chosen by what the compiler says of its programs. Not confirmed on hardware.
 SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",

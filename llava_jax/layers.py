@@ -50,7 +50,7 @@ class Linear(nnx.Module):
         bias_init: Initializer = zeros,
     ):
         self.in_dims, self.axes = len(in_shape), (*in_axes, *out_axes)
-        self.kernel = param(rngs, init, (*in_shape, *out_shape), (*in_axes, *out_axes))
+        self.kernel = param(rngs, init, (*in_shape, *out_shape), self.axes)
         if bias:
             self.bias = param(rngs, bias_init, out_shape, out_axes)
 

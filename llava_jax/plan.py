@@ -25,7 +25,7 @@ from llava_jax.plan_target import Target
 from llava_jax.settings import RANDOM
 from llava_jax.sharding import batch_sharding, make_mesh, mesh_sizes
 from llava_jax.train.assemble import llm_config, plan_model, vision_config
-from llava_jax.train.compiling import compile_lowered
+from llava_jax.train.compiling import compile_lowered, compiler_options
 from llava_jax.train.prepare import Run, prepare
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
@@ -136,7 +136,8 @@ class Lowered:
     @property
     def hash(self) -> str:
         versions = f"{jax.__version__} {_libtpu_version()}"
-        text = f"{self.lowered.as_text()} {self.settings.train.compiler_options} {versions}"
+        options = compiler_options(self.settings.train.compiler_options, self.target.devices[0].device_kind)
+        text = f"{self.lowered.as_text()} {sorted((options or {}).items())} {versions}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -152,7 +152,7 @@ def advice(figures: Figures) -> list[str]:
         lines.append(f"{flags}: weights spread over all chips of a slice, up to -{gib(saved)}")
     savings = (
         ("moment_dtype", 4 * held, "of Adam's moments"),
-        ("param_dtype", 2 * held, "of what learns; small updates are then rounded away"),
+        ("param_dtype", 2 * held, "of what learns"),
         ("frozen_dtype", figures["frozen_bytes"] / 2, "of what does not learn"),
     )
     for key, saved, what in savings:

@@ -35,8 +35,9 @@ def parse_grid(rows: str | None, remats: str | None, meshes: str | None, setting
     kinds = tuple(remats.split(",")) if remats else REMATS
     for kind in kinds:
         settings_from_dict(dataclasses.asdict(_point(settings, 1, kind, (chips, 1, 1), None)))
+    inner = settings.mesh.fsdp_inner
     if meshes:
-        shapes = [_mesh(word, chips, slices) for word in meshes.split(",")]
+        shapes = [_mesh(word, chips, slices, inner) for word in meshes.split(",")]
     else:
         whole = _whole(settings.mesh, chips)
         shapes = [(slices, chips // slices, 1)]
@@ -44,6 +45,9 @@ def parse_grid(rows: str | None, remats: str | None, meshes: str | None, setting
             shapes.append(whole)
         if chips // slices % 2 == 0:
             shapes.append((2 * slices, chips // slices // 2, 1))
+        shapes = [shape for shape in shapes if shape[1] % inner == 0]
+        if not shapes:
+            raise InputError(f"mesh.fsdp_inner={inner}: divides no mesh of {chips} chips; give a divisor of fsdp")
     return Grid(given, kinds, tuple(dict.fromkeys(shapes)))
 
 
@@ -53,12 +57,14 @@ def _number(flag: str, word: str) -> int:
     return int(word)
 
 
-def _mesh(word: str, chips: int, slices: int) -> tuple[int, int, int]:
+def _mesh(word: str, chips: int, slices: int, inner: int) -> tuple[int, int, int]:
     sizes = tuple(_number("--sweep_mesh", size) for size in word.split("x"))
     if len(sizes) != 3 or math.prod(sizes) != chips:
         raise InputError(f"--sweep_mesh: {word!r} is not DATAxFSDPxTENSOR with a product of {chips} chips")
     if sizes[0] % slices:
         raise InputError(f"--sweep_mesh: {word!r}: on {slices} slices DATA is a multiple of {slices}")
+    if sizes[1] % inner:
+        raise InputError(f"--sweep_mesh: {word!r}: FSDP is not a multiple of mesh.fsdp_inner={inner}")
     return sizes
 
 

@@ -157,10 +157,13 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in hints:
             raise InputError(f"unknown config key {prefix}{name}{nearest(name, tuple(hints))}")
-    missing = [name for name in hints if name not in values]
+    # A field with a default came after runs had been written: its default is what they did.
+    later = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    missing = [name for name in hints if name not in values and name not in later]
     if missing:
         raise InputError(f"config key {prefix}{missing[0]} is absent: every key must be given")
-    return cls(**{name: _convert(kind, values[name], f"{prefix}{name}") for name, kind in hints.items()})
+    given = {name: kind for name, kind in hints.items() if name in values}
+    return cls(**{name: _convert(kind, values[name], f"{prefix}{name}") for name, kind in given.items()})
 
 
 def _convert(kind: type, value: Any, key: str) -> Any:
@@ -207,10 +210,11 @@ def _check_order(data: DataSettings) -> None:
 
 def _check_mesh(settings: Settings) -> None:
     sizes = dataclasses.asdict(settings.mesh)
+    inner = sizes.pop("fsdp_inner")
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise InputError(f"config key mesh.{name}: expected 1 or more devices, or -1 for what is left, got {size}")
-    if settings.mesh.fsdp_inner < 1:
-        raise InputError(f"config key mesh.fsdp_inner: expected a divisor of mesh.fsdp, got {settings.mesh.fsdp_inner}")
+    if inner < 1 or (sizes["fsdp"] != -1 and sizes["fsdp"] % inner):
+        raise InputError(f"config key mesh.fsdp_inner: expected a divisor of mesh.fsdp, got {inner}")
     if list(sizes.values()).count(-1) > 1:
         raise InputError(f"mesh {sizes}: at most one axis can be -1 (what is left), set the others")

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.types import InputError, MeshSettings
 
-# Together the two fsdp axes are mesh.fsdp; the inner one has size 1 unless mesh.fsdp_inner says otherwise.
-FSDP = ("fsdp", "fsdp_inner")
+# The devices of mesh.fsdp are outer x inner; the inner axis has size 1 unless mesh.fsdp_inner says otherwise.
+FSDP = ("fsdp_outer", "fsdp_inner")
 MESH_AXES = ("data", *FSDP, "tensor")
 
 # Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their

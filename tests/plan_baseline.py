@@ -78,10 +78,12 @@ def small_and_large() -> dict[str, Entry]:
     }
 
 
-def tuned(stage: str, topology: str) -> tuple[str, ...]:
-    """What the tuned plans are compiled with beside a batch and train.remat."""
-    two_steps = stage == "finetune" and topology == "v5e:8x8"
-    return ("--config.train.compiler_options=tuned", *["--config.mesh.fsdp_inner=8"] * two_steps)
+def tuned(stage: str, topology: str) -> tuple[str, tuple[str, ...]]:
+    """How the tuned plans are called, and what they are compiled with beside a batch and train.remat."""
+    options = "--config.train.compiler_options=tuned"
+    if stage == "finetune" and topology == "v5e:8x8":
+        return ", tuned, sums in two steps", (options, "--config.mesh.fsdp_inner=8")
+    return ", tuned", (options,)
 
 
 def four_rows() -> dict[str, Entry]:
@@ -95,11 +97,14 @@ def four_rows() -> dict[str, Entry]:
         ("7b", "pretrain", "v5e:8x8", 64, "kernel+gate"),
     ):
         for options in ("none", "tuned"):
-            title = f"{size.upper()} {stage}, 4 rows a chip" + (", tuned" if options == "tuned" else "")
+            how, more = tuned(stage, topology) if options == "tuned" else ("", ())
+            title = f"{size.upper()} {stage}, 4 rows a chip{how}"
             name = f"{size}-{stage}-{topology.replace(':', '-')}-4rows-{options}"
             flags = (f"--config.train.batch_size={4 * chips}", f"--config.train.remat={remat}")
-            more = tuned(stage, topology) if options == "tuned" else ()
             found[name] = entry(title, size, stage, topology, *flags, *more)
+    only = ("--config.train.batch_size=256", "--config.train.remat=kernel+v", "--config.train.compiler_options=tuned")
+    title = "7B finetune, 4 rows a chip, tuned"
+    found["7b-finetune-v5e-8x8-4rows-one-sum"] = entry(title, "7b", "finetune", "v5e:8x8", *only)
     return found
 
 
@@ -118,8 +123,9 @@ def packed() -> dict[str, Entry]:
     ):
         flags = ("--config.data.pack=True", f"--tokens_per_row={tokens}", f"--config.train.batch_size={batch}")
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
-        flags += (f"--config.train.remat={remat}", *tuned(stage, "v5e:8x8"))
-        title = f"{stage} of {batch} conversations, packed, tuned"
+        how, more = tuned(stage, "v5e:8x8")
+        flags += (f"--config.train.remat={remat}", *more)
+        title = f"{stage} of {batch} conversations, packed{how}"
         found[f"7b-{stage}-v5e-8x8-packed-{batch}"] = entry(f"7B {title}", "7b", stage, "v5e:8x8", *flags)
     return found
 

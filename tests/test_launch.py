@@ -86,6 +86,7 @@ def test_usage(stage, script, words):
         ("gke.sh submit llava c w", GKE | {"CLAIM": ""}, "CLAIM"),
         ("gke.sh xpk llava c w", GKE, "CLUSTER"),
         ("gke.sh render llava c w $'a\\nb'", GKE, "control"),
+        ("gke.sh submit llava c w $'a\\nb'", GKE, "control"),
     ],
 )
 def test_bad_input_is_one_line(stage, line, more, says):

@@ -1,5 +1,6 @@
 """The mesh and its rules: total coverage, clear errors, and the same numbers on eight devices as on one."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ TINY = ModelConfig(
 
 def test_mesh_takes_what_is_left():
     mesh = make_mesh(MeshSettings(data=1, fsdp=-1, tensor=1))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": jax.device_count(), "fsdp_inner": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp_outer": jax.device_count(), "fsdp_inner": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (3, 5, 7), (-2, 1, 1)])
@@ -38,7 +39,9 @@ def test_fsdp_inner_divides_fsdp(inner):
 
 
 def test_stacked_layers_stay_whole_and_every_axis_has_a_rule():
-    assert spec_of(("embed", "heads", "head_dim"), 4) == PartitionSpec(None, ("fsdp", "fsdp_inner"), "tensor", None)
+    assert spec_of(("embed", "heads", "head_dim"), 4) == PartitionSpec(
+        None, ("fsdp_outer", "fsdp_inner"), "tensor", None
+    )
     axes = jax.tree.leaves(llava.logical_axes(TINY), is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert {name for names in axes for name in names} <= set(RULES)
 
@@ -58,6 +61,7 @@ def test_a_dimension_that_does_not_divide_is_named():
         check_divisible("llm/head/kernel", (6, 8), PartitionSpec("fsdp", "tensor"), Mesh)
 
 
+TIED = dataclasses.replace(TINY.llm, tied=True, attention_bias=True, mlp_bias=True)
 PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 8, 1, 4), (2, 2, 2, 2))
 
 EIGHT_DEVICES = textwrap.dedent("""
@@ -67,7 +71,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.train.step import batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
-    from tests.test_sharding import PRESETS, TINY
+    from tests.test_sharding import PRESETS, TIED, TINY
 
     graphdef, abstract = llava.build(TINY)
     params = llava.init(TINY, 0)
@@ -87,8 +91,11 @@ EIGHT_DEVICES = textwrap.dedent("""
         return jax.block_until_ready(grad(*partition(params, stage), batch))
 
     def close(got, want):
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+        # Against each leaf's largest entry: gradients of q and k are all smaller than 1e-4.
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            worst = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+            assert worst <= 1e-5, (jax.tree_util.keystr(path), worst)
 
     want = {norm: both(params, batch, accumulate=1, loss_norm=norm, ranks=8) for norm in ("global_token", "rank_mean")}
     for sizes in PRESETS:
@@ -98,11 +105,28 @@ EIGHT_DEVICES = textwrap.dedent("""
             placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
             on = jax.device_put(batch, batch_sharding(mesh))
             close(both(placed, on, accumulate=1, loss_norm="global_token", ranks=ranks), want["global_token"])
-            if sizes == (2, 2, 2):
+            if sizes in ((2, 2, 2), (1, 8, 1, 4)):
                 close(both(placed, on, accumulate=2, loss_norm="global_token", ranks=ranks), want["global_token"])
             if sizes == (8, 1, 1):
                 close(both(placed, on, accumulate=1, loss_norm="rank_mean", ranks=ranks), want["rank_mean"])
         print("equal", sizes)
+
+    # In two steps: one reduce-scatter of a matrix an axis and weight (seven of the block, projector, head), and a remat
+    # policy that keeps matrix products finds those of `product`.
+    products = {}
+    mesh = make_mesh(MeshSettings(1, 8, 1, fsdp_inner=4))
+    for remat in ("full", "dots"):
+        how["graphdef"], abstract = llava.build(dataclasses.replace(TINY, remat=remat))
+        with jax.set_mesh(mesh):
+            grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(
+                trained, frozen, batch, **how, accumulate=1, loss_norm="global_token", ranks=8))
+            traced = grad.trace(*partition(jax.device_put(params, param_shardings(
+                llava.logical_axes(TINY), abstract, mesh)), "finetune"), jax.device_put(batch, batch_sharding(mesh)))
+        products[remat] = str(traced.jaxpr).count("dot_general")
+        scattered = traced.lower().as_text().count("stablehlo.reduce_scatter")
+        assert scattered == 18, scattered
+    assert products["dots"] < products["full"], products
+    print("equal products")
 
     # The frozen head, no pictures, and a head that is the embedding, where every axis is used.
     plain = dict(accumulate=1, loss_norm="global_token")
@@ -110,12 +134,12 @@ EIGHT_DEVICES = textwrap.dedent("""
     for case, config, data, stage in (
         ("pretrain", TINY, batch, "pretrain"),
         ("text", TINY, text, "finetune"),
-        ("tied", dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, tied=True)), batch, "finetune"),
+        ("tied", dataclasses.replace(TINY, llm=TIED), batch, "finetune"),
     ):
         how["graphdef"], abstract = llava.build(config)
         params = llava.init(config, 0)
         want = both(params, data, stage, ranks=1, **plain)
-        mesh = make_mesh(MeshSettings(2, 2, 2))
+        mesh = make_mesh(MeshSettings(1, 4, 2, fsdp_inner=2))
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, param_shardings(llava.logical_axes(config), abstract, mesh))
             close(both(placed, jax.device_put(data, batch_sharding(mesh)), stage, ranks=4, **plain), want)
@@ -130,4 +154,4 @@ def test_sharded_loss_and_gradient_equal_the_single_device_ones():
     env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == len(PRESETS) + 3
+    assert done.stdout.count("equal") == len(PRESETS) + 4

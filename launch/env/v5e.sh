@@ -24,5 +24,5 @@ export HF_HUB_OFFLINE=1
 # tokenizers, which also warns without it when a process forks.
 export TOKENIZERS_PARALLELISM=false
 
-# What `tuned` holds for this chip: a larger share of VMEM for matrix products, from the compiler model only. The flags
-# of asynchronous collectives are this chip's alone and already on by default (seen in the compiled program).
+# What `tuned` adds for this chip stands in llava_jax/chips.py. The flags of asynchronous all-gathers are this chip's
+# alone and already on by default (seen in the compiled program).

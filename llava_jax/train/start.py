@@ -14,6 +14,7 @@ from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.flops import step_flops
 from llava_jax.settings import STAGES
+from llava_jax.sharding import mesh_sizes
 from llava_jax.train import checkpoint
 from llava_jax.train.assemble import (
     Plan,
@@ -159,7 +160,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
     """What was decided, printed before the first update."""
     t, steps = settings.train, batches.steps
     epochs = steps * t.batch_size / rows
-    mesh = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    mesh = ", ".join(f"{name} {size}" for name, size in mesh_sizes(run.mesh).items())
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     processes = jax.process_count()
     share = f", {processes} processes" if processes > 1 else ""
