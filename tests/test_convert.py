@@ -570,6 +570,15 @@ def test_another_chat_template_is_assumed_and_said(tmp_path, sources, source, ca
     assert "v1 is assumed" in capsys.readouterr().out
 
 
+def test_a_chat_template_that_contradicts_the_template_is_said(tmp_path, sources, capsys):
+    write(sources, tmp_path / "out")
+    commands.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'same'}")
+    assert "chat template" not in capsys.readouterr().out
+    (tmp_path / "out" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    commands.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'other'}")
+    assert "template v1 writes 'A chat" in capsys.readouterr().out
+
+
 def test_pictures_are_normalised_and_resized_as_the_folder_says(tmp_path, sources):
     folder = foreign(tmp_path, sources)
     says = dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.2, 0.3, 0.4], resample=2)

@@ -68,6 +68,8 @@ def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
         with open(jinja, encoding="utf-8") as file:
             return tokens, file.read()
     source = read_json(beside).get("chat_template") if os.path.isfile(beside) else config.get("chat_template")
+    if isinstance(source, list):  # several under names, as tokenizers with tools have them
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
     return tokens, source if isinstance(source, str) else None
 
 

@@ -20,9 +20,10 @@ from safetensors.numpy import load_file
 import llava_jax
 from configs import tiny
 from llava_jax.convert import commands, hf, table
+from llava_jax.models.llava import build
 from llava_jax.settings import settings_from_dict
 from llava_jax.train.loop import train
-from llava_jax.types import Pixels
+from llava_jax.types import ModelConfig, Pixels
 
 PYTHON_446 = pathlib.Path(__file__).parents[2] / ".venv-parity-446" / "bin" / "python"
 ROWS = 192  # of the embedding: more than the tokenizer has, so that <image> and <pad> find room
@@ -197,6 +198,43 @@ def test_greedy_text_and_what_the_processor_gives(folders, name):
         # 4.46.3 knows no tower without a class token and counts one image token too many (mended in 4.49).
         extra = [] if FAMILIES[name][1] == "clip" else [IMAGE_ID]
         assert sorted(np.load(second + "/ids_446.npy").tolist()) == sorted(ids.tolist() + extra)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_siglip_folder_and_a_decoder_folder_become_one(tmp_path, whole):
+    """SiglipModel or SiglipVisionModel beside Qwen2ForCausalLM: features, and what no LLaVA runs copied through."""
+    vision = transformers.SiglipVisionConfig(**peers.VISION | SIGLIP)
+    model = transformers.SiglipVisionModel(vision)
+    if whole:
+        text = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+        text |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+        config = transformers.SiglipConfig(text_config=text, vision_config=vision.to_dict())
+        model = transformers.SiglipModel(config)
+    peers.randomised(model).save_pretrained(tmp_path / "siglip")
+    decoder = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
+    peers.randomised(decoder).save_pretrained(tmp_path / "qwen")
+    peers.tokenizer(tmp_path / "qwen", "bytes", image=True)
+    tower, vision_params = hf.read_clip(str(tmp_path / "siglip"))
+    llm, llm_params = hf.read_llama(str(tmp_path / "qwen"))
+    assert (tower.family, llm.family, tower.pixels.mean) == ("siglip", "qwen2", HALF)
+    config = ModelConfig(vision=tower, llm=llm, image_token_id=IMAGE_ID)
+    params = peers.random_params(build(config)[1]) | {"vision": vision_params, "llm": llm_params}
+    rules = dict(template="v1", aspect="squash", image_position="front")
+    folders = dict(source_vision_folder=str(tmp_path / "siglip"), tokenizer_folder=str(tmp_path / "qwen"))
+    hf.write_llava(str(tmp_path / "out"), config, params, **folders, **rules)
+    theirs = peers.load_strict(str(tmp_path / "out"))
+    source = (model.vision_model if whole else model).state_dict()
+    source = {name.removeprefix("vision_model."): value for name, value in source.items()}
+    for name, value in theirs.model.vision_tower.state_dict().items():
+        assert torch.equal(value, source[name.removeprefix("vision_model.")]), name
+    given = inputs(18)
+    found = llava_jax.load("hf:" + str(tmp_path / "out")).logits(
+        given["input_ids"].numpy(), given["pixel_values"].numpy()
+    )
+    assert peers.relative(found, logits_of(theirs, given)) <= 1e-4
+    tokens = given["input_ids"] % IMAGE_ID
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(tokens).logits, decoder(tokens).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mistral_v0.1", "qwen2.5", "qwen3", "siglip2"])
