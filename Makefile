@@ -1,10 +1,11 @@
 # make demo    the whole story on this machine's CPU, at most ten minutes on two cores
 # make test    the tests, without torch
-# make parity  the comparison with torch and transformers
+# make parity  the comparison with torch and transformers, today's and 4.46.3
 # make bench   speed and memory beside torch and transformers
 # make lint    ruff
 #
-# Each target sets up its own environment (.venv, .venv-parity) and does so again only when a requirements file changes.
+# Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
+# requirements file changes.
 
 .PHONY: demo test parity bench lint
 .DELETE_ON_ERROR:
@@ -20,7 +21,7 @@ demo: .venv/.runtime
 test: .venv/.dev
 	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q
 
-parity: .venv-parity/.parity
+parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
 
 bench: .venv/.runtime .venv-parity/.parity
@@ -61,4 +62,10 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 	@echo "installing requirements-parity.txt into .venv-parity (torch: several minutes the first time)"
 	@$(call install,.venv-parity,-r requirements-dev.txt -r requirements-parity.txt)
 	@$(call install,.venv-parity,--no-deps -e .)
+	@touch $@
+
+.venv-parity-446/.parity: requirements-parity-446.txt
+	$(call environment,.venv-parity-446)
+	@echo "installing requirements-parity-446.txt into .venv-parity-446 (torch: several minutes the first time)"
+	@$(call install,.venv-parity-446,-r requirements-parity-446.txt)
 	@touch $@

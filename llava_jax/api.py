@@ -65,12 +65,12 @@ class Processor:
 
     def pixels(self, messages: Sequence[Message]) -> np.ndarray:
         """float32[n, X, Y, C] of the pictures of a conversation, in order."""
-        size = self.config.vision.image_size
+        size, how = self.config.vision.image_size, self.config.vision.pixels
         _, pictures = read_messages(messages)
         arrays = [
-            preprocess(picture, size, self.aspect)
+            preprocess(picture, size, self.aspect, how)
             if isinstance(picture, Image.Image)
-            else load_image(os.fspath(picture), size, self.aspect)
+            else load_image(os.fspath(picture), size, self.aspect, how)
             for picture in pictures
         ]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.float32)

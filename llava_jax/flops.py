@@ -13,7 +13,7 @@ def decoder_products(config: LlamaConfig) -> int:
 
 def clip_forward_flops(config: ClipConfig, layers: int) -> float:
     """FLOPs of one picture through the patch embedding and `layers` blocks."""
-    tokens, width = config.patches + 1, config.width
+    tokens, width = config.patches + config.class_tokens, config.width
     block = 2 * tokens * (4 * width**2 + 2 * width * config.mlp_width) + 4 * tokens**2 * width
     return layers * block + 2 * config.patches * 3 * config.patch_size**2 * width
 
@@ -27,14 +27,17 @@ def projector_weights(config: ModelConfig) -> int:
 def step_flops(config: ModelConfig, stage: str, *, rows: int, length: int, images: int) -> float:
     """Model FLOPs of one whole update over `rows` rows of `length` tokens and `images` pictures in all.
 
-    Every token of a row counts, image tokens as text; attention counts its causal half over the row; nothing that
-    remat computes again counts. Training a part is three times its forward pass, passing gradients through a frozen
-    decoder two times (three for attention, which has no weights); the frozen tower counts its blocks that run, once.
+    Every token of a row counts, image tokens as text; attention counts what is seen of the row, half of it without a
+    window; nothing that remat computes again counts. Training a part is three times its forward pass, passing gradients
+    through a frozen decoder two times (three for attention, which has no weights); the frozen tower counts its blocks
+    that run, once.
     """
     trained = STAGES[stage]
     tokens = rows * length
     products = 2 * decoder_products(config.llm)
-    attention = 2 * config.llm.layers * length * config.llm.heads * config.llm.head_dim
+    window = min(config.llm.window or length, length)
+    seen = window - window**2 / (2 * length)  # positions that one sees, on average
+    attention = 4 * config.llm.layers * seen * config.llm.heads * config.llm.head_dim
     decoder = tokens * ((3 if "llm" in trained else 2) * products + 3 * attention)
     vision = (3 if "vision" in trained else 1) * clip_forward_flops(config.vision, config.vision_layers)
     projector = 6 * config.vision.patches * projector_weights(config)

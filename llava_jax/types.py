@@ -78,9 +78,21 @@ class Batch(NamedTuple):
 # ---- models -----------------------------------------------------------------------------------------------------
 
 
+class Pixels(NamedTuple):
+    """How a tower wants its pictures: resized by `resample` (bicubic, bilinear), then normalised; CLIP's by default."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resample: str = "bicubic"
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """CLIP vision transformer, as far as `feature_layer` needs it (`layers` is the full depth of the checkpoint)."""
+    """Vision transformer, as far as `feature_layer` needs it (`layers` is the full depth of the checkpoint).
+
+    `family` is clip, or siglip: patches have a bias, there is neither a class token nor a norm before the blocks.
+    `pooling_head`: the checkpoint has SigLIP's, which LLaVA never runs and an export copies.
+    """
 
     width: int
     mlp_width: int
@@ -90,6 +102,14 @@ class ClipConfig:
     patch_size: int
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
+    family: str = "clip"
+    pooling_head: bool = False
+    pixels: Pixels = Pixels()
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before the patches, which LLaVA drops."""
+        return 1 if self.family == "clip" else 0
 
     @property
     def patches(self) -> int:
@@ -110,7 +130,11 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """LLaMA decoder, driven by its Hugging Face config."""
+    """LLaMA decoder, driven by its Hugging Face config.
+
+    `family` is Hugging Face's model_type: llama, mistral, qwen2 or qwen3. With a `window` above 0 a token sees itself
+    and the `window` - 1 tokens before it.
+    """
 
     vocab_size: int
     width: int
@@ -125,6 +149,18 @@ class LlamaConfig:
     tied: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    family: str = "llama"
+    window: int = 0
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the bias of attention goes beyond q, k and v: Qwen2's does not."""
+        return self.attention_bias and self.family != "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and k is normalised before it is rotated."""
+        return self.family == "qwen3"
 
 
 @dataclasses.dataclass(frozen=True)

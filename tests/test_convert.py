@@ -89,7 +89,12 @@ def write(sources, folder, config=CONFIG, params=None, **changes):
 
 def test_every_parameter_has_one_row_and_every_row_a_parameter():
     full = dataclasses.replace(LLAMA, attention_bias=True, mlp_bias=True)
-    assert set(table.flatten(build(dataclasses.replace(CONFIG, llm=full))[1])) == set(table.ROWS)
+    siglip = dataclasses.replace(CLIP, family="siglip")
+    found = [
+        set(table.flatten(build(dataclasses.replace(CONFIG, llm=llm, vision=vision))[1]))
+        for llm, vision in ((full, CLIP), (dataclasses.replace(LLAMA, family="qwen3"), siglip))
+    ]
+    assert found[0] | found[1] == set(table.ROWS)
     assert len({row.hf for row in table.TABLE}) == len(table.TABLE)
 
 
@@ -320,7 +325,7 @@ def test_rope_spellings(given, rope):
 
 
 BAD_LLAMA = {
-    "model_type": (dict(model_type="mistral"), "mistral"),
+    "model_type": (dict(model_type="gemma2"), "gemma2"),
     "activation": (dict(hidden_act="gelu"), "gelu"),
     "rope": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "yarn"),
     "rope_factor": (dict(rope_scaling=dict(rope_type="linear")), "factor"),
@@ -340,7 +345,7 @@ def test_unknown_llama_configs_are_refused_by_name(name):
 
 
 BAD_CLIP = {
-    "model_type": (dict(model_type="siglip_vision_model"), "siglip"),
+    "model_type": (dict(model_type="siglip2_vision_model"), "siglip2"),
     "activation": (dict(hidden_act="gelu_new"), "gelu_new"),
     "patch": (dict(patch_size=3), "image_size"),
     "heads": (dict(num_attention_heads=3), "heads"),
@@ -565,15 +570,35 @@ def test_another_chat_template_is_assumed_and_said(tmp_path, sources, source, ca
     assert "v1 is assumed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", ["image_mean", "image_std"])
-def test_other_normalisation_is_refused_by_name(tmp_path, sources, key):
+def test_a_chat_template_that_contradicts_the_template_is_said(tmp_path, sources, capsys):
+    write(sources, tmp_path / "out")
+    commands.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'same'}")
+    assert "chat template" not in capsys.readouterr().out
+    (tmp_path / "out" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    commands.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'other'}")
+    assert "template v1 writes 'A chat" in capsys.readouterr().out
+
+
+def test_pictures_are_normalised_and_resized_as_the_folder_says(tmp_path, sources):
     folder = foreign(tmp_path, sources)
-    edit(folder / "preprocessor_config.json", lambda value: value.update({key: [0.5, 0.5, 0.5]}))
-    with pytest.raises(InputError, match=key):
-        hf.read_llava_config(str(folder))
+    says = dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.2, 0.3, 0.4], resample=2)
+    edit(folder / "preprocessor_config.json", lambda value: value.update(says))
+    config, params, _ = hf.read_llava(str(folder))
+    assert config.vision.pixels == ((0.5, 0.5, 0.5), (0.2, 0.3, 0.4), "bilinear")
+    write(sources, tmp_path / "again", config, params)
+    assert hf.read_llava_config(str(tmp_path / "again"))[0].vision.pixels == config.vision.pixels
     shutil.copy(folder / "preprocessor_config.json", sources[0])
-    with pytest.raises(InputError, match=key):
-        hf.read_clip(sources[0])
+    assert hf.read_clip(sources[0])[0].pixels == config.vision.pixels
+
+
+@pytest.mark.parametrize("change", [
+    dict(do_normalize=False), dict(rescale_factor=1 / 127.5), dict(image_std=0.5), dict(resample=0),
+], ids=str)  # fmt: skip
+def test_other_picture_settings_are_refused_by_name(tmp_path, sources, change):
+    folder = foreign(tmp_path, sources)
+    edit(folder / "preprocessor_config.json", lambda value: value.update(change))
+    with pytest.raises(InputError, match=next(iter(change))):
+        hf.read_llava_config(str(folder))
 
 
 def test_an_exported_tokenizer_neither_cuts_nor_fills(tmp_path, sources):

@@ -13,11 +13,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = """
 F0 types convert.table
 F1 source
+F1 convert.families
 F1 settings sharding data.chat data.image convert.config synthesize.context synthesize.parse synthesize.teacher
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
+F2 convert.chat_known
 F2 plan_cost
 F2 data.example data.packing synthesize.write
 F3 plan_target

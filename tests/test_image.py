@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_jax.data.image import BACKGROUND, FORMATS, MAX_SIDE, check_image, decode, load_image, preprocess
-from llava_jax.types import InputError
+from llava_jax.data.image import FORMATS, MAX_SIDE, background, check_image, decode, load_image, preprocess
+from llava_jax.types import InputError, Pixels
 
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
 SHAPES = [(640, 480), (480, 640), (427, 640), (101, 100), (48, 48), (1, 1), (7, 901), (901, 7), (1333, 1999)]
@@ -55,6 +56,18 @@ def test_bit_equal_to_the_published_processor(size, aspect):
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{shape}")
 
 
+@pytest.mark.parametrize("number, resample", [(3, "bicubic"), (2, "bilinear")])
+def test_siglip_pictures_are_bit_equal_to_its_processor(number, resample):
+    """The whole picture to the square, bicubic (SigLIP) or bilinear (SigLIP2), mean and deviation 0.5."""
+    half = (0.5, 0.5, 0.5)
+    for shape in SHAPES[:6]:
+        processor = SiglipImageProcessorPil(size=dict(height=48, width=48), resample=number)
+        theirs = processor(noise(*shape), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        ours = preprocess(noise(*shape), 48, "squash", Pixels(half, half, resample))
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"{shape}")
+    assert background(Pixels(half, half)) == (127, 127, 127)
+
+
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
 @pytest.mark.parametrize("name", ["wide.jpg", "tall.png", "square.webp", "odd.bmp"])
 def test_files_are_bit_equal_too(name, aspect):
@@ -66,7 +79,7 @@ def test_pad_centres_on_the_mean_colour_with_the_odd_row_below():
     white = Image.new("RGB", (8, 5), (255, 255, 255))
     rows = preprocess(white, 8, "pad")[:, 0, 0]
     assert [bool(row > 1) for row in rows] == [False] + [True] * 5 + [False] * 2
-    assert BACKGROUND == (122, 116, 104)
+    assert background(Pixels()) == (122, 116, 104)
 
 
 def test_strips_of_a_tall_picture_join_without_a_seam(monkeypatch):
@@ -143,7 +156,7 @@ def test_a_missing_file_a_folder_and_an_impossible_name(tmp_path):
         check_image(str(tmp_path))
     with pytest.raises(InputError, match="cannot be read"):
         check_image("a\0b.jpg")
-    with pytest.raises(InputError, match="pad or crop"):
+    with pytest.raises(InputError, match="pad, crop or squash"):
         load_image(str(IMAGES / "wide.jpg"), 48, "square")
 
 

@@ -39,17 +39,40 @@ def test_attention_equals_its_definition_forward_and_backward(causal, segments):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("segments", [True, False])
-def test_splash_equals_the_definition_forward_and_backward(segments):
+@pytest.mark.parametrize("window", [1, 100, 300])
+def test_a_window_equals_the_definition_forward_and_backward(window):
+    """Three stretches of queries, packed; a window that is longer than the row sees all of it."""
+    q, k, v = heads(0, 1, 290, 4, 8), heads(1, 1, 290, 2, 8), heads(2, 1, 290, 2, 8)
+    ids = jnp.repeat(jnp.array([[1, 2]]), jnp.array([40, 250]), axis=1)
+    distance = jnp.arange(290)[:, None] - jnp.arange(290)
+    mask = (distance >= 0) & (distance < window) & (ids[:, :, None] == ids[:, None, :])
+
+    def ours(q, k, v):
+        return attention(q, k, v, causal=True, segment_ids_BT=ids, window=window)
+
+    def both(f):
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    (value, grads), (want, want_grads) = both(ours), both(lambda *x: reference_attention(*x, mask))
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for a, b in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments, window", [(True, 0), (False, 0), (True, 70)])
+def test_splash_equals_the_definition_forward_and_backward(segments, window):
     """The TPU kernel in Pallas' interpreter: two blocks a row, two query heads for a key head."""
     q, k, v = heads(0, 1, 256, 2, 64), heads(1, 1, 256, 1, 64), heads(2, 1, 256, 1, 64)
     ids = jnp.repeat(jnp.array([[1, 2, 3, 0]]), jnp.array([100, 60, 90, 6]), axis=1) if segments else None
     mask = jnp.tril(jnp.ones((1, 256, 256), bool))
+    if window:
+        mask &= ~jnp.tril(mask[0], -window)
     if segments:
         mask &= ids[:, :, None] == ids[:, None, :]
 
     def ours(q, k, v):
-        return attention(q, k, v, causal=True, segment_ids_BT=ids, implementation="splash", block=128)
+        how = dict(implementation="splash", block=128, window=window)
+        return attention(q, k, v, causal=True, segment_ids_BT=ids, **how)
 
     def both(f):
         return jax.value_and_grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2))(q, k, v)
@@ -73,6 +96,9 @@ RUNS = dict(platform="tpu", dtype="bfloat16", length=2048, head_dim=128)
         ({"head_dim": 80}, "xla"),
         ({"platform": "gpu"}, "cudnn"),
         ({"platform": "gpu", "dtype": "float32"}, "xla"),
+        ({"platform": "gpu", "window": 2047}, "xla"),
+        ({"platform": "gpu", "window": 2048}, "cudnn"),
+        ({"window": 2047}, "splash"),
         ({"platform": "cpu"}, "xla"),
     ],
 )
@@ -88,6 +114,7 @@ def test_attention_is_chosen_by_platform_and_shape(changes, chosen):
         ("splash", {"length": 1000}, "multiple of 128 tokens, got 1000"),
         ("cudnn", {}, "needs an NVIDIA GPU, the devices are tpu"),
         ("cudnn", {"platform": "gpu", "dtype": "float32"}, "needs train.dtype=bfloat16"),
+        ("cudnn", {"platform": "gpu", "window": 1024}, "no sliding window, this decoder's is 1024 .* 2048 tokens"),
     ],
 )
 def test_attention_asked_for_by_name_is_had_or_refused(requested, changes, says):

@@ -357,6 +357,9 @@ def test_end_of_text_comes_from_the_decoders_config_or_is_missed(tokenizers, tmp
     found = load_tokenizer(str(tmp_path))
     check_end(found, find_template("v1"))
     assert found.eos_id == found.special_id("</s>") == end
+    assert set(found.stop_ids(find_template("v1"))) == {end, 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, end, 10**6]}))
+    assert load_tokenizer(str(tmp_path)).ends == (9, end)
     assert _encode(SAMPLE, "v1", found).tokens[-1] == end
 
 

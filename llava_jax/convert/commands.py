@@ -2,6 +2,7 @@
 
 import os
 
+from llava_jax.convert.chat_known import chat_template_note
 from llava_jax.convert.hf import read_llava, stored_dtype, write_llava
 from llava_jax.source import parse
 from llava_jax.train.assemble import load_trained
@@ -31,6 +32,10 @@ def convert(source: str, target: str) -> None:
         if rules.template_assumed:
             print(f"{folder}: names no template and its chat template is none of ours; {rules.template} is assumed")
         vision, tokenizer = folder, rules.tokenizer
+    if form == "orbax" or not rules.template_assumed:
+        note = chat_template_note(tokenizer, rules.template)
+        if note:
+            print(note)
     exported = write_llava(
         destination,
         config,

@@ -5,36 +5,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
+from llava_jax.convert.families import ARCHITECTURES, DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
 
 Json = dict[str, Any]
 
-# What CLIPVisionConfig, LlamaConfig and LlavaConfig of transformers fall back to.
-_CLIP_DEFAULTS = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=32,
-    hidden_act="quick_gelu",
-    layer_norm_eps=1e-5,
-)
-_LLAMA_DEFAULTS = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    hidden_act="silu",
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
-)
+# What LlavaConfig of transformers falls back to; convert.families has the towers' and the decoders'.
 _LLAVA_VISION = dict(
     model_type="clip_vision_model",
     hidden_size=1024,
@@ -45,6 +21,10 @@ _LLAVA_VISION = dict(
     patch_size=14,
 )
 _PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}
+_WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+# Pictures for SigLIP, where the folder does not say otherwise.
+SIGLIP_PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def read_json(path: str) -> Json:
@@ -101,11 +81,14 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
 
 
 def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
-    """ClipConfig from a CLIPConfig (vision_config inside) or CLIPVisionConfig dict; `where` starts the errors."""
-    if config.get("model_type") == "clip":
-        config = {"model_type": "clip_vision_model", **(config.get("vision_config") or {})}
-    _choice(config, "model_type", ("clip_vision_model",), where)
-    values = _filled(config, _CLIP_DEFAULTS)
+    """ClipConfig of a CLIP or SigLIP config dict, the whole one or the vision part; `where` starts the errors.
+
+    SigLIP2 of a fixed resolution is published as SigLIP; `siglip2` (NaFlex, any resolution) is refused.
+    """
+    if config.get("model_type") in _WHOLE:
+        config = {"model_type": _WHOLE[config["model_type"]], **(config.get("vision_config") or {})}
+    family = _choice(config, "model_type", tuple(TOWERS), where).removesuffix("_vision_model")
+    values = _filled(config, TOWERS[config["model_type"]])
     _choice(values, "num_channels", (3,), where)
     result = ClipConfig(
         width=_int(values, "hidden_size", where),
@@ -114,12 +97,15 @@ def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
         heads=_int(values, "num_attention_heads", where),
         image_size=_int(values, "image_size", where),
         patch_size=_int(values, "patch_size", where),
-        activation=_choice(values, "hidden_act", ("quick_gelu", "gelu"), where),
+        activation=_choice(values, "hidden_act", _ACTIVATIONS, where),
         norm_eps=_number(values, "layer_norm_eps", where),
+        family=family,
+        pooling_head=family == "siglip" and _choice(values, "vision_use_head", (True, False), where),
+        pixels=SIGLIP_PIXELS if family == "siglip" else Pixels(),
     )
     if result.width % result.heads:
         raise InputError(f"{where}: hidden_size {result.width} is not a multiple of {result.heads} attention heads")
-    if result.image_size % result.patch_size:
+    if result.image_size % result.patch_size and family == "clip" or result.image_size < result.patch_size:
         raise InputError(f"{where}: image_size {result.image_size} is not a multiple of patch {result.patch_size}")
     return result
 
@@ -137,6 +123,9 @@ def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConf
     merged = {"rope_theta": values["rope_theta"], **{k: v for k, v in scaling.items() if v is not None}}
     merged["rope_type"] = merged.get("rope_type", merged.get("type", "default"))
     kind = _choice(merged, "rope_type", ("default", "linear", "llama3"), where)
+    unknown = sorted(set(merged) - ROPE_KEYS)
+    if unknown:
+        raise InputError(f"{where}: {', '.join(unknown)} of a {kind} rope is not supported; expected it to be absent")
     theta = _number(merged, "rope_theta", where)
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -155,20 +144,28 @@ def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConf
 
 
 def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
-    """LlamaConfig from a LlamaForCausalLM config (or LLaVA's text_config); `where` starts the errors."""
-    _choice(config, "model_type", ("llama",), where)
-    values = _filled(config, _LLAMA_DEFAULTS)
+    """LlamaConfig of a decoder's config dict (or LLaVA's text_config), of a family in convert.families.
+
+    `where` starts the errors; what a family knows and ours does not is refused by name.
+    """
+    family = _choice(config, "model_type", tuple(DECODERS), where)
+    for key, allowed in (FOREIGN | FIXED[family]).items():
+        _choice({key: None, **config}, key, allowed, where)
+    values = _filled(config, DECODERS[family])
     _choice(values, "hidden_act", ("silu",), where)
     width, heads = _int(values, "hidden_size", where), _int(values, "num_attention_heads", where)
     values = _filled(values, dict(num_key_value_heads=heads, head_dim=width // heads))
+    if config.get("num_key_value_heads", 0) is None:
+        values["num_key_value_heads"] = heads
     kv_heads, max_positions = _int(values, "num_key_value_heads", where), _int(values, "max_position_embeddings", where)
     if heads % kv_heads:
         raise InputError(f"{where}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
+    layers = _int(values, "num_hidden_layers", where)
     return LlamaConfig(
         vocab_size=_int(values, "vocab_size", where),
         width=width,
         mlp_width=_int(values, "intermediate_size", where),
-        layers=_int(values, "num_hidden_layers", where),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_int(values, "head_dim", where),
@@ -178,7 +175,32 @@ def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
         tied=_choice(values, "tie_word_embeddings", (True, False), where),
         attention_bias=_choice(values, "attention_bias", (True, False), where),
         mlp_bias=_choice(values, "mlp_bias", (True, False), where),
+        family=family,
+        window=_window(config, family, layers, where),
     )
+
+
+def _window(config: Mapping[str, Any], family: str, layers: int, where: str) -> int:
+    """Positions that a position sees in every layer, 0 for all; a window in some of the layers is refused.
+
+    A null in the file is a choice here: Mistral's class has a window, later checkpoints of it none.
+    """
+    kinds = config.get("layer_types")
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        raise InputError(
+            f"{where}: layer_types has {sorted(set(kinds))}, which is not supported; expected full_attention"
+        )
+    if family == "mistral":
+        given = {"sliding_window": 4096, **config}
+        return 0 if given["sliding_window"] is None else _int(given, "sliding_window", where)
+    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+        first = config.get("max_window_layers", DECODERS["qwen2"]["max_window_layers"])
+        if kinds is None and first < layers:
+            raise InputError(
+                f"{where}: use_sliding_window with max_window_layers {first} of {layers} layers is not supported; "
+                "expected false (a window in none of the layers)"
+            )
+    return 0
 
 
 def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") -> ModelConfig:
@@ -194,11 +216,11 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
             multimodal_projector_bias=True,
         ),
     )
-    _choice(values, "vision_feature_select_strategy", ("default",), where)
     _choice(values, "multimodal_projector_bias", (True,), where)
     activation = _choice(values, "projector_hidden_act", tuple(_PROJECTORS), where)
     vision = clip_config(_filled(config.get("vision_config") or {}, _vision_defaults(config)), where + " vision_config")
-    text = _filled(config.get("text_config") or {}, dict(model_type="llama"))
+    _choice(values, "vision_feature_select_strategy", (select_strategy(vision),), where)
+    text = {"model_type": "llama", **(config.get("text_config") or {})}
     if config.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     result = ModelConfig(
@@ -220,6 +242,11 @@ def _vision_defaults(config: Mapping[str, Any]) -> Json:
     return dict(model_type="clip_vision_model") if config.get("vision_config") else _LLAVA_VISION
 
 
+def select_strategy(vision: ClipConfig) -> str:
+    """LLaVA's vision_feature_select_strategy that leaves the patches: default drops the class token, full nothing."""
+    return "default" if vision.class_tokens else "full"
+
+
 def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:
     """The feature layer is one index into the layers+1 hidden states, past the embeddings."""
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -233,9 +260,10 @@ def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:
 
 
 def clip_json(config: ClipConfig) -> Json:
-    """CLIPVisionConfig's JSON."""
+    """CLIPVisionConfig's or SiglipVisionConfig's JSON."""
+    head = dict(vision_use_head=config.pooling_head) if config.family == "siglip" else {}
     return dict(
-        model_type="clip_vision_model",
+        model_type=config.family + "_vision_model",
         hidden_size=config.width,
         intermediate_size=config.mlp_width,
         num_hidden_layers=config.layers,
@@ -245,11 +273,12 @@ def clip_json(config: ClipConfig) -> Json:
         patch_size=config.patch_size,
         hidden_act=config.activation,
         layer_norm_eps=config.norm_eps,
+        **head,
     )
 
 
 def llama_json(config: LlamaConfig) -> Json:
-    """LlamaConfig's JSON with both rope spellings, so that 4.x and 5.x rotate by the same angles."""
+    """The decoder's JSON with both rope spellings, so that 4.x and 5.x rotate by the same angles."""
     rope = config.rope
     scaling: Json = {} if rope.kind == "default" else dict(rope_type=rope.kind, factor=rope.factor)
     if rope.kind == "llama3":
@@ -258,9 +287,15 @@ def llama_json(config: LlamaConfig) -> Json:
             high_freq_factor=rope.high_freq_factor,
             original_max_position_embeddings=rope.original_max_positions,
         )
+    more: Json = dict(attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    if config.family == "mistral":
+        more = dict(sliding_window=config.window or None)
+    elif config.family != "llama":
+        more = dict(use_sliding_window=False, sliding_window=None, max_window_layers=config.layers)
+        more |= dict(attention_bias=config.attention_bias) if config.family == "qwen3" else {}
     return dict(
-        model_type="llama",
-        architectures=["LlamaForCausalLM"],
+        model_type=config.family,
+        architectures=[ARCHITECTURES[config.family]],
         vocab_size=config.vocab_size,
         hidden_size=config.width,
         intermediate_size=config.mlp_width,
@@ -275,8 +310,7 @@ def llama_json(config: LlamaConfig) -> Json:
         rope_scaling=scaling or None,
         rope_parameters=dict(rope_type=rope.kind, rope_theta=rope.theta) | scaling,
         tie_word_embeddings=config.tied,
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
+        **more,
     )
 
 
@@ -293,7 +327,7 @@ def llava_json(config: ModelConfig, *, dtype: str, pad_id: int, bos_id: int | No
         projector_hidden_act={ours: theirs for theirs, ours in _PROJECTORS.items()}[config.projector],
         multimodal_projector_bias=True,
         vision_feature_layer=config.feature_layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=select_strategy(config.vision),
         tie_word_embeddings=config.llm.tied,
         vocab_size=config.llm.vocab_size,
         vision_config=clip_json(config.vision) | dtypes,

@@ -99,7 +99,9 @@ def _write_configs(
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(value, file, indent=2)
     read = hf_config.llava_config(hf_config.read_json(os.path.join(folder, "config.json")), folder, config.dtype)
-    if dataclasses.replace(read, remat=config.remat) != config:
+    # How pictures become pixels stands in preprocessor_config.json.
+    vision = dataclasses.replace(read.vision, pixels=config.vision.pixels)
+    if dataclasses.replace(read, vision=vision, remat=config.remat) != config:
         raise ValueError(f"config read back as {read}, wrote {config}")
 
 
@@ -145,7 +147,7 @@ def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Iterator[Piece]:
-    """CLIP's blocks after the feature layer and its post-norm: never run by LLaVA, but transformers asks for them."""
+    """The tower's last blocks, post-norm and SigLIP's head: never run by LLaVA, but transformers asks for them."""
     width, mlp = config.vision.width, config.vision.mlp_width
     shapes = {table.VISION + "post_layernorm.weight": (width,), table.VISION + "post_layernorm.bias": (width,)}
     for row in table.TABLE:
@@ -153,33 +155,47 @@ def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Ite
             out, inner = (mlp, width) if ".fc1" in row.hf else (width, mlp if ".fc2" in row.hf else width)
             shape = (out, inner) if row.in_dims else (out,)
             shapes |= {row.hf.format(n): shape for n in range(config.vision_layers, config.vision.layers)}
+    if config.vision.pooling_head:
+        shapes |= _head_shapes(width, mlp)
     if source is None:
         print(
-            f"export: no source for CLIP's last {config.vision.layers - config.vision_layers} block(s) and post-norm, "
-            "which LLaVA does not run; fresh values are written for them"
+            f"export: no source for the tower's last {config.vision.layers - config.vision_layers} block(s) and "
+            "post-norm, which LLaVA does not run; fresh values are written for them"
         )
         yield from (_fresh(name, shape, np.dtype(jnp.dtype(dtype))) for name, shape in shapes.items())
     else:
         yield from _copied(source, shapes, np.dtype(jnp.dtype(dtype)))
 
 
+def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    """SigLIP's attention pooling head (transformers' SiglipMultiheadAttentionPoolingHead)."""
+    linear = {"attention.out_proj": (width, width), "mlp.fc1": (mlp, width), "mlp.fc2": (width, mlp)}
+    shapes: dict[str, tuple[int, ...]] = {"probe": (1, 1, width)}
+    shapes |= {"attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
+    for name, (out, inner) in linear.items():
+        shapes |= {name + ".weight": (out, inner), name + ".bias": (out,)}
+    shapes |= {"layernorm.weight": (width,), "layernorm.bias": (width,)}
+    return {table.VISION + "head." + name: shape for name, shape in shapes.items()}
+
+
 def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
     """Those tensors of the source folder; bit-equal where its dtype is the export's."""
-    kind = "llava" if hf_config.read_config(source, "a CLIP or LLaVA folder").get("model_type") == "llava" else "clip"
+    given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
+    kind = "llava" if given.get("model_type") == "llava" else "clip"
     tensors = open_folder(source)
     names = {table.canonical(name, kind): name for name in tensors.names()}
     wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]
     if wrong:
         raise InputError(
             f"{source}: lacks {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''} in the expected shape; give the "
-            "CLIP folder the vision tower came from"
+            "folder the vision tower came from"
         )
     for name, shape in shapes.items():
         yield Piece(name, shape, dtype, lambda name=name: tensors.get(names[name]).astype(dtype))
 
 
 def _fresh(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Piece:
-    if len(shape) == 2:
+    if len(shape) > 1:
         return Piece(name, shape, dtype, lambda: np.random.default_rng(0).normal(0.0, 0.02, shape))
     is_scale = "norm" in name and name.endswith("weight")
     return Piece(name, shape, dtype, lambda: np.ones(shape) if is_scale else np.zeros(shape))

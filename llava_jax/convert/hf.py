@@ -11,10 +11,12 @@ import numpy as np
 
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import table
+from llava_jax.convert.chat_known import recognised_template
 from llava_jax.convert.export import write_llava
-from llava_jax.convert.processor import read_pictures, recognised_template
+from llava_jax.convert.processor import read_pictures, with_pixels
 from llava_jax.convert.safetensors_io import FLOATS, Tensors, open_file, open_folder
 from llava_jax.data.chat import TEMPLATES
+from llava_jax.data.image import ASPECTS
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
 
@@ -31,6 +33,7 @@ __all__ = [
     "read_pictures",
     "read_projector",
     "stored_dtype",
+    "with_pixels",
     "write_llava",
 ]
 
@@ -58,21 +61,21 @@ class LlavaExtras:
 
 
 def read_clip(folder: str, *, feature_layer: int = -2, dtype: str = "float32") -> tuple[ClipConfig, Params]:
-    """Config and `vision` parameters (numpy, `dtype`) of a CLIPModel or CLIPVisionModel folder.
+    """Config and `vision` parameters (numpy, `dtype`) of a CLIP or SigLIP folder, the whole model or the vision part.
 
-    Blocks above `feature_layer`, the post-norm, the text tower and the projections are left out.
+    Blocks above `feature_layer`, the post-norm, SigLIP's head, the text tower and the projections are left out.
     """
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a Hugging Face CLIP folder (config.json and safetensors)")
     config = hf_config.clip_config(given, where)
     hf_config.check_feature_layer(feature_layer, config, where)
-    read_pictures(folder)
+    config = with_pixels(config, folder)
     model = ModelConfig(vision=config, llm=_NO_LLM, feature_layer=feature_layer)
     return config, _read(open_folder(folder), "clip", model, ("vision",), dtype)["vision"]
 
 
 def read_llama(folder: str, *, dtype: str = "float32") -> tuple[LlamaConfig, Params]:
-    """Config and `llm` parameters (numpy, `dtype`) of a LlamaForCausalLM folder."""
+    """Config and `llm` parameters (numpy, `dtype`) of a decoder folder, of a family in convert.families."""
     given = hf_config.read_config(folder, "a Hugging Face LLaMA folder (config.json and safetensors)")
     config = hf_config.llama_config(given, os.path.join(folder, "config.json"))
     model = ModelConfig(vision=_NO_CLIP, llm=config)
@@ -95,7 +98,9 @@ def read_llava_config(folder: str) -> tuple[ModelConfig, LlavaExtras]:
     """What `read_llava` says, without the weights."""
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
-    return hf_config.llava_config(given, where), _extras(given, folder, where)
+    config = hf_config.llava_config(given, where)
+    config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
+    return config, _extras(given, folder, where)
 
 
 def stored_dtype(folder: str) -> str:
@@ -230,7 +235,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
     """
     ours = given.get("llava_jax", {})
-    allowed = dict(template=tuple(TEMPLATES), aspect=("pad", "crop"), image_position=("front", "keep"))
+    allowed = dict(template=tuple(TEMPLATES), aspect=ASPECTS, image_position=("front", "keep"))
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(

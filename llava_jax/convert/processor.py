@@ -8,21 +8,17 @@ import copy
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_jax.convert.chat_jinja import chat_jinja
-from llava_jax.convert.config import read_json
-from llava_jax.data.chat import TEMPLATES, find_template, render
-from llava_jax.data.image import MEAN, STD
+from llava_jax.convert.config import read_json, select_strategy
+from llava_jax.data.chat import find_template, render
 from llava_jax.data.tokenize import TextTokenizer, encode, load_tokenizer
-from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConfig, Turn
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 
 Json = dict[str, Any]
 
@@ -38,6 +34,8 @@ TOKENIZER_FILES = (
 )
 # Keys of tokenizer_config.json that only the machine it was saved on had a use for.
 DROPPED = ("backend", "is_local", "local_files_only")
+# PIL's numbers, as image processors write them.
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
 # A SentencePiece text begins with ▁, and so does each piece after a picture; in one string this rule puts it there.
 AFTER_IMAGE = {"type": "Replace", "pattern": {"Regex": r"(?<=<image>)(?!<image>|\z|[ ▁])"}, "content": "▁"}
 
@@ -49,7 +47,7 @@ class ExportedTokens:
     image_id: int
     pad_id: int
     bos_id: int | None
-    eos_id: int
+    eos_id: int | list[int]
 
 
 def write_processor(
@@ -61,7 +59,8 @@ def write_processor(
     chat = _write_chat(folder, template, image_position, ours)
     tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id)
     _write_pictures(folder, config, aspect)
-    return tokens
+    # One that ends a turn beside the tokenizer's own stays an end; a single one is written as a number.
+    return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
 
 
 # ---- pictures and chat --------------------------------------------------------------------------------------------
@@ -78,28 +77,30 @@ def _write_pictures(folder: str, config: ModelConfig, aspect: str) -> None:
     transformers then takes the one of the model type: in version 5 LlavaImageProcessor, which pads, in 4.46
     CLIPImageProcessor, which does not know do_pad and crops. Naming the first would keep 4.46 from loading the folder.
     """
-    size = config.vision.image_size
+    size, pixels = config.vision.image_size, config.vision.pixels
+    square = dict(height=size, width=size)
     settings: Json = dict(
         processor_class="LlavaProcessor",
         do_convert_rgb=True,
         do_resize=True,
-        size=dict(shortest_edge=size),
-        resample=3,
-        do_center_crop=True,
-        crop_size=dict(height=size, width=size),
+        size=square if aspect == "squash" else dict(shortest_edge=size),
+        resample=RESAMPLE[pixels.resample],
+        do_center_crop=aspect != "squash",
+        crop_size=square,
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=list(MEAN),
-        image_std=list(STD),
+        image_mean=list(pixels.mean),
+        image_std=list(pixels.std),
     )
-    settings |= dict(do_pad=True) if aspect == "pad" else dict(image_processor_type="CLIPImageProcessor")
+    kind = "SiglipImageProcessor" if aspect == "squash" else "CLIPImageProcessor"
+    settings |= dict(do_pad=True) if aspect == "pad" else dict(image_processor_type=kind)
     processor = dict(
         processor_class="LlavaProcessor",
         image_token=IMAGE_PLACEHOLDER,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=config.vision.class_tokens,
         patch_size=config.vision.patch_size,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=select_strategy(config.vision),
     )
     _write_json(folder, "preprocessor_config.json", settings)
     _write_json(folder, "processor_config.json", processor)
@@ -121,79 +122,45 @@ def _write_chat(folder: str, template: str, image_position: str, tokenizer: Text
 
 # ---- what a foreign folder says --------------------------------------------------------------------------------------
 
-_PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
 
-
-def read_pictures(folder: str) -> str:
-    """`pad` or `crop`, as the folder's picture settings say (crop where there are none).
-
-    InputError for values that its pictures would be normalised by and ours are not.
-    """
+def _picture_settings(folder: str) -> tuple[Json, str]:
+    """The image processor's settings and the file they are in: that of transformers 4, else that of 5."""
     path = os.path.join(folder, "preprocessor_config.json")
     given = read_json(path) if os.path.isfile(path) else {}
     if not given and os.path.isfile(os.path.join(folder, "processor_config.json")):
         path = os.path.join(folder, "processor_config.json")
         given = read_json(path).get("image_processor") or {}
-    for key, ours in (("image_mean", MEAN), ("image_std", STD)):
-        values = given.get(key)
-        if values is not None and not (len(values) == 3 and np.allclose(values, ours, rtol=0, atol=1e-3)):
-            raise InputError(f"{path}: {key} is {values}, which is not supported; expected CLIP's {list(ours)}")
-    return "pad" if given.get("do_pad") else "crop"
+    return given, path
 
 
-def recognised_template(folder: str) -> str | None:
-    """The first of our templates that the folder's chat template renders as, None when it is none of them or absent."""
-    tokens, source = _chat_template(folder)
-    if source is None:
-        return None
-    given = _rendered(source, tokens)
-    for name, template in TEMPLATES.items():
-        if not template.caption_only:
-            spans = render(_PROBE, template, open_turn=True)
-            spelled = {"<s>": tokens["bos_token"] or "<s>", "</s>": tokens["eos_token"] or "</s>"}
-            ours = "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
-            if ours in given:
-                return name
-    return None
+def read_pictures(folder: str) -> str:
+    """`pad`, `crop` or `squash`, as the folder's picture settings say (crop where there are none)."""
+    given, _ = _picture_settings(folder)
+    squashed = "height" in (given.get("size") or {}) and not given.get("do_center_crop")
+    return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
 
 
-def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
-    """(bos_token and eos_token, Jinja text or None) of a folder."""
-    path = os.path.join(folder, "tokenizer_config.json")
-    config = read_json(path) if os.path.isfile(path) else {}
-    tokens = {}
-    for key in ("bos_token", "eos_token"):
-        token = config.get(key)
-        tokens[key] = (token.get("content") if isinstance(token, dict) else token) or ""
-    jinja, beside = (os.path.join(folder, f"chat_template.{ending}") for ending in ("jinja", "json"))
-    if os.path.isfile(jinja):
-        with open(jinja, encoding="utf-8") as file:
-            return tokens, file.read()
-    source = read_json(beside).get("chat_template") if os.path.isfile(beside) else config.get("chat_template")
-    return tokens, source if isinstance(source, str) else None
-
-
-def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
-    """The probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
-    # As transformers compiles them; its `generation` tags only mark spans.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    names = {"human": "user", "gpt": "assistant"}
-    found = set()
-    for as_parts in (False, True):
-        messages = []
-        for turn in _PROBE:
-            text = turn.text.removeprefix("<image>\n")
-            parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
-            messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
-        try:
-            template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
-            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except (TemplateError, TypeError, ValueError, LookupError):
-            continue
-        found |= {text, text.removeprefix(tokens["bos_token"])}
-    return found
+def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
+    """The tower with how the folder's picture settings normalise and resize; InputError for what ours cannot do."""
+    given, path = _picture_settings(folder)
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if given.get(key) is False:
+            raise InputError(f"{path}: {key} is false, which is not supported; expected true")
+    if not np.isclose(given.get("rescale_factor") or 1 / 255, 1 / 255, rtol=1e-6, atol=0):
+        raise InputError(f"{path}: rescale_factor is {given['rescale_factor']}, not supported; expected 1/255")
+    values = {}
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        numbers = given.get(key)
+        if numbers is not None:
+            if not isinstance(numbers, list) or len(numbers) != 3 or {*map(type, numbers)} - {int, float}:
+                raise InputError(f"{path}: {key} is {numbers}; expected three numbers")
+            values[name] = tuple(float(number) for number in numbers)
+    if given.get("resample") is not None:
+        known = {number: name for name, number in RESAMPLE.items()}
+        if given["resample"] not in known:
+            raise InputError(f"{path}: resample is {given['resample']}, not supported; expected one of {sorted(known)}")
+        values["resample"] = known[given["resample"]]
+    return dataclasses.replace(vision, pixels=vision.pixels._replace(**values))
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------

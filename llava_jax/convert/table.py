@@ -50,6 +50,7 @@ def _norm(ours: str, hf: str) -> tuple[Row, Row]:
 
 TABLE: tuple[Row, ...] = (
     Row("vision/patch/kernel", VISION + "embeddings.patch_embedding.weight", perm=(2, 3, 1, 0)),
+    Row("vision/patch/bias", VISION + "embeddings.patch_embedding.bias"),
     Row("vision/class_embedding", VISION + "embeddings.class_embedding"),
     Row("vision/position", VISION + "embeddings.position_embedding.weight"),
     *_norm("vision/pre_norm", VISION + "pre_layrnorm"),
@@ -70,6 +71,8 @@ TABLE: tuple[Row, ...] = (
     *_linear("llm/layers/attn/k", LAYER + "self_attn.k_proj"),
     *_linear("llm/layers/attn/v", LAYER + "self_attn.v_proj"),
     *_linear("llm/layers/attn/o", LAYER + "self_attn.o_proj", in_dims=2),
+    Row("llm/layers/attn/q_norm/scale", LAYER + "self_attn.q_norm.weight"),
+    Row("llm/layers/attn/k_norm/scale", LAYER + "self_attn.k_norm.weight"),
     *_linear("llm/layers/mlp/gate", LAYER + "mlp.gate_proj"),
     *_linear("llm/layers/mlp/up", LAYER + "mlp.up_proj"),
     *_linear("llm/layers/mlp/down", LAYER + "mlp.down_proj"),
@@ -81,7 +84,7 @@ ROWS = {row.ours: row for row in TABLE}
 # How other folders spell the same tensors; the first pattern that matches is applied, once.
 _CLIP = (
     (r"^(?:vision_tower\.)?vision_model\.", VISION),
-    (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.)", VISION),
+    (r"^(?=embeddings\.|pre_layrnorm\.|encoder\.|post_layernorm\.|head\.)", VISION),
 )
 _LLAMA = (
     (r"^model\.", LLM),
@@ -103,12 +106,13 @@ _LLAVA = (
 )
 ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LLAVA}
 
-# Tensors that may be present and are not used: buffers, and what of CLIP lies beyond the image features.
+# Tensors that may be present and are not used: buffers, and what of CLIP and SigLIP lies beyond the image features.
+_BEYOND = r"\.position_ids$|\.post_layernorm\.|vision_model\.head\."
 _UNUSED = {
-    "clip": r"\.position_ids$|\.post_layernorm\.|^text_model\.|^(?:text|visual)_projection\.|^logit_scale$",
+    "clip": _BEYOND + r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$",
     "llama": r"\.rotary_emb\.inv_freq$",
     "projector": r"$.",
-    "llava": r"\.position_ids$|\.post_layernorm\.|\.rotary_emb\.inv_freq$",
+    "llava": _BEYOND + r"|\.rotary_emb\.inv_freq$",
 }
 
 

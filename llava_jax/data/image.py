@@ -1,11 +1,13 @@
-"""Pictures: decode with care, then the published CLIP preprocessing (numpy and PIL only).
+"""Pictures: decode with care, then the published preprocessing of CLIP and SigLIP (numpy and PIL only).
 
-The pixels are bit-equal to `CLIPImageProcessor` of transformers (PIL backend): shortest side to `size` with bicubic
-interpolation and a truncated long side, centre crop, / 255, normalise. Aspect `pad` first centres the picture on a
-square of the mean colour, as LLaVA-1.5's second stage does; aspect `crop` does not. As in the original, EXIF
-orientation is ignored, transparency is dropped, and an animation is its first frame.
+The pixels are bit-equal to transformers' processors (PIL backend). Aspect `crop` is `CLIPImageProcessor`: shortest side
+to `size` with a truncated long side, centre crop, / 255, normalise. Aspect `pad` first centres the picture on a square
+of the mean colour, as LLaVA-1.5's second stage does. Aspect `squash` is `SiglipImageProcessor`: the whole picture to
+the square, whatever its shape. As in the original, EXIF orientation is ignored, transparency is dropped, and an
+animation is its first frame.
 """
 
+import functools
 import io
 import os
 import struct
@@ -15,16 +17,16 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from llava_jax.types import InputError
+from llava_jax.types import InputError, Pixels
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 32_768
 MAX_ASPECT = 200
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-BACKGROUND = tuple(int(255 * mean) for mean in MEAN)
+ASPECTS = ("pad", "crop", "squash")
+CLIP = Pixels()
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # Pixels widened to the padded square at one time (a tall picture would otherwise need side x side of memory).
 STRIP_PIXELS = 4_000_000
@@ -33,19 +35,17 @@ STRIP_PIXELS = 4_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
-def _normalised_bytes() -> np.ndarray:
+@functools.cache
+def _normalised_bytes(pixels: Pixels) -> np.ndarray:
     """float32[3, 256]: each byte of each channel after rescaling and normalising, in the processor's op order."""
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    mean, std = np.array(pixels.mean, np.float32), np.array(pixels.std, np.float32)
     return (scaled[None, :] - mean[:, None]) / std[:, None]
 
 
-NORMALISED = _normalised_bytes()
-
-
-def load_image(path: str, size: int, aspect: str) -> np.ndarray:
-    """float32[size, size, 3], CLIP-normalised, of the picture at `path`; InputError as in `decode`."""
-    return preprocess(decode(path), size, aspect)
+def load_image(path: str, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+    """float32[size, size, 3], normalised, of the picture at `path`; InputError as in `decode`."""
+    return preprocess(decode(path), size, aspect, pixels)
 
 
 def check_image(path: str) -> None:
@@ -117,29 +117,40 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, size: int, aspect: str) -> np.ndarray:
-    """float32[size, size, 3], CLIP-normalised, of a picture in memory; `aspect` is pad or crop."""
+def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+    """float32[size, size, 3], normalised, of a picture in memory; `aspect` is pad, crop or squash."""
     _check_shape(image, "picture")
-    if aspect not in ("pad", "crop"):
-        raise InputError(f'aspect "{aspect}" is not known; expected pad or crop')
-    square = _pad(to_rgb(image), size) if aspect == "pad" else _crop(to_rgb(image), size)
-    bytes_XYC = np.asarray(square)
+    if aspect not in ASPECTS:
+        raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
+    image, resample = to_rgb(image), _RESAMPLE[pixels.resample]
+    if aspect == "pad":
+        square = _pad(image, size, resample, background(pixels))
+    elif aspect == "crop":
+        square = _crop(image, size, resample)
+    else:
+        square = image.resize((size, size), resample)
+    bytes_XYC, normalised = np.asarray(square), _normalised_bytes(pixels)
     pixels_XYC = np.empty(bytes_XYC.shape, np.float32)
     for channel in range(3):
-        pixels_XYC[..., channel] = NORMALISED[channel][bytes_XYC[..., channel]]
+        pixels_XYC[..., channel] = normalised[channel][bytes_XYC[..., channel]]
     return pixels_XYC
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
+def background(pixels: Pixels) -> tuple[int, ...]:
+    """The mean colour as bytes: what surrounds a picture that is padded to a square."""
+    return tuple(int(255 * mean) for mean in pixels.mean)
+
+
+def _crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     """Shortest side to `size`, then the centre."""
     short, long = min(image.size), int(size * max(image.size) / min(image.size))
     width, height = (size if side == short else long for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
-def _pad(image: Image.Image, size: int) -> Image.Image:
-    """The picture centred on a square of BACKGROUND, resized to `size`; the full square is never made.
+def _pad(image: Image.Image, size: int, resample: Image.Resampling, colour: tuple[int, ...]) -> Image.Image:
+    """The picture centred on a square of `colour`, resized to `size`; the full square is never made.
 
     Pillow resizes rows first and columns then, rounding to 8 bit between; doing the two one after the other gives the
     same bytes, skips the rows that are background, and needs no more than STRIP_PIXELS of the square at a time.
@@ -147,11 +158,11 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
-    columns = Image.new("RGB", (size, side), BACKGROUND)
+    columns = Image.new("RGB", (size, side), colour)
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        strip = Image.new("RGB", (side, stop - start), BACKGROUND)
+        strip = Image.new("RGB", (side, stop - start), colour)
         strip.paste(image.crop((0, start, width, stop)), (left, 0))
-        columns.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
-    return columns.resize((size, size), Image.Resampling.BICUBIC)
+        columns.paste(strip.resize((size, stop - start), resample), (0, top + start))
+    return columns.resize((size, size), resample)

@@ -24,11 +24,11 @@ from absl import flags
 
 from llava_jax.data.chat import find_template
 from llava_jax.data.example import encode_record, encode_turns, full_length, image_paths, require_images
-from llava_jax.data.image import load_image
+from llava_jax.data.image import CLIP, load_image
 from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import Rejected
 from llava_jax.data.tokenize import TextTokenizer, expand
-from llava_jax.types import Batch, DataSettings, InputError, Record
+from llava_jax.types import Batch, DataSettings, InputError, Pixels, Record
 
 # Below this many records, starting processes takes longer than checking them here.
 PARALLEL_CHECK_ROWS = 20_000
@@ -124,6 +124,7 @@ def make_pipeline(
     image_size: int,
     patches: int,
     image_token_id: int,
+    pixels: Pixels = CLIP,
     rows: Sequence[int] | None = None,
 ) -> "BatchIterator":
     """A grain iterator over the batches of `plan`, or over these `rows` of each, a host's share.
@@ -141,6 +142,7 @@ def make_pipeline(
         image_size=image_size,
         patches=patches,
         image_token_id=image_token_id,
+        pixels=pixels,
     )
     places = grain.MapDataset.range(plan.steps * len(rows))
     return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), settings.workers)
@@ -156,6 +158,7 @@ def _make_row(
     image_size: int,
     patches: int,
     image_token_id: int,
+    pixels: Pixels,
 ) -> Batch:
     """One row of a batch: the fields of Batch without B."""
     length = plan.shape.length
@@ -170,7 +173,7 @@ def _make_row(
         try:
             ours, ours_targets = encode_record(record, settings, tokenizer, image_token_id, patches)
             for path in image_paths(record, settings):
-                pixels_NXYC[slot] = load_image(path, image_size, settings.aspect)
+                pixels_NXYC[slot] = load_image(path, image_size, settings.aspect, pixels)
                 slot += 1
         except InputError as error:
             raise InputError(str(Rejected(row, record.id, str(error)))) from None

@@ -28,17 +28,21 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "m
 class TextTokenizer:
     """A Hugging Face tokenizer as LLaVA uses it: `bos_id` (None when it adds none), `eos_id`, `pad_id`, `size`.
 
-    `size` is one more than the largest id. Picklable, so data workers can take it along.
+    `ends` are the ids that end an answer whatever the template, `eos_id` first; `size` is one more than the largest
+    id. Picklable, so data workers can take it along.
     """
 
-    def __init__(self, source: Any, eos_id: int | None = None):
-        """`source` is a fast transformers tokenizer (one with `backend_tokenizer`); `eos_id` is used if it has none."""
+    def __init__(self, source: Any, ends: Sequence[int] = ()):
+        """`source` is a fast transformers tokenizer (one with `backend_tokenizer`); `ends` are those the model names,
+        of which the first is `eos_id` if the tokenizer has none."""
         self._codec = _whole_text(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._splitter = _make_splitter(self._codec)
         vocabulary = source.get_vocab()
         self.size = max(vocabulary.values()) + 1
         self.bos_id = source.bos_token_id if source("a").input_ids[:1] == [source.bos_token_id] else None
-        self.eos_id = source.eos_token_id if source.eos_token_id is not None else eos_id
+        own = source.eos_token_id
+        self.eos_id = own if own is not None else next(iter(ends), None)
+        self.ends = tuple(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *ends]))
         self.pad_id = next((i for i in (source.pad_token_id, source.unk_token_id) if i is not None), 0)
         self._image_id = vocabulary.get(IMAGE_PLACEHOLDER)
         self._special = {text: vocabulary[text] for text in SPECIAL_STRINGS if text in vocabulary}
@@ -57,7 +61,7 @@ class TextTokenizer:
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
         """Ids that end an answer; a stop that is plain text has none (StreamDecoder watches for it)."""
-        ids = {self.eos_id, *(self.special_id(text) for text in template.stop)}
+        ids = {*self.ends, *(self.special_id(text) for text in template.stop)}
         return tuple(sorted(ids - {None}))
 
     def image_token_id(self, vocab_rows: int) -> int:
@@ -178,7 +182,7 @@ def load_tokenizer(folder: str) -> TextTokenizer:
         raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
     if not getattr(source, "is_fast", False):
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
-    return TextTokenizer(source, _end_in_config(folder, source.get_vocab()))
+    return TextTokenizer(source, _ends_of_model(folder, source.get_vocab()))
 
 
 def check_end(tokenizer: TextTokenizer, template: Template) -> None:
@@ -287,19 +291,27 @@ def _check_tokenizer_json(path: str) -> None:
         raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
 
 
-def _end_in_config(folder: str, vocabulary: dict[str, int]) -> int | None:
-    """eos_token_id of the decoder's config.json beside the tokenizer (the first of several), None where unsaid."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            given = json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; copy it again") from None
-    end = given.get("eos_token_id") if isinstance(given, dict) else None
-    end = end[0] if isinstance(end, list) and end else end
-    return end if isinstance(end, int) and end in vocabulary.values() else None
+def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
+    """eos_token_id, one or several, of generation_config.json beside the tokenizer, else of config.json.
+
+    That order is transformers': Llama 3 Instruct and Qwen2.5 Instruct end their turns with a token of their own.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                given = json.load(file)
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON: {error}; copy it again") from None
+        given = given if isinstance(given, dict) else {}
+        named = given.get("eos_token_id", (given.get("text_config") or {}).get("eos_token_id"))
+        known = set(vocabulary.values())
+        ends = [end for end in (named if isinstance(named, list) else [named]) if isinstance(end, int) and end in known]
+        if ends:
+            return ends
+    return []
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,10 +1,10 @@
-"""CLIP vision transformer (arXiv 2103.00020), up to the layer whose features LLaVA reads."""
+"""Vision transformers of CLIP (arXiv 2103.00020) and SigLIP (2303.15343), up to the layer that LLaVA reads."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.layers import LayerNorm, Linear, normal, param
+from llava_jax.layers import LayerNorm, Linear, normal, param, zeros
 from llava_jax.ops.attention import attention
 from llava_jax.sharding import constrain
 from llava_jax.types import ClipConfig
@@ -12,6 +12,7 @@ from llava_jax.types import ClipConfig
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -51,18 +52,25 @@ class Block(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches as one matrix product: CLIP's convolution whose stride is its kernel size, no bias."""
+    """Non-overlapping patches as one matrix product: a convolution whose stride is its kernel size.
+
+    Pixels at the right and bottom that fill no patch are left out (384 = 27 * 14 + 6); SigLIP's has a bias.
+    """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         shape = (config.patch_size, config.patch_size, 3, config.width)
         self.kernel = param(rngs, normal, shape, ("patch", "patch", "patch", "vision_embed"))
+        if config.family == "siglip":
+            self.bias = param(rngs, zeros, (config.width,), ("vision_embed",))
 
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
         B, X, Y, C = pixels_BXYC.shape
         p = self.kernel.shape[0]
-        patches = pixels_BXYC.reshape(B, X // p, p, Y // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        whole = pixels_BXYC[:, : X // p * p, : Y // p * p]
+        patches = whole.reshape(B, X // p, p, Y // p, p, C).transpose(0, 1, 3, 2, 4, 5)
         kernel = self.kernel.astype(pixels_BXYC.dtype).reshape(p * p * C, -1)
-        return patches.reshape(B, (X // p) * (Y // p), p * p * C) @ kernel
+        y_BPE = patches.reshape(B, (X // p) * (Y // p), p * p * C) @ kernel
+        return y_BPE + self.bias.astype(y_BPE.dtype) if hasattr(self, "bias") else y_BPE
 
 
 class Clip(nnx.Module):
@@ -70,17 +78,25 @@ class Clip(nnx.Module):
 
     def __init__(self, config: ClipConfig, layers: int, *, rngs: nnx.Rngs):
         self.patch = PatchEmbed(config, rngs=rngs)
-        self.class_embedding = param(rngs, normal, (config.width,), ("vision_embed",))
-        self.position = param(rngs, normal, (config.patches + 1, config.width), ("position", "vision_embed"))
-        self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+        self.class_tokens = config.class_tokens
+        if config.family == "clip":
+            self.class_embedding = param(rngs, normal, (config.width,), ("vision_embed",))
+        places = (config.class_tokens + config.patches, config.width)
+        self.position = param(rngs, normal, places, ("position", "vision_embed"))
+        if config.family == "clip":
+            self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
 
     def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
-        """Hidden state [B, 1+P, E] after the blocks held, CLS first."""
+        """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches."""
         x_BPE = self.patch(pixels_BXYC)
-        cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
-        x_BPE = jnp.concatenate([cls, x_BPE], axis=1) + self.position.astype(x_BPE.dtype)
-        x_BPE = constrain(self.pre_norm(x_BPE), "batch", "position", "activation")
+        if self.class_tokens:
+            cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
+            x_BPE = jnp.concatenate([cls, x_BPE], axis=1)
+        x_BPE = x_BPE + self.position.astype(x_BPE.dtype)
+        if hasattr(self, "pre_norm"):
+            x_BPE = self.pre_norm(x_BPE)
+        x_BPE = constrain(x_BPE, "batch", "position", "activation")
 
         def body(x_BPE: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return constrain(block(x_BPE), "batch", "position", "activation"), None
@@ -89,5 +105,5 @@ class Clip(nnx.Module):
         return x_BPE
 
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
-        """Patch features [B, P, E] of images float[B, X, Y, 3] (CLIP-normalised), CLS dropped."""
-        return self.hidden(pixels_BXYC)[:, 1:]
+        """Patch features [B, P, E] of images float[B, X, Y, 3] (normalised), the class token dropped."""
+        return self.hidden(pixels_BXYC)[:, self.class_tokens :]

@@ -1,4 +1,4 @@
-"""LLaMA decoder (arXiv 2302.13971) driven by its Hugging Face config: training call, prefill and decode."""
+"""LLaMA decoder (arXiv 2302.13971) and its kin, driven by the Hugging Face config: training, prefill and decode."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,11 +43,18 @@ class Attention(nnx.Module):
         self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), **inner)
         self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), **inner)
         self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), **inner)
-        self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **inner)
+        outer = dict(bias=config.output_bias, rngs=rngs)
+        self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **outer)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
 
     def qkv(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BTNH = constrain(rotate(self.q(x_BTD), *rope), "batch", "length", "heads", "head_dim")
-        k_BTKH = constrain(rotate(self.k(x_BTD), *rope), "batch", "length", "kv_heads", "head_dim")
+        q_BTNH, k_BTKH = self.q(x_BTD), self.k(x_BTD)
+        if hasattr(self, "q_norm"):
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH = constrain(rotate(q_BTNH, *rope), "batch", "length", "heads", "head_dim")
+        k_BTKH = constrain(rotate(k_BTKH, *rope), "batch", "length", "kv_heads", "head_dim")
         v_BTKH = constrain(self.v(x_BTD), "batch", "length", "kv_heads", "head_dim")
         return checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
 
@@ -76,7 +83,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Full-length pass; also returns this layer's keys and values [B, T, K, H] (rotated).
 
-        `how` is what ops.attention is told beside the arrays: implementation, block.
+        `how` is what ops.attention is told beside the arrays: implementation, block, window.
         """
         x_BTD = constrain(x_BTD, "batch", "length", "activation")
         q, k, v = self.attn.qkv(self.attn_norm(x_BTD), rope)
@@ -86,14 +93,13 @@ class Block(nnx.Module):
         return constrain(x_BTD, "batch", "length", "activation"), (k, v)
 
     def decode(
-        self, x_B1D: jax.Array, rope: tuple[jax.Array, jax.Array], cache: Cache, layer: jax.Array
+        self, x_B1D: jax.Array, rope: tuple[jax.Array, jax.Array], cache: Cache, layer: jax.Array, seen_BS: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """One token a row: writes its key and value at slot length_B of `layer` and attends to slots 0..length_B."""
+        """One token a row: writes its key and value at slot length_B of `layer` and attends to the slots it sees."""
         q, k, v = self.attn.qkv(self.attn_norm(x_B1D), rope)
         rows = jnp.arange(x_B1D.shape[0])
         k_LBSKH = cache.k_LBSKH.at[layer, rows, cache.length_B].set(k[:, 0])
         v_LBSKH = cache.v_LBSKH.at[layer, rows, cache.length_B].set(v[:, 0])
-        seen_BS = jnp.arange(k_LBSKH.shape[2]) <= cache.length_B[:, None]
         x_B1D = x_B1D + self.attn.o(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
         return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBSKH, v_LBSKH, cache.length_B)
 
@@ -146,7 +152,7 @@ class Llama(nnx.Module):
     def _forward(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool):
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
 
-        how = dict(implementation=self.attention, block=self.attention_block)
+        how = dict(implementation=self.attention, block=self.attention_block, window=self.config.window)
 
         def body(x_BTD: jax.Array, block: Block):
             x_BTD, kv = block(x_BTD, rope, segment_ids_BT, **how)
@@ -177,10 +183,14 @@ class Llama(nnx.Module):
     def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """One more token a row at position length_B: hidden [B, 1, D] and the cache with length_B + 1."""
         rope = angles(cache.length_B[:, None], self.config.rope, self.config.head_dim)
+        slots = jnp.arange(cache.k_LBSKH.shape[2])
+        seen_BS = slots <= cache.length_B[:, None]
+        if self.config.window:
+            seen_BS &= slots > cache.length_B[:, None] - self.config.window
 
         def body(carry: tuple[jax.Array, Cache], layer: tuple[Block, jax.Array]):
             block, index = layer
-            return block.decode(carry[0], rope, carry[1], index), None
+            return block.decode(carry[0], rope, carry[1], index, seen_BS), None
 
         (x_B1D, cache), _ = jax.lax.scan(body, (x_B1D, cache), (self.layers, jnp.arange(self.config.layers)))
         return self.norm(x_B1D), cache._replace(length_B=cache.length_B + 1)

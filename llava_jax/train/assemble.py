@@ -95,15 +95,14 @@ def plan_model(settings: Settings) -> Plan:
 
 
 def vision_config(spec: str) -> ClipConfig:
-    """ClipConfig of `model.vision`: a CLIP folder, `random:NAME` or `random:FILE.json`."""
+    """ClipConfig of `model.vision`: a CLIP or SigLIP folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.vision", spec, CLIPS)
-    if not spec.startswith(RANDOM):
-        hf.read_pictures(spec)
-    return CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
+    config = CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
+    return config if spec.startswith(RANDOM) else hf.with_pixels(config, spec)
 
 
 def llm_config(spec: str) -> LlamaConfig:
-    """LlamaConfig of `model.llm`: a LLaMA folder, `random:NAME` or `random:FILE.json`."""
+    """LlamaConfig of `model.llm`: a decoder's folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.llm", spec, LLAMAS)
     return LLAMAS[spec.removeprefix(RANDOM)] if given is None else hf_config.llama_config(given, where)
 
@@ -267,6 +266,8 @@ def model_inputs(plan: Plan) -> dict[str, dict[str, str]]:
     inputs |= file_inputs("the decoder's config.json", os.path.join(plan.tokenizer, "config.json"))
     if plan.vision_folder:
         inputs |= file_inputs("the vision tower's config.json", os.path.join(plan.vision_folder, "config.json"))
+        settings = os.path.join(plan.vision_folder, "preprocessor_config.json")
+        inputs |= file_inputs("the vision tower's picture settings", settings)
     return inputs
 
 

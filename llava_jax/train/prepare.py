@@ -69,6 +69,7 @@ def choose_attention(settings: Settings, config: ModelConfig, mesh: Mesh, length
         dtype=settings.train.dtype,
         length=length,
         head_dim=config.llm.head_dim,
+        window=config.llm.window,
     )
     # v6e's matrix unit is twice as wide.
     chip = chip_of(device.device_kind)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.chips import chip_of
+from llava_jax.convert.chat_known import chat_template_note
 from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
 from llava_jax.data.pipeline import BatchIterator, Checked, check_records, make_pipeline, steps_for
 from llava_jax.data.records import load_records
@@ -96,6 +97,7 @@ def open_data(
         image_size=config.vision.image_size,
         patches=config.vision.patches,
         image_token_id=config.image_token_id,
+        pixels=config.vision.pixels,
         rows=local_rows(mesh, batches.shape.rows),
     )
 
@@ -164,6 +166,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     processes = jax.process_count()
     share = f", {processes} processes" if processes > 1 else ""
+    note = chat_template_note(plan.tokenizer, settings.data.template)
     return "\n".join(
         [
             f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "
@@ -176,6 +179,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
             f"image {plan.config.vision.image_size} px {settings.data.aspect}, "
             f"{plan.config.vision.patches} image tokens (id {plan.config.image_token_id}), "
             f"max_length {settings.data.max_length}",
+            *([note] if note else []),
             describe(settings.optim, run.state.params, run.frozen),
         ]
     )

@@ -1,0 +1,113 @@
+"""Model families by Hugging Face's model_type: what their config classes fall back to, and what must be neutral.
+
+A key that a family's code in transformers does not read, or that belongs to an architecture that is not built here, is
+allowed with the values that change nothing and refused by name with any other.
+"""
+
+from typing import Any
+
+Json = dict[str, Any]
+
+_LLAMA = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+)
+_QWEN = _LLAMA | dict(
+    vocab_size=151936,
+    intermediate_size=22016,
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    max_window_layers=28,
+)
+# What the config classes of transformers fall back to (4.46 and 5 agree).
+DECODERS: dict[str, Json] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA
+    | dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096),
+    "qwen2": _QWEN | dict(attention_bias=True),
+    "qwen3": _QWEN | dict(head_dim=128),
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+TOWERS: dict[str, Json] = {
+    "clip_vision_model": dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_channels=3,
+        image_size=224,
+        patch_size=32,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    "siglip_vision_model": dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_channels=3,
+        image_size=224,
+        patch_size=16,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+        vision_use_head=True,
+    ),
+}
+
+_OFF = (None, False)
+_ONE = (None, 1, 1.0)
+# Keys of other decoders with the values that change nothing.
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attention_multiplier": _ONE,
+    "embedding_multiplier": _ONE,
+    "residual_multiplier": _ONE,
+    "logits_scaling": _ONE,
+    "logit_scale": _ONE,
+    "clip_qkv": (None,),
+    "use_qk_norm": _OFF,
+    "qk_layernorm": _OFF,
+    "rope_interleaved": _OFF,
+    "no_rope_layers": (None,),
+    "no_rope_layer_interval": (None,),
+    "attention_chunk_size": (None,),
+    "dual_chunk_attention_config": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "quantization_config": (None,),
+}
+# Keys that one family knows and another one would silently not read.
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {"sliding_window": (None,), "use_sliding_window": _OFF},
+    "mistral": {"attention_bias": _OFF, "mlp_bias": _OFF, "use_sliding_window": (None, True)},
+    "qwen2": {"attention_bias": (None, True), "mlp_bias": _OFF},
+    "qwen3": {"mlp_bias": _OFF},
+}
+# What a rope object may hold beside its type; anything else would turn by other angles than ours.
+ROPE_KEYS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+}
