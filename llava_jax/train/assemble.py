@@ -15,10 +15,14 @@ from llava_jax.convert import hf
 from llava_jax.convert.processor import TOKENIZER_FILES
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import Llava, build
+from llava_jax.models.lora import split as split_adapters
+from llava_jax.models.nf4 import stored_as
 from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
 from llava_jax.source import is_workdir, parse, split
 from llava_jax.train import checkpoint
+from llava_jax.train.adapters import merge_adapters, place_quantised
 from llava_jax.train.hosts import place
+from llava_jax.train.prepare import adapted, float_dtype
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Settings
 
 Params = dict[str, Any]
@@ -162,12 +166,15 @@ def origins(settings: Settings, plan: Plan) -> str:
 
 
 def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Params) -> Params:
-    """The parts named in `dtypes` (vision, projector, llm), each in its dtype, placed at the shardings `at`."""
+    """The parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed at the shardings `at`."""
+    config = adapted(settings, plan.config)
+    dtypes = {part: float_dtype(dtype) for part, dtype in dtypes.items()}
     read = read_files(settings, plan, dtypes)
     for part in read:
-        read[part] = place(read[part], at[part])
+        quantised = part == "llm" and config.nf4
+        read[part] = place_quantised(config, read[part], at[part]) if quantised else place(read[part], at[part])
     drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    return read | random_params(plan.config, settings.seed, drawn, {part: at[part] for part in drawn})
+    return read | random_params(config, settings.seed, drawn, {part: at[part] for part in drawn})
 
 
 def read_files(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
@@ -199,8 +206,8 @@ def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Pa
     """
 
     def make(key: jax.Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
-        return {p: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params[p]) for p, dtype in dtypes.items()}
+        params = split_adapters(nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key)))))
+        return {part: stored_as(params[part], dtype) for part, dtype in dtypes.items()}
 
     return jax.jit(make, out_shardings=at)(jax.random.key(seed)) if dtypes else {}
 
@@ -233,6 +240,14 @@ def load_trained(workdir: str, step: int | None = None, dtype: str | None = None
     return plan, params, settings
 
 
+def load_adapters(workdir: str) -> tuple[ModelConfig, Params]:
+    """(config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest checkpoint."""
+    settings = read_settings(os.path.join(workdir, "config.json"))
+    if settings.stage != "lora":
+        raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
+    return adapted(settings, plan_model(settings).config), checkpoint.load_params(workdir)[1]
+
+
 def _read_run(workdir: str, dtypes: dict[str, str], step: int | None = None) -> tuple[Plan, Params]:
     """(plan, the parts named in `dtypes` as numpy) of a run."""
     settings = read_settings(os.path.join(workdir, "config.json"))
@@ -241,9 +256,15 @@ def _read_run(workdir: str, dtypes: dict[str, str], step: int | None = None) -> 
     check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(plan)})
     params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
     frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
+    if "lora" in trained and "llm" in frozen:
+        frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
     params |= read_files(settings, plan, frozen)
     drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    return plan, params | jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
+    params |= jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
+    if "lora" in trained and "llm" in frozen:
+        config = adapted(settings, plan.config)
+        params["llm"] = merge_adapters(config, params["llm"], trained["lora"], dtypes["llm"])
+    return plan, params
 
 
 # ---- sources ----------------------------------------------------------------------------------------------------
