@@ -131,12 +131,16 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of a decoder that learns through them: on the `targets` (of DECODER_LINEARS) of every block."""
+    """Adapters of a decoder that learns through them: on the `targets` (of DECODER_LINEARS) of every block.
+
+    `split_rank`: matrices that have no width of the decoder are stored split along their rank.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    split_rank: bool = False
 
     @property
     def scale(self) -> float:

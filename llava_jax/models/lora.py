@@ -29,15 +29,18 @@ Params = dict[str, Any]
 class Adapter(nnx.Module):
     """alpha/rank * dropout(x) A B, A [*in, r] drawn as peft does, B [r, *out] zero. `seed` is what dropout draws from.
 
-    In float32 with rank r in the place of the kernel's inputs and outputs, sharded as these.
+    Both lie split as the kernel's inputs and outputs do. One of them has the axis `embed`; the other takes it for its
+    rank where `split_rank` says that it divides.
     """
 
     def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, config: LoraConfig, *, rngs: nnx.Rngs):
         self.in_dims, self.scale, self.dropout = in_dims, config.scale, config.dropout
-        self.axes = (*axes[:in_dims], "rank")
+        in_axes, out_axes = axes[:in_dims], axes[in_dims:]
+        self.a_axes = (*in_axes, _rank_axis(in_axes, config))
+        self.b_axes = (_rank_axis(out_axes, config), *out_axes)
         inputs, outputs = kernel.shape[:in_dims], kernel.shape[in_dims:]
-        self.a = param(rngs, torch_uniform(math.prod(inputs)), (*inputs, config.rank), self.axes)
-        self.b = param(rngs, zeros, (config.rank, *outputs), ("rank", *axes[in_dims:]))
+        self.a = param(rngs, torch_uniform(math.prod(inputs)), (*inputs, config.rank), self.a_axes)
+        self.b = param(rngs, zeros, (config.rank, *outputs), self.b_axes)
         if config.dropout:
             self.seed = nnx.Variable(jnp.zeros((), jnp.uint32), axes=())
 
@@ -45,10 +48,12 @@ class Adapter(nnx.Module):
         """x [rows, *in] -> [rows, *out]."""
         if self.dropout:
             x = jnp.where(kept(x.shape, self.seed[...], self.dropout), x / (1 - self.dropout), 0).astype(x.dtype)
-        a = gathered(self.a.astype(x.dtype), *self.axes)
-        low = jnp.tensordot(x, a, axes=self.in_dims)
-        b = gathered(self.b.astype(x.dtype), *self.b.get_metadata()["axes"])
-        return jnp.tensordot(low, b, axes=1) * self.scale
+        a, b = gathered(self.a.astype(x.dtype), *self.a_axes), gathered(self.b.astype(x.dtype), *self.b_axes)
+        return jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
+
+
+def _rank_axis(others: tuple[str, ...], config: LoraConfig) -> str:
+    return "embed" if config.split_rank and "embed" not in others else "rank"
 
 
 def kept(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array:

@@ -15,7 +15,7 @@ from llava_jax.models.lora import split
 from llava_jax.models.nf4 import is_codes
 from llava_jax.ops import attention
 from llava_jax.settings import lora_targets
-from llava_jax.sharding import param_shardings
+from llava_jax.sharding import mesh_sizes, param_shardings
 from llava_jax.train.optim import make_optimizer, make_schedule
 from llava_jax.train.step import TrainState, make_step, partition, state_shardings
 from llava_jax.types import LoraConfig, ModelConfig, Settings
@@ -38,7 +38,7 @@ def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, len
     No weight is read. InputError when the attention asked for cannot run on the mesh's devices, or a parameter does not
     divide over them.
     """
-    config = adapted(settings, choose_attention(settings, config, mesh, length))
+    config = split_rank(adapted(settings, choose_attention(settings, config, mesh, length)), mesh)
     graphdef, abstract = build(config)
     shardings = split(param_shardings(logical_axes(config), abstract, mesh))
     params, frozen = partition(_placed(split(abstract), shardings), settings.stage)
@@ -87,6 +87,13 @@ def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
     given = settings.lora
     lora = LoraConfig(given.rank, given.alpha, given.dropout, lora_targets(given.targets))
     return dataclasses.replace(config, lora=lora, nf4=settings.train.frozen_dtype == "nf4")
+
+
+def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The config with adapters split over the fsdp devices wherever their rank divides."""
+    if config.lora is None or config.lora.rank % mesh_sizes(mesh)["fsdp"]:
+        return config
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, split_rank=True))
 
 
 def float_dtype(dtype: str) -> str:
