@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from configs import llava_v1_5
+from llava_jax.convert import hf
 from llava_jax.convert.commands import convert
 from llava_jax.flops import adapter_weights, step_flops
 from llava_jax.models import nf4
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.models.lora import join, kept, split
-from llava_jax.settings import lora_targets
+from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import assemble, checkpoint, loop
+from llava_jax.train.adapters import merge_difference
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
 from tests.test_sharding import TINY
 from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics
@@ -200,16 +203,31 @@ def test_merged_gives_the_logits_of_the_adapters(ran):
     calm = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
     tokens = np.random.default_rng(0).integers(1, LLM["vocab_size"] - 10, (2, 12))
 
-    def logits(config, params):
-        return jax.jit(lambda p: nnx.merge(build(config)[0], p)(tokens, None))(params)
+    def forward(config):
+        return jax.jit(lambda p: nnx.merge(build(config)[0], p)(tokens, None))
 
-    unmerged = logits(calm, join(nf4.stored_as({**frozen, **learnt}, "float32")))
-    given = logits(plan.config, merged)
+    with_adapters = forward(calm)
+    unmerged = with_adapters(join(nf4.stored_as({**frozen, **learnt}, "float32")))
+    given = forward(plan.config)(merged)
     scale = np.abs(unmerged).max()
     assert np.abs(given - unmerged).max() <= 1e-4 * scale
     zeroed = jax.tree.map(np.zeros_like, learnt["lora"])
-    without = logits(calm, join(nf4.stored_as({**frozen, **learnt, "lora": zeroed}, "float32")))
+    without = with_adapters(join(nf4.stored_as({**frozen, **learnt, "lora": zeroed}, "float32")))
     assert np.abs(unmerged - without).max() > 1e-3 * scale
+
+
+def test_export_merges_and_compares_logits(ran, tmp_path, capsys):
+    workdir, settings, seen, _ = ran
+    convert(f"orbax:{workdir}", f"hf:{tmp_path}/out")
+    said = re.search(r"adapters merged into float32: logits of a probe differ by (\S+) of", capsys.readouterr().out)
+    assert 0 < float(said[1]) <= 1e-4
+    plan, merged, _ = assemble.load_trained(str(workdir))
+    out = hf.read_llava(f"{tmp_path}/out")[1]["llm"]["layers"]
+    jax.tree.map(np.testing.assert_array_equal, out, merged["llm"]["layers"])
+    config, lora = assemble.adapted(settings, plan.config), seen[3][1][1]["lora"]
+    base = hf.read_llava(settings.init.model.removeprefix("hf:"), dtype="bfloat16")[1]["llm"]
+    assert merge_difference(config, base, lora, merged["llm"]) == pytest.approx(float(said[1]), rel=0.1)
+    assert merge_difference(config, base, lora, base) > 1e-2
 
 
 def test_adapters_as_peft_saves_them(ran, tmp_path):
@@ -232,8 +250,6 @@ def test_only_a_run_with_adapters_has_some(ran, tmp_path):
         convert(settings.init.model, f"peft:{tmp_path}/out")
     other = change(settings, "train", frozen_dtype="float32")
     shutil.copytree(ran[0], tmp_path / "run")
-    from llava_jax.settings import write_settings
-
     write_settings(str(tmp_path / "run" / "config.json"), dataclasses.replace(other, stage="finetune"))
     with pytest.raises(InputError, match="is a run of stage finetune, which has no adapters"):
         convert(f"orbax:{tmp_path}/run", f"peft:{tmp_path}/out")

@@ -27,7 +27,7 @@ def convert(source: str, target: str) -> None:
         convert_adapters(form, folder, destination)
         return
     if form == "orbax":
-        plan, params, settings = load_trained(folder)
+        plan, params, settings = load_trained(folder, check_merge=True)
         config, dtype = plan.config, plan.config.dtype
         rules, vision, tokenizer = settings.data, plan.vision_folder, plan.tokenizer
     else:

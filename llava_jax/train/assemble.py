@@ -20,13 +20,15 @@ from llava_jax.models.nf4 import stored_as
 from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
 from llava_jax.source import is_workdir, parse, split
 from llava_jax.train import checkpoint
-from llava_jax.train.adapters import merge_adapters, place_quantised
+from llava_jax.train.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.train.hosts import place
 from llava_jax.train.prepare import adapted, float_dtype
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Settings
 
 Params = dict[str, Any]
 
+# Largest difference of logits, over the largest logit, that merging adapters may make by rounding.
+MERGED_ALIKE = {"float32": 1e-4, "bfloat16": 0.1}
 EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
@@ -227,16 +229,18 @@ def read_projector(source: str, config: ModelConfig) -> Params:
     return found
 
 
-def load_trained(workdir: str, step: int | None = None, dtype: str | None = None) -> tuple[Plan, Params, Settings]:
+def load_trained(
+    workdir: str, step: int | None = None, dtype: str | None = None, check_merge: bool = False
+) -> tuple[Plan, Params, Settings]:
     """(plan, whole model as numpy, settings) of a run; `dtype` is by default the one it computes in.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
-    the run saw: InputError otherwise.
+    the run saw: InputError otherwise. `check_merge` compares logits before and after adapters are merged.
     """
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: no training run in it, expected config.json and checkpoints/ of `train`")
     settings = read_settings(os.path.join(workdir, "config.json"))
-    plan, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step)
+    plan, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step, check_merge)
     return plan, params, settings
 
 
@@ -248,8 +252,19 @@ def load_adapters(workdir: str) -> tuple[ModelConfig, Params]:
     return adapted(settings, plan_model(settings).config), checkpoint.load_params(workdir)[1]
 
 
-def _read_run(workdir: str, dtypes: dict[str, str], step: int | None = None) -> tuple[Plan, Params]:
-    """(plan, the parts named in `dtypes` as numpy) of a run."""
+def _say_difference(workdir: str, difference: float, dtype: str) -> None:
+    print(f"adapters merged into {dtype}: logits of a probe differ by {difference:.1e} of the largest one")
+    if difference > MERGED_ALIKE[dtype]:
+        raise InputError(
+            f"{workdir}: the merged model's logits differ by {difference:.1e} from those of the adapters, at most "
+            f"{MERGED_ALIKE[dtype]} is rounding: train with another --config.train.dtype, or take peft:DIR"
+        )
+
+
+def _read_run(
+    workdir: str, dtypes: dict[str, str], step: int | None = None, check_merge: bool = False
+) -> tuple[Plan, Params]:
+    """(plan, the parts named in `dtypes` as numpy) of a run; adapters are merged, and the merge compared if asked."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     plan = plan_model(settings)
     _, trained, meta = checkpoint.load_params(workdir, step)
@@ -263,7 +278,10 @@ def _read_run(workdir: str, dtypes: dict[str, str], step: int | None = None) -> 
     params |= jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
     if "lora" in trained and "llm" in frozen:
         config = adapted(settings, plan.config)
-        params["llm"] = merge_adapters(config, params["llm"], trained["lora"], dtypes["llm"])
+        merge = merge_adapters(config, params["llm"], trained["lora"], dtypes["llm"])
+        if check_merge:
+            _say_difference(workdir, merge_difference(config, params["llm"], trained["lora"], merge), dtypes["llm"])
+        params["llm"] = merge
     return plan, params
 
 
