@@ -6,7 +6,7 @@ import ml_collections
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a run. Paths are empty: a run must name its model and data."""
     c = ml_collections.ConfigDict()
-    c.stage = "finetune"  # pretrain: the projector learns; finetune: projector and decoder learn
+    c.stage = "finetune"  # pretrain: the projector learns; finetune: the decoder, too; lora: adapters of it
     c.seed = 42
 
     c.model = ml_collections.ConfigDict()
@@ -44,6 +44,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.optim.b2 = 0.999
     c.optim.eps = 1e-8
 
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 128
+    c.lora.alpha = 256.0
+    c.lora.dropout = 0.05
+    c.lora.targets = "llm/layers/(attn/[qkvo]|mlp/(gate|up|down))"  # regular expression on the whole path
+
     c.train = ml_collections.ConfigDict()
     c.train.batch_size = 128  # conversations an update, over all devices
     c.train.steps = 0  # 0: epochs decide
@@ -52,7 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.dtype = "bfloat16"  # of the computation
     c.train.param_dtype = "float32"  # of what learns
     c.train.moment_dtype = "float32"  # of Adam's moments
-    c.train.frozen_dtype = "bfloat16"  # of what does not learn
+    c.train.frozen_dtype = "bfloat16"  # of what does not learn; nf4: the decoder's blocks in four bits (stage lora)
     c.train.remat = "full"  # none, dots, minimal, full, or names: kernel+q+k
     c.train.attention = "auto"  # splash (TPU), cudnn (GPU), xla; auto: the best that runs
     c.train.compiler_options = "none"  # tuned: those of the chip; or "option=value,option=value"

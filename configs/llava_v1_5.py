@@ -2,6 +2,7 @@
 
     --config=configs/llava_v1_5.py:size=7b,stage=pretrain      558,128 captions, batch 256, lr 1e-3, 2,181 steps
     --config=configs/llava_v1_5.py:size=7b,stage=finetune      665,298 conversations, batch 128, lr 2e-5, 5,198 steps
+    --config=configs/llava_v1_5.py:size=7b,stage=lora          the same with adapters (rank 128, alpha 256), lr 2e-4
 
 7B and 13B share every value. Neither stage clips gradients. The first crops its pictures, the second pads them. The
 original draws its finetune batches by modality and length; here they are drawn from one shuffled stream.
@@ -16,8 +17,8 @@ except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """arg: size=7b|13b, stage=finetune|pretrain."""
-    args = common.parse_arg(arg, size=("7b", "13b"), stage=("finetune", "pretrain"))
+    """arg: size=7b|13b, stage=finetune|pretrain|lora."""
+    args = common.parse_arg(arg, size=("7b", "13b"), stage=("finetune", "pretrain", "lora"))
     c = common.default_config()
     c.stage = args.stage
     c.model.vision = "weights/clip-vit-large-patch14-336"
@@ -45,6 +46,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         c.data.aspect = "pad"
         c.optim.lr = 2e-5
         c.train.batch_size = 128
+    if args.stage == "lora":
+        c.optim.lr = 2e-4
+        c.optim.groups = "^projector/=2e-5"
+        c.lora.rank = 128
+        c.lora.alpha = 256.0
+        c.lora.dropout = 0.05
     return c
 
 

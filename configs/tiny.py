@@ -14,8 +14,8 @@ except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """arg: stage=finetune|pretrain."""
-    args = common.parse_arg(arg, stage=("finetune", "pretrain"))
+    """arg: stage=finetune|pretrain|lora."""
+    args = common.parse_arg(arg, stage=("finetune", "pretrain", "lora"))
     c = common.default_config()
     c.stage = args.stage
     c.model.vision = "random:tiny"
@@ -25,6 +25,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data.aspect = "crop" if args.stage == "pretrain" else "pad"
     c.optim.lr = 1e-3
     c.optim.clip_norm = 1.0
+    c.lora.rank = 8
+    c.lora.alpha = 16.0
     c.train.batch_size = 8
     c.train.dtype = "float32"
     c.train.frozen_dtype = "float32"

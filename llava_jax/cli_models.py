@@ -140,7 +140,7 @@ def chat(args: argparse.Namespace) -> int:
 
 def convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", required=True, dest="source", metavar="SRC", help=SOURCE)
-    parser.add_argument("--to", required=True, dest="target", metavar="DST", help="hf:DIR, to be written")
+    parser.add_argument("--to", required=True, dest="target", metavar="DST", help="hf:DIR or peft:DIR, to be written")
 
 
 def convert(args: argparse.Namespace) -> int:

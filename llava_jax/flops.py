@@ -1,7 +1,7 @@
 """Model FLOPs of an update: what MFU counts, whatever the program really computes."""
 
 from llava_jax.settings import STAGES
-from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
+from llava_jax.types import ClipConfig, LlamaConfig, LoraConfig, ModelConfig
 
 
 def decoder_products(config: LlamaConfig) -> int:
@@ -9,6 +9,20 @@ def decoder_products(config: LlamaConfig) -> int:
     heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
     layer = config.width * (2 * heads + 2 * kv_heads) + 3 * config.width * config.mlp_width
     return config.layers * layer + config.width * config.vocab_size
+
+
+def linear_sizes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every linear layer of a decoder block."""
+    D, F = config.width, config.mlp_width
+    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = {"attn/q": (D, heads), "attn/k": (D, kv_heads), "attn/v": (D, kv_heads), "attn/o": (heads, D)}
+    return attention | {"mlp/gate": (D, F), "mlp/up": (D, F), "mlp/down": (F, D)}
+
+
+def adapter_weights(config: LlamaConfig, lora: LoraConfig) -> int:
+    """Weights of all adapters of the decoder."""
+    sizes = linear_sizes(config)
+    return config.layers * lora.rank * sum(sum(sizes[name]) for name in lora.targets)
 
 
 def clip_forward_flops(config: ClipConfig, layers: int) -> float:
@@ -39,6 +53,8 @@ def step_flops(config: ModelConfig, stage: str, *, rows: int, length: int, image
     seen = window - window**2 / (2 * length)  # positions that one sees, on average
     attention = 4 * config.llm.layers * seen * config.llm.heads * config.llm.head_dim
     decoder = tokens * ((3 if "llm" in trained else 2) * products + 3 * attention)
+    if config.lora is not None:
+        decoder += 6 * tokens * adapter_weights(config.llm, config.lora)
     vision = (3 if "vision" in trained else 1) * clip_forward_flops(config.vision, config.vision_layers)
     projector = 6 * config.vision.patches * projector_weights(config)
     return float(decoder + images * (vision + projector))

@@ -35,7 +35,10 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequenc
 
 
 class Linear(nnx.Module):
-    """Affine map from the last `in_shape` dimensions to `out_shape`; kernel [*in_shape, *out_shape]."""
+    """Affine map from the last `in_shape` dimensions to `out_shape`; kernel [*in_shape, *out_shape].
+
+    models.lora may add an `adapter` and keep the kernel in four bits.
+    """
 
     def __init__(
         self,
@@ -62,6 +65,8 @@ class Linear(nnx.Module):
             y = product(rows, kernel, self.axes, self.in_dims)
         else:
             y = jnp.tensordot(rows, gathered(kernel, *self.axes), axes=self.in_dims)
+        if hasattr(self, "adapter"):
+            y = y + self.adapter(rows)
         y = y.reshape(*lead, *y.shape[1:])
         return y + self.bias.astype(x.dtype) if hasattr(self, "bias") else y
 

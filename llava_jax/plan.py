@@ -20,6 +20,7 @@ from llava_jax import plan_hlo
 from llava_jax.convert.config import check_feature_layer
 from llava_jax.data.packing import UNIT
 from llava_jax.flops import step_flops
+from llava_jax.models.nf4 import weights_in
 from llava_jax.plan_cost import Estimate, estimate
 from llava_jax.plan_target import Target
 from llava_jax.settings import RANDOM
@@ -245,7 +246,7 @@ def unknown_reasons(target: Target) -> dict[str, str]:
 
 
 def _count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return sum(weights_in(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _bytes_per_device(tree: Any) -> int:

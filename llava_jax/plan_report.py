@@ -158,6 +158,8 @@ def advice(figures: Figures) -> list[str]:
     for key, saved, what in savings:
         if dtypes[key] == "float32" and saved > GIB / 100:
             lines.append(f"--config.train.{key}=bfloat16: -{gib(saved)} {what}")
+    if figures["stage"] == "lora" and dtypes["frozen_dtype"] != "nf4":
+        lines.append("--config.train.frozen_dtype=nf4: kernels of the frozen decoder in four bits")
     return [*lines, "a topology with more chips, or --sweep, which tries batch, remat and mesh"]
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from llava_jax.source import absolute
-from llava_jax.types import REMAT_NAMES, DataSettings, InputError, Settings
+from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, DataSettings, InputError, Settings
 
-STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm")}
+STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
 
 RANDOM = "random:"  # a tower with random weights, of a named size or of a config file
 
@@ -29,7 +29,7 @@ CHOICES = {
     "train.dtype": DTYPES,
     "train.param_dtype": DTYPES,
     "train.moment_dtype": DTYPES,
-    "train.frozen_dtype": DTYPES,
+    "train.frozen_dtype": (*DTYPES, "nf4"),
     "train.attention": ("auto", "splash", "cudnn", "xla"),
     "train.loss_norm": ("global_token", "rank_mean"),
 }
@@ -48,6 +48,9 @@ RANGES = {
     "optim.b1": (0, 1, True, False),
     "optim.b2": (0, 1, True, False),
     "optim.eps": (0, math.inf, False, False),
+    "lora.rank": (1, math.inf, True, False),
+    "lora.alpha": (0, math.inf, False, False),
+    "lora.dropout": (0, 1, True, False),
     "train.batch_size": (1, math.inf, True, False),
     "train.steps": (0, math.inf, True, False),
     "train.epochs": (0, math.inf, True, False),
@@ -80,6 +83,12 @@ def settings_from_dict(values: dict) -> Settings:
             "expected global_token with data.pack=True"
         )
     parse_groups(settings.optim.groups)
+    lora_targets(settings.lora.targets)
+    if train.frozen_dtype == "nf4" and settings.stage != "lora":
+        raise InputError(
+            f"train.frozen_dtype=nf4 stores a decoder in four bits that learns through adapters: expected stage=lora, "
+            f"or another dtype with stage={settings.stage}"
+        )
     return settings
 
 
@@ -148,6 +157,18 @@ def parse_groups(text: str) -> list[tuple[re.Pattern, float]]:
             raise InputError(f"optim.groups: {item!r}, expected 'pattern=lr' with a finite lr of 0 or more")
         groups.append((compiled, lr))
     return groups
+
+
+def lora_targets(pattern: str) -> tuple[str, ...]:
+    """Those of DECODER_LINEARS whose full path (`llm/layers/attn/q`) the regular expression matches as a whole."""
+    paths = {f"llm/layers/{name}": name for name in DECODER_LINEARS}
+    try:
+        found = tuple(name for path, name in paths.items() if re.fullmatch(pattern, path))
+    except re.error as error:
+        raise InputError(f"lora.targets={pattern!r} is not a regular expression ({error})") from error
+    if not found:
+        raise InputError(f"lora.targets={pattern!r} matches none of {', '.join(paths)}: expected a pattern that does")
+    return found
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -32,6 +32,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "position": None,
     "projected": None,
+    "rank": None,
+    "block": None,
 }
 
 

@@ -15,6 +15,8 @@ import numpy as np
 IMAGE_PLACEHOLDER = "<image>"
 # What the backward pass may keep of a decoder block, so as not to compute it again: `train.remat`.
 REMAT_NAMES = ("kernel", "q", "k", "v", "middle", "gate", "up")
+# The linear layers of a decoder block: what an adapter can be added to, and what is stored in four bits.
+DECODER_LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 # One image in a tokenised conversation, before it is expanded to its P image tokens (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_MARK = -200
 
@@ -164,12 +166,30 @@ class LlamaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of a decoder that learns through them: on the `targets` (of DECODER_LINEARS) of every block.
+
+    `split_rank`: matrices that have no width of the decoder are stored split along their rank.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    split_rank: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A whole LLaVA. `feature_layer` indexes hidden states as in the original: -2 leaves the last block out.
 
     `image_token_id` may lie outside the vocabulary (the row is never looked up), `remat` is
     models.llama.remat_policy's; `attention` (of the decoder) names an implementation of ops.attention, with tiles of
-    `attention_block` for splash.
+    `attention_block` for splash. `lora` and `nf4` (kernels of the decoder's blocks in four bits) are a training step's.
     """
 
     vision: ClipConfig
@@ -181,6 +201,8 @@ class ModelConfig:
     remat: str = "none"
     attention: str = "xla"
     attention_block: int = 512
+    lora: LoraConfig | None = None
+    nf4: bool = False
 
     @property
     def vision_layers(self) -> int:
@@ -258,12 +280,23 @@ class OptimSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Of stage lora: adapters W + alpha/rank * A B on the decoder's linear layers whose full path `targets` matches."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """`batch_size` counts conversations. `steps` 0 means: `epochs` decide; `checkpoint_every` 0 means off (the last one
     is always saved), `profile` is the number of updates to trace.
 
     `dtype` is that of the computation, `param_dtype` of what learns, `moment_dtype` of Adam's moments, `frozen_dtype`
-    of the rest. `compiler_options` is none, tuned (chips.compiler_options) or 'option=value,option=value'.
+    of the rest (nf4: kernels of the decoder's blocks in four bits, all else bfloat16). `compiler_options` is none,
+    tuned (chips.compiler_options) or 'option=value,option=value'.
     """
 
     batch_size: int
@@ -308,5 +341,6 @@ class Settings:
     init: InitSettings
     data: DataSettings
     optim: OptimSettings
+    lora: LoraSettings
     train: TrainSettings
     mesh: MeshSettings

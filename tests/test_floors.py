@@ -23,13 +23,14 @@ F2 convert.chat_known
 F2 plan_cost
 F2 data.example data.packing synthesize.write
 F3 plan_target
-F3 models.clip models.llama data.pipeline data.verify convert.processor
+F3 models.nf4
+F3 models.lora models.clip models.llama data.pipeline data.verify convert.processor
 F4 models.llava train.optim train.metrics convert.export
-F5 train.step train.hosts convert.hf infer.sample
+F5 train.step train.hosts convert.hf convert.peft infer.sample
 F5 infer.beam
 F5 infer.generate
 F5 train.checkpoint train.tracing
-F6 train.prepare
+F6 train.prepare train.adapters
 F6 train.compiling
 F6 train.assemble infer.chat infer.answers
 F6 train.start

@@ -47,7 +47,7 @@ def write_llava(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    with _finished(folder) as partial:
+    with finished_folder(folder) as partial:
         tokens = write_processor(
             partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
         )
@@ -63,7 +63,7 @@ def write_llava(
 
 
 @contextlib.contextmanager
-def _finished(folder: str) -> Iterator[str]:
+def finished_folder(folder: str) -> Iterator[str]:
     """A temporary folder beside `folder` that takes its name when the block ends, and is removed when it fails."""
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):

@@ -9,6 +9,7 @@ from flax import nnx
 from llava_jax.layers import Linear, torch_uniform
 from llava_jax.models.clip import Clip
 from llava_jax.models.llama import Llama
+from llava_jax.models.lora import adapt
 from llava_jax.sharding import constrain
 from llava_jax.types import ModelConfig
 
@@ -58,6 +59,7 @@ class Llava(nnx.Module):
             attention=config.attention,
             attention_block=config.attention_block,
         )
+        adapt(self.llm, config, rngs=rngs)
 
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
         """Projected features [B, N*P, D] of N images a row; image slots are zeros where a row has none.

@@ -15,14 +15,20 @@ from llava_jax.convert import hf
 from llava_jax.convert.processor import TOKENIZER_FILES
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import Llava, build
+from llava_jax.models.lora import split as split_adapters
+from llava_jax.models.nf4 import stored_as
 from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
 from llava_jax.source import is_workdir, parse, split
 from llava_jax.train import checkpoint
+from llava_jax.train.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.train.hosts import place
+from llava_jax.train.prepare import adapted, float_dtype
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Settings
 
 Params = dict[str, Any]
 
+# Largest difference of logits, over the largest logit, that merging adapters may make by rounding.
+MERGED_ALIKE = {"float32": 1e-4, "bfloat16": 0.1}
 EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
@@ -161,12 +167,15 @@ def origins(settings: Settings, plan: Plan) -> str:
 
 
 def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Params) -> Params:
-    """The parts named in `dtypes` (vision, projector, llm), each in its dtype, placed at the shardings `at`."""
+    """The parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed at the shardings `at`."""
+    config = adapted(settings, plan.config)
+    dtypes = {part: float_dtype(dtype) for part, dtype in dtypes.items()}
     read = read_files(settings, plan, dtypes)
     for part in read:
-        read[part] = place(read[part], at[part])
+        quantised = part == "llm" and config.nf4
+        read[part] = place_quantised(config, read[part], at[part]) if quantised else place(read[part], at[part])
     drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    return read | random_params(plan.config, settings.seed, drawn, {part: at[part] for part in drawn})
+    return read | random_params(config, settings.seed, drawn, {part: at[part] for part in drawn})
 
 
 def read_files(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
@@ -198,8 +207,8 @@ def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Pa
     """
 
     def make(key: jax.Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
-        return {p: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params[p]) for p, dtype in dtypes.items()}
+        params = split_adapters(nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key)))))
+        return {part: stored_as(params[part], dtype) for part, dtype in dtypes.items()}
 
     return jax.jit(make, out_shardings=at)(jax.random.key(seed)) if dtypes else {}
 
@@ -219,30 +228,60 @@ def read_projector(source: str, config: ModelConfig) -> Params:
     return found
 
 
-def load_trained(workdir: str, step: int | None = None, dtype: str | None = None) -> tuple[Plan, Params, Settings]:
+def load_trained(
+    workdir: str, step: int | None = None, dtype: str | None = None, check_merge: bool = False
+) -> tuple[Plan, Params, Settings]:
     """(plan, whole model as numpy, settings) of a run; `dtype` is by default the one it computes in.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
-    the run saw: InputError otherwise.
+    the run saw: InputError otherwise. `check_merge` compares logits before and after adapters are merged.
     """
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: no training run in it, expected config.json and checkpoints/ of `train`")
     settings = read_settings(os.path.join(workdir, "config.json"))
-    plan, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step)
+    plan, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step, check_merge)
     return plan, params, settings
 
 
-def _read_run(workdir: str, dtypes: dict[str, str], step: int | None = None) -> tuple[Plan, Params]:
-    """(plan, the parts named in `dtypes` as numpy) of a run."""
+def load_adapters(workdir: str) -> tuple[ModelConfig, Params]:
+    """(config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest checkpoint."""
+    settings = read_settings(os.path.join(workdir, "config.json"))
+    if settings.stage != "lora":
+        raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
+    return adapted(settings, plan_model(settings).config), checkpoint.load_params(workdir)[1]
+
+
+def _say_difference(workdir: str, difference: float, dtype: str) -> None:
+    print(f"adapters merged into {dtype}: logits of a probe differ by {difference:.1e} of the largest one")
+    if difference > MERGED_ALIKE[dtype]:
+        raise InputError(
+            f"{workdir}: the merged model's logits differ by {difference:.1e} from those of the adapters, at most "
+            f"{MERGED_ALIKE[dtype]} is rounding: train with another --config.train.dtype, or take peft:DIR"
+        )
+
+
+def _read_run(
+    workdir: str, dtypes: dict[str, str], step: int | None = None, check_merge: bool = False
+) -> tuple[Plan, Params]:
+    """(plan, the parts named in `dtypes` as numpy) of a run; adapters are merged, and the merge compared if asked."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     plan = plan_model(settings)
     _, trained, meta = checkpoint.load_params(workdir, step)
     check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(plan)})
     params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
     frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
+    if "lora" in trained and "llm" in frozen:
+        frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
     params |= read_files(settings, plan, frozen)
     drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    return plan, params | jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
+    params |= jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
+    if "lora" in trained and "llm" in frozen:
+        config = adapted(settings, plan.config)
+        merge = merge_adapters(config, params["llm"], trained["lora"], dtypes["llm"])
+        if check_merge:
+            _say_difference(workdir, merge_difference(config, params["llm"], trained["lora"], merge), dtypes["llm"])
+        params["llm"] = merge
+    return plan, params
 
 
 # ---- sources ----------------------------------------------------------------------------------------------------

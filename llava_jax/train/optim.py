@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from llava_jax.models.nf4 import is_codes, weights_in
 from llava_jax.settings import parse_groups
 from llava_jax.types import InputError, OptimSettings
 
@@ -153,9 +153,10 @@ def describe(settings: OptimSettings, trainable: Any, frozen: Any) -> str:
     rates, decayed = learning_rates(settings, trainable), decay_mask(trainable)
     rows: dict[tuple, int] = {}
 
-    def count(part: str, state: str, leaf: Any, rate: str, decay: str) -> None:
-        key = (part, state, str(leaf.dtype), rate, decay)
-        rows[key] = rows.get(key, 0) + int(np.prod(leaf.shape))
+    def count(path: tuple, state: str, leaf: Any, rate: str, decay: str) -> None:
+        part, weights = path[0].key, weights_in(path, leaf)
+        key = (part, state, "nf4" if is_codes(leaf) else str(leaf.dtype), rate, decay)
+        rows[key] = rows.get(key, 0) + weights
 
     def decay_of(is_decayed: bool) -> str:
         return f"{settings.weight_decay:g}" if is_decayed else "0"
@@ -164,9 +165,9 @@ def describe(settings: OptimSettings, trainable: Any, frozen: Any) -> str:
         jax.tree_util.tree_leaves_with_path(trainable), jax.tree.leaves(rates), jax.tree.leaves(decayed), strict=True
     )
     for (path, leaf), rate, is_decayed in leaves:
-        count(path[0].key, "trainable", leaf, f"{rate:g}", decay_of(is_decayed))
+        count(path, "trainable", leaf, f"{rate:g}", decay_of(is_decayed))
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
-        count(path[0].key, "frozen", leaf, "-", "-")
+        count(path, "frozen", leaf, "-", "-")
 
     head = ("part", "state", "parameters", "dtype", "lr", "decay")
     body = [(part, state, f"{n:,}", *rest) for (part, state, *rest), n in sorted(rows.items())]

@@ -11,11 +11,14 @@ from jax.sharding import Mesh
 
 from llava_jax.chips import chip_of
 from llava_jax.models.llava import build, logical_axes
+from llava_jax.models.lora import split
+from llava_jax.models.nf4 import is_codes
 from llava_jax.ops import attention
-from llava_jax.sharding import param_shardings
+from llava_jax.settings import lora_targets
+from llava_jax.sharding import mesh_sizes, param_shardings
 from llava_jax.train.optim import make_optimizer, make_schedule
 from llava_jax.train.step import TrainState, make_step, partition, state_shardings
-from llava_jax.types import ModelConfig, Settings
+from llava_jax.types import LoraConfig, ModelConfig, Settings
 
 
 class Run(NamedTuple):
@@ -35,12 +38,12 @@ def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, len
     No weight is read. InputError when the attention asked for cannot run on the mesh's devices, or a parameter does not
     divide over them.
     """
-    config = choose_attention(settings, config, mesh, length)
+    config = split_rank(adapted(settings, choose_attention(settings, config, mesh, length)), mesh)
     graphdef, abstract = build(config)
-    shardings = param_shardings(logical_axes(config), abstract, mesh)
-    params, frozen = partition(_placed(abstract, shardings), settings.stage)
+    shardings = split(param_shardings(logical_axes(config), abstract, mesh))
+    params, frozen = partition(_placed(split(abstract), shardings), settings.stage)
     params_at, frozen_at = partition(shardings, settings.stage)
-    params, frozen = _cast(params, settings.train.param_dtype), _cast(frozen, settings.train.frozen_dtype)
+    params, frozen = _cast(params, settings.train.param_dtype), _cast(frozen, float_dtype(settings.train.frozen_dtype))
     tx = make_optimizer(settings.optim, steps, params, settings.train.moment_dtype)
     state_at = state_shardings(mesh, tx, params, params_at)
     schedule = make_schedule(settings.optim, steps)
@@ -55,6 +58,7 @@ def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, len
         dtype=settings.train.dtype,
         packed=settings.data.pack,
         loss_norm=settings.train.loss_norm,
+        dropout_seed=settings.seed if config.lora is not None and config.lora.dropout else None,
     )
     state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(tx.init, params))
     return Run(mesh, config, step, tx, _placed(state, state_at), frozen)
@@ -77,9 +81,33 @@ def choose_attention(settings: Settings, config: ModelConfig, mesh: Mesh, length
     return dataclasses.replace(config, attention=chosen, attention_block=block)
 
 
+def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
+    """The config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
+    if settings.stage != "lora":
+        return config
+    given = settings.lora
+    lora = LoraConfig(given.rank, given.alpha, given.dropout, lora_targets(given.targets))
+    return dataclasses.replace(config, lora=lora, nf4=settings.train.frozen_dtype == "nf4")
+
+
+def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The config with adapters split over the fsdp devices wherever their rank divides."""
+    if config.lora is None or config.lora.rank % mesh_sizes(mesh)["fsdp"]:
+        return config
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, split_rank=True))
+
+
+def float_dtype(dtype: str) -> str:
+    """What `train.frozen_dtype` makes of weights that are not in four bits."""
+    return "bfloat16" if dtype == "nf4" else dtype
+
+
 def _placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
 
 
 def _cast(abstract: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract)
+    def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if is_codes(x) else dtype, sharding=x.sharding)
+
+    return jax.tree.map(cast, abstract)

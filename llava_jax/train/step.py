@@ -11,6 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from llava_jax.models.lora import join
+from llava_jax.models.nf4 import stored_as
 from llava_jax.ops.loss import next_token, weighted_nll
 from llava_jax.settings import STAGES
 from llava_jax.sharding import RULES, batch_sharding, replicated
@@ -39,6 +41,7 @@ def loss_terms(
     params: Params,
     frozen: Params,
     batch: Batch,
+    key: jax.Array | None,
     *,
     graphdef: nnx.GraphDef,
     dtype: str,
@@ -53,11 +56,11 @@ def loss_terms(
 
     Weights enter the computation in `dtype` before anything gathers them, so that what travels between devices, their
     gradients included, has that dtype. Rows of one conversation (not `packed`) need no segments: their padding comes
-    last, where causal attention hides it.
+    last, where causal attention hides it. `key` is what the adapters' dropout draws from, None where there is none.
     """
     # Copied here, not where they are used: inside the scan over layers the float32 weights would be gathered.
-    params, frozen = jax.tree.map(lambda x: x.astype(dtype), (params, frozen))
-    model = nnx.merge(graphdef, {**frozen, **params})
+    params, frozen = stored_as((params, frozen), dtype)
+    model = nnx.merge(graphdef, join({**frozen, **params}, key))
     segment_ids_BT = batch.segment_ids_BT if packed else None
     hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT)
     labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
@@ -86,16 +89,23 @@ def micro_batches(batch: Batch, accumulate: int, ranks: int) -> Batch:
 
 
 def loss_and_grads(
-    params: Params, frozen: Params, batch: Batch, *, accumulate: int, ranks: int, **how: Any
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    accumulate: int,
+    ranks: int,
+    **how: Any,
 ) -> tuple[jax.Array, Params, jax.Array]:
     """(loss, gradients, targets) of the whole batch; numerators and denominators are summed and divided once."""
     grad_fn = jax.value_and_grad(partial(loss_terms, ranks=ranks, **how), has_aux=True)
     if accumulate == 1:
-        (total, (weight, targets)), grads = grad_fn(params, frozen, batch)
+        (total, (weight, targets)), grads = grad_fn(params, frozen, batch, key)
     else:
 
-        def add(sums: Any, micro: Batch) -> tuple[Any, None]:
-            (total, (weight, targets)), grads = grad_fn(params, frozen, micro)
+        def add(sums: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
+            (total, (weight, targets)), grads = grad_fn(params, frozen, *part)
             # Otherwise libtpu moves the sum over the devices out of the loop, and fails at it (0.0.42).
             grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(lambda old, new: old + new, sums, (total, weight, targets, grads)), None
@@ -103,7 +113,8 @@ def loss_and_grads(
         # Sums of bfloat16 gradients are kept in float32: many small terms.
         empty = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         zeros = (jnp.float32(0), jnp.float32(0), jnp.int32(0), empty)
-        (total, weight, targets, grads), _ = jax.lax.scan(add, zeros, micro_batches(batch, accumulate, ranks))
+        parts = micro_batches(batch, accumulate, ranks), None if key is None else jax.random.split(key, accumulate)
+        (total, weight, targets, grads), _ = jax.lax.scan(add, zeros, parts)
     return total / weight, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads), targets
 
 
@@ -114,14 +125,17 @@ def train_step(
     *,
     tx: optax.GradientTransformation,
     learning_rate: Schedule,
+    dropout_seed: int | None = None,
     **how: Any,
 ) -> tuple[TrainState, Metrics]:
     """One update. When the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
 
     Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding). `how` is
-    what `loss_and_grads` is told beside the arrays.
+    what `loss_and_grads` is told beside the arrays. Dropout draws from the seed and the update's number alone, so that
+    a run that goes on from a checkpoint draws what it would have drawn.
     """
-    loss, grads, targets = loss_and_grads(state.params, frozen, batch, **how)
+    key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+    loss, grads, targets = loss_and_grads(state.params, frozen, batch, key, **how)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)

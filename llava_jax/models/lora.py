@@ -1,0 +1,143 @@
+"""LoRA (arXiv 2106.09685): low-rank adapters on linear layers of the decoder, whose own weights stay as they are.
+
+In the model an adapter is part of its Linear (`llm/layers/attn/q/adapter/a`); in a run all of them are the part `lora`
+(`lora/layers/attn/q/a`) beside vision, projector and llm, so that a stage trains and saves whole parts.
+
+qwix 0.1.8 is not used. It finds the weights of a model by running it once while jax's own functions are replaced, puts
+objects without axes into the tree of weights, and so stops at our scan over stacked layers (IndexError in
+jax.lax.scan); a scan's body would also get its adapters on modules that are thrown away after the trace. Its rules go
+by weight, not by the path of a layer, and its dropout draws from a counter, not from the number of the update.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llava_jax.layers import Linear, param, torch_uniform, zeros
+from llava_jax.models.nf4 import Nf4
+from llava_jax.sharding import gathered
+from llava_jax.types import DECODER_LINEARS, LoraConfig, ModelConfig
+
+Params = dict[str, Any]
+
+
+class Adapter(nnx.Module):
+    """alpha/rank * dropout(x) A B, A [*in, r] drawn as peft does, B [r, *out] zero. `seed` is what dropout draws from.
+
+    Both lie split as the kernel's inputs and outputs do. One of them has the axis `embed`; the other takes it for its
+    rank where `split_rank` says that it divides.
+    """
+
+    def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, config: LoraConfig, *, rngs: nnx.Rngs):
+        self.in_dims, self.scale, self.dropout = in_dims, config.scale, config.dropout
+        in_axes, out_axes = axes[:in_dims], axes[in_dims:]
+        self.a_axes = (*in_axes, _rank_axis(in_axes, config))
+        self.b_axes = (_rank_axis(out_axes, config), *out_axes)
+        inputs, outputs = kernel.shape[:in_dims], kernel.shape[in_dims:]
+        self.a = param(rngs, torch_uniform(math.prod(inputs)), (*inputs, config.rank), self.a_axes)
+        self.b = param(rngs, zeros, (config.rank, *outputs), self.b_axes)
+        if config.dropout:
+            self.seed = nnx.Variable(jnp.zeros((), jnp.uint32), axes=())
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [rows, *in] -> [rows, *out]."""
+        if self.dropout:
+            x = jnp.where(kept(x.shape, self.seed[...], self.dropout), x / (1 - self.dropout), 0).astype(x.dtype)
+        a, b = gathered(self.a.astype(x.dtype), *self.a_axes), gathered(self.b.astype(x.dtype), *self.b_axes)
+        return jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
+
+
+def _rank_axis(others: tuple[str, ...], config: LoraConfig) -> str:
+    return "embed" if config.split_rank and "embed" not in others else "rank"
+
+
+def kept(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array:
+    """bool array that is False with probability `rate` (to 1/65536).
+
+    Chance is a hash of the place and the seed: a few integer operations where the values are used, the same however
+    the array is split over devices.
+    """
+    noise = jnp.uint32(seed)
+    for dim in range(len(shape)):
+        noise = (noise ^ jax.lax.broadcasted_iota(jnp.uint32, shape, dim)) * jnp.uint32(0x85EBCA6B)
+        noise = noise ^ (noise >> 13)
+    noise = noise * jnp.uint32(0xC2B2AE35)
+    return ((noise ^ (noise >> 16)) & 0xFFFF) >= round(rate * 65536)
+
+
+def adapt(llm: nnx.Module, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    """Adds the adapters of `config.lora` to the decoder's stacked blocks and stores their kernels as `config.nf4` says.
+
+    All else is drawn before, so a model has the same weights with adapters as without.
+    """
+    for name, linear in linears(llm):
+        kernel, axes, in_dims = linear.kernel[...], linear.axes, linear.in_dims
+
+        def adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, in_dims=in_dims) -> Adapter:
+            return Adapter(kernel, axes, in_dims, config.lora, rngs=rngs)
+
+        if config.lora is not None and name in config.lora.targets:
+            linear.adapter = jax.vmap(adapter)(rngs.split(kernel.shape[0]), kernel)
+        if config.nf4:
+            linear.kernel = jax.vmap(lambda k, axes=axes, in_dims=in_dims: Nf4(k, axes, in_dims))(kernel)
+
+
+def linears(llm: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """(name, layer) of DECODER_LINEARS in a decoder; kernels have a leading L."""
+    for name in DECODER_LINEARS:
+        room, layer = name.split("/")
+        yield name, getattr(getattr(llm.layers, room), layer)
+
+
+# ---- adapters as a part of their own --------------------------------------------------------------------------------
+
+
+def split(params: Params) -> Params:
+    """The tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
+    llm, lora = _taken(params["llm"])
+    return {**params, "llm": llm} | ({"lora": lora} if lora else {})
+
+
+def _taken(tree: Params) -> tuple[Params, Params]:
+    rest: Params = {}
+    found: Params = {}
+    for name, branch in tree.items():
+        if name == "adapter":
+            found |= {leaf: branch[leaf] for leaf in ("a", "b")}
+        elif isinstance(branch, dict):
+            rest[name], inner = _taken(branch)
+            found |= {name: inner} if inner else {}
+        else:
+            rest[name] = branch
+    return rest, found
+
+
+def join(params: Params, key: jax.Array | None = None) -> Params:
+    """The tree that the model takes, from that of `split`; seeds of dropout, where it has any, are drawn from `key`."""
+    if "lora" not in params:
+        return params
+    plain = {part: tree for part, tree in params.items() if part != "lora"}
+    return plain | {"llm": _added(params["llm"], params["lora"], key)}
+
+
+def _added(tree: Params, adapters: Params, key: jax.Array | None) -> Params:
+    if "a" in adapters:
+        seeds = {} if key is None else {"seed": jax.random.bits(key, adapters["a"].shape[:1])}
+        return tree | {"adapter": adapters | seeds}
+    keys = [None] * len(adapters) if key is None else jax.random.split(key, len(adapters))
+    return tree | {name: _added(tree[name], adapters[name], k) for name, k in zip(sorted(adapters), keys, strict=True)}
+
+
+def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype) -> np.ndarray:
+    """W + scale A B in float32, in `dtype`: the stacked kernel [L, *in, *out] without its adapter, layer by layer."""
+    result = np.empty(kernel.shape, dtype)
+    for layer in range(len(kernel)):
+        rank = b.shape[1]
+        product = a[layer].astype(np.float32).reshape(-1, rank) @ b[layer].astype(np.float32).reshape(rank, -1)
+        result[layer] = kernel[layer].astype(np.float32) + np.float32(scale) * product.reshape(kernel.shape[1:])
+    return result

@@ -1,0 +1,114 @@
+"""Kernels in four bits (NormalFloat of QLoRA, arXiv 2305.14314), taken apart inside the block that uses them.
+
+Each weight is one of sixteen levels times the largest magnitude of its block of 64 inputs, as in bitsandbytes; that
+magnitude is kept in bfloat16 instead of being quantised a second time (4.25 bits a weight in place of 4.13). Levels are
+chosen by fifteen selects, which a TPU does elementwise beside the product; a table of sixteen would be a gather there.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llava_jax.sharding import gathered
+
+# Appendix E of the paper: quantiles of the normal distribution, with an exact zero.
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+BLOCK = 64
+
+
+def quantise(kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> tuple[jax.Array, jax.Array]:
+    """(codes uint8, scale bfloat16) of one kernel [*in, *out] with the logical `axes`.
+
+    Blocks run along the last input dimension, whose place the scale's blocks take. Two codes share a byte along
+    `embed`, the first half of that dimension in the low bits: it is whole on every device when it is taken apart.
+    """
+    at, packed = in_dims - 1, axes.index("embed")
+    blocked = _blocked(kernel.astype(jnp.float32), at, block_of(kernel.shape[at]))
+    scale = jnp.max(jnp.abs(blocked), axis=at + 1).astype(jnp.bfloat16)
+    divisor = jnp.expand_dims(scale.astype(jnp.float32), at + 1)
+    share = (blocked / jnp.where(divisor > 0, divisor, 1.0)).reshape(kernel.shape)
+    codes = jnp.zeros(kernel.shape, jnp.uint8)
+    for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True):
+        codes += (share > (low + high) / 2).astype(jnp.uint8)
+    first, second = jnp.split(codes, 2, axis=packed)
+    return first | (second << 4), scale
+
+
+def dequantise(codes: jax.Array, scale: jax.Array, axes: tuple[str, ...], in_dims: int, dtype: jnp.dtype) -> jax.Array:
+    """The kernel [*in, *out] that `quantise` stored, in `dtype`."""
+    at, packed = in_dims - 1, axes.index("embed")
+    share = _level(jnp.concatenate([codes & 15, codes >> 4], axis=packed))
+    blocked = _blocked(share, at, share.shape[at] // scale.shape[at])
+    return (blocked * jnp.expand_dims(scale.astype(jnp.float32), at + 1)).reshape(share.shape).astype(dtype)
+
+
+def block_of(inputs: int) -> int:
+    """Weights that share a scale: 64, or what divides the inputs of a small model."""
+    return math.gcd(BLOCK, inputs)
+
+
+def _blocked(x: jax.Array, at: int, block: int) -> jax.Array:
+    return x.reshape(*x.shape[:at], -1, block, *x.shape[at + 1 :])
+
+
+def _level(code: jax.Array) -> jax.Array:
+    values: list = list(LEVELS)
+    for bit in range(4):
+        is_set = (code >> bit) & 1 == 1
+        values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0].astype(jnp.float32)
+
+
+class Nf4(nnx.Module):
+    """A Linear's kernel in four bits: `astype` gives the kernel, gathered as codes."""
+
+    def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int):
+        self.axes, self.in_dims = axes, in_dims
+        codes, scale = quantise(kernel, axes, in_dims)
+        self.codes = nnx.Variable(codes, axes=axes)
+        self.scale = nnx.Variable(scale, axes=self.scale_axes)
+
+    @property
+    def scale_axes(self) -> tuple[str, ...]:
+        return (*self.axes[: self.in_dims - 1], "block", *self.axes[self.in_dims :])
+
+    def astype(self, dtype: jnp.dtype) -> jax.Array:
+        codes, scale = gathered(self.codes[...], *self.axes), gathered(self.scale[...], *self.scale_axes)
+        return dequantise(codes, scale, self.axes, self.in_dims, dtype)
+
+
+def is_codes(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a leaf of the parameters holds codes, which no cast may touch."""
+    return leaf.dtype == jnp.uint8
+
+
+def weights_in(path: tuple, leaf: Any) -> int:
+    """Weights that a leaf at a key path stands for: two a byte of codes, none in the scale of their blocks."""
+    if [key.key for key in path[-2:]] == ["kernel", "scale"]:
+        return 0
+    return math.prod(leaf.shape) * (2 if is_codes(leaf) else 1)
+
+
+def stored_as(tree: dict, dtype: str) -> dict:
+    """The parameters in `dtype`, codes as they are."""
+    return jax.tree.map(lambda x: x if is_codes(x) else x.astype(dtype), tree)
