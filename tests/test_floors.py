@@ -18,7 +18,7 @@ F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
 F2 plan_cost
-F2 data.example data.packing synthesize.write
+F2 data.anyres data.example data.packing synthesize.write
 F3 plan_target
 F3 models.clip models.llama data.pipeline data.verify convert.processor
 F4 models.llava train.optim train.metrics convert.export
