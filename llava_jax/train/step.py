@@ -59,7 +59,7 @@ def loss_terms(
     params, frozen = jax.tree.map(lambda x: x.astype(dtype), (params, frozen))
     model = nnx.merge(graphdef, {**frozen, **params})
     segment_ids_BT = batch.segment_ids_BT if packed else None
-    hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT)
+    hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT, batch.take_BT)
     labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
     targets = counted_BT.sum(dtype=jnp.int32)
     weights_BT, weight = counted_BT.astype(jnp.float32), targets.astype(jnp.float32)
