@@ -165,7 +165,8 @@ def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Ite
 
 def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
     """Those tensors of the source folder; bit-equal where its dtype is the export's."""
-    kind = "llava" if hf_config.read_config(source, "a CLIP or LLaVA folder").get("model_type") == "llava" else "clip"
+    given = hf_config.read_config(source, "a CLIP or LLaVA folder").get("model_type")
+    kind = "llava" if given in ("llava", "llava_next") else "clip"
     tensors = open_folder(source)
     names = {table.canonical(name, kind): name for name in tensors.names()}
     wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]
