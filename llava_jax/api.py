@@ -14,8 +14,9 @@ from flax import nnx
 from PIL import Image
 
 from llava_jax.convert.hf import LlavaExtras, read_llava, stored_dtype
+from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.chat import Span, Template, find_template, render
-from llava_jax.data.image import load_image, preprocess
+from llava_jax.data.image import image_size
 from llava_jax.data.tokenize import StreamDecoder, TextTokenizer, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
 from llava_jax.infer.sample import stop_table, stripped
@@ -49,12 +50,13 @@ class Processor:
         return find_template(self.template)
 
     def tokens(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32[t] of a conversation that the assistant is to go on, each image as its P image tokens."""
-        turns, _ = read_messages(messages)
+        """int32[t] of a conversation that the assistant is to go on, each image as its image tokens."""
+        turns, pictures = read_messages(messages)
         spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
         encoded = encode(spans, self.tokenizer)
-        image_token_id, patches = self.config.image_token_id, self.config.vision.patches
-        tokens, _ = expand(encoded.tokens, encoded.targets, image_token_id, patches, max_length=None)
+        tiles = tiling(self.config)
+        counts = self.config.vision.patches if tiles is None else tiles.tokens(_sizes(pictures))
+        tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
         room = self.config.llm.max_positions
         if tokens.size >= room:
             raise InputError(
@@ -64,19 +66,21 @@ class Processor:
         return tokens.astype(np.int32)
 
     def pixels(self, messages: Sequence[Message]) -> np.ndarray:
-        """float32[n, X, Y, C] of the pictures of a conversation, in order."""
-        size, how = self.config.vision.image_size, self.config.vision.pixels
+        """float32[n, X, Y, C] of the pictures of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
+        size, tiles, how = self.config.vision.image_size, tiling(self.config), self.config.vision.pixels
         _, pictures = read_messages(messages)
-        arrays = [
-            preprocess(picture, size, self.aspect, how)
-            if isinstance(picture, Image.Image)
-            else load_image(os.fspath(picture), size, self.aspect, how)
-            for picture in pictures
-        ]
-        return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.float32)
+        arrays = [np.zeros((0, size, size, 3), np.float32)]
+        for picture in pictures:
+            picture = picture if isinstance(picture, Image.Image) else os.fspath(picture)
+            arrays.append(load_tiles(picture, size, self.aspect, tiles, how))
+        return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        return Prompt(self.tokens(messages), self.pixels(messages))
+        tokens, tiles = self.tokens(messages), tiling(self.config)
+        if tiles is None:
+            return Prompt(tokens, self.pixels(messages))
+        takes = tiles.takes(_sizes(read_messages(messages)[1]))
+        return Prompt(tokens, self.pixels(messages), spread(tokens, self.config.image_token_id, takes))
 
     def text(self, ids: Iterable[int]) -> str:
         """The answer that ids spell: up to the template's first stop, without white space at its ends."""
@@ -98,6 +102,11 @@ class Processor:
         spelled = [stop for stop in self.rules.stop if self.tokenizer.special_id(stop) is None]
         size = self.config.llm.vocab_size
         return stop_table(spelled, ids, token_texts(self.tokenizer, size) if spelled else [""] * size)
+
+
+def _sizes(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    """(width, height) of each picture; of a file its header is read."""
+    return [p.size if isinstance(p, Image.Image) else image_size(os.fspath(p)) for p in pictures]
 
 
 def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
@@ -241,16 +250,23 @@ class Llava:
         """Pieces of the answer to a conversation (see `read_messages`) as they come; joined they are the whole text."""
         return self.processor.pieces(stream_ids(self.engine, self.prompt(messages), Sampling(**sampling)))
 
-    def logits(self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None) -> np.ndarray:
+    def logits(
+        self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None, image_sizes: Any = None
+    ) -> np.ndarray:
         """float32[B, T, V] for tokens as transformers' processor gives them: P image tokens for each image.
 
         `pixels_BCHW` float[n, C, H, W] holds the batch's images in the order of their tokens (any number a row);
-        `mask_BT` is 1 at tokens and 0 at padding, on either side. Logits at padding mean nothing.
+        `mask_BT` is 1 at tokens and 0 at padding, on either side. Logits at padding mean nothing. A LLaVA-NeXT takes
+        float[n, tiles, C, H, W], filled up with zeros, and `image_sizes` int[n, 2], height and width of each image.
         """
         tokens_BT = np.asarray(tokens_BT, np.int32)
         mask_BT = np.ones_like(tokens_BT) if mask_BT is None else np.asarray(mask_BT, np.int32)
-        pixels_BNXYC = _rows_of_images(tokens_BT, pixels_BCHW, self.config)
-        return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, graphdef=self.engine.graphdef))
+        if self.config.pinpoints:
+            pixels_BNXYC, take_BT = rows_of_tiles(tokens_BT, pixels_BCHW, image_sizes, self.config)
+        else:
+            pixels_BNXYC, take_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
+        graphdef = self.engine.graphdef
+        return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, take_BT, graphdef=graphdef))
 
     # What answers.py and chat.py ask for.
 
@@ -273,10 +289,10 @@ class Llava:
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _logits(
-    params: dict[str, Any], tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, *, graphdef: nnx.GraphDef
+    params: dict[str, Any], tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, take_BT: Any, *, graphdef: nnx.GraphDef
 ) -> jax.Array:
     positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-    return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT)
+    return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT, take_BT)
 
 
 def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig) -> np.ndarray | None:

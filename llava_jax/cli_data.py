@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from llava_jax.cli_parse import announce
 from llava_jax.cli_train import load_settings
@@ -30,7 +31,7 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    data, folder, patches = checks_of_run(args) if args.passed else checks_of_flags(args)
+    data, folder, patches, tiles = checks_of_run(args) if args.passed else checks_of_flags(args)
     from llava_jax.data import verify as checks
     from llava_jax.data.tokenize import load_tokenizer
 
@@ -42,7 +43,7 @@ def verify(args: argparse.Namespace) -> int:
         images=data.images,
         tokenizer=folder,
         template=f"{data.template}, image position {data.image_position}",
-        max_length=f"{data.max_length} tokens, {patches} of them for each picture",
+        max_length=f"{data.max_length} tokens, {patches} of them for each {'picture' if tiles is None else 'tile'}",
         dump=args.dump,
     )
     report = checks.verify(
@@ -53,6 +54,7 @@ def verify(args: argparse.Namespace) -> int:
         image_position=data.image_position,
         max_length=data.max_length,
         patches=patches,
+        tiling=tiles,
         dump_path=args.dump,
     )
     print("\n".join(checks.report_lines(report)))
@@ -63,22 +65,25 @@ def verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int]:
-    """(data settings, tokenizer folder, image tokens of a picture) of the run that `--config` describes."""
+def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any]:
+    """(data settings, tokenizer folder, image tokens of a picture or tile, anyres.Tiling or None) of the run that
+    `--config` describes.
+    """
     given = [f"--{name}" for name in SINGLE if getattr(args, name) is not None]
     if given:
         raise InputError(f"{' and '.join(given)} beside --config: give the --config.KEY=VALUE that `train` gets")
     settings = load_settings(args.passed)
     if not settings.data.annotations:
         raise InputError("data.annotations is empty: expected the JSON or JSONL file to check")
+    from llava_jax.data.anyres import tiling
     from llava_jax.train.assemble import plan_model
 
     plan = plan_model(settings)
-    return settings.data, plan.tokenizer, plan.config.vision.patches
+    return settings.data, plan.tokenizer, plan.config.vision.patches, tiling(plan.config)
 
 
-def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int]:
-    """The same of the single flags."""
+def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, None]:
+    """The same of the single flags, which show each picture as one square."""
     missing = [f"--{name}" for name in NEEDED if getattr(args, name) is None]
     if missing:
         raise InputError(f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} beside the others")
@@ -91,7 +96,7 @@ def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int]:
     data = DataSettings(
         args.annotations, args.images, args.template, position, "pad", length, shuffle=False, **UNPACKED
     )
-    return data, args.tokenizer, args.patches or patches_of(args.vision)
+    return data, args.tokenizer, args.patches or patches_of(args.vision), None
 
 
 def patches_of(folder: str | None) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax import plan_hlo
-from llava_jax.convert.config import check_feature_layer
+from llava_jax.convert.config import check_feature_layer, default_pinpoints
 from llava_jax.data.packing import UNIT
 from llava_jax.flops import step_flops
 from llava_jax.models.nf4 import weights_in
@@ -75,17 +75,19 @@ def plan_config(settings: Settings) -> ModelConfig:
         image_token_id=llm.vocab_size,
         dtype=settings.train.dtype,
         remat=settings.train.remat,
+        pinpoints=default_pinpoints(vision) if settings.data.aspect == "anyres" else (),
     )
 
 
 def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:
-    """The global batch: one conversation with one picture a row, or as many packed rows as they need.
+    """The global batch: one conversation with one picture (anyres: of the most tiles) a row, or as many packed rows as
+    they need.
 
     `ways`: device shards times micro-batches, which the rows must divide over. `tokens_per_row`: mean length of a
     conversation, image tokens included; packed rows need it.
     """
     size, data = settings.train.batch_size, settings.data
-    rows, length, images = size, data.max_length, 1
+    rows, length, images = size, data.max_length, config.tiles
     if data.pack:
         if not tokens_per_row:
             raise InputError(
@@ -95,13 +97,14 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
         tokens = size * tokens_per_row / FILLED
         length = data.pack_length or _pack_length(tokens / ways, data.max_length)
         rows = ways * math.ceil(tokens / length / ways)
-        images = data.pack_images or min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
+        pictures = min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
+        images = data.pack_images or pictures * config.tiles
     if rows % ways:
         raise InputError(
             f"train.batch_size={rows} does not divide into device shards times train.accumulate="
             f"{settings.train.accumulate}: expected a multiple of {ways}"
         )
-    return Shape(rows, length, images, min(size, rows * images))
+    return Shape(rows, length, images, min(size * config.tiles, rows * images))
 
 
 def _pack_length(tokens: float, longest: int) -> int:
@@ -119,7 +122,8 @@ def abstract_batch(config: ModelConfig, shape: Shape, mesh: Mesh) -> Batch:
 
     T = shape.length
     pixels = array(np.float32, shape.images, size, size, 3)
-    return Batch(array(np.int32, T), array(np.bool_, T), array(np.int32, T), array(np.int32, T), pixels)
+    take = array(np.int32, T) if config.pinpoints else None
+    return Batch(array(np.int32, T), array(np.bool_, T), array(np.int32, T), array(np.int32, T), pixels, take_BT=take)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ CHOICES = {
     "stage": tuple(STAGES),
     "model.projector": ("linear", "mlp2x_gelu"),
     "data.image_position": ("front", "keep"),
-    "data.aspect": ("pad", "crop", "squash"),
+    "data.aspect": ("pad", "crop", "squash", "anyres"),
     "data.group_by": ("none", "modality_length"),
     "optim.schedule": ("cosine", "constant", "linear"),
     "train.dtype": DTYPES,

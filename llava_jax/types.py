@@ -67,6 +67,8 @@ class Batch(NamedTuple):
     pixels_BNXYC    float32, CLIP-normalised; zeros in image slots a row does not use
     rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M
                     (host only: None on the device)
+    take_BT         int32, with anyres only: which feature of the row's tiles (n * P + p) an image token takes, -1 for
+                    image_newline; pixels_BNXYC then holds tiles, and N counts them
     """
 
     tokens_BT: Any
@@ -75,6 +77,7 @@ class Batch(NamedTuple):
     positions_BT: Any
     pixels_BNXYC: Any
     rows_BM: Any = None
+    take_BT: Any = None
 
 
 # ---- models -----------------------------------------------------------------------------------------------------
@@ -190,6 +193,7 @@ class ModelConfig:
     `image_token_id` may lie outside the vocabulary (the row is never looked up), `remat` is
     models.llama.remat_policy's; `attention` (of the decoder) names an implementation of ops.attention, with tiles of
     `attention_block` for splash. `lora` and `nf4` (kernels of the decoder's blocks in four bits) are a training step's.
+    `pinpoints`, (height, width) each, make it a LLaVA-NeXT (data.anyres).
     """
 
     vision: ClipConfig
@@ -203,6 +207,13 @@ class ModelConfig:
     attention_block: int = 512
     lora: LoraConfig | None = None
     nf4: bool = False
+    pinpoints: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tiles(self) -> int:
+        """The most tiles that a picture is cut into, the whole one included; 1 where it is not cut."""
+        area = max((height * width for height, width in self.pinpoints), default=0)
+        return 1 + area // self.vision.image_size**2
 
     @property
     def vision_layers(self) -> int:
@@ -243,7 +254,8 @@ class InitSettings:
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     """`pack`: several conversations in a row of `pack_length` tokens with room for `pack_images` pictures; 0: as
-    many as leave the least padding. `group_by` is none or modality_length (the original's order).
+    many as leave the least padding. `group_by` is none or modality_length (the original's order). With `aspect` anyres
+    tiles are counted, not pictures.
     """
 
     annotations: str

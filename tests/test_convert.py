@@ -94,7 +94,8 @@ def test_every_parameter_has_one_row_and_every_row_a_parameter():
         set(table.flatten(build(dataclasses.replace(CONFIG, llm=llm, vision=vision))[1]))
         for llm, vision in ((full, CLIP), (dataclasses.replace(LLAMA, family="qwen3"), siglip))
     ]
-    assert found[0] | found[1] == set(table.ROWS)
+    tiled = set(table.flatten(build(dataclasses.replace(CONFIG, pinpoints=((16, 16),)))[1]))
+    assert set.union(tiled, *found) == set(table.ROWS)
     assert len({row.hf for row in table.TABLE}) == len(table.TABLE)
 
 
@@ -360,7 +361,7 @@ def test_unknown_clip_configs_are_refused_by_name(name):
 
 
 BAD_LLAVA = {
-    "model_type": (dict(model_type="llava_next"), "llava_next"),
+    "model_type": (dict(model_type="llava_onevision"), "llava_onevision"),
     "select": (dict(vision_feature_select_strategy="full"), "full"),
     "layers": (dict(vision_feature_layer=[-2, -5]), "one whole number"),
     "layer": (dict(vision_feature_layer=-9), "outside"),

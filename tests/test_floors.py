@@ -21,7 +21,7 @@ F2 ops.product
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
 F2 convert.chat_known
 F2 plan_cost
-F2 data.example data.packing synthesize.write
+F2 data.anyres data.example data.packing synthesize.write
 F3 plan_target
 F3 models.nf4
 F3 models.lora models.clip models.llama data.pipeline data.verify convert.processor

@@ -87,10 +87,16 @@ def check(records: list[Record], **changes) -> pipeline.Checked:
     return check_records(records, settings, TOKENIZER, image_token_id=IMAGE_ID, patches=PATCHES)
 
 
+def arrays(batch: Batch) -> list[np.ndarray]:
+    """The fields of a batch of whole pictures: take_BT is for tiles (test_anyres.py)."""
+    assert batch.take_BT is None
+    return list(batch[:-1])
+
+
 def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
     assert len(ours) == len(expected)
     for batch, other in zip(ours, expected, strict=True):
-        for field, values, others in zip(Batch._fields, batch, other, strict=True):
+        for field, values, others in zip(Batch._fields[:-1], arrays(batch), arrays(other), strict=True):
             assert values.dtype == others.dtype
             np.testing.assert_array_equal(values, others, err_msg=field)
 
@@ -120,7 +126,7 @@ def test_a_batch_holds_its_records(reference):
     batch = reference[0]
     assert batch.tokens_BT.shape == batch.targets_BT.shape == (BATCH, SETTINGS.max_length)
     assert batch.pixels_BNXYC.shape == (BATCH, 2, SIZE, SIZE, 3)
-    kinds = [field.dtype for field in batch]
+    kinds = [field.dtype for field in arrays(batch)]
     assert kinds == [np.int32, np.bool_, np.int32, np.int32, np.float32, np.int64]
     for b, row in enumerate(batch.rows_BM[:, 0]):
         record = RECORDS[row]
@@ -142,13 +148,13 @@ def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
     alone = {}
     for batch in reference:
         for b, row in enumerate(batch.rows_BM[:, 0].tolist()):
-            alone[row] = Batch(*(field[b] for field in batch))
+            alone[row] = Batch(*(field[b] for field in arrays(batch)))
     assert len({batch.tokens_BT.shape for batch in packed}) == 1 and packed[0].tokens_BT.shape[0] < BATCH
     together = 0
     for batch in packed:
-        assert [field.dtype for field in batch] == [field.dtype for field in reference[0]]
+        assert [field.dtype for field in arrays(batch)] == [field.dtype for field in arrays(reference[0])]
         assert np.count_nonzero(batch.rows_BM >= 0) == BATCH
-        for tokens, targets, segments, positions, pixels, rows in zip(*batch, strict=True):
+        for tokens, targets, segments, positions, pixels, rows in zip(*arrays(batch), strict=True):
             members, slot = rows[rows >= 0], 0
             assert (rows[len(members) :] == -1).all()
             assert set(segments) - {0} == set(range(1, len(members) + 1))
@@ -213,7 +219,7 @@ def test_hosts_share_each_global_batch(reference, pack):
     hosts = [take(stream(rows=rows, pack=pack, row_multiple=4), 16) for rows in ((0, 1), (2,), (3,))]
     assert [len(host[0].tokens_BT) for host in hosts] == [2, 1, 1]
     for whole, *shares in zip(alone, *hosts, strict=True):
-        joined = Batch(*(np.concatenate(fields) for fields in zip(*shares, strict=True)))
+        joined = Batch(*(np.concatenate(fields) for fields in zip(*map(arrays, shares), strict=True)))
         assert_equal([joined], [whole])
 
 
@@ -284,7 +290,7 @@ def test_bad_rows_are_named_before_the_run():
 
 
 def test_counts_are_what_is_trained(reference):
-    epoch = Batch(*(np.concatenate(field)[:11] for field in zip(*reference, strict=True)))
+    epoch = Batch(*(np.concatenate(field)[:11] for field in zip(*map(arrays, reference), strict=True)))
     clean = check(RECORDS)
     assert clean.tokens == epoch.segment_ids_BT.sum() and clean.targets == epoch.targets_BT.sum()
     assert clean.lengths_A[epoch.rows_BM[:, 0]].tolist() == epoch.segment_ids_BT.sum(1).tolist()

@@ -20,6 +20,9 @@ _LLAVA_VISION = dict(
     image_size=336,
     patch_size=14,
 )
+# Rows and columns of LLaVA-NeXT's grids, and what LlavaNextConfig falls back to.
+_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+_LLAVA_NEXT_PINPOINTS = [[336 * rows, 336 * columns] for rows, columns in _GRIDS]
 _PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}
 _WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
@@ -205,7 +208,7 @@ def _window(config: Mapping[str, Any], family: str, layers: int, where: str) -> 
 
 def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") -> ModelConfig:
     """ModelConfig from a LlavaForConditionalGeneration config; `dtype` is the compute dtype ours will run in."""
-    _choice(config, "model_type", ("llava",), where)
+    _choice(config, "model_type", ("llava", "llava_next"), where)
     values = _filled(
         config,
         dict(
@@ -230,11 +233,32 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
         feature_layer=values["vision_feature_layer"],
         image_token_id=values["image_token_index"],
         dtype=dtype,
+        pinpoints=_pinpoints(config, vision, where) if config["model_type"] == "llava_next" else (),
     )
     check_feature_layer(result.feature_layer, vision, where)
     if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
         raise InputError(f"{where}: image_token_index is {result.image_token_id!r}; expected a token id")
     return result
+
+
+def default_pinpoints(vision: ClipConfig) -> tuple[tuple[int, int], ...]:
+    """LLaVA-NeXT's (height, width): two tiles, four or three, for towers of any size."""
+    return tuple((rows * vision.image_size, columns * vision.image_size) for rows, columns in _GRIDS)
+
+
+def _pinpoints(config: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of image_grid_pinpoints, whole tiles each."""
+    _choice({"use_image_newline_parameter": True} | dict(config), "use_image_newline_parameter", (True,), where)
+    given, size = config.get("image_grid_pinpoints"), vision.image_size
+    if given is None:
+        given = _LLAVA_NEXT_PINPOINTS
+    pairs = isinstance(given, list) and given and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
+    if not pairs or not all(isinstance(side, int) and side > 0 and side % size == 0 for pair in given for side in pair):
+        raise InputError(
+            f"{where}: image_grid_pinpoints is {given!r}; expected a list of [height, width], each a multiple of the "
+            f"vision tower's {size} pixels"
+        )
+    return tuple((height, width) for height, width in given)
 
 
 def _vision_defaults(config: Mapping[str, Any]) -> Json:
@@ -315,12 +339,22 @@ def llama_json(config: LlamaConfig) -> Json:
 
 
 def llava_json(config: ModelConfig, *, dtype: str, pad_id: int, bos_id: int | None, eos_id: int | list[int]) -> Json:
-    """LlavaForConditionalGeneration's JSON, readable by transformers 4.46 and 5 and by servers."""
+    """LlavaForConditionalGeneration's JSON, or LlavaNextForConditionalGeneration's where the config has pinpoints.
+
+    Readable by transformers 4.46 and 5 and by servers.
+    """
     tokens = dict(pad_token_id=pad_id, bos_token_id=bos_id, eos_token_id=eos_id)
     dtypes = dict(dtype=dtype, torch_dtype=dtype)
+    kind: Json = dict(architectures=["LlavaForConditionalGeneration"], model_type="llava")
+    if config.pinpoints:
+        kind = dict(
+            architectures=["LlavaNextForConditionalGeneration"],
+            model_type="llava_next",
+            image_grid_pinpoints=[list(pinpoint) for pinpoint in config.pinpoints],
+            use_image_newline_parameter=True,
+        )
     return dict(
-        architectures=["LlavaForConditionalGeneration"],
-        model_type="llava",
+        **kind,
         ignore_index=-100,
         image_token_index=config.image_token_id,
         image_seq_length=config.vision.patches,

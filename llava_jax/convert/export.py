@@ -180,8 +180,8 @@ def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
 
 def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
     """Those tensors of the source folder; bit-equal where its dtype is the export's."""
-    given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
-    kind = "llava" if given.get("model_type") == "llava" else "clip"
+    given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder").get("model_type")
+    kind = "llava" if given in ("llava", "llava_next") else "clip"
     tensors = open_folder(source)
     names = {table.canonical(name, kind): name for name in tensors.names()}
     wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]

@@ -111,12 +111,18 @@ def stored_dtype(folder: str) -> str:
 
 
 def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
-    """`projector` parameters of a .safetensors file in any of the usual spellings, checked against `config`."""
+    """`projector` parameters of a .safetensors file in any of the usual spellings, checked against `config`.
+
+    A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole pictures and trains none.
+    """
     if path.endswith((".bin", ".pt", ".pth")):
         raise InputError(f"{path}: pickled projector files are not read; convert it to .safetensors with torch first")
     if not path.endswith(".safetensors"):
         raise InputError(f"{path}: expected a .safetensors projector file or the workdir of a pretrain run")
-    return _read(open_file(path), "projector", config, ("projector",), dtype)["projector"]
+    tensors = open_file(path)
+    if not any(table.canonical(name, "projector") == table.NEWLINE for name in tensors.names()):
+        config = dataclasses.replace(config, pinpoints=())
+    return _read(tensors, "projector", config, ("projector",), dtype)["projector"]
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -235,7 +241,9 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
     """
     ours = given.get("llava_jax", {})
-    allowed = dict(template=tuple(TEMPLATES), aspect=ASPECTS, image_position=("front", "keep"))
+    tiled = given["model_type"] == "llava_next"
+    aspects = ("anyres",) if tiled else ASPECTS
+    allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"))
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(
@@ -243,5 +251,6 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
             )
     pad_id = given.get("pad_token_id", (given.get("text_config") or {}).get("pad_token_id"))
     template = None if "template" in ours else recognised_template(folder)
-    said = {"aspect": read_pictures(folder)} | ({"template": template} if template else {}) | ours
+    aspect = read_pictures(folder)
+    said = {"aspect": "anyres" if tiled else aspect} | ({"template": template} if template else {}) | ours
     return LlavaExtras(**said, tokenizer=folder, pad_id=pad_id, template_assumed="template" not in said)

@@ -57,7 +57,7 @@ def write_processor(
     find_template(template)
     ours = load_tokenizer(tokenizer_folder)
     chat = _write_chat(folder, template, image_position, ours)
-    tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id)
+    tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id, _processor_class(config))
     _write_pictures(folder, config, aspect)
     # One that ends a turn beside the tokenizer's own stays an end; a single one is written as a number.
     return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
@@ -79,8 +79,9 @@ def _write_pictures(folder: str, config: ModelConfig, aspect: str) -> None:
     """
     size, pixels = config.vision.image_size, config.vision.pixels
     square = dict(height=size, width=size)
+    name = _processor_class(config)
     settings: Json = dict(
-        processor_class="LlavaProcessor",
+        processor_class=name,
         do_convert_rgb=True,
         do_resize=True,
         size=square if aspect == "squash" else dict(shortest_edge=size),
@@ -93,10 +94,14 @@ def _write_pictures(folder: str, config: ModelConfig, aspect: str) -> None:
         image_mean=list(pixels.mean),
         image_std=list(pixels.std),
     )
-    kind = "SiglipImageProcessor" if aspect == "squash" else "CLIPImageProcessor"
-    settings |= dict(do_pad=True) if aspect == "pad" else dict(image_processor_type=kind)
+    if config.pinpoints:
+        pinpoints = [list(pinpoint) for pinpoint in config.pinpoints]
+        settings |= dict(image_processor_type="LlavaNextImageProcessor", do_pad=True, image_grid_pinpoints=pinpoints)
+    else:
+        kind = "SiglipImageProcessor" if aspect == "squash" else "CLIPImageProcessor"
+        settings |= dict(do_pad=True) if aspect == "pad" else dict(image_processor_type=kind)
     processor = dict(
-        processor_class="LlavaProcessor",
+        processor_class=name,
         image_token=IMAGE_PLACEHOLDER,
         num_additional_image_tokens=config.vision.class_tokens,
         patch_size=config.vision.patch_size,
@@ -104,6 +109,10 @@ def _write_pictures(folder: str, config: ModelConfig, aspect: str) -> None:
     )
     _write_json(folder, "preprocessor_config.json", settings)
     _write_json(folder, "processor_config.json", processor)
+
+
+def _processor_class(config: ModelConfig) -> str:
+    return "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
 
 
 def _write_chat(folder: str, template: str, image_position: str, tokenizer: TextTokenizer) -> str:
@@ -166,7 +175,7 @@ def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None) -> ExportedTokens:
+def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, processor_class: str) -> ExportedTokens:
     """The source's files as they are, plus `<image>`, a pad token where there is none; nothing cut or filled."""
     if eos_id is None:
         raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
@@ -187,7 +196,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None) ->
     content = read_json(path) if os.path.isfile(path) else json.loads(tokenizer.backend_tokenizer.to_str())
     if added or not os.path.isfile(path) or _whole_text(content) != content:
         _write_json(folder, "tokenizer.json", _whole_text(_with_tokens(content, ids)))
-    _edit_companions(folder, ids, pad, chat, tokenizer)
+    _edit_companions(folder, ids, pad, chat, tokenizer, processor_class)
     known = vocabulary | ids
     return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, eos_id)
 
@@ -214,7 +223,9 @@ def _with_tokens(content: Json, ids: dict[str, int]) -> Json:
     }
 
 
-def _edit_companions(folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any) -> None:
+def _edit_companions(
+    folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any, processor_class: str
+) -> None:
     """The small files beside tokenizer.json, changed only where they must say the same."""
     path = os.path.join(folder, "tokenizer_config.json")
     config = read_json(path) if os.path.isfile(path) else {}
@@ -224,7 +235,7 @@ def _edit_companions(folder: str, ids: dict[str, int], pad: str, chat: str, toke
     for key in ("bos_token", "eos_token", "unk_token"):
         if config.get(key) is None:
             config[key] = getattr(tokenizer, key)
-    config |= dict(pad_token=pad, processor_class="LlavaProcessor", chat_template=chat)
+    config |= dict(pad_token=pad, processor_class=processor_class, chat_template=chat)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): _token(text) for text, i in ids.items()}
     _write_json(folder, "tokenizer_config.json", config)

@@ -35,6 +35,7 @@ class Row:
 VISION = "vision_tower.vision_model."
 BLOCK = VISION + "encoder.layers.{}."
 PROJECTOR = "multi_modal_projector."
+NEWLINE = "image_newline"
 LLM = "language_model.model."
 LAYER = LLM + "layers.{}."
 HEAD = "language_model.lm_head.weight"
@@ -64,6 +65,7 @@ TABLE: tuple[Row, ...] = (
     *_linear("vision/layers/mlp/down", BLOCK + "mlp.fc2"),
     *_linear("projector/linear_1", PROJECTOR + "linear_1"),
     *_linear("projector/linear_2", PROJECTOR + "linear_2"),
+    Row("projector/image_newline", NEWLINE),
     Row("llm/embed/table", LLM + "embed_tokens.weight"),
     Row("llm/layers/attn_norm/scale", LAYER + "input_layernorm.weight"),
     Row("llm/layers/mlp_norm/scale", LAYER + "post_attention_layernorm.weight"),
@@ -97,12 +99,14 @@ _PROJECTOR = (
     (r"^(?:model\.)?(?:mm_projector\.)?2\.", PROJECTOR + "linear_2."),
     (r"^(?:model\.)?mm_projector\.(?=weight|bias)", PROJECTOR + "linear_1."),
     (r"^(?=linear_[12]\.)", PROJECTOR),
+    (r"^model\.(?=image_newline$)", ""),
 )
 _LLAVA = (
     (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", VISION),
     (r"^(?:model\.)?multi_modal_projector\.", PROJECTOR),
     (r"^model\.language_model\.", LLM),
     (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(?=image_newline$)", ""),
 )
 ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LLAVA}
 

@@ -5,11 +5,13 @@ trained.
 """
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from llava_jax.data.chat import find_template, render
-from llava_jax.data.tokenize import TextTokenizer, encode, expand
+from llava_jax.data.image import image_size
+from llava_jax.data.tokenize import TextTokenizer, encode, expand, widths
 from llava_jax.types import IMAGE_MARK, DataSettings, Encoded, InputError, Record
 
 
@@ -28,7 +30,11 @@ def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenize
 
 
 def encode_record(
-    record: Record, settings: DataSettings, tokenizer: TextTokenizer, image_token_id: int, patches: int
+    record: Record,
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    image_token_id: int,
+    patches: int | Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32[t] and targets bool[t] of one training row, t <= settings.max_length, without padding.
 
@@ -43,9 +49,14 @@ def count_images(encoded: Encoded) -> int:
     return int(np.count_nonzero(encoded.tokens == IMAGE_MARK))
 
 
-def full_length(encoded: Encoded, patches: int) -> int:
+def full_length(encoded: Encoded, patches: int | Sequence[int]) -> int:
     """Tokens of the row with its images expanded, before max_length cuts it."""
-    return len(encoded.tokens) + count_images(encoded) * (patches - 1)
+    return int(widths(encoded.tokens, patches).sum())
+
+
+def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]:
+    """(width, height) of the record's pictures, from their headers."""
+    return [image_size(path) for path in image_paths(record, settings)]
 
 
 def image_paths(record: Record, settings: DataSettings) -> list[str]:

@@ -12,12 +12,15 @@ import io
 import os
 import struct
 import zlib
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from llava_jax.types import InputError, Pixels
+
+Result = TypeVar("Result")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
@@ -48,6 +51,11 @@ def load_image(path: str, size: int, aspect: str, pixels: Pixels = CLIP) -> np.n
     return preprocess(decode(path), size, aspect, pixels)
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) of the picture at `path`, from its header; InputError as in `decode`, as far as that shows it."""
+    return _opened(path, path, lambda file, length: _open(file, path, length).size)
+
+
 def check_image(path: str) -> None:
     """Decode the whole picture at `path` and raise InputError, naming path and reason, if that is not possible."""
     decode(path)
@@ -63,16 +71,22 @@ def decode(source: str | bytes, name: str = "") -> Image.Image:
     name = name or (source if isinstance(source, str) else "picture")
     if isinstance(source, bytes):
         return _decode_file(io.BytesIO(source), name, len(source))
+    return _opened(source, name, lambda file, length: _decode_file(file, name, length))
+
+
+def _opened(path: str, name: str, read: Callable[[BinaryIO, int], Result]) -> Result:
+    """What `read` makes of the file and its length."""
     try:
-        with open(source, "rb") as file:
-            return _decode_file(file, name, os.path.getsize(source))
+        with open(path, "rb") as file:
+            return read(file, os.path.getsize(path))
     except FileNotFoundError:
         raise InputError(f"image {name}: no such file; check the path, or data.images") from None
     except (OSError, ValueError) as error:
         raise InputError(f"image {name}: cannot be read ({error}); check the file") from None
 
 
-def _decode_file(file: BinaryIO, name: str, length: int) -> Image.Image:
+def _open(file: BinaryIO, name: str, length: int) -> Image.Image:
+    """The picture with its header read and checked."""
     if length == 0:
         raise InputError(f"image {name}: the file is empty; replace it")
     try:
@@ -84,6 +98,11 @@ def _decode_file(file: BinaryIO, name: str, length: int) -> Image.Image:
     except DECODE_ERRORS as error:
         raise InputError(f"image {name}: damaged header ({error}); replace the file") from None
     _check_shape(image, name)
+    return image
+
+
+def _decode_file(file: BinaryIO, name: str, length: int) -> Image.Image:
+    image = _open(file, name, length)
     try:
         image.load()
         return to_rgb(image, name)
@@ -119,20 +138,30 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
     """float32[size, size, 3], normalised, of a picture in memory; `aspect` is pad, crop or squash."""
-    _check_shape(image, "picture")
+    image, resample = usable(image), _RESAMPLE[pixels.resample]
     if aspect not in ASPECTS:
         raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
-    image, resample = to_rgb(image), _RESAMPLE[pixels.resample]
     if aspect == "pad":
         square = _pad(image, size, resample, background(pixels))
     elif aspect == "crop":
         square = _crop(image, size, resample)
     else:
         square = image.resize((size, size), resample)
-    bytes_XYC, normalised = np.asarray(square), _normalised_bytes(pixels)
+    return normalised(square, pixels)
+
+
+def usable(image: Image.Image) -> Image.Image:
+    """A picture in memory in mode RGB; InputError for sides and pixels as in `decode`."""
+    _check_shape(image, "picture")
+    return to_rgb(image)
+
+
+def normalised(image: Image.Image, pixels: Pixels = CLIP) -> np.ndarray:
+    """float32[X, Y, 3]: an RGB picture with the tower's mean and deviation."""
+    bytes_XYC, table = np.asarray(image), _normalised_bytes(pixels)
     pixels_XYC = np.empty(bytes_XYC.shape, np.float32)
     for channel in range(3):
-        pixels_XYC[..., channel] = normalised[channel][bytes_XYC[..., channel]]
+        pixels_XYC[..., channel] = table[channel][bytes_XYC[..., channel]]
     return pixels_XYC
 
 

@@ -90,14 +90,17 @@ def plan_batches(
     row_multiple: int,
     steps: int,
     seed: int,
+    slots_A: np.ndarray | None = None,
 ) -> BatchPlan:
-    """The plan of `steps` updates of `batch_size` conversations; `lengths_A` are their tokens (`Checked.lengths`).
+    """The plan of `steps` updates of `batch_size` conversations; `lengths_A` are their tokens (`Checked.lengths_A`).
+
+    `slots_A` are the picture slots each takes (`Checked.slots_A`), by default its pictures.
 
     Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one conversation
     and max_length tokens. InputError when that does not divide, or the settings contradict each other or the data.
     """
     check_batch_size(batch_size, row_multiple, settings.pack)
-    images_A = np.array([len(record.images) for record in records])
+    images_A = np.array([len(record.images) for record in records]) if slots_A is None else slots_A
     if settings.pack:
         return plan_packed(
             lengths_A, images_A, settings, batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed
@@ -191,7 +194,7 @@ def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng:
 def _check_limits(lengths_A: np.ndarray, images_A: np.ndarray, settings: DataSettings) -> None:
     for key, given, needed_A, what in (
         ("data.pack_length", settings.pack_length, lengths_A, "tokens"),
-        ("data.pack_images", settings.pack_images, images_A, "pictures"),
+        ("data.pack_images", settings.pack_images, images_A, "tiles" if settings.aspect == "anyres" else "pictures"),
     ):
         row = int(needed_A.argmax())
         if 0 < given < needed_A[row]:

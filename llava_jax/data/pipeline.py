@@ -22,9 +22,17 @@ import grain
 import numpy as np
 from absl import flags
 
+from llava_jax.data.anyres import Tiling, load_tiles, spread
 from llava_jax.data.chat import find_template
-from llava_jax.data.example import encode_record, encode_turns, full_length, image_paths, require_images
-from llava_jax.data.image import CLIP, load_image
+from llava_jax.data.example import (
+    encode_record,
+    encode_turns,
+    full_length,
+    image_paths,
+    image_sizes,
+    require_images,
+)
+from llava_jax.data.image import CLIP
 from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import Rejected
 from llava_jax.data.tokenize import TextTokenizer, expand
@@ -48,7 +56,8 @@ class Checked:
     """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
 
     `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
-    `cut_tokens` tokens to max_length. `lengths_A` (int32) are the tokens trained of each row, 0 where it cannot be.
+    `cut_tokens` tokens to max_length. `lengths_A` and `slots_A` (int32) are the tokens trained of each row and the
+    pictures (anyres: tiles) it shows, 0 where it cannot be trained.
     """
 
     rows: int
@@ -59,6 +68,7 @@ class Checked:
     cut_rows: int
     cut_tokens: int
     lengths_A: np.ndarray = dataclasses.field(compare=False)
+    slots_A: np.ndarray = dataclasses.field(compare=False)
 
     def require_clean(self, shown: int = 3) -> None:
         """Raise InputError with the number of bad rows and the first of them, if there are any."""
@@ -72,14 +82,28 @@ class Checked:
 
 
 def check_records(
-    records: Sequence[Record], settings: DataSettings, tokenizer: TextTokenizer, *, image_token_id: int, patches: int
+    records: Sequence[Record],
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    *,
+    image_token_id: int,
+    patches: int,
+    tiling: Tiling | None = None,
 ) -> Checked:
-    """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes."""
+    """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes.
+
+    With `tiling` (data.anyres) each picture's header says how many tokens it takes.
+    """
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
     find_template(settings.template)  # an unknown one is one error, not one a row
     check = functools.partial(
-        _check_row, settings=settings, tokenizer=tokenizer, image_token_id=image_token_id, patches=patches
+        _check_row,
+        settings=settings,
+        tokenizer=tokenizer,
+        image_token_id=image_token_id,
+        patches=patches,
+        tiling=tiling,
     )
     if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
         context = multiprocessing.get_context("spawn")
@@ -92,24 +116,35 @@ def check_records(
         for row, (record, result) in enumerate(zip(records, results, strict=True))
         if isinstance(result, str)
     )
-    counts = np.array([result for result in results if not isinstance(result, str)], np.int64).reshape(-1, 3)
-    tokens, targets, cut_tokens = counts.sum(axis=0).tolist()
+    counts = np.array([result for result in results if not isinstance(result, str)], np.int64).reshape(-1, 4)
+    tokens, targets, cut_tokens, _ = counts.sum(axis=0).tolist()
     longest, cut_rows = int(counts[:, 0].max(initial=0)), int(np.count_nonzero(counts[:, 2]))
-    lengths_A = np.array([0 if isinstance(result, str) else result[0] for result in results], np.int32)
-    return Checked(len(records), problems, tokens, targets, longest, cut_rows, cut_tokens, lengths_A)
+    lengths_A, slots_A = (
+        np.array([0 if isinstance(result, str) else result[n] for result in results], np.int32) for n in (0, 3)
+    )
+    return Checked(len(records), problems, tokens, targets, longest, cut_rows, cut_tokens, lengths_A, slots_A)
 
 
 def _check_row(
-    record: Record, settings: DataSettings, tokenizer: TextTokenizer, image_token_id: int, patches: int
-) -> tuple[int, int, int] | str:
-    """Tokens, targets and tokens cut off; or the reason why the row cannot be trained."""
+    record: Record,
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    image_token_id: int,
+    patches: int,
+    tiling: Tiling | None,
+) -> tuple[int, int, int, int] | str:
+    """Tokens, targets, tokens cut off, and pictures or tiles; or the reason why the row cannot be trained."""
     try:
         require_images(record, settings)
         encoded = encode_turns(record, settings, tokenizer)
-        tokens, targets = expand(encoded.tokens, encoded.targets, image_token_id, patches, settings.max_length)
+        counts, slots = patches, len(record.images)
+        if tiling is not None:
+            sizes = image_sizes(record, settings)
+            counts, slots = tiling.tokens(sizes), sum(tiling.tiles(sizes))
+        tokens, targets = expand(encoded.tokens, encoded.targets, image_token_id, counts, settings.max_length)
     except InputError as error:
         return str(error)
-    return len(tokens), int(targets.sum()), full_length(encoded, patches) - len(tokens)
+    return len(tokens), int(targets.sum()), full_length(encoded, counts) - len(tokens), slots
 
 
 # ---- the stream -------------------------------------------------------------------------------------------------
@@ -125,6 +160,7 @@ def make_pipeline(
     patches: int,
     image_token_id: int,
     pixels: Pixels = CLIP,
+    tiling: Tiling | None = None,
     rows: Sequence[int] | None = None,
 ) -> "BatchIterator":
     """A grain iterator over the batches of `plan`, or over these `rows` of each, a host's share.
@@ -143,6 +179,7 @@ def make_pipeline(
         patches=patches,
         image_token_id=image_token_id,
         pixels=pixels,
+        tiling=tiling,
     )
     places = grain.MapDataset.range(plan.steps * len(rows))
     return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), settings.workers)
@@ -159,6 +196,7 @@ def _make_row(
     patches: int,
     image_token_id: int,
     pixels: Pixels,
+    tiling: Tiling | None,
 ) -> Batch:
     """One row of a batch: the fields of Batch without B."""
     length = plan.shape.length
@@ -166,28 +204,34 @@ def _make_row(
     targets = np.zeros(length, bool)
     segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
     pixels_NXYC = np.zeros((plan.shape.images, image_size, image_size, 3), np.float32)
+    take = None if tiling is None else np.zeros(length, np.int32)
     members = plan.members(place // len(rows), rows[place % len(rows)])
     start = slot = 0
     for segment, row in enumerate(members.tolist(), start=1):
         record = records[row]
         try:
-            ours, ours_targets = encode_record(record, settings, tokenizer, image_token_id, patches)
+            first, sizes = slot, [] if tiling is None else image_sizes(record, settings)
+            counts = patches if tiling is None else tiling.tokens(sizes)
+            ours, ours_targets = encode_record(record, settings, tokenizer, image_token_id, counts)
             for path in image_paths(record, settings):
-                pixels_NXYC[slot] = load_image(path, image_size, settings.aspect, pixels)
-                slot += 1
+                tiles_NXYC = load_tiles(path, image_size, settings.aspect, tiling, pixels)
+                pixels_NXYC[slot : slot + len(tiles_NXYC)] = tiles_NXYC
+                slot += len(tiles_NXYC)
         except InputError as error:
             raise InputError(str(Rejected(row, record.id, str(error)))) from None
         end = start + len(ours)
         tokens[start:end], targets[start:end] = ours, ours_targets
         segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
+        if tiling is not None:
+            take[start:end] = spread(ours, image_token_id, tiling.takes(sizes, first))
         start = end
     rows_M = np.full(plan.most, -1, np.int64)
     rows_M[: len(members)] = members
-    return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, rows_M)
+    return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, rows_M, take)
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
-    return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+    return Batch(*(None if field[0] is None else np.stack(field) for field in zip(*rows, strict=True)))
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -213,7 +257,7 @@ class BatchIterator(grain.DatasetIterator):
             raise InputError(str(error).split("\n")[0]) from None
         self._delivered += 1
         # Workers hand arrays over in shared memory; the copy lets go of it before the next batch.
-        return Batch(*map(np.array, batch)) if self._workers else batch
+        return Batch(*(None if x is None else np.array(x) for x in batch)) if self._workers else batch
 
     def start_prefetch(self) -> None:
         """Begin to read ahead."""

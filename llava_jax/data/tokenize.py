@@ -214,12 +214,20 @@ def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
     return Encoded(np.concatenate(ids), np.concatenate(targets))
 
 
-def cut(encoded: Encoded, patches: int, max_length: int) -> Encoded:
+def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
+    """int[t]: tokens that each id stands for; `patches` for an IMAGE_MARK (one number, or one for each image)."""
+    is_image = tokens == IMAGE_MARK
+    counts = np.ones(len(tokens), np.int64)
+    counts[is_image] = patches
+    return counts
+
+
+def cut(encoded: Encoded, patches: int | Sequence[int], max_length: int) -> Encoded:
     """The row cut on the right so that it fits `max_length` with every image expanded to `patches` tokens.
 
     Never through an image: a row whose last image does not fit is refused, and so is one that keeps no target.
     """
-    ends = np.cumsum(np.where(encoded.tokens == IMAGE_MARK, patches, 1))
+    ends = np.cumsum(widths(encoded.tokens, patches))
     length = int(np.sum(ends <= max_length))
     images = np.flatnonzero(encoded.tokens == IMAGE_MARK)
     lost = images[images >= length]
@@ -240,7 +248,11 @@ def cut(encoded: Encoded, patches: int, max_length: int) -> Encoded:
 
 
 def expand(
-    tokens: np.ndarray, targets: np.ndarray, image_token_id: int, patches: int, max_length: int | None
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    image_token_id: int,
+    patches: int | Sequence[int],
+    max_length: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each IMAGE_MARK becomes `patches` times `image_token_id`: (tokens int32[T], targets bool[T]).
 
@@ -249,10 +261,9 @@ def expand(
     if max_length is not None:
         fitting = cut(Encoded(tokens, targets), patches, max_length)
         tokens, targets = fitting.tokens, fitting.targets
-    is_image = tokens == IMAGE_MARK
-    widths = np.where(is_image, patches, 1)
-    tokens = np.where(is_image, image_token_id, tokens).astype(np.int32)
-    return np.repeat(tokens, widths), np.repeat(targets, widths)
+    counts = widths(tokens, patches)
+    tokens = np.where(tokens == IMAGE_MARK, image_token_id, tokens).astype(np.int32)
+    return np.repeat(tokens, counts), np.repeat(targets, counts)
 
 
 def _make_splitter(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -13,8 +13,9 @@ from typing import TextIO
 import numpy as np
 
 from llava_jax.data import image
+from llava_jax.data.anyres import Tiling
 from llava_jax.data.chat import check_image_position, find_template
-from llava_jax.data.example import encode_turns, full_length, image_paths
+from llava_jax.data.example import encode_turns, full_length, image_paths, image_sizes
 from llava_jax.data.records import Rejected, parse_records
 from llava_jax.data.tokenize import TextTokenizer, check_end, cut
 from llava_jax.types import UNPACKED, DataSettings, Encoded, InputError, Record
@@ -56,6 +57,7 @@ def verify(
     max_length: int = 2048,
     patches: int = 576,
     aspect: str = "pad",
+    tiling: Tiling | None = None,
     dump_path: str | None = None,
     check_image: Callable[[str], None] = image.check_image,
 ) -> VerifyReport:
@@ -83,14 +85,15 @@ def verify(
                 continue
             try:
                 encoded = encode_turns(record, settings, tokenizer)
-                trained = cut(encoded, patches, max_length)
+                counts = patches if tiling is None else tiling.tokens(image_sizes(record, settings))
+                trained = cut(encoded, counts, max_length)
                 _require_pictures(image_paths(record, settings), check_image, picture_errors)
             except InputError as error:
                 rejected.append(Rejected(row, record.id, str(error)))
                 continue
-            length = full_length(encoded, patches)
+            length = full_length(encoded, counts)
             longest = max(longest, (row, length), key=lambda item: item[1])
-            tokens += full_length(trained, patches)
+            tokens += full_length(trained, counts)
             targets += int(np.count_nonzero(trained.targets))
             cut_rows += length > max_length
             leading += drops_leading and record.turns[0].speaker == "gpt"

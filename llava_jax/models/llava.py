@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.layers import Linear, torch_uniform
+from llava_jax.layers import Linear, param, torch_uniform
 from llava_jax.models.clip import Clip
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt
@@ -17,7 +17,10 @@ Params = dict[str, Any]
 
 
 class Projector(nnx.Module):
-    """`linear`, or `mlp2x_gelu`: two layers with the exact (erf) GELU between them (LLaVA-1.5 §3.2)."""
+    """`linear`, or `mlp2x_gelu`: two layers with the exact (erf) GELU between them (LLaVA-1.5 §3.2).
+
+    A LLaVA-NeXT's also holds `image_newline`, which closes each line of tile features.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         E, D = config.vision.width, config.llm.width
@@ -31,6 +34,8 @@ class Projector(nnx.Module):
             )
         elif config.projector != "linear":
             raise ValueError(f"unknown projector {config.projector!r}")
+        if config.pinpoints:
+            self.image_newline = param(rngs, jax.nn.initializers.normal(D**-0.5), (D,), ("projected",))
 
     def __call__(self, features_BPE: jax.Array) -> jax.Array:
         x_BPD = self.linear_1(features_BPE)
@@ -39,10 +44,21 @@ class Projector(nnx.Module):
         return x_BPD
 
 
-def merge(x_BTD: jax.Array, features_BPD: jax.Array, is_image_BT: jax.Array) -> jax.Array:
-    """Put the row's image features, in order, where `is_image_BT` is True; static shapes, any image position."""
-    index_BT = jnp.clip(jnp.cumsum(is_image_BT, axis=1) - 1, 0, features_BPD.shape[1] - 1)
+def merge(
+    x_BTD: jax.Array,
+    features_BPD: jax.Array,
+    is_image_BT: jax.Array,
+    take_BT: jax.Array | None = None,
+    newline_D: jax.Array | None = None,
+) -> jax.Array:
+    """Put the row's image features where `is_image_BT` is True: in order, or those numbered by `take_BT`, of which -1
+    is `newline_D`; static shapes, any image position.
+    """
+    index_BT = jnp.cumsum(is_image_BT, axis=1) - 1 if newline_D is None else take_BT
+    index_BT = jnp.clip(index_BT, 0, features_BPD.shape[1] - 1)
     taken_BTD = jnp.take_along_axis(features_BPD, index_BT[..., None], axis=1)
+    if newline_D is not None:
+        taken_BTD = jnp.where((take_BT < 0)[..., None], newline_D.astype(taken_BTD.dtype), taken_BTD)
     return jnp.where(is_image_BT[..., None], taken_BTD.astype(x_BTD.dtype), x_BTD)
 
 
@@ -81,12 +97,20 @@ class Llava(nnx.Module):
         features_BPD = self.projector(seen_BPE.reshape(B, N * seen_BPE.shape[2], seen_BPE.shape[3]))
         return constrain(features_BPD, "batch", "position", "activation")
 
-    def embed_and_merge(self, tokens_BT: jax.Array, features_BPD: jax.Array | None) -> jax.Array:
-        """Embeddings [B, T, D] with image features in the image slots; None where no row has an image."""
+    def embed_and_merge(
+        self, tokens_BT: jax.Array, features_BPD: jax.Array | None, take_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Embeddings [B, T, D] with image features in the image slots; None where no row has an image.
+
+        `take_BT` (Batch) says which of them a LLaVA-NeXT puts where; other models put them in order.
+        """
         x_BTD = self.llm.embed(tokens_BT)
         if features_BPD is None:
             return x_BTD
-        return merge(x_BTD, features_BPD, tokens_BT == self.config.image_token_id)
+        is_image_BT = tokens_BT == self.config.image_token_id
+        if not self.config.pinpoints:
+            return merge(x_BTD, features_BPD, is_image_BT)
+        return merge(x_BTD, features_BPD, is_image_BT, take_BT, self.projector.image_newline)
 
     def hidden(
         self,
@@ -94,13 +118,14 @@ class Llava(nnx.Module):
         pixels_BNXYC: jax.Array | None,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        take_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Decoder states [B, T, D] before the head; positions default to 0..T-1."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         sees = pixels_BNXYC is not None and pixels_BNXYC.shape[1] > 0
         features_BPD = self.image_features(pixels_BNXYC) if sees else None
-        return self.llm(self.embed_and_merge(tokens_BT, features_BPD), positions_BT, segment_ids_BT)
+        return self.llm(self.embed_and_merge(tokens_BT, features_BPD, take_BT), positions_BT, segment_ids_BT)
 
     def __call__(
         self,
@@ -108,9 +133,10 @@ class Llava(nnx.Module):
         pixels_BNXYC: jax.Array | None,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        take_BT: jax.Array | None = None,
     ) -> jax.Array:
         """float32 logits [B, T, V]."""
-        return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT))
+        return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, take_BT))
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

@@ -84,7 +84,7 @@ def plan_model(settings: Settings) -> Plan:
             config, extras = hf.read_llava_config(folder)
             plan = Plan(config, extras.tokenizer, folder)
         config = dataclasses.replace(plan.config, dtype=settings.train.dtype, remat=settings.train.remat)
-        return dataclasses.replace(plan, config=config)
+        return dataclasses.replace(plan, config=_with_aspect(settings, config))
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
     hf_config.check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
     tokenizer = tokenizer_folder(settings.model.llm)
@@ -97,7 +97,20 @@ def plan_model(settings: Settings) -> Plan:
         dtype=settings.train.dtype,
         remat=settings.train.remat,
     )
+    config = _with_aspect(settings, config)
     return Plan(config, tokenizer, None if settings.model.vision.startswith(RANDOM) else settings.model.vision)
+
+
+def _with_aspect(settings: Settings, config: ModelConfig) -> ModelConfig:
+    """The config as `data.aspect` asks for it: anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that."""
+    if settings.data.aspect != "anyres" and config.pinpoints:
+        raise InputError(
+            f"data.aspect={settings.data.aspect}: init.model={settings.init.model} is a LLaVA-NeXT, whose pictures are "
+            "cut into tiles: expected data.aspect=anyres"
+        )
+    if settings.data.aspect == "anyres" and not config.pinpoints:
+        return dataclasses.replace(config, pinpoints=hf_config.default_pinpoints(config.vision))
+    return config
 
 
 def vision_config(spec: str) -> ClipConfig:
@@ -180,6 +193,16 @@ def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Para
 
 def read_files(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
     """Those parts of `dtypes` that lie in files, as numpy in their dtype; the others are drawn."""
+    read = _read_sources(settings, plan, dtypes)
+    if plan.config.pinpoints and "image_newline" not in read.get("projector", {"image_newline": None}):
+        # The source is no LLaVA-NeXT yet.
+        D = plan.config.llm.width
+        drawn = np.random.default_rng(settings.seed).normal(0, D**-0.5, D)
+        read["projector"] |= _cast({"image_newline": drawn}, dtypes["projector"])
+    return read
+
+
+def _read_sources(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
     read: Params = {}
     if "projector" in dtypes and settings.init.projector:
         read["projector"] = _cast(read_projector(settings.init.projector, plan.config), dtypes["projector"])
@@ -222,6 +245,8 @@ def read_projector(source: str, config: ModelConfig) -> Params:
     if not is_workdir(source):
         raise InputError(f"init.projector={source}: no checkpoints in it, expected the workdir of a pretrain run")
     found = checkpoint.load_params(source, part="projector")[1]["projector"]
+    if "image_newline" not in found:
+        config = dataclasses.replace(config, pinpoints=())
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, build(config)[1]["projector"])]
     if shapes[0] != shapes[1]:
         raise InputError(f"init.projector={source}: holds {shapes[0]}, this model needs {shapes[1]}")

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from llava_jax.chips import chip_of
 from llava_jax.convert.chat_known import chat_template_note
+from llava_jax.data.anyres import tiling
 from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
 from llava_jax.data.pipeline import BatchIterator, Checked, check_records, make_pipeline, steps_for
 from llava_jax.data.records import load_records
@@ -46,6 +47,7 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
         tokenizer,
         image_token_id=config.image_token_id,
         patches=config.vision.patches,
+        tiling=tiling(config),
     )
     checked.require_clean()
     if checked.longest > config.llm.max_positions:
@@ -77,6 +79,7 @@ def plan_data(settings: Settings, mesh: Mesh, records: list[Record], checked: Ch
         row_multiple=batch_ranks(mesh) * settings.train.accumulate,
         steps=steps,
         seed=settings.seed,
+        slots_A=checked.slots_A,
     )
 
 
@@ -98,6 +101,7 @@ def open_data(
         patches=config.vision.patches,
         image_token_id=config.image_token_id,
         pixels=config.vision.pixels,
+        tiling=tiling(config),
         rows=local_rows(mesh, batches.shape.rows),
     )
 
@@ -167,6 +171,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
     processes = jax.process_count()
     share = f", {processes} processes" if processes > 1 else ""
     note = chat_template_note(plan.tokenizer, settings.data.template)
+    of_tile = " a tile, each tile counted as a picture" if plan.config.pinpoints else ""
     return "\n".join(
         [
             f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "
@@ -177,7 +182,7 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
             origins(settings, plan),
             f"tokenizer {plan.tokenizer}, template {settings.data.template}, "
             f"image {plan.config.vision.image_size} px {settings.data.aspect}, "
-            f"{plan.config.vision.patches} image tokens (id {plan.config.image_token_id}), "
+            f"{plan.config.vision.patches} image tokens{of_tile} (id {plan.config.image_token_id}), "
             f"max_length {settings.data.max_length}",
             *([note] if note else []),
             describe(settings.optim, run.state.params, run.frozen),

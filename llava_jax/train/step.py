@@ -62,7 +62,7 @@ def loss_terms(
     params, frozen = stored_as((params, frozen), dtype)
     model = nnx.merge(graphdef, join({**frozen, **params}, key))
     segment_ids_BT = batch.segment_ids_BT if packed else None
-    hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT)
+    hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT, batch.take_BT)
     labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
     targets = counted_BT.sum(dtype=jnp.int32)
     weights_BT, weight = counted_BT.astype(jnp.float32), targets.astype(jnp.float32)
