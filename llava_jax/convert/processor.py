@@ -27,6 +27,8 @@ from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConf
 Json = dict[str, Any]
 
 PAD = "<pad>"
+# Grown vocabularies are rounded up to this, as the published LLaVA-1.5 folders are (32,000 + 2 -> 32,064).
+VOCAB_MULTIPLE = 64
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -62,6 +64,24 @@ def write_processor(
     tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id)
     _write_pictures(folder, config, aspect)
     return tokens
+
+
+def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
+    """How many of a model's `vocab_size` rows were its own before an export added rows for `<image>` and padding.
+
+    Our exports say it in config.json. In another's, `<image>` and `<pad>` are the tokenizer's last and the rows end at
+    the next multiple of VOCAB_MULTIPLE, as transformers' conversion script leaves them.
+    """
+    path = os.path.join(tokenizer_folder, "config.json")
+    said = (read_json(path).get("llava_jax") or {}).get("vocab_size") if os.path.isfile(path) else None
+    if said is not None:
+        return min(said, vocab_size)
+    vocabulary = _transformers(tokenizer_folder).get_vocab()
+    added = {vocabulary[text] for text in (IMAGE_PLACEHOLDER, PAD) if text in vocabulary}
+    own = 1 + max(set(vocabulary.values()) - added)
+    whole = not added or min(added) < own
+    grown = -(-(max(added, default=0) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return vocab_size if whole or vocab_size != grown else own
 
 
 # ---- pictures and chat --------------------------------------------------------------------------------------------

@@ -101,7 +101,17 @@ _LLAVA = (
     (r"^model\.language_model\.", LLM),
     (r"^lm_head\.", "language_model.lm_head."),
 )
-ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LLAVA}
+# The original code's folder, joined by the tensors of the CLIP folder it names.
+_ORIGINAL = (
+    (r"^(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?", VISION),
+    (r"^(?:model\.)?mm_projector\.0\.", PROJECTOR + "linear_1."),
+    (r"^(?:model\.)?mm_projector\.2\.", PROJECTOR + "linear_2."),
+    (r"^(?:model\.)?mm_projector\.(?=weight|bias)", PROJECTOR + "linear_1."),
+    (r"^model\.image_newline$", "image_newline"),
+    *_CLIP,
+    *_LLAMA,
+)
+ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LLAVA, "original": _ORIGINAL}
 
 # Tensors that may be present and are not used: buffers, and what of CLIP lies beyond the image features.
 _UNUSED = {
@@ -109,6 +119,8 @@ _UNUSED = {
     "llama": r"\.rotary_emb\.inv_freq$",
     "projector": r"$.",
     "llava": r"\.position_ids$|\.post_layernorm\.|\.rotary_emb\.inv_freq$",
+    "original": r"\.position_ids$|\.post_layernorm\.|^text_model\.|^(?:text|visual)_projection\.|^logit_scale$"
+    r"|\.rotary_emb\.inv_freq$",
 }
 
 
