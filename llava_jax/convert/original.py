@@ -17,13 +17,11 @@ from llava_jax.convert import config as hf_config
 from llava_jax.convert import table
 from llava_jax.convert.processor import TOKENIZER_FILES, read_pictures
 from llava_jax.convert.safetensors_io import FLOATS, File, Tensors, open_file, open_folder
-from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
 from llava_jax.types import InputError, ModelConfig
 
 Json = dict[str, Any]
 
-# model_type -> that of the decoder inside.
-DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 ADAPTER = "adapter_config.json"
 OTHERS = "non_lora_trainables.bin"
 # What of a picture's key in config.json we do, as data.aspect.
@@ -113,7 +111,7 @@ def _base(folder: str, override: str) -> str:
 def read_model_config(original: Original) -> ModelConfig:
     """ModelConfig of the folder; what we do not do is refused by name."""
     given, where = original.given, original.where
-    _one_of(given, "model_type", tuple(DECODERS), where)
+    _one_of(given, "model_type", tuple(ORIGINAL_DECODERS), where)
     _one_of(given, "mm_vision_select_feature", ("patch", None), where)
     _one_of(given, "mm_patch_merge_type", ("flat", None), where)
     _one_of(given, "mm_resampler_type", (None,), where)
@@ -129,7 +127,7 @@ def read_model_config(original: Original) -> ModelConfig:
     read_pictures(original.tower)
     layer = given.get("mm_vision_select_layer", -2)
     hf_config.check_feature_layer(layer, vision, where)
-    llm = hf_config.llama_config({**given, "model_type": DECODERS[given["model_type"]]}, where)
+    llm = hf_config.llama_config({**given, "model_type": ORIGINAL_DECODERS[given["model_type"]]}, where)
     return ModelConfig(
         vision=vision,
         llm=llm,
@@ -157,7 +155,9 @@ def _one_of(given: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where:
 def open_tensors(original: Original) -> Tensors:
     """All tensors of the model, in the names of the original and, where the tower's are not inside, of CLIP."""
     tensors = _adapted(original) if original.base else open_folder(original.folder)
-    return tensors if _holds_tower(tensors) else open_folder(original.tower).joined(tensors)
+    if _holds_tower(tensors):
+        return tensors
+    return dataclasses.replace(open_folder(original.tower).joined(tensors), where=tensors.where)
 
 
 def tower_source(original: Original) -> str:

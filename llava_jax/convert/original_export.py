@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import original, table
 from llava_jax.convert.export import all_pieces, finished_folder
-from llava_jax.convert.processor import TOKENIZER_FILES, own_rows
+from llava_jax.convert.processor import TOKENIZER_FILES, own_rows, same_pieces
 from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_file, write_shards
 from llava_jax.data.image import MEAN, STD
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
@@ -69,6 +69,11 @@ def write_original(
             write_shards(where, part, shard_bytes)
             check_written(where, part)
         _check_config(partial, tower, config)
+        if not same_pieces(partial, tokenizer_folder, template, image_position):
+            print(
+                f"export: warning: read next to the original's config.json, the tokenizer of {tokenizer_folder} gives "
+                "other ids; copy that of the decoder it came from"
+            )
     return config
 
 

@@ -21,7 +21,7 @@ from llava_jax.convert.chat_jinja import chat_jinja
 from llava_jax.convert.config import read_json
 from llava_jax.data.chat import TEMPLATES, find_template, render
 from llava_jax.data.image import MEAN, STD
-from llava_jax.data.tokenize import TextTokenizer, encode, load_tokenizer
+from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConfig, Turn
 
 Json = dict[str, Any]
@@ -251,10 +251,7 @@ def _whole_text(content: Json) -> Json:
 
 
 def _transformers(folder: str) -> Any:
-    # Seconds of import that only a command that writes a folder should pay for.
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return auto_tokenizer(folder)
 
 
 def _token(text: str, *, normalized: bool = False) -> Json:
@@ -326,6 +323,12 @@ def check_ids(folder: str, source: str, template: str, image_position: str) -> N
             return
     _write_json(folder, "tokenizer.json", first)
     print(f"export: warning: {problem}")
+
+
+def same_pieces(folder: str, source: str, template: str, image_position: str) -> bool:
+    """Whether the tokenizers of two folders read the text around pictures alike."""
+    one, other = (_expected(load_tokenizer(path), template, image_position) for path in (folder, source))
+    return one == other
 
 
 def _variants(first: Json, effective: Json) -> Iterator[Json]:
