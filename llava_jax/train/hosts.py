@@ -267,8 +267,9 @@ def _streamed(x: Stored, at: jax.sharding.Sharding) -> jax.Array:
     write = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=at)
     for layer in range(x.shape[0]):
         whole = write(whole, _layer(x.one(layer), x, at_layer), layer, 0)
-        # Or the copies of many layers would wait for the device at once.
+        # Or the copies of many layers would wait for the device at once; jax lets go of one at the next call into it.
         whole.block_until_ready()
+        jax.device_put(0)
     return whole
 
 
