@@ -131,7 +131,7 @@ def weight_folders(folder: str) -> list[str]:
 def stored_dtype(folder: str) -> str:
     """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
-    stored = given.get("dtype", given.get("torch_dtype"))
+    stored = given.get("dtype") or given.get("torch_dtype")
     return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
 
 
