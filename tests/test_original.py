@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import sentencepiece
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 
 from llava_jax.convert import commands, hf, table
 from llava_jax.convert.config import clip_json, llama_json
 from llava_jax.convert.original import Beside
-from llava_jax.data.chat import Span
-from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.chat import TEMPLATES, Span, render
+from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.source import parse
 from llava_jax.train.assemble import fingerprint
-from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
+from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
 from tests.tiny_llava import write_tokenizer
 from tests.torch_files import write_bin
 
@@ -175,6 +176,28 @@ def test_linear_projector_and_older_keys(folders):
     assert (config.projector, extras.aspect) == ("linear", "crop")
     weight = llava_tensors(projector="linear")["model.mm_projector.weight"]
     np.testing.assert_array_equal(params["projector"]["linear_1"]["kernel"], weight.T)
+
+
+def test_pictures_between_tokens(tmp_path, folders):
+    """mm_use_im_start_end: three rows more, and a template that writes the tokens as tokens, there and back."""
+    folder, tower = folders
+    with pytest.raises(InputError, match="without <im_start> and <im_end>"):
+        write_config(folder, described(mm_use_im_start_end=True))
+        hf.read_llava_config(folder, Beside(vision=tower))
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model("llama"))
+    tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    write_config(folder, described(mm_use_im_start_end=True, mm_use_im_patch_token=True))
+    assert hf.read_llava_config(folder, Beside(vision=tower))[1].template == "v1_im_start_end"
+    spans = render([Turn("human", "What?\n<image>")], TEMPLATES["v1_im_start_end"], open_turn=True)
+    ids = encode(spans, load_tokenizer(folder)).tokens.tolist()
+    at = ids.index(IMAGE_MARK)
+    assert [ids[at - 1], ids[at + 1]] == tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    commands.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
+    assert "'<im_start><image><im_end>'" in (tmp_path / "h" / "chat_template.jinja").read_text().replace('"', "'")
+    commands.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["mm_use_im_start_end"] is True
+    assert hf.read_llava_config(str(tmp_path / "o"))[1].template == "v1_im_start_end"
 
 
 REFUSED = {

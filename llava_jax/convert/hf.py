@@ -116,7 +116,8 @@ def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, 
         return hf_config.llava_config(given, where), _extras(given, folder, where)
     found = original.open_original(folder, beside)
     config, extras = original.read_model_config(found), _extras(given, found.tokenizer, where)
-    return config, dataclasses.replace(extras, aspect=original.aspect(found), vision=original.tower_source(found))
+    said = dict(aspect=original.aspect(found), vision=original.tower_source(found))
+    return config, dataclasses.replace(extras, template=original.template(found, extras.template), **said)
 
 
 def weight_folders(folder: str) -> list[str]:

@@ -17,6 +17,7 @@ from llava_jax.convert import config as hf_config
 from llava_jax.convert import table
 from llava_jax.convert.processor import TOKENIZER_FILES, read_pictures
 from llava_jax.convert.safetensors_io import FLOATS, File, Tensors, open_file, open_folder
+from llava_jax.data.chat import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
 from llava_jax.types import InputError, ModelConfig
 
@@ -140,6 +141,20 @@ def read_model_config(original: Original) -> ModelConfig:
 def aspect(original: Original) -> str:
     """`pad` or `crop`."""
     return ASPECTS[original.given.get("image_aspect_ratio")]
+
+
+def template(original: Original, name: str) -> str:
+    """The template of that name, with pictures between `<im_start>` and `<im_end>` where the folder says so."""
+    if not original.given.get("mm_use_im_start_end") or TEMPLATES[name].image_tags == IM_START_END:
+        return name
+    tagged = f"{name}_im_start_end"
+    lost = [tag for tag in IM_START_END if load_tokenizer(original.tokenizer).special_id(tag) is None]
+    if tagged not in TEMPLATES or lost:
+        raise InputError(
+            f"{original.where}: mm_use_im_start_end is true, which is not supported with template {name} and a "
+            f"tokenizer without {' and '.join(lost) or 'others'}; expected the tokenizer saved with the model"
+        )
+    return tagged
 
 
 def _one_of(given: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:

@@ -16,6 +16,7 @@ from llava_jax.convert import original, table
 from llava_jax.convert.export import all_pieces, finished_folder
 from llava_jax.convert.processor import TOKENIZER_FILES, own_rows, same_pieces
 from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_file, write_shards
+from llava_jax.data.chat import IM_START_END, TEMPLATES
 from llava_jax.data.image import MEAN, STD
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.types import InputError, ModelConfig
@@ -183,7 +184,7 @@ def _write_configs(
         mm_vision_select_layer=config.feature_layer,
         mm_vision_select_feature="patch",
         mm_patch_merge_type="flat",
-        mm_use_im_start_end=False,
+        mm_use_im_start_end=TEMPLATES[settings["template"]].image_tags == IM_START_END,
         mm_use_im_patch_token=False,
         use_mm_proj=True,
         image_aspect_ratio={"pad": "pad", "crop": "square"}[settings["aspect"]],
