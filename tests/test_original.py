@@ -19,9 +19,11 @@ from llava_jax.data.chat import TEMPLATES, Span, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.source import parse
+from llava_jax.train import assemble
 from llava_jax.train.assemble import fingerprint
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
 from tests.tiny_llava import write_tokenizer
+from tests.tiny_run import make_settings
 from tests.torch_files import write_bin
 
 CLIP = ClipConfig(width=8, mlp_width=12, layers=3, heads=2, image_size=8, patch_size=4)
@@ -270,6 +272,19 @@ def test_the_tokenizer_is_the_decoders(tmp_path, kind, caplog):
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer")))
         ids.append(load_tokenizer(str(tmp_path / name)).encode_chunk([Span("What is this?")])[0].tolist())
     assert ids[0] == ids[1] and "llava" not in caplog.text
+
+
+def test_a_run_starts_from_it(tmp_path, folders):
+    """init.model=llava:DIR and a projector file of torch's, read as `train` reads them."""
+    folder, tower = folders
+    write_config(folder, described(mm_vision_tower=tower))
+    projector = {name: x + 1 for name, x in llava_tensors().items() if "mm_projector" in name}
+    file = write_bin(tmp_path / "mm_projector.bin", projector)
+    settings = make_settings(tmp_path, "finetune", init__model=f"llava:{folder}", init__projector=file)
+    plan = assemble.plan_model(settings)
+    assert (plan.vision_folder, plan.tokenizer, plan.config.projector) == (tower, folder, "mlp2x_gelu")
+    read = assemble.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    assert_equal(flat(read), expected(hub(llava_tensors() | clip_tensors() | projector)))
 
 
 # ---- LoRA -------------------------------------------------------------------------------------------------------
