@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from llava_jax.convert.hf import LlavaExtras, read_llava, stored_dtype
+from llava_jax.convert.hf import Beside, LlavaExtras, read_llava, stored_dtype
+from llava_jax.convert.stored import Stored
 from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.chat import Span, Template, find_template, render
 from llava_jax.data.image import image_size
@@ -24,6 +26,7 @@ from llava_jax.models.llava import build
 from llava_jax.sharding import make_mesh, replicated
 from llava_jax.source import parse
 from llava_jax.train.assemble import load_trained
+from llava_jax.train.hosts import place
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
@@ -322,12 +325,16 @@ def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(source: str, template: str | None = None, dtype: str | None = None) -> Llava:
-    """The model at `source`: hf:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
+def load(
+    source: str, template: str | None = None, dtype: str | None = None, *, vision: str = "", base: str = ""
+) -> Llava:
+    """The model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
 
     `template` replaces the conversation template the source names; `dtype` (float32, bfloat16) is the dtype of the
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
-    Over several devices the weights are on each and batches are split. Raises InputError for anything else.
+    `vision` and `base` are the folders of the tower and of an adapter's base where an original LLaVA folder names ones
+    that are not here. Over several devices the weights are on each and batches are split. Raises InputError for
+    anything else.
     """
     form, folder = parse(os.fspath(source))
     if dtype not in (None, "float32", "bfloat16"):
@@ -341,7 +348,7 @@ def load(source: str, template: str | None = None, dtype: str | None = None) -> 
         dtype = dtype or config.dtype
     else:
         dtype = dtype or stored_dtype(folder)
-        config, params, extras = read_llava(folder, dtype=dtype)
+        config, params, extras = read_llava(folder, dtype=dtype, stored=True, beside=Beside(vision, base))
     config = dataclasses.replace(config, dtype=dtype, remat="none")
     processor = Processor(
         load_tokenizer(extras.tokenizer), config, template or extras.template, extras.aspect, extras.image_position
@@ -351,11 +358,15 @@ def load(source: str, template: str | None = None, dtype: str | None = None) -> 
 
 
 def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
-    """A model of parameters in memory (numpy or jax), placed on the devices in the dtype of its config."""
+    """A model of parameters (numpy, jax or `Stored`), placed on the devices in the dtype of its config."""
     config = processor.config
     mesh = make_mesh(MeshSettings(-1, 1, 1)) if len(jax.devices()) > 1 else None
-    place = jax.devices()[0] if mesh is None else replicated(mesh)
-    cast = jax.tree.map(lambda x: jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), place), params)
+    at = SingleDeviceSharding(jax.devices()[0]) if mesh is None else replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        return place(x, at) if isinstance(x, Stored) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
+
+    cast = jax.tree.map(put, params)
     engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):

@@ -82,7 +82,7 @@ COMMANDS: dict[str, Command] = {
         cli_data.exact_match,
     ),
     "convert": Command(
-        "write a model as a Hugging Face folder that transformers loads",
+        "write a model, whatever its form, as a Hugging Face or original LLaVA folder, or its projector alone",
         "llava-jax convert --from=orbax:runs/finetune --to=hf:my-llava",
         cli_models.convert_flags,
         cli_models.convert,

@@ -12,7 +12,9 @@ from llava_jax.types import InputError, Sampling
 if TYPE_CHECKING:
     from llava_jax.api import Llava
 
-SOURCE = "hf:DIR (a Hugging Face folder), orbax:DIR (a workdir of train), or just DIR"
+SOURCE = (
+    "hf:DIR (a Hugging Face folder), llava:DIR (an original LLaVA one), orbax:DIR (a workdir of train), or just DIR"
+)
 
 
 def demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,7 @@ def said(sampling: Sampling) -> str:
 
 def generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
+    beside_flags(parser)
     one = parser.add_argument_group("one question")
     one.add_argument("--image", metavar="FILE", help="the picture; none for a question about no picture")
     one.add_argument("--prompt", metavar="TEXT", help="the question")
@@ -89,7 +92,7 @@ def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
 
     need_file("--image", args.image)
     announce("generate", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    model = api.load(args.model, template=args.template)
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
     announce_model(model)
     print(model.generate([args.prompt], [args.image], **dataclasses.asdict(sampling))[0])
     return 0
@@ -110,7 +113,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
         sampling=said(sampling),
         batch_size=args.batch_size,
     )
-    model = api.load(args.model, template=args.template)
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
     announce_model(model)
     written = answer_file(
         model, args.questions, args.images, args.answers, sampling, batch_size=args.batch_size, progress=sys.stdout
@@ -121,6 +124,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
 
 def chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
+    beside_flags(parser)
     parser.add_argument("--image", metavar="FILE", help="the picture to talk about; /image shows another one")
     sampling_flags(parser, max_new_tokens=512)
 
@@ -132,7 +136,7 @@ def chat(args: argparse.Namespace) -> int:
 
     need_file("--image", args.image)
     announce("chat", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    model = api.load(args.model, template=args.template)
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
     announce_model(model)
     terminal.chat(model, args.image, sys.stdin, sys.stdout, sampling)
     return 0
@@ -140,14 +144,32 @@ def chat(args: argparse.Namespace) -> int:
 
 def convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", required=True, dest="source", metavar="SRC", help=SOURCE)
-    parser.add_argument("--to", required=True, dest="target", metavar="DST", help="hf:DIR or peft:DIR, to be written")
+    to = "to be written: hf:DIR, llava:DIR (the original's layout), projector:FILE.safetensors, peft:DIR (adapters)"
+    parser.add_argument("--to", required=True, dest="target", metavar="DST", help=to)
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16; as the source by default")
+    beside_flags(parser)
+    tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
+    parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
+
+
+def beside_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
+    base = "the model that the adapter in a llava:DIR belongs to, where it only names one"
+    parser.add_argument("--base", default="", metavar="DIR", help=base)
 
 
 def convert(args: argparse.Namespace) -> int:
     from llava_jax.convert import commands
 
-    announce("convert", source=args.source, target=args.target)
-    commands.convert(args.source, args.target)
+    announce("convert", source=args.source, target=args.target, dtype=args.dtype, vision=args.vision, base=args.base)
+    commands.convert(
+        args.source,
+        args.target,
+        dtype=args.dtype,
+        vision=args.vision,
+        base=args.base,
+        mm_vision_tower=args.mm_vision_tower,
+    )
     return 0
 
 

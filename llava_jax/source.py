@@ -1,11 +1,20 @@
-"""SRC, how a model is named everywhere: hf:DIR, orbax:DIR, or a DIR that is recognised by the files in it."""
+"""SRC, how a model is named everywhere: hf:DIR, llava:DIR, orbax:DIR, or a DIR recognised by the files in it."""
 
 import os
 
+from llava_jax.convert.config import is_original, read_json
 from llava_jax.types import InputError
 
-FORMS = "hf:DIR (Hugging Face LlavaForConditionalGeneration), orbax:DIR (a workdir of train), or such a DIR alone"
-_HOLDS = {"orbax": "a workdir of train", "hf": "a config.json without checkpoints/", "": "neither"}
+FORMS = (
+    "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train), "
+    "or such a DIR alone"
+)
+_HOLDS = {
+    "orbax": "a workdir of train",
+    "llava": "a config.json of the original LLaVA",
+    "hf": "a config.json without checkpoints/",
+    "": "none of them",
+}
 
 
 def is_workdir(folder: str) -> bool:
@@ -22,13 +31,19 @@ def split(source: str) -> tuple[str, str]:
 
 
 def parse(source: str, name: str = "model") -> tuple[str, str]:
-    """(`hf` or `orbax`, folder) of a SRC that is there; `name` is the flag or key it came from, for the InputError."""
+    """(`hf`, `llava` or `orbax`, folder) of a SRC that is there; `name` is its flag or key, for errors."""
     form, folder = split(source)
-    if form not in ("", "hf", "orbax"):
+    if form not in ("", "hf", "llava", "orbax"):
         raise InputError(f"{name}={source}: form {form!r} is not read; expected {FORMS}")
     if not os.path.isdir(folder):
         raise InputError(f"{name}={source}: no folder {folder!r}; expected {FORMS}")
-    found = "orbax" if is_workdir(folder) else "hf" if os.path.isfile(os.path.join(folder, "config.json")) else ""
+    config = os.path.join(folder, "config.json")
+    if is_workdir(folder):
+        found = "orbax"
+    elif os.path.isfile(config):
+        found = "llava" if is_original(read_json(config)) else "hf"
+    else:
+        found = ""
     if not found or form not in ("", found):
         raise InputError(f"{name}={source}: the folder holds {_HOLDS[found]}; expected {FORMS}")
     return found, folder

@@ -198,9 +198,9 @@ def test_a_workdir_answers_as_it_was_trained(workdir):
 def test_sources_that_are_none(tmp_path, workdir, exported):
     (tmp_path / "empty").mkdir()
     for source, message in [
-        (f"llava:{tmp_path}", "form 'llava' is not read; expected hf:DIR"),
+        (f"zip:{tmp_path}", "form 'zip' is not read; expected hf:DIR"),
         (f"{tmp_path}/none", "no folder .*none'; expected hf:DIR"),
-        (f"{tmp_path}/empty", "the folder holds neither"),
+        (f"{tmp_path}/empty", "the folder holds none of them"),
         (f"hf:{workdir}", "holds a workdir of train"),
         (f"orbax:{exported}", "holds a config.json without checkpoints/"),
     ]:

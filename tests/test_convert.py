@@ -489,7 +489,7 @@ def test_folders_that_are_none(tmp_path, sources):
     with pytest.raises(InputError, match="neither model.safetensors"):
         hf.read_llama(llama)
     open(os.path.join(llama, "pytorch_model.bin"), "w").close()
-    with pytest.raises(InputError, match="pytorch_model.bin but no safetensors"):
+    with pytest.raises(InputError, match="pytorch_model.bin: is no zip archive"):
         hf.read_llama(llama)
     (tmp_path / "llama" / "config.json").write_text("{oops")
     with pytest.raises(InputError, match="not JSON"):
@@ -505,7 +505,11 @@ def test_truncated_file(sources):
 
 
 def test_projector_paths(tmp_path):
-    for name, says in (("p.bin", "pickled"), ("p", "expected a .safetensors"), ("p.safetensors", "no such file")):
+    for name, says in (
+        ("p.bin", "no such file"),
+        ("p.pt", "expected a .safetensors"),
+        ("p.safetensors", "no such file"),
+    ):
         with pytest.raises(InputError, match=says):
             hf.read_projector(str(tmp_path / name), CONFIG)
 
@@ -528,7 +532,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, sources):
 @pytest.mark.parametrize("source, target, says", [
     ("hf:{llama}", "orbax:{out}", "cannot be written"),
     ("hf:{llama}", "{out}", "cannot be written"),
-    ("llava:{llama}", "hf:{out}", "form 'llava' is not read"),
+    ("llava:{llama}", "hf:{out}", "holds a config.json without checkpoints"),
     ("orbax:{llama}", "hf:{out}", "checkpoints"),
     ("hf:nowhere", "hf:{out}", "no folder 'nowhere'"),
     ("{llama}", "hf:{out}", "'llama'"),

@@ -12,9 +12,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 # a breach by itself.
 FLOORS = """
 F0 types convert.table
-F1 source
+F0 convert.stored
 F1 convert.families
-F1 settings sharding data.chat data.image convert.config synthesize.context synthesize.parse synthesize.teacher
+F1 convert.config
+F1 source convert.torch_bin
+F1 settings sharding data.chat data.image synthesize.context synthesize.parse synthesize.teacher
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product
@@ -25,9 +27,10 @@ F2 data.anyres data.example data.packing synthesize.write
 F3 plan_target
 F3 models.nf4
 F3 models.lora models.clip models.llama data.pipeline data.verify convert.processor
+F3 convert.original
 F4 models.llava train.optim train.metrics convert.export
 F5 train.step train.hosts convert.hf convert.peft infer.sample
-F5 infer.beam
+F5 infer.beam convert.original_export
 F5 infer.generate
 F5 train.checkpoint train.tracing
 F6 train.prepare train.adapters

@@ -39,7 +39,7 @@ def test_forms(folders, given, form, name):
         ("zip:{0}/model", "--from=zip:.*: form 'zip' is not read; expected hf:DIR"),
         ("hf:{0}/run", "the folder holds a workdir of train"),
         ("orbax:{0}/model", "the folder holds a config.json without checkpoints/"),
-        ("{0}/empty", "the folder holds neither"),
+        ("{0}/empty", "the folder holds none of them"),
         ("{0}/c:d", "no folder '.*/c:d'"),
         ("hf:", "no folder ''"),
         ("", "no folder ''"),

@@ -14,14 +14,12 @@ import numpy as np
 
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import table
-from llava_jax.convert.processor import ExportedTokens, check_ids, write_processor
+from llava_jax.convert.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
 from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_folder, write_shards
 from llava_jax.types import InputError, ModelConfig
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16")
-# Grown vocabularies are rounded up to this, as the published LLaVA-1.5 folders are (32,000 + 2 -> 32,064).
-VOCAB_MULTIPLE = 64
 
 
 def write_llava(
@@ -52,11 +50,11 @@ def write_llava(
             partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
         )
         exported = _grown(config, tokens)
-        _write_configs(
-            partial, exported, tokens, dtype, dict(template=template, aspect=aspect, image_position=image_position)
-        )
+        ours = dict(template=template, aspect=aspect, image_position=image_position)
+        ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
+        _write_configs(partial, exported, tokens, dtype, ours)
         check_ids(partial, tokenizer_folder, template, image_position)
-        pieces = [*_pieces(exported, params, dtype), *_beyond_features(exported, source_vision_folder, dtype)]
+        pieces = all_pieces(exported, params, source_vision_folder, dtype)
         write_shards(partial, pieces, shard_bytes)
         check_written(partial, pieces)
     return exported
@@ -90,7 +88,7 @@ def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
 
 
 def _write_configs(
-    folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, ours: Mapping[str, str]
+    folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, ours: Mapping[str, Any]
 ) -> None:
     ids = dict(pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
     described = hf_config.llava_json(config, dtype=dtype, **ids) | {"llava_jax": dict(ours)}
@@ -106,6 +104,11 @@ def _write_configs(
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------------
+
+
+def all_pieces(config: ModelConfig, params: Params, source_vision_folder: str | None, dtype: str) -> list[Piece]:
+    """Every tensor of the model in hub layout, what LLaVA does not run of the tower included."""
+    return [*_pieces(config, params, dtype), *_beyond_features(config, source_vision_folder, dtype)]
 
 
 def _pieces(config: ModelConfig, params: Params, dtype: str) -> Iterator[Piece]:
@@ -139,9 +142,9 @@ def _with_vocabulary(row: table.Row, shape: tuple[int, ...], config: ModelConfig
 
 
 def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array with rows added that are the mean of those it has (they belong to tokens never trained)."""
-    if array.shape[0] == rows:
-        return array
+    """The array cut to its first rows, or with rows added that are the mean of those it has (of untrained tokens)."""
+    if array.shape[0] >= rows:
+        return array[:rows]
     mean = array.astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
     return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
 
@@ -180,8 +183,10 @@ def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
 
 def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
     """Those tensors of the source folder; bit-equal where its dtype is the export's."""
-    given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder").get("model_type")
-    kind = "llava" if given in ("llava", "llava_next") else "clip"
+    given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
+    kind = "llava" if given.get("model_type") in ("llava", "llava_next") else "clip"
+    if hf_config.is_original(given):
+        kind = "original"
     tensors = open_folder(source)
     names = {table.canonical(name, kind): name for name in tensors.names()}
     wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]

@@ -1,4 +1,7 @@
-"""Hugging Face folders to our parameters: CLIP, LLaMA, LLaVA and projector files, strictly and tensor by tensor."""
+"""Folders to our parameters: CLIP, LLaMA, LLaVA (Hugging Face's and the original) and projector files, strictly.
+
+Every function takes `stored`: True leaves the values in the files, as `stored.Stored`, to be read layer by layer.
+"""
 
 import dataclasses
 import os
@@ -6,15 +9,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.convert import config as hf_config
-from llava_jax.convert import table
+from llava_jax.convert import original, table
 from llava_jax.convert.chat_known import recognised_template
 from llava_jax.convert.export import write_llava
+from llava_jax.convert.original import HERE, Beside
 from llava_jax.convert.processor import read_pictures, with_pixels
 from llava_jax.convert.safetensors_io import FLOATS, Tensors, open_file, open_folder
+from llava_jax.convert.stored import Stored
 from llava_jax.data.chat import TEMPLATES
 from llava_jax.data.image import ASPECTS
 from llava_jax.models.llava import build
@@ -24,6 +30,7 @@ Params = dict[str, Any]
 
 PARTS = ("vision", "projector", "llm")
 __all__ = [
+    "Beside",
     "LlavaExtras",
     "read_clip",
     "read_llama",
@@ -46,7 +53,8 @@ _NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, pat
 class LlavaExtras:
     """What a LLaVA folder says beside config and weights; `tokenizer` is a folder, `pad_id` None where unsaid.
 
-    `template_assumed`: the folder names no template and its chat template is none of ours.
+    `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
+    that holds the tower's weights, those that LLaVA does not run included.
     """
 
     template: str = "v1"
@@ -55,12 +63,15 @@ class LlavaExtras:
     tokenizer: str = ""
     pad_id: int | None = None
     template_assumed: bool = False
+    vision: str = ""
 
 
 # ---- public -----------------------------------------------------------------------------------------------------
 
 
-def read_clip(folder: str, *, feature_layer: int = -2, dtype: str = "float32") -> tuple[ClipConfig, Params]:
+def read_clip(
+    folder: str, *, feature_layer: int = -2, dtype: str = "float32", stored: bool = False
+) -> tuple[ClipConfig, Params]:
     """Config and `vision` parameters (numpy, `dtype`) of a CLIP or SigLIP folder, the whole model or the vision part.
 
     Blocks above `feature_layer`, the post-norm, SigLIP's head, the text tower and the projections are left out.
@@ -71,54 +82,72 @@ def read_clip(folder: str, *, feature_layer: int = -2, dtype: str = "float32") -
     hf_config.check_feature_layer(feature_layer, config, where)
     config = with_pixels(config, folder)
     model = ModelConfig(vision=config, llm=_NO_LLM, feature_layer=feature_layer)
-    return config, _read(open_folder(folder), "clip", model, ("vision",), dtype)["vision"]
+    return config, _read(open_folder(folder), "clip", model, ("vision",), dtype, stored)["vision"]
 
 
-def read_llama(folder: str, *, dtype: str = "float32") -> tuple[LlamaConfig, Params]:
+def read_llama(folder: str, *, dtype: str = "float32", stored: bool = False) -> tuple[LlamaConfig, Params]:
     """Config and `llm` parameters (numpy, `dtype`) of a decoder folder, of a family in convert.families."""
     given = hf_config.read_config(folder, "a Hugging Face LLaMA folder (config.json and safetensors)")
     config = hf_config.llama_config(given, os.path.join(folder, "config.json"))
     model = ModelConfig(vision=_NO_CLIP, llm=config)
-    return config, _read(open_folder(folder), "llama", model, ("llm",), dtype)["llm"]
+    return config, _read(open_folder(folder), "llama", model, ("llm",), dtype, stored)["llm"]
 
 
-def read_llava(folder: str, *, dtype: str = "float32") -> tuple[ModelConfig, Params, LlavaExtras]:
-    """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration folder."""
-    config, extras = read_llava_config(folder)
-    return config, _read(open_folder(folder), "llava", config, PARTS, dtype), extras
+def read_llava(
+    folder: str, *, dtype: str = "float32", stored: bool = False, beside: Beside = HERE
+) -> tuple[ModelConfig, Params, LlavaExtras]:
+    """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration or original LLaVA folder.
+
+    `beside` are folders for what an original folder only names.
+    """
+    config, extras = read_llava_config(folder, beside)
+    return config, _read(*_opened(folder, beside), config, PARTS, dtype, stored), extras
 
 
-def read_llava_parts(folder: str, dtypes: Mapping[str, str]) -> Params:
+def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, stored: bool = False) -> Params:
     """The parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; all are checked."""
     config, _ = read_llava_config(folder)
-    return _read(open_folder(folder), "llava", config, PARTS, dtypes)
+    return _read(*_opened(folder, HERE), config, PARTS, dtypes, stored)
 
 
-def read_llava_config(folder: str) -> tuple[ModelConfig, LlavaExtras]:
+def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
     """What `read_llava` says, without the weights."""
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
-    config = hf_config.llava_config(given, where)
-    config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
-    return config, _extras(given, folder, where)
+    if not hf_config.is_original(given):
+        _only_for_originals(folder, beside)
+        config = hf_config.llava_config(given, where)
+        config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
+        return config, _extras(given, folder, where)
+    found = original.open_original(folder, beside)
+    config, extras = original.read_model_config(found), _extras(given, found.tokenizer, where)
+    said = dict(aspect=original.aspect(found), vision=original.tower_source(found))
+    return config, dataclasses.replace(extras, template=original.template(found, extras.template), **said)
+
+
+def weight_folders(folder: str) -> list[str]:
+    """The folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path) or not hf_config.is_original(hf_config.read_json(path)):
+        return [folder]
+    found = original.open_original(folder, HERE)
+    return [other for other in (folder, found.tower, found.base) if other]
 
 
 def stored_dtype(folder: str) -> str:
     """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
-    stored = given.get("dtype", given.get("torch_dtype"))
+    stored = given.get("dtype") or given.get("torch_dtype")
     return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
 
 
 def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
-    """`projector` parameters of a .safetensors file in any of the usual spellings, checked against `config`.
+    """`projector` parameters of a .safetensors or .bin file in any of the usual spellings, checked against `config`.
 
     A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole pictures and trains none.
     """
-    if path.endswith((".bin", ".pt", ".pth")):
-        raise InputError(f"{path}: pickled projector files are not read; convert it to .safetensors with torch first")
-    if not path.endswith(".safetensors"):
-        raise InputError(f"{path}: expected a .safetensors projector file or the workdir of a pretrain run")
+    if not path.endswith((".safetensors", ".bin")):
+        raise InputError(f"{path}: expected a .safetensors or .bin projector file, or the workdir of a pretrain run")
     tensors = open_file(path)
     if not any(table.canonical(name, "projector") == table.NEWLINE for name in tensors.names()):
         config = dataclasses.replace(config, pinpoints=())
@@ -128,8 +157,26 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
+def _opened(folder: str, beside: Beside) -> tuple[Tensors, str]:
+    """(tensors of a LLaVA folder, the kind of their names)."""
+    if hf_config.is_original(hf_config.read_config(folder, "a LLaVA folder")):
+        return original.open_tensors(original.open_original(folder, beside)), "original"
+    return open_folder(folder), "llava"
+
+
+def _only_for_originals(folder: str, beside: Beside) -> None:
+    for flag, given in (("--vision", beside.vision), ("--base", beside.base)):
+        if given:
+            raise InputError(f"{flag}={given}: {folder} holds its whole model; the flag is for original LLaVA folders")
+
+
 def _read(
-    tensors: Tensors, kind: str, config: ModelConfig, parts: tuple[str, ...], dtype: str | Mapping[str, str]
+    tensors: Tensors,
+    kind: str,
+    config: ModelConfig,
+    parts: tuple[str, ...],
+    dtype: str | Mapping[str, str],
+    stored: bool = False,
 ) -> Params:
     """The named parts of the model from `tensors`, or one InputError that lists every difference.
 
@@ -143,20 +190,20 @@ def _read(
     problems += _differences(tensors, kind, config, names, expected)
     if problems:
         raise InputError(f"{tensors.where}: the weights do not fit the config: {'; '.join(problems)}")
-    flat: dict[str, np.ndarray] = {}
+    flat: dict[str, Stored] = {}
     for path, shape in wanted.items():
         part = path.split("/")[0]
         if part not in dtypes:
             continue
         row = table.ROWS[path]
-        array = np.empty(shape, jnp.dtype(dtypes[part]))
-        if row.stacked:
-            for layer in range(shape[0]):
-                array[layer] = table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape[1:])
-        else:
-            array[...] = table.to_ours(row, tensors.get(names[row.hf]), shape)
-        flat[path] = array
-    return table.unflatten(flat)
+        one_shape = shape[1:] if row.stacked else shape
+
+        def one(layer: int, row: table.Row = row, shape: tuple[int, ...] = one_shape) -> np.ndarray:
+            return table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape)
+
+        flat[path] = Stored(shape, np.dtype(jnp.dtype(dtypes[part])), row.stacked, one)
+    tree = table.unflatten(flat)
+    return tree if stored else jax.tree.map(np.asarray, tree)
 
 
 def _spelled(tensors: Tensors, kind: str) -> tuple[dict[str, str], list[str]]:
@@ -240,7 +287,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
 
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
     """
-    ours = given.get("llava_jax", {})
+    ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
     tiled = given["model_type"] == "llava_next"
     aspects = ("anyres",) if tiled else ASPECTS
     allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"))
@@ -253,4 +300,4 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     template = None if "template" in ours else recognised_template(folder)
     aspect = read_pictures(folder)
     said = {"aspect": "anyres" if tiled else aspect} | ({"template": template} if template else {}) | ours
-    return LlavaExtras(**said, tokenizer=folder, pad_id=pad_id, template_assumed="template" not in said)
+    return LlavaExtras(**said, tokenizer=folder, pad_id=pad_id, template_assumed="template" not in said, vision=folder)

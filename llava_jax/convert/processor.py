@@ -17,12 +17,14 @@ import numpy as np
 from llava_jax.convert.chat_jinja import chat_jinja
 from llava_jax.convert.config import read_json, select_strategy
 from llava_jax.data.chat import find_template, render
-from llava_jax.data.tokenize import TextTokenizer, encode, load_tokenizer
+from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 
 Json = dict[str, Any]
 
 PAD = "<pad>"
+# Grown vocabularies are rounded up to this, as the published LLaVA-1.5 folders are (32,000 + 2 -> 32,064).
+VOCAB_MULTIPLE = 64
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -61,6 +63,24 @@ def write_processor(
     _write_pictures(folder, config, aspect)
     # One that ends a turn beside the tokenizer's own stays an end; a single one is written as a number.
     return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
+
+
+def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
+    """How many of a model's `vocab_size` rows were its own before an export added rows for `<image>` and padding.
+
+    Our exports say it in config.json. In another's, `<image>` and `<pad>` are the tokenizer's last and the rows end at
+    the next multiple of VOCAB_MULTIPLE, as transformers' conversion script leaves them.
+    """
+    path = os.path.join(tokenizer_folder, "config.json")
+    said = (read_json(path).get("llava_jax") or {}).get("vocab_size") if os.path.isfile(path) else None
+    if said is not None:
+        return min(said, vocab_size)
+    vocabulary = _transformers(tokenizer_folder).get_vocab()
+    added = {vocabulary[text] for text in (IMAGE_PLACEHOLDER, PAD) if text in vocabulary}
+    own = 1 + max(set(vocabulary.values()) - added)
+    whole = not added or min(added) < own
+    grown = -(-(max(added, default=0) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return vocab_size if whole or vocab_size != grown else own
 
 
 # ---- pictures and chat --------------------------------------------------------------------------------------------
@@ -207,10 +227,7 @@ def _whole_text(content: Json) -> Json:
 
 
 def _transformers(folder: str) -> Any:
-    # Seconds of import that only a command that writes a folder should pay for.
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return auto_tokenizer(folder)
 
 
 def _token(text: str, *, normalized: bool = False) -> Json:
@@ -284,6 +301,12 @@ def check_ids(folder: str, source: str, template: str, image_position: str) -> N
             return
     _write_json(folder, "tokenizer.json", first)
     print(f"export: warning: {problem}")
+
+
+def same_pieces(folder: str, source: str, template: str, image_position: str) -> bool:
+    """Whether the tokenizers of two folders read the text around pictures alike."""
+    one, other = (_expected(load_tokenizer(path), template, image_position) for path in (folder, source))
+    return one == other
 
 
 def _variants(first: Json, effective: Json) -> Iterator[Json]:

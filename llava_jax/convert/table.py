@@ -108,7 +108,17 @@ _LLAVA = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=image_newline$)", ""),
 )
-ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LLAVA}
+# The original code's folder, joined by the tensors of the CLIP folder it names.
+_ORIGINAL = (
+    (r"^(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?", VISION),
+    (r"^(?:model\.)?mm_projector\.0\.", PROJECTOR + "linear_1."),
+    (r"^(?:model\.)?mm_projector\.2\.", PROJECTOR + "linear_2."),
+    (r"^(?:model\.)?mm_projector\.(?=weight|bias)", PROJECTOR + "linear_1."),
+    (r"^model\.image_newline$", "image_newline"),
+    *_CLIP,
+    *_LLAMA,
+)
+ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LLAVA, "original": _ORIGINAL}
 
 # Tensors that may be present and are not used: buffers, and what of CLIP and SigLIP lies beyond the image features.
 _BEYOND = r"\.position_ids$|\.post_layernorm\.|vision_model\.head\."
@@ -117,6 +127,8 @@ _UNUSED = {
     "llama": r"\.rotary_emb\.inv_freq$",
     "projector": r"$.",
     "llava": _BEYOND + r"|\.rotary_emb\.inv_freq$",
+    "original": _BEYOND
+    + r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$|\.rotary_emb\.inv_freq$",
 }
 
 

@@ -132,7 +132,9 @@ def _question_spans(text: str, template: Template, image_position: str) -> list[
     before, after = template.image_tags
     spans = [Span(pieces[0])]
     for piece in pieces[1:]:
-        spans += [Span(before), Span(IMAGE_PLACEHOLDER, special=True), Span(after + piece)]
+        # Tags are text, or tokens of their own (mm_use_im_start_end of the original).
+        tags = [Span(tag, special=tag in SPECIAL_STRINGS) for tag in (before, after)]
+        spans += [tags[0], Span(IMAGE_PLACEHOLDER, special=True), tags[1], Span(piece)]
     return [span for span in spans if span.text]
 
 
@@ -161,6 +163,7 @@ _LLAMA_2 = (
 )
 _MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 _IMAGE_TAGS = ("<Image>", "</Image>")
+IM_START_END = ("<im_start>", "<im_end>")
 _BOS = Span("<s>", special=True)
 _EOS = Span("</s>", is_target=True, special=True)
 
@@ -245,5 +248,11 @@ TEMPLATES: dict[str, Template] = {
     "mistral_direct": _CHATML_DIRECT,
 }
 
+# The same around pictures between two tokens, as models with mm_use_im_start_end of the original were trained.
+TEMPLATES |= {
+    f"{name}_im_start_end": dataclasses.replace(TEMPLATES[name], image_tags=IM_START_END)
+    for name in ("v0", "v1", "llava_llama_2")
+}
+
 # Strings that templates write as tokens of their own.
-SPECIAL_STRINGS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+SPECIAL_STRINGS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", *IM_START_END)

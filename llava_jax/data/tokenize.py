@@ -22,6 +22,8 @@ from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
 _FIRST_MARK = 0xFDD0
 _MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
 END = "</s>"
+# model_type of the original code's folders -> that of the decoder inside.
+ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -173,16 +175,32 @@ def load_tokenizer(folder: str) -> TextTokenizer:
             f"{folder}: holds no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         )
     _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
-    # Seconds of import that only a command that reads a tokenizer should pay for.
-    from transformers import AutoTokenizer
-
     try:
-        source = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        source = auto_tokenizer(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
     if not getattr(source, "is_fast", False):
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
     return TextTokenizer(source, _ends_of_model(folder, source.get_vocab()))
+
+
+def auto_tokenizer(folder: str) -> Any:
+    """The tokenizer as transformers' AutoTokenizer reads it, in a folder of the original LLaVA code by its decoder.
+
+    transformers knows no `llava_llama`, and takes the original's `llava` for its own, whose tokenizer.model it reads
+    without the space before the first word.
+    """
+    # Seconds of import that only a command that reads a tokenizer should pay for.
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = os.path.join(folder, "config.json")
+    kind = None
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            given = json.load(file)
+        kind = ORIGINAL_DECODERS.get(given.get("model_type")) if "mm_vision_tower" in given else None
+    known = {} if kind is None else {"config": AutoConfig.for_model(kind)}
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **known)
 
 
 def check_end(tokenizer: TextTokenizer, template: Template) -> None:

@@ -13,6 +13,7 @@ from flax import nnx
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import hf
 from llava_jax.convert.processor import TOKENIZER_FILES
+from llava_jax.convert.safetensors_io import weight_files
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import Llava, build
 from llava_jax.models.lora import split as split_adapters
@@ -82,7 +83,7 @@ def plan_model(settings: Settings) -> Plan:
             plan = plan_model(read_settings(os.path.join(folder, "config.json")))
         else:
             config, extras = hf.read_llava_config(folder)
-            plan = Plan(config, extras.tokenizer, folder)
+            plan = Plan(config, extras.tokenizer, extras.vision)
         config = dataclasses.replace(plan.config, dtype=settings.train.dtype, remat=settings.train.remat)
         return dataclasses.replace(plan, config=_with_aspect(settings, config))
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
@@ -192,7 +193,7 @@ def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Para
 
 
 def read_files(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
-    """Those parts of `dtypes` that lie in files, as numpy in their dtype; the others are drawn."""
+    """Those parts of `dtypes` that lie in files, in their dtype, as `Stored` or numpy; the others are drawn."""
     read = _read_sources(settings, plan, dtypes)
     if plan.config.pinpoints and "image_newline" not in read.get("projector", {"image_newline": None}):
         # The source is no LLaVA-NeXT yet.
@@ -209,13 +210,14 @@ def _read_sources(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Par
     left = {part: dtype for part, dtype in dtypes.items() if part not in read}
     if settings.init.model:
         form, folder = parse(settings.init.model, "init.model")
-        whole = _read_run(folder, left)[1] if form == "orbax" else hf.read_llava_parts(folder, left)
+        whole = _read_run(folder, left)[1] if form == "orbax" else hf.read_llava_parts(folder, left, stored=True)
         return read | whole
     if "vision" in left and not settings.model.vision.startswith(RANDOM):
         layer = plan.config.feature_layer
-        read["vision"] = hf.read_clip(settings.model.vision, feature_layer=layer, dtype=left["vision"])[1]
+        found = hf.read_clip(settings.model.vision, feature_layer=layer, dtype=left["vision"], stored=True)
+        read["vision"] = found[1]
     if "llm" in left and not settings.model.llm.startswith(RANDOM):
-        read["llm"] = hf.read_llama(settings.model.llm, dtype=left["llm"])[1]
+        read["llm"] = hf.read_llama(settings.model.llm, dtype=left["llm"], stored=True)[1]
     return read
 
 
@@ -237,9 +239,11 @@ def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Pa
 
 
 def read_projector(source: str, config: ModelConfig) -> Params:
-    """Projector (float32 numpy) of a .safetensors file or of the workdir of a run, checked against the config."""
+    """Projector (float32 numpy) of a .safetensors or .bin file or of a run's workdir, checked against the config."""
     if not os.path.exists(source):
-        raise InputError(f"init.projector={source}: not found, expected a .safetensors file or a pretrain workdir")
+        raise InputError(
+            f"init.projector={source}: not found, expected a .safetensors or .bin file or a pretrain workdir"
+        )
     if not os.path.isdir(source):
         return hf.read_projector(source, config)
     if not is_workdir(source):
@@ -256,7 +260,7 @@ def read_projector(source: str, config: ModelConfig) -> Params:
 def load_trained(
     workdir: str, step: int | None = None, dtype: str | None = None, check_merge: bool = False
 ) -> tuple[Plan, Params, Settings]:
-    """(plan, whole model as numpy, settings) of a run; `dtype` is by default the one it computes in.
+    """(plan, whole model as numpy or `Stored`, settings) of a run; `dtype` is by default the one it computes in.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
     the run saw: InputError otherwise. `check_merge` compares logits before and after adapters are merged.
@@ -288,7 +292,7 @@ def _say_difference(workdir: str, difference: float, dtype: str) -> None:
 def _read_run(
     workdir: str, dtypes: dict[str, str], step: int | None = None, check_merge: bool = False
 ) -> tuple[Plan, Params]:
-    """(plan, the parts named in `dtypes` as numpy) of a run; adapters are merged, and the merge compared if asked."""
+    """(plan, the parts named in `dtypes` as numpy or `Stored`) of a run; adapters are merged, if asked with a check."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     plan = plan_model(settings)
     _, trained, meta = checkpoint.load_params(workdir, step)
@@ -302,9 +306,10 @@ def _read_run(
     params |= jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
     if "lora" in trained and "llm" in frozen:
         config = adapted(settings, plan.config)
-        merge = merge_adapters(config, params["llm"], trained["lora"], dtypes["llm"])
+        llm = jax.tree.map(np.asarray, params["llm"])
+        merge = merge_adapters(config, llm, trained["lora"], dtypes["llm"])
         if check_merge:
-            _say_difference(workdir, merge_difference(config, params["llm"], trained["lora"], merge), dtypes["llm"])
+            _say_difference(workdir, merge_difference(config, llm, trained["lora"], merge), dtypes["llm"])
         params["llm"] = merge
     return plan, params
 
@@ -366,12 +371,13 @@ def check_unchanged(workdir: str, saved: dict, now: dict) -> None:
 def fingerprint(source: str) -> str:
     """Hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
 
-    Of weight files it takes names, sizes and the first and last megabyte.
+    Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
+    count as part of it.
     """
     folder = split(source)[1]
     if is_workdir(folder):
         return checkpoint.fingerprint(folder)
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))) if folder else []
+    paths = [path for other in hf.weight_folders(folder) for path in _weights(other)] if folder else []
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size = os.path.getsize(path)
@@ -381,3 +387,11 @@ def fingerprint(source: str) -> str:
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())
     return digest.hexdigest() if paths else ""
+
+
+def _weights(folder: str) -> list[str]:
+    """Weight files of a folder: .safetensors, and .bin unless the model itself lies in the former."""
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    if any(path in found for path in weight_files(folder)):
+        return found
+    return found + sorted(glob.glob(os.path.join(glob.escape(folder), "*.bin")))

@@ -19,10 +19,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llava_jax.convert.stored import Stored
 from llava_jax.sharding import batch_sharding
 from llava_jax.types import Batch, InputError
 
@@ -240,10 +242,37 @@ def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays as global ones; each process copies what its devices hold. All must hold the same values.
 
+    What still lies in files (`Stored`) is read on the way, a layer at a time, and never whole in host memory.
+
     (device_put would first compare the values of all processes, and so send every weight over the network.)
     """
 
-    def put(x: np.ndarray, at: jax.sharding.Sharding) -> jax.Array:
+    def put(x: np.ndarray | Stored, at: jax.sharding.Sharding) -> jax.Array:
+        if isinstance(x, Stored):
+            return _streamed(x, at)
         return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def _streamed(x: Stored, at: jax.sharding.Sharding) -> jax.Array:
+    """A stored parameter at its sharding; the host holds one layer, or one parameter that has none."""
+    if not x.stacked:
+        return _layer(x.one(0), x, at)
+    at_layer = at
+    if isinstance(at, NamedSharding):
+        # Stacks are never split along their layers (sharding.spec_of).
+        at_layer = NamedSharding(at.mesh, PartitionSpec(*at.spec[1:]), memory_kind=at.memory_kind)
+    whole = jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=at)()
+    write = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=at)
+    for layer in range(x.shape[0]):
+        whole = write(whole, _layer(x.one(layer), x, at_layer), layer, 0)
+        # Or the copies of many layers would wait for the device at once; jax lets go of one at the next call into it.
+        whole.block_until_ready()
+        jax.device_put(0)
+    return whole
+
+
+def _layer(one: np.ndarray, x: Stored, at: jax.sharding.Sharding) -> jax.Array:
+    """One layer's values, which may lie in pages of a file, copied shard by shard in the order they are used."""
+    return jax.make_array_from_callback(one.shape, at, lambda index: np.array(one[index], x.dtype, order="C"))
