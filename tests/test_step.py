@@ -30,8 +30,8 @@ class Toy(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.vision, self.projector, self.llm = Part(3, D, rngs=rngs), Part(D, D, rngs=rngs), Words(V, D, rngs=rngs)
 
-    def hidden(self, tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT):
-        assert segment_ids_BT is None
+    def hidden(self, tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, take_BT):
+        assert segment_ids_BT is None and take_BT is None
         seen_BD = pixels_BNXYC.mean((1, 2, 3)) @ self.vision.kernel.astype(jnp.float32) @ self.projector.kernel
         return self.llm.kernel[...][tokens_BT] + seen_BD[:, None]
 

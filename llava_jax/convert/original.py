@@ -15,7 +15,7 @@ import numpy as np
 
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import table
-from llava_jax.convert.processor import TOKENIZER_FILES, read_pictures
+from llava_jax.convert.processor import TOKENIZER_FILES, with_pixels
 from llava_jax.convert.safetensors_io import FLOATS, File, Tensors, open_file, open_folder
 from llava_jax.data.chat import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
@@ -125,7 +125,7 @@ def read_model_config(original: Original) -> ModelConfig:
             f"{where}: mm_hidden_size is {given['mm_hidden_size']} and the tower {original.tower} {vision.width} wide; "
             "expected the tower of this model"
         )
-    read_pictures(original.tower)
+    vision = with_pixels(vision, original.tower)
     layer = given.get("mm_vision_select_layer", -2)
     hf_config.check_feature_layer(layer, vision, where)
     llm = hf_config.llama_config({**given, "model_type": ORIGINAL_DECODERS[given["model_type"]]}, where)

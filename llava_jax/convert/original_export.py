@@ -17,7 +17,6 @@ from llava_jax.convert.export import all_pieces, finished_folder
 from llava_jax.convert.processor import TOKENIZER_FILES, own_rows, same_pieces
 from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_file, write_shards
 from llava_jax.data.chat import IM_START_END, TEMPLATES
-from llava_jax.data.image import MEAN, STD
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.types import InputError, ModelConfig
 
@@ -53,6 +52,8 @@ def write_original(
     Hugging Face added to the vocabulary are left out again. `tower_name` is what config.json names the tower by; the
     folder inside by default. InputError when `folder` is already there.
     """
+    if config.pinpoints or config.vision.family != "clip":
+        raise InputError(f"{folder}: the original's layout is written with a CLIP tower and one square; write hf:DIR")
     config = _shrunk(config, tokenizer_folder)
     settings = dict(template=template, aspect=aspect, image_position=image_position)
     with finished_folder(folder) as partial:
@@ -155,8 +156,8 @@ def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,
-        image_mean=list(MEAN),
-        image_std=list(STD),
+        image_mean=list(config.vision.pixels.mean),
+        image_std=list(config.vision.pixels.std),
     )
     _write_json(os.path.join(folder, "preprocessor_config.json"), pictures)
 
