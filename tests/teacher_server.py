@@ -72,6 +72,7 @@ class TeacherServer:
 
     def __init__(self, faults: Faults, seed: int = 0, answer=good_answer):
         self.faults, self.seen, self.answer = faults, [], answer
+        self.at_once = self.most_at_once = 0
         self.refuse: tuple[int, dict] | None = None
         self._rng, self._lock, self._kinds = random.Random(seed), threading.Lock(), {}
 
@@ -117,7 +118,11 @@ class TeacherServer:
             about = (self._kinds[system], messages[-1]["content"])
             fate, wait = self.faults.draw(self._rng), self._rng.random() * self.faults.delay
             self.seen.append(Seen(time.monotonic(), about, fate, headers, body))
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
         time.sleep(wait)
+        with self._lock:
+            self.at_once -= 1
         if self.refuse:
             _send(handler, self.refuse[0], json.dumps(self.refuse[1]))
         else:

@@ -166,6 +166,37 @@ def test_why_an_answer_ended():
     assert read_completion(refused) == Reply("I cannot", "refusal")
 
 
+def test_an_endpoint_that_refuses_everything_ends_the_run(tmp_path, capsys):
+    show_synthesize.write_contexts(tmp_path / "c.jsonl", 40)
+    with TeacherServer(Faults()) as server:
+        server.refuse = (422, {"error": {"message": "no such field"}})
+        assert asked_of(server, tmp_path / "c.jsonl", tmp_path / "o.json", "--kind=detail") == 2
+        assert "20 requests in a row failed: refused with status 422" in capsys.readouterr().err
+        assert len(server.seen) < 40
+        server.refuse = (401, {"error": {"message": "no key"}})
+        assert asked_of(server, tmp_path / "c.jsonl", tmp_path / "o.json", "--kind=detail", "--limit=3") == 2
+        assert "no key" in capsys.readouterr().err
+        server.refuse = None
+        assert asked_of(server, tmp_path / "c.jsonl", tmp_path / "o.json", "--kind=detail") == 0
+    assert len(rows_of(tmp_path / "o.json")) == 40
+
+
+def test_answers_before_an_error_are_kept(tmp_path, contexts):
+    class Ends(Recorded):
+        def answer(self, messages):
+            if not self.answers:
+                raise InputError("the quota is spent")
+            return super().answer(messages)
+
+    path = str(tmp_path / "j.jsonl")
+    with Journal(path) as journal, pytest.raises(InputError, match="quota"):
+        job = open_job(contexts, "detail")
+        synthesize(job, str(tmp_path / "o.json"), Ends([TELL[0]] * 5), journal, say=lambda line: None)
+    assert len(lines_of(path)) == 5 and not (tmp_path / "o.json").exists()
+    with Journal(path) as journal:
+        assert synthesize(job, str(tmp_path / "o.json"), Recorded([TELL[0]] * 7), journal).rows == 12
+
+
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +245,9 @@ def test_a_dry_run_shows_requests_and_cost_and_asks_nothing(tmp_path, contexts, 
 
 def test_batch_input_and_output_give_the_rows_of_asking(tmp_path, contexts, capsys):
     words = ("--kind=all", "--teacher=served")
-    with TeacherServer(Faults()) as server:
-        assert asked_of(server, contexts, tmp_path / "asked.json", *words) == 0
+    with TeacherServer(Faults(delay=0.05)) as server:
+        assert asked_of(server, contexts, tmp_path / "asked.json", *words, "--concurrency=3") == 0
+    assert 1 < server.most_at_once <= 3
     assert command(contexts, tmp_path / "o.json", *words, f"--batch_input={tmp_path / 'in.jsonl'}") == 0
     requests = lines_of(tmp_path / "in.jsonl")
     bodies = {json.dumps(seen.body, sort_keys=True) for seen in server.seen}
@@ -452,7 +484,7 @@ def test_what_training_cannot_read_is_set_aside(tmp_path):
         written = synthesize(job, str(tmp_path / "o.json"), Recorded([TELL[0]] * 2), journal)
     assert written.rows == 1
     assert [line["reason"][:30] for line in lines_of(tmp_path / "o.rejected.jsonl")] == [
-        "row (id '1'): image: '../1.png",
+        "the row (id '1'): image: '../1",
         "id seen before in the contexts",
     ]
 

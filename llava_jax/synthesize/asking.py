@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from llava_jax.synthesize.budget import Budget, BudgetSpent, metered
@@ -13,7 +13,7 @@ from llava_jax.synthesize.context import Context
 from llava_jax.synthesize.journal import Journal, key_of
 from llava_jax.synthesize.kinds import messages_for, turns_of
 from llava_jax.synthesize.parse import RejectedReply
-from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, Teacher
+from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, Teacher, estimate_messages
 from llava_jax.types import InputError, Turn
 
 # So many requests without an answer one after the other, and it is not the requests.
@@ -62,11 +62,18 @@ def tasks_of(
         for number, context in enumerate(contexts):
             if limit and number >= limit:
                 break
-            problem = "" if context.captions else "no captions"
-            problem = "id seen before in the contexts" if context.id in seen else problem
-            seen.add(context.id)
             messages = messages_for(context, kind, examples)
+            problem = _problem(context, messages[-1]["content"], seen)
+            seen.add(context.id)
             yield Task(context, kind, messages, key_of(context.id, settings, messages), problem)
+
+
+def _problem(context: Context, text: str, seen: Container[str]) -> str:
+    if context.id in seen:
+        return "id seen before in the contexts"
+    if not context.captions:
+        return "no captions"
+    return "half a character in the context" if any("\ud800" <= letter <= "\udfff" for letter in text) else ""
 
 
 def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:
@@ -84,19 +91,23 @@ def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:
 class _Asker:
     """What the threads of `ask_all` share."""
 
-    def __init__(self, teacher: Teacher, journal: Journal, budget: Budget, attempts: int, seed: int):
+    def __init__(
+        self, teacher: Teacher, journal: Journal, budget: Budget, attempts: int, seed: int, stop: threading.Event
+    ):
         self.teacher, self.journal, self.budget = teacher, journal, budget
-        self.attempts, self.seed = attempts, seed
+        self.attempts, self.seed, self.stop = attempts, seed, stop
         self.answers = 0
         self._lock = threading.Lock()
 
     def settle(self, task: Task) -> None:
         """Asks until an answer can be used or there were enough of them."""
         while not judge(task, self.journal.replies(task.key), self.seed).settled(self.attempts):
+            if self.stop.is_set():
+                raise RequestFailed("stopped")
             reserved = self.budget.reserve(task.messages, self.teacher.settings)
             reply = Reply("")
             try:
-                reply = metered(self.teacher.answer(task.messages), task.messages)
+                reply = metered(self.teacher.answer(task.messages), estimate_messages(task.messages))
             finally:
                 self.budget.settle(reserved, reply.tokens_in, reply.tokens_out)
             self.journal.append(task.key, task.context.id, task.kind, self.teacher.name, reply)
@@ -121,7 +132,7 @@ def ask_all(
     A request that fails is counted and left open for the next run. Raises InputError when no request can succeed;
     `stop` is then set, and when the budget is spent or the user interrupts, so that waiting threads end.
     """
-    asker = _Asker(teacher, journal, budget, attempts, seed)
+    asker = _Asker(teacher, journal, budget, attempts, seed, stop)
     failed: collections.Counter[str] = collections.Counter()
     stopped, in_a_row, reported = "", 0, time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
@@ -160,4 +171,5 @@ def ask_all(
         # On the way out by an error nothing new is asked, and what is under way is saved when it comes.
         if under_way:
             stop.set()
+            say("stopping; answers to the requests under way are still saved")
         pool.shutdown(wait=True, cancel_futures=True)

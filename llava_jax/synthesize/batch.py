@@ -13,7 +13,7 @@ from typing import Any
 from llava_jax.synthesize.asking import Task, judge
 from llava_jax.synthesize.budget import metered
 from llava_jax.synthesize.journal import Journal
-from llava_jax.synthesize.teacher import read_completion
+from llava_jax.synthesize.teacher import estimate_messages, read_completion
 from llava_jax.types import InputError
 
 # What OpenAI takes in one file; more requests go into further files.
@@ -76,7 +76,7 @@ def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, m
 
     The same file joined twice adds nothing. Raises InputError for a line that is none of a batch's output.
     """
-    asked = {task.key: task for task in tasks}
+    asked = {task.key: (task.context.id, task.kind, estimate_messages(task.messages)) for task in tasks}
     answers = known = foreign = 0
     failed: collections.Counter[str] = collections.Counter()
     for path in paths:
@@ -88,14 +88,15 @@ def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, m
                 failed[str(response.get("problem", f"status {response.get('status_code')}"))] += 1
                 continue
             try:
-                reply = metered(read_completion(response.get("body")), asked[key].messages)
+                context_id, kind, tokens = asked[key]
+                reply = metered(read_completion(response.get("body")), tokens)
             except ValueError as error:
                 raise InputError(f"{where}: {error}; expected the answer of a chat completion") from error
             answers += 1
             if any(saved.text == reply.text for saved in journal.replies(key)):
                 known += 1
             else:
-                journal.append(key, asked[key].context.id, asked[key].kind, model, reply)
+                journal.append(key, context_id, kind, model, reply)
     return Joined(answers, known, foreign, dict(failed))
 
 

@@ -31,11 +31,10 @@ def longest_answer(settings: Mapping[str, Any]) -> int:
     return int(settings.get("max_completion_tokens") or settings.get("max_tokens") or UNBOUNDED)
 
 
-def metered(reply: Reply, messages: Sequence[Message]) -> Reply:
-    """The reply with its tokens, estimated from the texts where the endpoint has not counted them."""
+def metered(reply: Reply, asked: int) -> Reply:
+    """The reply with its tokens, where the endpoint has not counted them `asked` and what its text suggests."""
     if reply.tokens_in or reply.tokens_out:
         return reply
-    asked = estimate_tokens([message["content"] for message in messages])
     return dataclasses.replace(reply, tokens_in=asked, tokens_out=estimate_tokens([reply.text]))
 
 

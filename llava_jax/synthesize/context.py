@@ -77,6 +77,10 @@ class JsonlContexts:
 
     path: str
 
+    def __post_init__(self) -> None:
+        with open(self.path, "rb"):  # a file that is not there is found before anything is asked
+            pass
+
     def __iter__(self) -> Iterator[Context]:
         found = False
         with open(self.path, "rb") as file:

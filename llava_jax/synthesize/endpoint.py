@@ -14,6 +14,7 @@ from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, read_com
 from llava_jax.types import InputError
 
 TRIES = 12
+CONNECT_WAIT = 15.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 # An endpoint that asks for more patience than this is one to come back to.
 LONGEST_ASKED_WAIT = 3600.0
@@ -38,7 +39,9 @@ class EndpointTeacher:
         self.settings = settings
         self._endpoint, self._key, self._stop = endpoint, key, stop
         self._reached = False
-        self._client = openai.OpenAI(base_url=endpoint, api_key=key, max_retries=0, timeout=timeout)
+        self._client = openai.OpenAI(
+            base_url=endpoint, api_key=key, max_retries=0, timeout=openai.Timeout(timeout, connect=CONNECT_WAIT)
+        )
 
     def answer(self, messages: Sequence[Message]) -> Reply:
         """See `Teacher`."""
@@ -58,7 +61,7 @@ class EndpointTeacher:
                 problem = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection lost"
                 if not self._reached and tried >= TRIES_UNREACHED:
                     raise InputError(f"{self._endpoint}: cannot be reached ({error.__cause__ or error})") from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 self._reached = True
                 problem = f"an answer that is no chat completion ({error})"
             self._wait(tried, asked_for)

@@ -58,6 +58,11 @@ def read_completion(body: Any) -> Reply:
     return Reply(text or "", finish, tokens_in, tokens_out)
 
 
+def estimate_messages(messages: Sequence[Message]) -> int:
+    """About how many tokens a conversation is."""
+    return estimate_tokens([message["content"] for message in messages])
+
+
 def estimate_tokens(texts: Sequence[str]) -> int:
     """About how many tokens texts are: a token for four characters, as in English, and four for each message."""
     return sum(4 + (len(text) + 3) // 4 for text in texts)

@@ -17,7 +17,7 @@ from llava_jax.synthesize.card_page import card_page
 from llava_jax.synthesize.context import Context, open_contexts
 from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.kinds import KINDS, load_prompts
-from llava_jax.synthesize.teacher import Message, Teacher, estimate_tokens
+from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages, estimate_tokens
 from llava_jax.types import InputError
 
 ALL_KINDS = "all"
@@ -171,7 +171,7 @@ def _row(task: Task, verdict: Verdict) -> dict[str, Any] | None:
 def _row_problem(row: dict[str, Any]) -> str:
     """Why training could not read the row, by training's own reader; "" when it can."""
     try:
-        parse_row(row, "row")
+        parse_row(row, "the row")
     except InputError as error:
         return str(error)
     return ""
@@ -231,7 +231,7 @@ class Estimate:
 def estimate(job: Job, settings: Mapping[str, Any], journal: Journal) -> Estimate:
     """The estimate of what the journal does not settle yet; see `estimate_tokens`."""
     examples = {kind: [item["content"] for item in messages[2::2]] for kind, messages in job.prompts.items()}
-    prompts = {kind: estimate_tokens([item["content"] for item in messages]) for kind, messages in job.prompts.items()}
+    prompts = {kind: estimate_messages(messages) for kind, messages in job.prompts.items()}
     limit = longest_answer(settings)
     typical = {
         kind: min(limit, estimate_tokens(texts) // len(texts)) if texts else limit for kind, texts in examples.items()
