@@ -78,6 +78,9 @@ def synthesize(args: argparse.Namespace) -> int:
         if args.batch_output:
             written = _join_batch(args, job, settings, answers, prices)
         else:
+            if path:
+                # One pass over all contexts: what cannot be read is found before the first answer is paid for.
+                print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
             stop = threading.Event()
             written = write.synthesize(
                 job,

@@ -102,17 +102,39 @@ class _Asker:
     def settle(self, task: Task) -> None:
         """Asks until an answer can be used or there were enough of them."""
         while not judge(task, self.journal.replies(task.key), self.seed).settled(self.attempts):
-            if self.stop.is_set():
-                raise RequestFailed("stopped")
             reserved = self.budget.reserve(task.messages, self.teacher.settings)
             reply = Reply("")
             try:
+                if self.stop.is_set():
+                    raise RequestFailed("stopped")
                 reply = metered(self.teacher.answer(task.messages), estimate_messages(task.messages))
             finally:
                 self.budget.settle(reserved, reply.tokens_in, reply.tokens_out)
             self.journal.append(task.key, task.context.id, task.kind, self.teacher.name, reply)
             with self._lock:
                 self.answers += 1
+
+
+@dataclasses.dataclass
+class _Ended:
+    """How the requests of `ask_all` ended: what failed, how often in a row, and whether the budget is spent."""
+
+    name: str
+    failed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    in_a_row: int = 0
+    stopped: str = ""
+
+    def take(self, future: concurrent.futures.Future[None]) -> None:
+        try:
+            future.result()
+            self.in_a_row = 0
+        except BudgetSpent as reason:
+            self.stopped = str(reason)
+        except RequestFailed as reason:
+            self.failed[str(reason)] += 1
+            self.in_a_row += 1
+            if self.in_a_row == FAILURES_IN_A_ROW:
+                raise InputError(f"{self.name}: {self.in_a_row} requests in a row failed: {reason}") from reason
 
 
 def ask_all(
@@ -130,17 +152,16 @@ def ask_all(
     """Asks about every task that the journal does not settle; at most `concurrency` requests are under way.
 
     A request that fails is counted and left open for the next run. Raises InputError when no request can succeed;
-    `stop` is then set, and when the budget is spent or the user interrupts, so that waiting threads end.
+    on the way out, as when the user interrupts, `stop` is set, which ends the waiting of threads.
     """
     asker = _Asker(teacher, journal, budget, attempts, seed, stop)
-    failed: collections.Counter[str] = collections.Counter()
-    stopped, in_a_row, reported = "", 0, time.monotonic()
+    ended, reported = _Ended(teacher.name), time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
     under_way: set[concurrent.futures.Future[None]] = set()
     coming = iter(tasks)
     try:
         while True:
-            while not stopped and len(under_way) < 2 * concurrency:
+            while not ended.stopped and len(under_way) < 2 * concurrency:
                 task = next(coming, None)
                 if task is None:
                     break
@@ -148,25 +169,16 @@ def ask_all(
                     continue
                 under_way.add(pool.submit(asker.settle, task))
             if not under_way:
-                return Asked(asker.answers, dict(failed), stopped)
+                return Asked(asker.answers, dict(ended.failed), ended.stopped)
             done, under_way = concurrent.futures.wait(
                 under_way, timeout=SECONDS_BETWEEN_REPORTS, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                try:
-                    future.result()
-                    in_a_row = 0
-                except BudgetSpent as reason:
-                    stopped = str(reason)
-                except RequestFailed as reason:
-                    failed[str(reason)] += 1
-                    in_a_row += 1
-                    if in_a_row == FAILURES_IN_A_ROW:
-                        raise InputError(f"{teacher.name}: {in_a_row} requests in a row failed: {reason}") from reason
+                ended.take(future)
             if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()
                 spent = f"{budget.tokens_in + budget.tokens_out} tokens"
-                say(f"{asker.answers} answers saved, {sum(failed.values())} requests failed, {spent}")
+                say(f"{asker.answers} answers saved, {sum(ended.failed.values())} requests failed, {spent}")
     finally:
         # On the way out by an error nothing new is asked, and what is under way is saved when it comes.
         if under_way:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from llava_jax.synthesize.card import TOP, Card, Tally, figures, mean, quantile
 
-WIDTH, HEIGHT, BASE = 480, 170, 22
+WIDTH, HEIGHT, BASE = 360, 150, 22
 BINS = 24
 
 
