@@ -12,7 +12,7 @@ import pytest
 from llava_jax import cli
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.verify import verify
-from llava_jax.synthesize import endpoint, json_stream
+from llava_jax.synthesize import batch, endpoint, json_stream
 from llava_jax.synthesize.budget import Budget, BudgetSpent, Prices
 from llava_jax.synthesize.context import load_contexts
 from llava_jax.synthesize.journal import Journal
@@ -282,6 +282,17 @@ def test_batch_input_and_output_give_the_rows_of_asking(tmp_path, contexts, caps
     assert rows_of(tmp_path / "o.json") == rows_of(tmp_path / "asked.json")
     output.write_text('{"custom_id": 1\n', encoding="utf-8")
     assert command(contexts, tmp_path / "o.json", *words, f"--batch_output={output}") == 2
+
+
+def test_more_requests_than_a_batch_takes_go_into_further_files(tmp_path, contexts, monkeypatch, capsys):
+    monkeypatch.setattr(batch, "MOST_REQUESTS", 5)
+    path = tmp_path / "in.jsonl"
+    assert command(contexts, tmp_path / "o.json", "--kind=detail", "--teacher=m", f"--batch_input={path}") == 0
+    assert "12 requests" in capsys.readouterr().out
+    files = [path, tmp_path / "in-2.jsonl", tmp_path / "in-3.jsonl"]
+    assert [len(lines_of(file)) for file in files] == [5, 5, 2]
+    numbers = [line["body"]["messages"][-1]["content"].split()[2] for file in files for line in lines_of(file)]
+    assert numbers == [str(number) for number in range(12)]
 
 
 # ---- requests as published ------------------------------------------------------------------------------------------
