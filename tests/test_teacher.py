@@ -485,18 +485,20 @@ def test_a_bad_answer_is_asked_for_again_and_then_set_aside(tmp_path, contexts):
         assert aside["id"] == "000003" and [reply["text"] for reply in aside["replies"]] == ["no"] * attempts
 
 
-def test_what_training_cannot_read_is_set_aside(tmp_path):
-    rows = [{"id": f"{n}", "image": f"{n}.png", "captions": ["Rain."]} for n in range(3)]
+def test_what_training_could_not_read_is_set_aside_unasked(tmp_path):
+    rows = [{"id": f"{n}", "image": f"{n}.png", "captions": ["Rain."]} for n in range(4)]
+    rows[3]["captions"] = ["Rain \ud83d"]
     rows[1]["image"], rows[2]["id"] = "../1.png", "0"
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with Journal(None) as journal:
         job = open_job(str(path), "detail", attempts=1)
-        written = synthesize(job, str(tmp_path / "o.json"), Recorded([TELL[0]] * 2), journal)
+        written = synthesize(job, str(tmp_path / "o.json"), Recorded([TELL[0]]), journal)
     assert written.rows == 1
     assert [line["reason"][:30] for line in lines_of(tmp_path / "o.rejected.jsonl")] == [
-        "the row (id '1'): image: '../1",
+        "its row (id '1'): image: '../1",
         "id seen before in the contexts",
+        "its row (id '3'): conversation",
     ]
 
 

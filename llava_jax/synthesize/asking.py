@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
+from llava_jax.data.records import parse_row
 from llava_jax.synthesize.budget import Budget, BudgetSpent, metered
 from llava_jax.synthesize.context import Context
 from llava_jax.synthesize.journal import Journal, key_of
 from llava_jax.synthesize.kinds import messages_for, turns_of
 from llava_jax.synthesize.parse import RejectedReply
 from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, Teacher, estimate_messages
-from llava_jax.types import InputError, Turn
+from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
 # So many requests without an answer one after the other, and it is not the requests.
 FAILURES_IN_A_ROW = 20
@@ -69,11 +70,17 @@ def tasks_of(
 
 
 def _problem(context: Context, text: str, seen: Container[str]) -> str:
+    """Why nothing is asked about a picture, by training's own reader of rows as well; "" where something is."""
     if context.id in seen:
         return "id seen before in the contexts"
     if not context.captions:
         return "no captions"
-    return "half a character in the context" if any("\ud800" <= letter <= "\udfff" for letter in text) else ""
+    said = [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": text}]
+    try:
+        parse_row({"id": context.id, "image": context.image, "conversations": said}, "its row")
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from llava_jax.data.records import parse_row
 from llava_jax.synthesize.asking import Task, Verdict, ask_all, judge, tasks_of
 from llava_jax.synthesize.budget import Budget, Prices, longest_answer
 from llava_jax.synthesize.card import Card, Tally, card_text
@@ -127,9 +126,7 @@ def write_rows(
         for task in job.tasks(settings):
             verdict = judge(task, journal.replies(task.key) if not task.problem else (), job.seed)
             row, problem = _row(task, verdict), task.problem
-            if row is not None:
-                problem = _row_problem(row)
-            elif not problem and verdict.settled(job.attempts):
+            if row is None and not problem and verdict.settled(job.attempts):
                 problem = verdict.reasons[-1]
             card.tallies[task.kind].add(verdict, problem)
             if problem:
@@ -166,15 +163,6 @@ def _row(task: Task, verdict: Verdict) -> dict[str, Any] | None:
         return None
     said = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
     return {"id": task.context.id, "image": task.context.image, "conversations": said}
-
-
-def _row_problem(row: dict[str, Any]) -> str:
-    """Why training could not read the row, by training's own reader; "" when it can."""
-    try:
-        parse_row(row, "the row")
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def _set_aside(task: Task, verdict: Verdict, problem: str) -> dict[str, Any]:
