@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_train
+from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_synthesize, cli_train
 from llava_jax.cli_parse import Parser
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
@@ -63,9 +63,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "synthesize": Command(
         "write instruction data from captions and boxes with a language-only model",
-        "llava-jax synthesize --contexts=demo_run/world/train --kind=conversation --output=conversation.json",
-        cli_data.synthesize_flags,
-        cli_data.synthesize,
+        "llava-jax synthesize --contexts=annotations/captions_train2017.json --kind=conversation "
+        "--output=conversation.json --endpoint=http://localhost:8000/v1 --teacher=my-model --budget_tokens=50000000",
+        cli_synthesize.synthesize_flags,
+        cli_synthesize.synthesize,
     ),
     "prepare verify": Command(
         "name every row of a data set that cannot be trained, and why; exit code 2 when there is one",

@@ -1,4 +1,4 @@
-"""The commands that hold no model: prepare verify, synthesize, evaluate exact_match."""
+"""The commands that hold no model: prepare verify, evaluate exact_match."""
 
 import argparse
 import os
@@ -106,53 +106,6 @@ def patches_of(folder: str | None) -> int:
     from llava_jax.convert.config import clip_config, read_config
 
     return clip_config(read_config(folder, "a Hugging Face CLIP folder"), os.path.join(folder, "config.json")).patches
-
-
-def synthesize_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--contexts", required=True, metavar="SRC", help="JSONL, or a folder of COCO annotation files")
-    parser.add_argument("--kind", required=True, choices=("conversation", "detail", "reasoning"))
-    parser.add_argument("--output", required=True, metavar="FILE.json", help="written: rows that `train` takes")
-    parser.add_argument("--teacher", choices=("embedded",), default="embedded", help="who writes (embedded)")
-    parser.add_argument("--prompts", metavar="DIR", help="prompts in place of those that come with the package")
-    parser.add_argument("--limit", type=int, default=0, help="only the first pictures, this many; 0, all (0)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
-    parser.add_argument("--dry_run", action="store_true", help="print what is asked about the first picture, and stop")
-
-
-def synthesize(args: argparse.Namespace) -> int:
-    for name in ("limit", "seed"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name}={getattr(args, name)}: expected 0 or more")
-    from llava_jax.demo.teacher import EmbeddedTeacher
-    from llava_jax.synthesize import context, write
-
-    announce(
-        "synthesize",
-        contexts=args.contexts,
-        kind=args.kind,
-        output="none, dry run" if args.dry_run else args.output,
-        teacher=args.teacher,
-        prompts=args.prompts,
-        pictures=f"the first {args.limit}" if args.limit else "all",
-        seed=args.seed,
-    )
-    if args.dry_run:
-        prompts = write.load_prompts(args.kind, args.prompts)
-        for message in write.messages_for(context.load_contexts(args.contexts)[0], args.kind, prompts):
-            print(f"[{message['role']}]\n{message['content']}\n")
-        return 0
-    teacher = EmbeddedTeacher(args.kind, args.seed)
-    written = write.synthesize(
-        args.contexts,
-        args.kind,
-        args.output,
-        teacher,
-        prompts_dir=args.prompts,
-        seed=args.seed,
-        limit=args.limit,
-    )
-    print(f"{written}: {args.output}")
-    return 0
 
 
 def exact_match_flags(parser: argparse.ArgumentParser) -> None:

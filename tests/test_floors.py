@@ -16,14 +16,19 @@ F0 convert.stored
 F1 convert.families
 F1 convert.config
 F1 source convert.torch_bin
-F1 settings sharding data.chat data.image synthesize.context synthesize.parse synthesize.teacher
+F1 settings sharding data.chat data.image synthesize.json_stream synthesize.parse synthesize.teacher
+F1 synthesize.context synthesize.journal synthesize.budget synthesize.endpoint
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
 F2 convert.chat_known
 F2 plan_cost
-F2 data.anyres data.example data.packing synthesize.write
+F2 data.anyres data.example data.packing synthesize.kinds
+F2 synthesize.asking
+F2 synthesize.batch synthesize.card
+F2 synthesize.card_page
+F2 synthesize.write
 F3 plan_target
 F3 models.nf4
 F3 models.lora models.clip models.llama data.pipeline data.verify convert.processor
@@ -50,7 +55,7 @@ F7 benchmark.making benchmark.ours benchmark.compare
 F8 cli_parse
 F8 cli_benchmark
 F8 cli_train
-F8 cli_data cli_models cli_plan
+F8 cli_data cli_models cli_plan cli_synthesize
 F8 cli
 F8 __main__
 F9 benchmark.peer

@@ -10,8 +10,11 @@ import pytest
 from llava_jax.demo import files, world
 from llava_jax.demo.teacher import EmbeddedTeacher, read_scene
 from llava_jax.synthesize.context import Context, Instance, context_text, load_contexts
+from llava_jax.synthesize.journal import Journal
+from llava_jax.synthesize.kinds import DETAIL_QUESTIONS, KINDS, load_prompts, messages_for
 from llava_jax.synthesize.parse import RejectedReply, parse_description, parse_dialogue, parse_exchange
-from llava_jax.synthesize.write import DETAIL_QUESTIONS, KINDS, load_prompts, messages_for, synthesize
+from llava_jax.synthesize.teacher import Reply
+from llava_jax.synthesize.write import open_job, synthesize
 from llava_jax.types import InputError, Turn
 
 HARBOUR = {
@@ -32,13 +35,20 @@ class Scripted:
     """A teacher that says what it is told to, and remembers what it was asked."""
 
     name = "scripted"
+    settings = {"model": "scripted"}
 
     def __init__(self, *replies):
         self.replies, self.asked = list(replies), []
 
     def answer(self, messages):
         self.asked.append(messages)
-        return self.replies.pop(0)
+        return Reply(self.replies.pop(0))
+
+
+def write_data(contexts, kind, output, teacher, seed=0, attempts=1):
+    """What `synthesize` does, without a file for its answers."""
+    with Journal(None) as journal:
+        return synthesize(open_job(contexts, kind, seed=seed, attempts=attempts), output, teacher, journal)
 
 
 def write_contexts(path, *rows):
@@ -163,7 +173,7 @@ def test_rows_and_rejections(tmp_path):
     rows = [{**HARBOUR, "id": str(number), "image": f"{number}.jpg"} for number in range(4)]
     contexts = write_contexts(tmp_path / "c.jsonl", *rows, {**HARBOUR, "captions": []})
     teacher = Scripted(DIALOGUE, "no idea", DIALOGUE, "Question:\nWhere?")
-    written = synthesize(contexts, "conversation", str(tmp_path / "o.json"), teacher)
+    written = write_data(contexts, "conversation", str(tmp_path / "o.json"), teacher)
     assert (written.rows, written.turns) == (2, 8)
     assert written.rejected == {
         "text outside a Question or Answer block": 1,
@@ -184,7 +194,7 @@ def test_rows_and_rejections(tmp_path):
 def test_nothing_usable_is_an_error_and_writes_nothing(tmp_path):
     contexts = write_contexts(tmp_path / "c.jsonl", HARBOUR)
     with pytest.raises(InputError, match=r"scripted: none of its 1 replies .*empty reply"):
-        synthesize(contexts, "detail", str(tmp_path / "o.json"), Scripted(""))
+        write_data(contexts, "detail", str(tmp_path / "o.json"), Scripted(""))
     assert not (tmp_path / "o.json").exists()
 
 
@@ -192,7 +202,7 @@ def test_the_picture_stands_before_or_after_by_seed(tmp_path):
     contexts = write_contexts(tmp_path / "c.jsonl", *({**HARBOUR, "id": str(n)} for n in range(60)))
     firsts = []
     for seed in (0, 0, 1):
-        synthesize(contexts, "detail", str(tmp_path / "o.json"), Scripted(*["Boats."] * 60), seed=seed)
+        write_data(contexts, "detail", str(tmp_path / "o.json"), Scripted(*["Boats."] * 60), seed=seed)
         rows = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
         firsts.append([row["conversations"][0]["value"] for row in rows])
     assert firsts[0] == firsts[1] != firsts[2]
@@ -237,7 +247,7 @@ def by_kind(small_world, tmp_path, kind):
     """(scene, turns as texts without the placeholder) of every row that the embedded teacher writes."""
     contexts, scenes = small_world
     output = tmp_path / f"{kind}.json"
-    written = synthesize(contexts, kind, str(output), EmbeddedTeacher(kind))
+    written = write_data(contexts, kind, str(output), EmbeddedTeacher(kind))
     assert (written.rows, written.rejected) == (len(scenes), {})
     rows = json.loads(output.read_text(encoding="utf-8"))
     texts = [[turn["value"].replace("<image>", "").strip() for turn in row["conversations"]] for row in rows]

@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_jax.demo import world
 from llava_jax.demo.world import Scene, Thing
-from llava_jax.synthesize.teacher import Message
+from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import InputError
 
 _COLOUR, _SHAPE, _ROW, _COLUMN = ("|".join(words) for words in (world.COLOURS, world.SHAPES, world.ROWS, world.COLUMNS))
@@ -32,13 +32,14 @@ class EmbeddedTeacher:
         if kind not in writers:
             raise InputError(f"kind {kind!r}: expected one of {', '.join(writers)}")
         self.name = "embedded"
+        self.settings = {"model": "embedded", "seed": seed}
         self._write = writers[kind]
         self._seed = seed
 
-    def answer(self, messages: Sequence[Message]) -> str:
+    def answer(self, messages: Sequence[Message]) -> Reply:
         """The reply to the last message. Raises InputError when it is not about the small world."""
         text = messages[-1]["content"]
-        return self._write(read_scene(text), np.random.default_rng([self._seed, zlib.crc32(text.encode())]))
+        return Reply(self._write(read_scene(text), np.random.default_rng([self._seed, zlib.crc32(text.encode())])))
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

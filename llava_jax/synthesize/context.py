@@ -4,12 +4,15 @@ Source of the layout: the LLaVA paper, section 3: captions, one per line, a blan
 `category: [x1, y1, x2, y2]`.
 """
 
+import array
 import dataclasses
 import glob
 import json
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llava_jax.synthesize import json_stream
 from llava_jax.types import InputError
 
 # Boxes of COCO reach over the border by rounding; what reaches further is an error of the file.
@@ -43,33 +46,56 @@ def context_text(context: Context, boxes: bool) -> str:
     return "\n".join(lines)
 
 
-def load_contexts(path: str) -> list[Context]:
-    """Contexts of a JSONL file (id, image, captions, instances) or of a folder of COCO annotations.
+def open_contexts(path: str) -> Iterable[Context]:
+    """The contexts of a file, in its order, as often as they are gone through; none of them is kept.
 
-    Such a folder holds one captions*.json and one instances*.json. Raises InputError naming the file and the line.
+    `path` is a JSONL file (id, image, captions, instances), COCO's captions*.json with instances*.json beside it, or a
+    folder that holds one of each. Raises InputError naming the file and the line, those of a JSONL file on the way.
     """
-    contexts = _load_coco(path) if os.path.isdir(path) else _load_jsonl(path)
-    if not contexts:
-        raise InputError(f"{path}: holds no pictures, expected one context per line")
-    return contexts
+    if os.path.isdir(path):
+        return CocoContexts(_only(path, "captions"), _only(path, "instances"))
+    name = os.path.basename(path)
+    if name.startswith("captions") and name.endswith(".json"):
+        instances = os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))
+        if not os.path.isfile(instances):
+            raise InputError(f"{path}: no {instances} beside it; COCO keeps the boxes there")
+        return CocoContexts(path, instances)
+    return JsonlContexts(path)
+
+
+def load_contexts(path: str) -> list[Context]:
+    """All contexts of `open_contexts` at once."""
+    return list(open_contexts(path))
 
 
 # ---- JSONL ------------------------------------------------------------------------------------------------------
 
 
-def _load_jsonl(path: str) -> list[Context]:
-    contexts = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: not JSON ({error}), expected one context per line") from error
-            contexts.append(_context(row, where))
-    return contexts
+@dataclasses.dataclass(frozen=True)
+class JsonlContexts:
+    """The contexts of a JSONL file, read anew each time."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        with open(self.path, "rb"):  # a file that is not there is found before anything is asked
+            pass
+
+    def __iter__(self) -> Iterator[Context]:
+        found = False
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{self.path} line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{where}: not JSON ({error}), expected one context per line") from error
+                found = True
+                yield _context(row, where)
+        if not found:
+            raise InputError(f"{self.path}: holds no pictures, expected one context per line")
 
 
 def _context(row: Any, where: str) -> Context:
@@ -112,69 +138,99 @@ def _inside(box: tuple[float, ...], where: str) -> tuple[float, float, float, fl
 # ---- COCO -------------------------------------------------------------------------------------------------------
 
 
-def _load_coco(folder: str) -> list[Context]:
-    captions_path, instances_path = _only(folder, "captions"), _only(folder, "instances")
-    captions, instances = _read_json(captions_path), _read_json(instances_path)
-    try:
-        images = {image["id"]: image for image in captions["images"]}
-        images |= {image["id"]: image for image in instances["images"]}
-        categories = {category["id"]: category["name"] for category in instances["categories"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}: not COCO annotations, no {error}; expected images and categories") from error
-    texts: dict[Any, list[str]] = {key: [] for key in images}
-    things: dict[Any, list[Instance]] = {key: [] for key in images}
-    for index, note in enumerate(_annotations(captions, captions_path, ("image_id", "caption"), images)):
-        if not isinstance(note["caption"], str):
-            raise InputError(f"{captions_path} annotation {index}: caption is {note['caption']!r:.60}, expected a text")
-        texts[note["image_id"]].append(note["caption"].strip())
-    for note in _annotations(instances, instances_path, ("image_id", "category_id", "bbox"), images):
-        things[note["image_id"]].append(_coco_instance(note, images[note["image_id"]], categories, instances_path))
-    return [
-        Context(_stem(image["file_name"]), image["file_name"], tuple(filter(None, texts[key])), tuple(things[key]))
-        for key, image in images.items()
-    ]
+@dataclasses.dataclass
+class _Picture:
+    """What COCO says of one picture: file name, width, height; captions; five numbers a box, its category first."""
+
+    name: str
+    width: float
+    height: float
+    captions: list[str] = dataclasses.field(default_factory=list)
+    boxes: array.array = dataclasses.field(default_factory=lambda: array.array("d"))
 
 
-def _annotations(content: dict, path: str, keys: tuple[str, ...], images: dict) -> list[dict]:
-    notes = content.get("annotations")
-    if not isinstance(notes, list):
-        raise InputError(f"{path}: no list `annotations`, expected COCO's format")
-    for index, note in enumerate(notes):
-        missing = [key for key in keys if key not in note]
-        if missing or note["image_id"] not in images:
-            problem = f"no {missing[0]}" if missing else f"image_id {note['image_id']} is no image of the file"
-            raise InputError(f"{path} annotation {index}: {problem}, expected {', '.join(keys)}")
-    return notes
+class CocoContexts:
+    """The contexts of COCO's two files: captions, names and boxes are held, the rest of the files never is."""
+
+    def __init__(self, captions_path: str, instances_path: str):
+        self._pictures: dict[Any, _Picture] = {}
+        self._categories: dict[Any, str] = {}
+        self._instances_path = instances_path
+        captions = self._read(captions_path, ("image_id", "caption"))
+        for number, note in captions:
+            if not isinstance(note["caption"], str):
+                raise InputError(
+                    f"{captions_path} annotation {number}: caption is {note['caption']!r:.60}, expected a text"
+                )
+            self._picture(captions_path, number, note).captions.append(note["caption"].strip())
+        for number, note in self._read(instances_path, ("image_id", "category_id", "bbox")):
+            self._picture(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
+        if not self._pictures:
+            raise InputError(f"{captions_path}: holds no pictures, expected COCO's `images`")
+
+    def __iter__(self) -> Iterator[Context]:
+        for picture in self._pictures.values():
+            numbers = picture.boxes
+            boxes = [numbers[start : start + 5] for start in range(0, len(numbers), 5)]
+            things = tuple(self._instance(picture, int(category), *box) for category, *box in boxes)
+            yield Context(_stem(picture.name), picture.name, tuple(filter(None, picture.captions)), things)
+
+    def _read(self, path: str, keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+        """(its number, annotation) of each annotation that has `keys`; pictures and categories are kept by the way."""
+        number, notes = 0, []
+        for key, item in json_stream.items(path):
+            if key not in ("images", "categories", "annotations"):
+                continue
+            needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}.get(key, keys)
+            missing = [name for name in needed if not isinstance(item, dict) or name not in item]
+            if missing:
+                raise InputError(f"{path}: {key} {item!r:.60} has no {missing[0]}, expected {', '.join(needed)}")
+            if key == "images":
+                self._pictures.setdefault(item["id"], _Picture(item["file_name"], item["width"], item["height"]))
+            elif key == "categories":
+                self._categories[item["id"]] = item["name"]
+            elif item["image_id"] in self._pictures:
+                yield number, item
+            else:
+                # Of a file that names its pictures last.
+                notes.append((number, {name: item[name] for name in needed}))
+            number += key == "annotations"
+        if not number:
+            raise InputError(f"{path}: no list `annotations`, expected COCO's format")
+        yield from notes
+
+    def _picture(self, path: str, number: int, note: dict) -> _Picture:
+        if note["image_id"] not in self._pictures:
+            raise InputError(f"{path} annotation {number}: image_id {note['image_id']} is no image of the file")
+        return self._pictures[note["image_id"]]
+
+    def _instance(self, picture: _Picture, category: int, x: float, y: float, width: float, height: float) -> Instance:
+        if category not in self._categories:
+            raise InputError(f"{self._instances_path}: category_id {category} of image {picture.name} is no category")
+        across, down = picture.width, picture.height
+        shares = (x / across, y / down, (x + width) / across, (y + height) / down)
+        return Instance(
+            self._categories[category], _inside(shares, f"{self._instances_path}: bbox of image {picture.name}")
+        )
 
 
-def _coco_instance(note: dict, image: dict, categories: dict, path: str) -> Instance:
-    where = f"{path}: bbox of image {image['file_name']}"
-    if note["category_id"] not in categories:
-        raise InputError(f"{path}: category_id {note['category_id']} of image {image['file_name']} is no category")
-    box = note["bbox"]
+def _coco_box(note: dict, where: str) -> tuple[float, ...]:
+    """(category, x, y, width, height), the latter in pixels."""
+    box, category = note["bbox"], note["category_id"]
+    if not isinstance(category, int) or isinstance(category, bool):
+        raise InputError(f"{where}: category_id is {category!r:.60}, expected a number")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise InputError(f"{where} is {box!r:.60}, expected four numbers [x, y, width, height] in pixels")
-    x, y, width, height = box
-    shares = (x / image["width"], y / image["height"], (x + width) / image["width"], (y + height) / image["height"])
-    return Instance(categories[note["category_id"]], _inside(shares, where))
+        raise InputError(f"{where}: bbox is {box!r:.60}, expected four numbers [x, y, width, height] in pixels")
+    return (category, *box)
 
 
 def _only(folder: str, prefix: str) -> str:
     found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{prefix}*.json")))
-    if len(found) != 1:
-        raise InputError(f"{folder}: {len(found)} files {prefix}*.json, expected one (COCO's annotations)")
+    if not found:
+        raise InputError(f"{folder}: no file {prefix}*.json, expected one (COCO's annotations)")
+    if len(found) > 1:
+        raise InputError(f"{folder}: {len(found)} files {prefix}*.json; name one of them, as {found[0]}")
     return found[0]
-
-
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}), expected COCO's annotations") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: a {type(content).__name__}, expected COCO's annotations")
-    return content
 
 
 def _stem(name: str) -> str:

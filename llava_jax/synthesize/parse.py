@@ -6,7 +6,34 @@ from llava_jax.types import IMAGE_PLACEHOLDER, Turn
 
 SEPARATOR = re.compile(r"^[ \t]*===[ \t]*$", re.MULTILINE)
 BLOCK = re.compile(r"\s*(Question|Answer):[ \t]*(.*)", re.DOTALL)
-COORDINATES = re.compile(r"[\[(]\s*\d*\.\d+(\s*,\s*\d*\.?\d+){3}\s*[\])]")
+
+# A share of the width or the height, as boxes are given: 0.318, .5, 1.0, 0, 1.
+_SHARE = r"(?:0?\.\d+|1\.0+|[01])"
+# Two to four of them in brackets, at least one with a decimal point; or four in a row without brackets.
+COORDINATES = re.compile(
+    rf"[\[(](?=[^\])]*\.)\s*{_SHARE}(?:\s*,\s*{_SHARE}){{1,3}}\s*[\])]|(?<![\d.])0?\.\d+(?:\s*,\s*{_SHARE}){{3}}(?![\d.])"
+)
+# Words of somebody who reads what the teacher was given, in place of somebody who sees a picture: "the caption says",
+# "according to the second sentence", "the provided information". A caption that is part of a picture may be named.
+LEAKS = re.compile(
+    r"""
+    \b bounding [ ] box (?:es)? \b
+    | \b (?: the | these | their | its | given | provided ) [ ] coordinates \b
+    | \b (?: captions? | sentences? | descriptions? ) [ ] (?: also [ ] )?
+      (?: says? | said | states? | mentions? | mentioned | describes? | indicates? | suggests? | tells? | provided )
+      (?! [ ] (?: by | on | in ) ) \b
+    | \b (?: according [ ] to | based [ ] on | from | (?: mentioned | described | stated | listed ) [ ] in )
+      (?: [ ] (?: the | these | this | all | five | given | provided | image | picture | first | second | third ) )+
+      [ ] (?: captions? | sentences? | descriptions? | annotations? | boxes ) \b
+    | \b (?: provided | given ) [ ]
+      (?: captions? | descriptions? | sentences? | information | context | annotations? ) \b
+    | \b information [ ] (?: provided | given ) \b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+COORDINATES_LEAK = "box coordinates in the text"
+WORDS_LEAK = "speaks of captions or boxes"
+LEAK_REASONS = (COORDINATES_LEAK, WORDS_LEAK)
 
 
 class RejectedReply(Exception):
@@ -53,7 +80,11 @@ def parse_description(reply: str) -> str:
 def _check_content(reply: str) -> None:
     if not reply.strip():
         raise RejectedReply("empty reply")
+    if any("\ud800" <= letter <= "\udfff" for letter in reply):
+        raise RejectedReply("half a character in the text")
     if IMAGE_PLACEHOLDER in reply:
         raise RejectedReply(f"the placeholder {IMAGE_PLACEHOLDER} in the text")
     if COORDINATES.search(reply):
-        raise RejectedReply("box coordinates in the text")
+        raise RejectedReply(COORDINATES_LEAK)
+    if LEAKS.search(reply):
+        raise RejectedReply(WORDS_LEAK)

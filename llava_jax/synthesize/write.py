@@ -1,159 +1,235 @@
 """`synthesize`: instruction data in LLaVA's JSON, written by a language-only teacher from captions and boxes."""
 
 import collections
+import contextlib
 import dataclasses
-import glob
 import json
 import os
-import pathlib
-import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
 
-from llava_jax.synthesize.context import Context, context_text, load_contexts
-from llava_jax.synthesize.parse import RejectedReply, parse_description, parse_dialogue, parse_exchange
-from llava_jax.synthesize.teacher import Message, Teacher
-from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
+from llava_jax.synthesize.asking import Task, Verdict, ask_all, judge, tasks_of
+from llava_jax.synthesize.budget import Budget, Prices, longest_answer
+from llava_jax.synthesize.card import Card, Tally, card_text
+from llava_jax.synthesize.card_page import card_page
+from llava_jax.synthesize.context import Context, open_contexts
+from llava_jax.synthesize.journal import Journal
+from llava_jax.synthesize.kinds import KINDS, load_prompts
+from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages, estimate_tokens
+from llava_jax.types import InputError
 
-PROMPTS = str(pathlib.Path(__file__).parent / "prompts")
+ALL_KINDS = "all"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """One kind of instruction data: the folder of its prompts, and whether the teacher is shown the boxes too."""
+class Job:
+    """What is asked about which pictures: the prompts of each kind, and how replies become rows.
 
-    folder: str
-    boxes: bool
+    `seed` draws (where the picture stands, the question of a description), `limit` takes the first pictures only (0,
+    all), and `attempts` is how many answers to one request there may be until one can be used.
+    """
 
+    contexts: Iterable[Context]
+    prompts: Mapping[str, list[Message]]
+    seed: int = 0
+    limit: int = 0
+    attempts: int = 3
 
-KINDS = {
-    "conversation": Kind("conversation", boxes=False),
-    "detail": Kind("detail_description", boxes=True),
-    "reasoning": Kind("complex_reasoning", boxes=True),
-}
-
-# The questions of the paper's appendix for a detailed description; one is drawn for each picture.
-DETAIL_QUESTIONS = (
-    "Describe the following image in detail",
-    "Provide a detailed description of the given image",
-    "Give an elaborate explanation of the image you see",
-    "Share a comprehensive rundown of the presented image",
-    "Offer a thorough analysis of the image",
-    "Explain the various aspects of the image before you",
-    "Clarify the contents of the displayed image with great detail",
-    "Characterize the image using a well-detailed description",
-    "Break down the elements of the image in a detailed manner",
-    "Walk through the important details of the image",
-    "Portray the image with a rich, descriptive narrative",
-    "Narrate the contents of the image with precision",
-    "Analyze the image in a comprehensive and detailed manner",
-    "Illustrate the image through a descriptive explanation",
-    "Examine the image closely and share its details",
-    "Write an exhaustive depiction of the given image",
-)
+    def tasks(self, settings: Mapping[str, Any]) -> Iterator[Task]:
+        return tasks_of(self.contexts, self.prompts, settings, self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a run of `synthesize` did: rows written, turns in them, and how many replies were rejected, by reason."""
+    """What a run of `synthesize` did: rows, turns in them, pictures set aside and not answered yet, by reason."""
 
     rows: int
     turns: int
     rejected: dict[str, int]
+    unanswered: int = 0
+    why: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         lost = sum(self.rejected.values())
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.rejected.items())
-        return f"{self.rows} rows, {self.turns} turns, {lost} rejected" + (f" ({reasons})" if lost else "")
+        text = f"{self.rows} rows, {self.turns} turns, {lost} rejected{_reasons(self.rejected)}"
+        return text + (f", {self.unanswered} not answered{_reasons(self.why)}" if self.unanswered else "")
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{count} {reason}' for reason, count in counts.items())})" if counts else ""
+
+
+def open_job(
+    contexts_path: str, kind: str, prompts_dir: str | None = None, *, seed: int = 0, limit: int = 0, attempts: int = 3
+) -> Job:
+    """The job of a contexts file and a kind, or `all`; see `open_contexts` and `load_prompts`."""
+    kinds = tuple(KINDS) if kind == ALL_KINDS else (kind,)
+    prompts = {name: load_prompts(name, prompts_dir) for name in kinds}
+    return Job(open_contexts(contexts_path), prompts, seed, limit, attempts)
 
 
 def synthesize(
-    contexts_path: str,
-    kind: str,
+    job: Job,
     output: str,
     teacher: Teacher,
+    journal: Journal,
     *,
-    prompts_dir: str | None = None,
-    seed: int = 0,
-    limit: int = 0,
+    concurrency: int = 1,
+    tokens: int = 0,
+    money: float = 0.0,
+    prices: Prices | None = None,
+    stop: threading.Event | None = None,
+    say: Callable[[str], None] = print,
 ) -> Written:
-    """Asks the teacher about every picture (the first `limit` ones, when not 0) and writes the rows to `output`.
+    """Asks the teacher about every picture that the journal does not settle, and writes the rows to `output`.
 
-    `contexts_path` is a JSONL file of contexts or a folder of COCO annotations; `prompts_dir` holds a folder of
-    prompts for each kind (ours when None). Raises InputError; a reply that cannot be used is counted, not written.
+    Beside it stand what was set aside with its reason (.rejected.jsonl) and the data card (.card.txt, .card.html).
+    `tokens` and `money` bound what all answers of the journal cost; 0 is no bound. Raises InputError; a reply that
+    cannot be used is counted and set aside, not written.
     """
-    prompts = load_prompts(kind, prompts_dir)
-    contexts = load_contexts(contexts_path)
-    rows, rejected = [], collections.Counter()
-    for context in contexts[: limit or None]:
-        try:
-            turns = ask(context, kind, prompts, teacher, seed)
-        except RejectedReply as reason:
-            rejected[str(reason)] += 1
-            continue
-        rows.append(_row(context, turns))
-    if not rows:
-        reason, count = rejected.most_common(1)[0]
-        raise InputError(f"{teacher.name}: none of its {count} replies could be used ({reason}); nothing written")
-    _write(output, rows)
-    return Written(len(rows), sum(len(row["conversations"]) for row in rows), dict(rejected))
+    budget = Budget(tokens, money, prices, journal.tokens_in, journal.tokens_out)
+    asked = ask_all(
+        job.tasks(teacher.settings),
+        teacher,
+        journal,
+        budget,
+        attempts=job.attempts,
+        concurrency=concurrency,
+        seed=job.seed,
+        stop=stop or threading.Event(),
+        say=say,
+    )
+    why = asked.failed | ({asked.stopped: 1} if asked.stopped else {})
+    return write_rows(job, output, teacher.name, teacher.settings, journal, prices=prices, why=why)
 
 
-def load_prompts(kind: str, prompts_dir: str | None = None) -> list[Message]:
-    """The system message and the worked examples of a kind, from system_message.txt, 000_caps.txt, 000_conv.txt …"""
-    if kind not in KINDS:
-        raise InputError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
-    folder = os.path.join(prompts_dir or PROMPTS, KINDS[kind].folder)
-    system = os.path.join(folder, "system_message.txt")
-    if not os.path.isfile(system):
-        raise InputError(f"{system}: no such file; expected system_message.txt, 000_caps.txt, 000_conv.txt … in it")
-    messages = [{"role": "system", "content": _read(system)}]
-    for captions in sorted(glob.glob(os.path.join(glob.escape(folder), "*_caps.txt"))):
-        reply = captions.removesuffix("_caps.txt") + "_conv.txt"
-        if not os.path.isfile(reply):
-            raise InputError(f"{captions}: has no {os.path.basename(reply)} beside it; each example needs both files")
-        messages.append({"role": "user", "content": _read(captions)})
-        messages.append({"role": "assistant", "content": _read(reply)})
-    return messages
+def write_rows(
+    job: Job,
+    output: str,
+    name: str,
+    settings: Mapping[str, Any],
+    journal: Journal,
+    *,
+    prices: Prices | None = None,
+    why: Mapping[str, int] | None = None,
+) -> Written:
+    """Writes rows, what was set aside and the data card from the answers in the journal; nothing is asked.
 
-
-def messages_for(context: Context, kind: str, prompts: list[Message]) -> list[Message]:
-    """The whole conversation that a teacher is sent about one picture."""
-    return [*prompts, {"role": "user", "content": context_text(context, KINDS[kind].boxes)}]
-
-
-def ask(context: Context, kind: str, prompts: list[Message], teacher: Teacher, seed: int) -> tuple[Turn, ...]:
-    """The turns about one picture, the placeholder in the first one. Raises RejectedReply.
-
-    What is drawn (the question of a description; whether the picture comes before or after the first question, as in
-    the paper) depends on seed, kind and picture only, not on the order of the file.
+    `name` and `settings` are those of the teacher, `why` the reasons for which tasks are still open. Raises InputError
+    and writes nothing when there is no row.
     """
-    if not context.captions:
-        raise RejectedReply("no captions")
-    rng = random.Random(f"{seed}/{kind}/{context.id}")
-    reply = teacher.answer(messages_for(context, kind, prompts))
-    if kind == "conversation":
-        turns = parse_dialogue(reply)
-    elif kind == "reasoning":
-        turns = parse_exchange(reply)
-    else:
-        turns = (Turn("human", rng.choice(DETAIL_QUESTIONS)), Turn("gpt", parse_description(reply)))
-    first = turns[0].text
-    placed = f"{IMAGE_PLACEHOLDER}\n{first}" if rng.random() < 0.5 else f"{first}\n{IMAGE_PLACEHOLDER}"
-    return (Turn("human", placed), *turns[1:])
+    stem = os.path.splitext(output)[0]
+    card = Card(os.path.basename(output), name, {kind: Tally() for kind in job.prompts})
+    with _replacing(output) as rows, _replacing(f"{stem}.rejected.jsonl") as rejected:
+        rows.write("[")
+        for task in job.tasks(settings):
+            verdict = judge(task, journal.replies(task.key) if not task.problem else (), job.seed)
+            row, problem = _row(task, verdict), task.problem
+            if row is None and not problem and verdict.settled(job.attempts):
+                problem = verdict.reasons[-1]
+            card.tallies[task.kind].add(verdict, problem)
+            if problem:
+                rejected.write(json.dumps(_set_aside(task, verdict, problem)) + "\n")
+            elif row is not None:
+                rows.write((",\n" if card.rows > 1 else "\n") + json.dumps(row, ensure_ascii=False))
+        rows.write("\n]\n")
+        _require_rows(card, name, why)
+    card.tokens_in, card.tokens_out = journal.tokens_in, journal.tokens_out
+    card.money = prices.cost(card.tokens_in, card.tokens_out) if prices else None
+    for end, text in ((".card.txt", card_text(card)), (".card.html", card_page(card))):
+        with _replacing(f"{stem}{end}") as file:
+            file.write(text)
+    set_aside: collections.Counter[str] = collections.Counter()
+    for tally in card.tallies.values():
+        set_aside.update(tally.set_aside)
+    turns = sum(tally.turns for tally in card.tallies.values())
+    return Written(card.rows, turns, dict(set_aside), card.unanswered, dict(why or {}))
 
 
-def _row(context: Context, turns: tuple[Turn, ...]) -> dict:
-    said = [{"from": turn.speaker, "value": turn.text} for turn in turns]
-    return {"id": context.id, "image": context.image, "conversations": said}
+def _require_rows(card: Card, name: str, why: Mapping[str, int] | None) -> None:
+    if card.rows:
+        return
+    set_aside = sum((tally.set_aside for tally in card.tallies.values()), collections.Counter())
+    if set_aside:
+        reason = set_aside.most_common(1)[0][0]
+        replies = sum(tally.replies for tally in card.tallies.values())
+        raise InputError(f"{name}: none of its {replies} replies could be used ({reason}); nothing written")
+    raise InputError(f"{name}: no answers yet{_reasons(why or {})}; nothing written")
 
 
-def _write(path: str, rows: list[dict]) -> None:
+def _row(task: Task, verdict: Verdict) -> dict[str, Any] | None:
+    if verdict.turns is None:
+        return None
+    said = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
+    return {"id": task.context.id, "image": task.context.image, "conversations": said}
+
+
+def _set_aside(task: Task, verdict: Verdict, problem: str) -> dict[str, Any]:
+    replies = [
+        {"reason": reason, "text": reply.text} for reply, reason in zip(verdict.replies, verdict.reasons, strict=False)
+    ]
+    return {"id": task.context.id, "kind": task.kind, "reason": problem, "replies": replies}
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[TextIO]:
+    """A file that stands under `path` only when it is whole and on the disk."""
     temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(rows, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()
+# ---- before anything is asked -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a job will ask, before it does: requests still open, and about how many tokens they are.
+
+    `tokens_out` takes answers to be as long as the worked examples; `most_out` takes all at their limit, if there is
+    one answer to each.
+    """
+
+    requests: int
+    settled: int
+    tokens_in: int
+    tokens_out: int
+    most_out: int
+
+    def lines(self, prices: Prices | None) -> list[str]:
+        """For a person."""
+        lines = [
+            f"{self.requests} requests to send, {self.settled} pictures need none",
+            f"about {self.tokens_in} tokens asked and {self.tokens_out} answered, at most {self.most_out}",
+        ]
+        if prices:
+            cost, most = (prices.cost(self.tokens_in, out) for out in (self.tokens_out, self.most_out))
+            lines.append(f"about {cost:.2f} USD, at most {most:.2f}, at one answer a request")
+        return lines
+
+
+def estimate(job: Job, settings: Mapping[str, Any], journal: Journal) -> Estimate:
+    """The estimate of what the journal does not settle yet; see `estimate_tokens`."""
+    examples = {kind: [item["content"] for item in messages[2::2]] for kind, messages in job.prompts.items()}
+    prompts = {kind: estimate_messages(messages) for kind, messages in job.prompts.items()}
+    limit = longest_answer(settings)
+    typical = {
+        kind: min(limit, estimate_tokens(texts) // len(texts)) if texts else limit for kind, texts in examples.items()
+    }
+    requests = settled = tokens_in = tokens_out = 0
+    for task in job.tasks(settings):
+        if task.problem or judge(task, journal.replies(task.key), job.seed).settled(job.attempts):
+            settled += 1
+            continue
+        requests += 1
+        tokens_in += prompts[task.kind] + estimate_tokens([task.messages[-1]["content"]])
+        tokens_out += typical[task.kind]
+    return Estimate(requests, settled, tokens_in, tokens_out, requests * limit)

@@ -1,0 +1,94 @@
+"""What answers cost, and the limit that is not passed."""
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_jax.synthesize.teacher import Message, Reply, estimate_tokens
+
+# The longest answer to reckon with where a request does not bound it.
+UNBOUNDED = 4096
+
+
+class BudgetSpent(Exception):
+    """The next answer could cost more than is left; its text says what the limit is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """Money for a million tokens asked and for a million answered."""
+
+    tokens_in: float
+    tokens_out: float
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float:
+        return (tokens_in * self.tokens_in + tokens_out * self.tokens_out) / 1e6
+
+
+def longest_answer(settings: Mapping[str, Any]) -> int:
+    """Tokens that an answer can have at most, as its request says."""
+    return int(settings.get("max_completion_tokens") or settings.get("max_tokens") or UNBOUNDED)
+
+
+def metered(reply: Reply, asked: int) -> Reply:
+    """The reply with its tokens, where the endpoint has not counted them `asked` and what its text suggests."""
+    if reply.tokens_in or reply.tokens_out:
+        return reply
+    return dataclasses.replace(reply, tokens_in=asked, tokens_out=estimate_tokens([reply.text]))
+
+
+class Budget:
+    """Tokens and money spent, `tokens_in` and `tokens_out` before this run included; for several threads.
+
+    Before a request what it may cost at most is set aside, so that requests under way cannot pass the limit together.
+    A limit of 0 is none.
+    """
+
+    def __init__(self, tokens: int, money: float, prices: Prices | None, tokens_in: int, tokens_out: int):
+        self.tokens_in, self.tokens_out = tokens_in, tokens_out
+        self._tokens, self._money = tokens, money
+        self._prices = prices or Prices(0.0, 0.0)
+        self._reserved_in = self._reserved_out = 0
+        self._changed = threading.Condition()
+
+    @property
+    def money(self) -> float:
+        return self._prices.cost(self.tokens_in, self.tokens_out)
+
+    def reserve(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> tuple[int, int]:
+        """Sets aside what a request may cost. Raises BudgetSpent when it is more than is left.
+
+        It waits while other requests are under way that may cost less than was set aside for them.
+        """
+        # Three bytes a token are few: the limit holds for languages and tokenizers that need more than English does.
+        asked = sum(8 + len(message["content"].encode("utf-8", "replace")) // 3 for message in messages)
+        answered = longest_answer(settings)
+        with self._changed:
+            while not self._fits(asked, answered):
+                if not self._reserved_in:
+                    raise BudgetSpent(self._limit())
+                self._changed.wait()
+            self._reserved_in += asked
+            self._reserved_out += answered
+        return asked, answered
+
+    def settle(self, reserved: tuple[int, int], tokens_in: int = 0, tokens_out: int = 0) -> None:
+        """Takes back what was set aside for a request and counts what it has cost."""
+        with self._changed:
+            self._reserved_in -= reserved[0]
+            self._reserved_out -= reserved[1]
+            self.tokens_in += tokens_in
+            self.tokens_out += tokens_out
+            self._changed.notify_all()
+
+    def _fits(self, asked: int, answered: int) -> bool:
+        tokens_in = self.tokens_in + self._reserved_in + asked
+        tokens_out = self.tokens_out + self._reserved_out + answered
+        within = not self._tokens or tokens_in + tokens_out <= self._tokens
+        return within and (not self._money or self._prices.cost(tokens_in, tokens_out) <= self._money)
+
+    def _limit(self) -> str:
+        limits = [f"{self._tokens} tokens"] if self._tokens else []
+        limits += [f"{self._money:g} USD"] if self._money else []
+        return f"the next answer may pass the budget of {' and '.join(limits)}"

@@ -1,0 +1,102 @@
+"""A teacher behind an OpenAI-compatible endpoint, asked through the `openai` client."""
+
+import email.utils
+import json
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import openai
+
+from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, read_completion
+from llava_jax.types import InputError
+
+TRIES = 12
+CONNECT_WAIT = 15.0
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+# An endpoint that asks for more patience than this is one to come back to.
+LONGEST_ASKED_WAIT = 3600.0
+# Tries without any connection, before the address itself is taken for wrong.
+TRIES_UNREACHED = 4
+WRONG_FOR_ALL = (401, 403, 404)
+PASSING = (408, 409, 425, 429)
+
+
+class EndpointTeacher:
+    """A model behind the chat completions of `endpoint` (…/v1); `settings` hold its name and what else is sent.
+
+    What passes by itself (429, 5xx, lost connections, answers that are no JSON) is tried again: after as long as the
+    endpoint asks for (Retry-After), else after twice as long each time, drawn so that requests spread. `stop` ends the
+    waiting.
+    """
+
+    def __init__(
+        self, endpoint: str, key: str, settings: Mapping[str, Any], stop: threading.Event, timeout: float = 600.0
+    ):
+        self.name = str(settings["model"])
+        self.settings = settings
+        self._endpoint, self._key, self._stop = endpoint, key, stop
+        self._reached = False
+        self._client = openai.OpenAI(
+            base_url=endpoint, api_key=key, max_retries=0, timeout=openai.Timeout(timeout, connect=CONNECT_WAIT)
+        )
+
+    def answer(self, messages: Sequence[Message]) -> Reply:
+        """See `Teacher`."""
+        problem = ""
+        for tried in range(1, TRIES + 1):
+            asked_for: float | None = None
+            try:
+                reply = self._ask(messages)
+                self._reached = True
+                return reply
+            except openai.APIStatusError as error:
+                self._reached = True
+                self._give_up(error)
+                problem = f"status {error.status_code}"
+                asked_for = retry_after(error.response.headers)
+            except openai.APIConnectionError as error:
+                problem = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection lost"
+                if not self._reached and tried >= TRIES_UNREACHED:
+                    raise InputError(f"{self._endpoint}: cannot be reached ({error.__cause__ or error})") from error
+            except (ValueError, RecursionError) as error:
+                self._reached = True
+                problem = f"an answer that is no chat completion ({error})"
+            self._wait(tried, asked_for)
+        raise RequestFailed(f"no answer after {TRIES} tries, at last: {problem:.200}")
+
+    def _ask(self, messages: Sequence[Message]) -> Reply:
+        more = {name: value for name, value in self.settings.items() if name != "model"}
+        raw = self._client.chat.completions.with_raw_response.create(
+            model=self.name, messages=list(messages), extra_body=more
+        )
+        return read_completion(json.loads(raw.text))
+
+    def _give_up(self, error: openai.APIStatusError) -> None:
+        """Raises for what another try does not change: InputError when it is wrong for all, else RequestFailed."""
+        status = error.status_code
+        says = " ".join(str(error.message).replace(self._key, "***").split())[:300]
+        if status in WRONG_FOR_ALL or error.code == "insufficient_quota":
+            raise InputError(f"{self._endpoint}: refuses with status {status}: {says}") from error
+        if status < 500 and status not in PASSING:
+            raise RequestFailed(f"refused with status {status}: {says}") from error
+
+    def _wait(self, tried: int, asked_for: float | None) -> None:
+        if asked_for is not None and asked_for > LONGEST_ASKED_WAIT:
+            raise InputError(f"{self._endpoint}: asks to come back in {asked_for:.0f} s; run the command again then")
+        backoff = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
+        if self._stop.wait(backoff if asked_for is None else asked_for + random.uniform(0.0, 0.1 * FIRST_WAIT)):
+            raise RequestFailed("stopped")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a response asks to wait: Retry-After as a number or a date (RFC 9110, 10.2.3); None without one."""
+    said = headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        pass
+    date = email.utils.parsedate_tz(said)
+    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())

@@ -1,0 +1,119 @@
+"""Every raw answer on disk before it counts, so that none is paid for twice.
+
+An append-only JSONL file, a line an answer, good or bad, synced before `append` returns. What a kill leaves of a line
+at the end is cut off the next time; no line is ever changed.
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from llava_jax.synthesize.teacher import Message, Reply
+from llava_jax.types import InputError
+
+
+def key_of(context_id: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
+    """What an answer is kept under: another picture, prompt, model or setting of the request gives another key."""
+    text = json.dumps([context_id, dict(settings), list(messages)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Journal:
+    """The answers in the file `path`, or without a path in one that is gone with the process; for several threads.
+
+    Raises InputError when another process writes to it, when a line is no answer, and when the disk is full.
+    """
+
+    def __init__(self, path: str | None):
+        self.path = path
+        self.tokens_in = self.tokens_out = 0
+        self._lock = threading.Lock()
+        self._places: dict[str, list[tuple[int, int]]] = {}
+        self._file = tempfile.TemporaryFile() if path is None else _open(path)
+        self._end = self._read()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        """How many answers it holds."""
+        return sum(len(places) for places in self._places.values())
+
+    def replies(self, key: str) -> list[Reply]:
+        """The answers to one request, in the order they came."""
+        rows = [json.loads(os.pread(self._file.fileno(), size, at)) for at, size in self._places.get(key, ())]
+        return [Reply(row["text"], row["finish"], row["tokens_in"], row["tokens_out"]) for row in rows]
+
+    def append(self, key: str, context_id: str, kind: str, model: str, reply: Reply) -> None:
+        """Saves an answer; when this returns it is on the disk."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        row = {"key": key, "id": context_id, "kind": kind, "model": model, "at": now, **dataclasses.asdict(reply)}
+        line = (json.dumps(row) + "\n").encode()
+        with self._lock:
+            self._write(line)
+            self._count(key, row, self._end, len(line))
+            self._end += len(line)
+
+    def _write(self, line: bytes) -> None:
+        number = self._file.fileno()
+        try:
+            written = 0
+            while written < len(line):
+                written += os.pwrite(number, line[written:], self._end + written)
+            if self.path is not None:
+                os.fsync(number)
+        except OSError as error:
+            os.ftruncate(number, self._end)
+            raise InputError(
+                f"{self.path}: an answer cannot be saved ({error.strerror}); make room, run again"
+            ) from error
+
+    def _read(self) -> int:
+        """Where the file ends; half a line there is cut off."""
+        end, number = 0, 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                os.ftruncate(self._file.fileno(), end)
+                break
+            try:
+                row = json.loads(line)
+                Reply(row["text"], row["finish"], row["tokens_in"], row["tokens_out"])
+                self._count(row["key"], row, end, len(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path} line {number}: no saved answer ({type(error).__name__}); the file is damaged, "
+                    "take this line out"
+                ) from error
+            end += len(line)
+        return end
+
+    def _count(self, key: str, row: dict, at: int, size: int) -> None:
+        self._places.setdefault(key, []).append((at, size))
+        self.tokens_in += row["tokens_in"]
+        self.tokens_out += row["tokens_out"]
+
+
+def _open(path: str) -> Any:
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: another process is writing to it; wait for it, or name another output") from None
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name of a new file has to be on the disk as well
+    finally:
+        os.close(folder)
+    return file
