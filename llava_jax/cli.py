@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_train
+from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_prepare, cli_train
 from llava_jax.cli_parse import Parser
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
@@ -74,6 +74,24 @@ COMMANDS: dict[str, Command] = {
         cli_data.verify_flags,
         cli_data.verify,
         passes="--config",
+    ),
+    "prepare captions": Command(
+        "captions of pictures as rows of stage 1, each with a brief question drawn by the seed",
+        "llava-jax prepare captions --captions=captions_train2017.json --output=captions.json",
+        cli_prepare.captions_flags,
+        cli_prepare.captions,
+    ),
+    "prepare concepts": Command(
+        "the captions that the paper's filter keeps: rare noun phrases all, common ones thinned out",
+        "llava-jax prepare concepts --captions=cc3m.jsonl --output=cc3m_595k.json --json=phrases.json",
+        cli_prepare.concepts_flags,
+        cli_prepare.concepts,
+    ),
+    "prepare scienceqa": Command(
+        "ScienceQA's problems as rows of LLaVA, in the published prompt formats",
+        "llava-jax prepare scienceqa --source=scienceqa --split=minival --format=QCM-LEPA --output=minival.json",
+        cli_prepare.scienceqa_flags,
+        cli_prepare.scienceqa,
     ),
     "evaluate exact_match": Command(
         "score a file of answers by exact match, for each type of question and over all",

@@ -20,6 +20,8 @@ F2 ops.product
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
 F2 plan_cost
 F2 data.example data.packing synthesize.write
+F2 prepare.output prepare.phrases
+F3 prepare.captions prepare.concepts prepare.scienceqa
 F3 plan_target
 F3 models.clip models.llama data.pipeline data.verify convert.processor
 F4 models.llava train.optim train.metrics convert.export
@@ -42,7 +44,7 @@ F7 demo.backbones demo.story
 F7 benchmark.turns
 F7 benchmark.making benchmark.ours benchmark.compare
 F8 cli_parse
-F8 cli_benchmark
+F8 cli_benchmark cli_prepare
 F8 cli_train
 F8 cli_data cli_models cli_plan
 F8 cli
@@ -58,6 +60,7 @@ CLOSED = {
     "llava_jax/": ("torch", "tensorflow"),
     "llava_jax/data/": (*JAX, *MODEL, "llava_jax.convert"),
     "llava_jax/synthesize/": (*JAX, *MODEL, "llava_jax.convert"),
+    "llava_jax/prepare/": (*JAX, *MODEL, "llava_jax.convert"),
     "llava_jax/evaluate/": (*JAX, *MODEL, "llava_jax.convert"),
     "llava_jax/models/": ("llava_jax.data", "llava_jax.train", "llava_jax.convert"),
 }
