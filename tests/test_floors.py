@@ -13,17 +13,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = """
 F0 types convert.table
 F1 source
+F1 data.sources data.mixture
+F1 data.index
 F1 settings sharding data.chat data.image convert.config synthesize.context synthesize.parse synthesize.teacher
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product
-F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
+F2 layers ops.attention ops.loss ops.rope data.tokenize data.row convert.chat_jinja convert.safetensors_io
 F2 plan_cost
+F2 data.records
 F2 data.example data.packing synthesize.write
 F2 prepare.output prepare.phrases
 F3 prepare.captions prepare.concepts prepare.scienceqa
 F3 plan_target
-F3 models.clip models.llama data.pipeline data.verify convert.processor
+F3 data.pipeline
+F3 models.clip models.llama data.checks data.verify convert.processor
 F4 models.llava train.optim train.metrics convert.export
 F5 train.step train.hosts convert.hf infer.sample
 F5 infer.beam

@@ -43,13 +43,13 @@ def _normalised_bytes() -> np.ndarray:
 NORMALISED = _normalised_bytes()
 
 
-def load_image(path: str, size: int, aspect: str) -> np.ndarray:
-    """float32[size, size, 3], CLIP-normalised, of the picture at `path`; InputError as in `decode`."""
+def load_image(path: str | bytes, size: int, aspect: str) -> np.ndarray:
+    """float32[size, size, 3], CLIP-normalised, of the picture at `path`, or in these bytes; InputError as `decode`."""
     return preprocess(decode(path), size, aspect)
 
 
-def check_image(path: str) -> None:
-    """Decode the whole picture at `path` and raise InputError, naming path and reason, if that is not possible."""
+def check_image(path: str | bytes) -> None:
+    """Decode the whole picture at `path`, or in these bytes; InputError, naming path and reason, where that fails."""
     decode(path)
 
 
