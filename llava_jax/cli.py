@@ -93,6 +93,12 @@ COMMANDS: dict[str, Command] = {
         cli_prepare.scienceqa_flags,
         cli_prepare.scienceqa,
     ),
+    "prepare arrayrecord": Command(
+        "rows and their pictures as one TFDS data set of ArrayRecord files, read without TensorFlow",
+        "llava-jax prepare arrayrecord --annotations=data.json --images=images --output=packed",
+        cli_prepare.arrayrecord_flags,
+        cli_prepare.arrayrecord,
+    ),
     "evaluate exact_match": Command(
         "score a file of answers by exact match, for each type of question and over all",
         "llava-jax evaluate exact_match --questions=questions.jsonl --answers=answers.jsonl --json=figures.json",

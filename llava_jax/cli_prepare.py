@@ -140,3 +140,31 @@ def scienceqa(args: argparse.Namespace) -> int:
     write_rows(args.output, rows)
     print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with a picture: {args.output}")
     return 0
+
+
+# ---- arrayrecord ----------------------------------------------------------------------------------------------------
+
+
+def arrayrecord_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--annotations", required=True, metavar="SRC", help="rows, as data.annotations names them")
+    parser.add_argument("--images", default="", metavar="DIR", help="folder the rows' pictures are relative to")
+    parser.add_argument("--output", required=True, metavar="DIR", help="written: DIR/llava_rows/1.0.0")
+    parser.add_argument("--split", default="train", help="name of the split (train)")
+    parser.add_argument("--shards", type=int, default=0, help="files to write; 0: by size (0)")
+
+
+def arrayrecord(args: argparse.Namespace) -> int:
+    check_least(args, shards=0)
+    from llava_jax.prepare import arrayrecord as room
+
+    announce(
+        "prepare arrayrecord",
+        annotations=args.annotations,
+        images=args.images,
+        output=args.output,
+        split=args.split,
+        shards=args.shards or "by size",
+    )
+    folder, rows = room.write(args.annotations, args.images, args.output, split=args.split, shards=args.shards)
+    print(f"{rows:,} rows: {folder} (data.annotations of `train`; tfds.data_source reads it as well)")
+    return 0

@@ -7,6 +7,7 @@ SIGKILL after `--batches` batches, the next one goes on from there, and their ro
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -65,6 +66,11 @@ def make_rows(folder: pathlib.Path, count: int) -> str:
 def settings_of(folder: pathlib.Path, workers: int, pack: bool) -> DataSettings:
     changes = UNPACKED | dict(workers=workers, pack=pack)
     return DataSettings(f"{folder}/rows.json", f"{folder}/images", "v1", "front", "pad", 512, shuffle=True, **changes)
+
+
+def reading(settings: DataSettings, annotations: str) -> DataSettings:
+    """The same settings with rows from elsewhere."""
+    return dataclasses.replace(settings, annotations=annotations)
 
 
 def open_batches(settings: DataSettings, batch: int) -> tuple[BatchIterator, BatchPlan, dict[str, float]]:

@@ -24,7 +24,7 @@ F2 plan_cost
 F2 data.records
 F2 data.example data.packing synthesize.write
 F2 prepare.output prepare.phrases
-F3 prepare.captions prepare.concepts prepare.scienceqa
+F3 prepare.arrayrecord prepare.captions prepare.concepts prepare.scienceqa
 F3 plan_target
 F3 data.pipeline
 F3 models.clip models.llama data.checks data.verify convert.processor

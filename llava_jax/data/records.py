@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
-from etils import epath
 
 from llava_jax.data import sources
 from llava_jax.data.index import index_file
@@ -21,8 +20,6 @@ from llava_jax.data.sources import Source, split_sources
 from llava_jax.types import InputError, Record
 
 __all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]
-
-LINES = (".jsonl", ".ndjson")
 
 
 class Rows(Sequence[Record]):
@@ -148,6 +145,8 @@ class DatasetRows(Rows):
 
     def _describe(self) -> tuple[int, str]:
         """Rows of the split, and a hash of the description with names and sizes of the shards."""
+        from etils import epath
+
         info = self._open().info
         missing = {"id", "images", "conversations"} - set(info.features)
         if missing:
@@ -220,7 +219,7 @@ def _open_source(source: Source) -> Rows:
     if not os.path.isfile(path):
         raise InputError(f"{source.path}: no such annotations file; expected LLaVA JSON or JSONL")
     content = sources.digest(path)
-    places = index_file(path, os.path.splitext(source.path)[1].lower() in LINES, content)
+    places = index_file(path, sources.is_lines(source.path), content)
     # As assemble.file_inputs has it, so that a run goes on from a checkpoint that was made by it.
     line = f"{os.path.basename(source.path)} {content}\n"
     return FileRows(path, places, hashlib.blake2b(line.encode(), digest_size=16).hexdigest())

@@ -14,12 +14,12 @@ import os
 import re
 
 import numpy as np
-from etils import epath
 
 from llava_jax.types import InputError
 
 TFDS = "tfds:"
 INFO = "dataset_info.json"
+LINES = (".jsonl", ".ndjson")
 FORMS = "a JSON or JSONL file, a folder of a TFDS data set or tfds:NAME"
 # Fewer rows than these are read again sooner than what is kept of them.
 KEPT_ROWS = 20_000
@@ -85,7 +85,14 @@ def is_remote(path: str) -> bool:
 
 def is_dataset(path: str) -> bool:
     """Whether a source is a TFDS data set rather than a file."""
-    return path.startswith(TFDS) or (epath.Path(path) / INFO).exists()
+    if path.startswith(TFDS) or not is_remote(path):
+        return path.startswith(TFDS) or os.path.isfile(os.path.join(path, INFO))
+    return not path.lower().endswith((".json", *LINES))
+
+
+def is_lines(path: str) -> bool:
+    """Whether a file holds a row a line, by its name."""
+    return path.lower().endswith(LINES)
 
 
 def digest(path: str) -> str:
@@ -144,6 +151,8 @@ def local_copy(path: str) -> str:
     """
     if not is_remote(path):
         return path
+    from etils import epath  # a tenth of a second that no local file asks for
+
     there = epath.Path(path)
     try:
         found = there.stat()
