@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,9 +99,9 @@ def open_batches(settings: DataSettings, batch: int) -> tuple[BatchIterator, Bat
     return make_pipeline(records, settings, tokenizer, plan, image_size=SIZE, **model), plan, seconds
 
 
-def resident(field: str) -> float:
-    """VmRSS or VmHWM of this process in GB."""
-    with open("/proc/self/status", encoding="ascii") as file:
+def resident(field: str, process: int | str = "self") -> float:
+    """VmRSS or VmHWM of a process in GB."""
+    with open(f"/proc/{process}/status", encoding="ascii") as file:
         return next(int(line.split()[1]) / 1e6 for line in file if line.startswith(field))
 
 
@@ -114,8 +115,9 @@ def start(args: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = [next(data).rows_BM]
     seconds["first batch"] = round(time.monotonic() - began, 2)
-    children = [child.pid for child in multiprocessing.active_children()]
-    print(json.dumps({"seconds": seconds, "peak_gb": resident("VmHWM"), "workers": len(children)}), flush=True)
+    workers = [resident("VmRSS", child.pid) for child in multiprocessing.active_children()]
+    memory = {"peak_gb": resident("VmHWM"), "workers_gb": workers}
+    print(json.dumps({"seconds": seconds, **memory}), flush=True)
     expected = sorted(np.concatenate([plan.order_UC[args.start_at]]).tolist())
     print(json.dumps({"rows": sorted(rows[0][rows[0] >= 0].tolist()), "expected": expected}), flush=True)
     for delivered in range(args.start_at + 2, args.start_at + args.batches + 1):
@@ -140,6 +142,7 @@ def show(args: argparse.Namespace) -> dict:
     if not (args.folder / "rows.json").exists():
         make_rows(args.folder, args.rows)
     os.environ["LLAVA_JAX_CACHE"] = str(args.folder / "cache")
+    shutil.rmtree(args.folder / "cache", ignore_errors=True)
     figures = {"rows": args.rows, "bytes": (args.folder / "rows.json").stat().st_size, "load": os.getloadavg()[0]}
     for name in ("first start", "restart"):
         began = time.monotonic()

@@ -114,7 +114,7 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
         if grey.min() < 0 or grey.max() > 65535:
             raise InputError(f"image {name}: integer pixels outside 0..65535; convert it to 8 bit")
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def preprocess(image: Image.Image, size: int, aspect: str) -> np.ndarray:
@@ -123,10 +123,9 @@ def preprocess(image: Image.Image, size: int, aspect: str) -> np.ndarray:
     if aspect not in ("pad", "crop"):
         raise InputError(f'aspect "{aspect}" is not known; expected pad or crop')
     square = _pad(to_rgb(image), size) if aspect == "pad" else _crop(to_rgb(image), size)
-    bytes_XYC = np.asarray(square)
-    pixels_XYC = np.empty(bytes_XYC.shape, np.float32)
-    for channel in range(3):
-        pixels_XYC[..., channel] = NORMALISED[channel][bytes_XYC[..., channel]]
+    pixels_XYC = np.empty((square.height, square.width, 3), np.float32)
+    for channel, band in enumerate(square.split()):
+        pixels_XYC[..., channel] = NORMALISED[channel].take(np.asarray(band))
     return pixels_XYC
 
 
@@ -151,7 +150,9 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        strip = Image.new("RGB", (side, stop - start), BACKGROUND)
-        strip.paste(image.crop((0, start, width, stop)), (left, 0))
+        strip = image if stop - start == height else image.crop((0, start, width, stop))
+        if left:
+            strip, narrow = Image.new("RGB", (side, stop - start), BACKGROUND), strip
+            strip.paste(narrow, (left, 0))
         columns.paste(strip.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
     return columns.resize((size, size), Image.Resampling.BICUBIC)

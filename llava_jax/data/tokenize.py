@@ -233,6 +233,9 @@ def cut(encoded: Encoded, patches: int, max_length: int) -> Encoded:
 
     Never through an image: a row whose last image does not fit is refused, and so is one that keeps no target.
     """
+    marks = np.count_nonzero(encoded.tokens == IMAGE_MARK)
+    if len(encoded.tokens) + marks * (patches - 1) <= max_length and encoded.targets.any():
+        return encoded
     ends = np.cumsum(np.where(encoded.tokens == IMAGE_MARK, patches, 1))
     length = int(np.sum(ends <= max_length))
     images = np.flatnonzero(encoded.tokens == IMAGE_MARK)
@@ -264,6 +267,8 @@ def expand(
         fitting = cut(Encoded(tokens, targets), patches, max_length)
         tokens, targets = fitting.tokens, fitting.targets
     is_image = tokens == IMAGE_MARK
+    if not is_image.any():
+        return tokens, targets
     widths = np.where(is_image, patches, 1)
     tokens = np.where(is_image, image_token_id, tokens).astype(np.int32)
     return np.repeat(tokens, widths), np.repeat(targets, widths)
