@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from llava_jax import cli
-from llava_jax.data import checks, index, sources
+from llava_jax.data import checks, index, packing, sources
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.records import load_records, parse_records
@@ -130,6 +130,18 @@ def test_a_mixture_shows_the_shares_and_every_row_in_turn():
     assert plain[plain < 10].tolist() == list(range(10))
     assert plain[(plain >= 10) & (plain < 16)].tolist() == [10, 11, 12, 13, 14, 15, 10, 11]
     assert set(plain[:4]) > {0, 10}
+
+
+def test_a_long_order_is_kept(tmp_path, monkeypatch, cache):
+    settings = full_size.settings_of(tmp_path, workers=0, pack=False)
+    how = dict(batch_size=10, row_multiple=1, steps=5, seed=1, images_A=np.ones(20, np.int32))
+    lengths = np.full(20, 9, np.int32)
+    made = plan_batches([None] * 20, lengths, settings, **how).order_UC
+    assert not cache.exists()
+    monkeypatch.setattr(packing, "KEPT_ROWS", 50)
+    for _ in range(2):
+        np.testing.assert_array_equal(plan_batches([None] * 20, lengths, settings, **how).order_UC, made)
+        assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("pack", [False, True])

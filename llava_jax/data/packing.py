@@ -15,6 +15,7 @@ import numpy as np
 
 from llava_jax.data.grouping import count_words, grouped_order, modality_lengths
 from llava_jax.data.mixture import Mixture
+from llava_jax.data.sources import KEPT_ROWS, keep, key_of, recall
 from llava_jax.types import DataSettings, InputError, Record
 
 # Shapes with at least this share of real tokens are preferred to any with less.
@@ -175,8 +176,15 @@ def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture 
         return np.concatenate(epochs)[:places]
     if not shuffle:
         return np.arange(places) % count
+    name = key_of("order", 1, count, seed, places)
+    kept = recall(name) if places >= KEPT_ROWS else None
+    if kept is not None:
+        return kept["order"]
     stream = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-    return np.fromiter((stream[place] for place in range(places)), np.int64, places)
+    order = np.fromiter((stream[place] for place in range(places)), np.int64, places)
+    if places >= KEPT_ROWS:  # some microseconds a place: seconds of a start
+        keep(name, {"order": order})
+    return order
 
 
 def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
