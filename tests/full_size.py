@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from llava_jax.data.checks import check_once
-from llava_jax.data.packing import BatchPlan, plan_batches
+from llava_jax.data.checks import check_once, plan_once
+from llava_jax.data.packing import BatchPlan
 from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
@@ -92,9 +92,8 @@ def open_batches(settings: DataSettings, batch: int) -> tuple[BatchIterator, Bat
     checked.require_clean()
     done("check")
     steps = -(-len(records) // batch)
-    facts = dict(images_A=checked.images_A, words_A=checked.words_A, mixture=records.mixture)
     sizes = dict(batch_size=batch, row_multiple=8, steps=steps, seed=0)
-    plan = plan_batches(records, checked.lengths_A, settings, **sizes, **facts)
+    plan = plan_once(records, checked, settings, **sizes)
     done("plan")
     return make_pipeline(records, settings, tokenizer, plan, image_size=SIZE, **model), plan, seconds
 

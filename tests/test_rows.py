@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from llava_jax import cli
-from llava_jax.data import checks, index, packing, sources
+from llava_jax.data import checks, index, sources
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.records import load_records, parse_records
@@ -132,18 +132,6 @@ def test_a_mixture_shows_the_shares_and_every_row_in_turn():
     assert set(plain[:4]) > {0, 10}
 
 
-def test_a_long_order_is_kept(tmp_path, monkeypatch, cache):
-    settings = full_size.settings_of(tmp_path, workers=0, pack=False)
-    how = dict(batch_size=10, row_multiple=1, steps=5, seed=1, images_A=np.ones(20, np.int32))
-    lengths = np.full(20, 9, np.int32)
-    made = plan_batches([None] * 20, lengths, settings, **how).order_UC
-    assert not cache.exists()
-    monkeypatch.setattr(packing, "KEPT_ROWS", 50)
-    for _ in range(2):
-        np.testing.assert_array_equal(plan_batches([None] * 20, lengths, settings, **how).order_UC, made)
-        assert len(list(cache.iterdir())) == 1
-
-
 @pytest.mark.parametrize("pack", [False, True])
 def test_batches_of_a_mixture_have_its_rows(tmp_path, pack):
     settings = full_size.settings_of(tmp_path, workers=0, pack=pack)
@@ -159,22 +147,25 @@ def test_batches_of_a_mixture_have_its_rows(tmp_path, pack):
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def test_full_size_in_small(tmp_path, monkeypatch, cache):
+@pytest.mark.parametrize("pack", [False, True])
+def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
     """tests/full_size.py with few rows: the second start tokenises nothing, and goes on at the exact next row."""
     for module in (index, checks):
         monkeypatch.setattr(module, "KEPT_ROWS", 100)
     full_size.make_rows(tmp_path, 300)
-    settings = full_size.settings_of(tmp_path, workers=0, pack=True)
+    settings = full_size.settings_of(tmp_path, workers=0, pack=pack)
     data, plan, _ = full_size.open_batches(settings, 16)
     batches = [next(data) for _ in range(4)]
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
-    def never(*_):
-        raise AssertionError("tokenised again")
+    def never(*_, **__):
+        raise AssertionError("done again")
 
     with monkeypatch.context() as patch:
         patch.setattr(TextTokenizer, "encode_chunk", never)
+        patch.setattr(checks, "plan_batches", never)
         again, other, _ = full_size.open_batches(settings, 16)
+    assert (other.shape, other.most) == (plan.shape, plan.most)
     assert other.order_UC.tolist() == plan.order_UC.tolist() and other.rows_UC.tolist() == plan.rows_UC.tolist()
     again.set_state({"batches": 3})
     resumed = next(again)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from llava_jax.data.sources import KEPT_ROWS, PIECE, keep, key_of, recall
+from llava_jax.data.sources import KEPT_ROWS, PIECE, code, keep, key_of, recall
 from llava_jax.types import InputError
 
 BLANK = re.compile(r"[ \t\n\r]*")
@@ -29,7 +29,7 @@ def index_file(path: str, lines: bool, content: str) -> np.ndarray:
     `content` is the sha256 of the file, under which the index of a large one is kept. InputError when the file is no
     JSON list, not UTF-8, or holds no row; lines are not decoded.
     """
-    name = key_of("index", 1, content, lines)
+    name = key_of("index", code(), content, lines)
     kept = recall(name)
     if kept is not None:
         return kept["rows"]

@@ -15,7 +15,6 @@ import numpy as np
 
 from llava_jax.data.grouping import count_words, grouped_order, modality_lengths
 from llava_jax.data.mixture import Mixture
-from llava_jax.data.sources import KEPT_ROWS, keep, key_of, recall
 from llava_jax.types import DataSettings, InputError, Record
 
 # Shapes with at least this share of real tokens are preferred to any with less.
@@ -119,8 +118,8 @@ def plan_batches(
         lengths = modality_lengths(records, words_A, images_A)
         order_UC = grouped_order(lengths, batch_size, row_multiple, seed, steps)
     else:
-        order = _stream(len(records), settings.shuffle, seed, steps * batch_size, mixture)
-        order_UC = order.reshape(steps, batch_size)
+        places = steps * batch_size
+        order_UC = _stream(len(records), settings.shuffle, seed, places, mixture).reshape(steps, batch_size)
     filled = float(lengths_A[order_UC].mean() / settings.max_length)
     pictures = float(images_A[order_UC].sum(axis=1).mean())
     shape = BatchShape(batch_size, settings.max_length, int(images_A.max()), filled, pictures)
@@ -151,12 +150,11 @@ def plan_packed(
     if settings.shuffle:
         epochs = range(math.ceil(places / count))
         rows = (mixture.epoch(epoch, seed, shuffle=True) if mixture else np.arange(count) for epoch in epochs)
-        order = np.concatenate(
-            [
-                rows_E[_dealt_epoch(lengths_A[rows_E], images_A[rows_E], epoch, batch_size, seed)]
-                for epoch, rows_E in zip(epochs, rows, strict=True)
-            ]
+        dealt = (
+            rows_E[_dealt_epoch(lengths_A[rows_E], images_A[rows_E], epoch, batch_size, seed)]
+            for epoch, rows_E in zip(epochs, rows, strict=True)
         )
+        order = np.concatenate(list(dealt))
     else:
         order = _stream(count, shuffle=False, seed=seed, places=places, mixture=mixture)
     order_UC = order[:places].reshape(steps, batch_size)
@@ -176,15 +174,8 @@ def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture 
         return np.concatenate(epochs)[:places]
     if not shuffle:
         return np.arange(places) % count
-    name = key_of("order", 1, count, seed, places)
-    kept = recall(name) if places >= KEPT_ROWS else None
-    if kept is not None:
-        return kept["order"]
     stream = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-    order = np.fromiter((stream[place] for place in range(places)), np.int64, places)
-    if places >= KEPT_ROWS:  # some microseconds a place: seconds of a start
-        keep(name, {"order": order})
-    return order
+    return np.fromiter((stream[place] for place in range(places)), np.int64, places)
 
 
 def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:

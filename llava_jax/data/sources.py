@@ -114,6 +114,12 @@ def cache_folder() -> str:
     )
 
 
+def code() -> str:
+    """A hash of the code of data/: what other code made is made again."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return key_of([digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name.endswith(".py")])
+
+
 def key_of(*facts: object) -> str:
     """A name for what is kept under these facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.chips import chip_of
-from llava_jax.data.checks import check_once
-from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
+from llava_jax.data.checks import check_once, plan_once
+from llava_jax.data.packing import BatchPlan, BatchShape
 from llava_jax.data.pipeline import BatchIterator, Checked, make_pipeline, steps_for
 from llava_jax.data.records import Rows, load_records
 from llava_jax.data.tokenize import TextTokenizer
@@ -67,17 +67,14 @@ def total_steps(settings: Settings, rows: int) -> int:
 
 def plan_data(settings: Settings, mesh: Mesh, records: Rows, checked: Checked, steps: int) -> BatchPlan:
     """Which rows stand where in the batches of the whole run, and the shape that all of them have."""
-    return plan_batches(
+    return plan_once(
         records,
-        checked.lengths_A,
+        checked,
         settings.data,
         batch_size=settings.train.batch_size,
         row_multiple=batch_ranks(mesh) * settings.train.accumulate,
         steps=steps,
         seed=settings.seed,
-        images_A=checked.images_A,
-        words_A=checked.words_A,
-        mixture=records.mixture,
     )
 
 
