@@ -13,7 +13,7 @@ from llava_jax import cli
         ["train", "--size=tiny", "--stage=pretrain", "--steps=1"],
         ["train", "--size=tiny", "--stage=finetune", "--steps=1"],
         ["generate", "--size=tiny", "--new_tokens=8"],
-        ["data", "--pictures=3", "--side=56"],
+        ["data", "--pictures=8", "--rows=128", "--side=56"],
     ],
     ids=" ".join,
 )
