@@ -60,6 +60,17 @@ def test_questions_are_drawn_by_seed_and_id_alone(tmp_path):
     assert all(parse_row(row, "row").images for row in rows)
 
 
+def test_captions_command(tmp_path, capsys):
+    path = write(tmp_path / "a.json", [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": ""}])
+    assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/o.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "refused: row 1: caption 'b.jpg' is ''" in said and "1 rows of stage 1, 1 captions refused" in said
+    [line] = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert parse_row(json.loads(line), "row").turns[1].text == "A dog."
+    assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.json", f"--output={tmp_path}/o.json"]) == 2
+    assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.jsonl", f"--output={tmp_path}/o.json"]) == 2
+
+
 # ---- concepts -------------------------------------------------------------------------------------------------------
 
 
