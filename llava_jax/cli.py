@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_synthesize, cli_train
+from llava_jax import cli_benchmark, cli_data, cli_models, cli_plan, cli_prepare, cli_synthesize, cli_train
 from llava_jax.cli_parse import Parser
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
@@ -76,6 +76,30 @@ COMMANDS: dict[str, Command] = {
         cli_data.verify,
         passes="--config",
     ),
+    "prepare captions": Command(
+        "captions of pictures as rows of stage 1, each with a brief question drawn by the seed",
+        "llava-jax prepare captions --captions=captions_train2017.json --output=captions.json",
+        cli_prepare.captions_flags,
+        cli_prepare.captions,
+    ),
+    "prepare concepts": Command(
+        "the captions that the paper's filter keeps: rare noun phrases all, common ones thinned out",
+        "llava-jax prepare concepts --captions=cc3m.jsonl --output=cc3m_595k.json --json=phrases.json",
+        cli_prepare.concepts_flags,
+        cli_prepare.concepts,
+    ),
+    "prepare scienceqa": Command(
+        "ScienceQA's problems as rows of LLaVA, in the published prompt formats",
+        "llava-jax prepare scienceqa --source=scienceqa --split=minival --format=QCM-LEPA --output=minival.json",
+        cli_prepare.scienceqa_flags,
+        cli_prepare.scienceqa,
+    ),
+    "prepare arrayrecord": Command(
+        "rows and their pictures as one TFDS data set of ArrayRecord files, read without TensorFlow",
+        "llava-jax prepare arrayrecord --annotations=data.json --images=images --output=packed",
+        cli_prepare.arrayrecord_flags,
+        cli_prepare.arrayrecord,
+    ),
     "evaluate exact_match": Command(
         "score a file of answers by exact match, for each type of question and over all",
         "llava-jax evaluate exact_match --questions=questions.jsonl --answers=answers.jsonl --json=figures.json",
@@ -101,7 +125,7 @@ COMMANDS: dict[str, Command] = {
         cli_benchmark.generate,
     ),
     "benchmark data": Command(
-        "pictures decoded and preprocessed a CPU second",
+        "pictures from file to batch and rows tokenised and packed a CPU second, one worker and two",
         "llava-jax benchmark data --peer --json=data.json",
         cli_benchmark.data_flags,
         cli_benchmark.data,

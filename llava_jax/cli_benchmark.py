@@ -107,18 +107,31 @@ def generate(args: argparse.Namespace) -> int:
 def data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=32, help="JPEGs of 640 x 480 that are made and read (32)")
     parser.add_argument("--side", type=int, default=336, help="side of the square the model sees (336)")
+    parser.add_argument("--rows", type=int, default=2048, help="conversations that are tokenised and packed (2048)")
     common_flags(parser, rounds=7)
 
 
 def data(args: argparse.Namespace) -> int:
-    check_positive(args, "pictures", "side", "rounds")
+    check_positive(args, "pictures", "side", "rows", "rounds")
+    for name, batch in (("pictures", 8), ("rows", 128)):
+        if getattr(args, name) % batch:
+            raise InputError(f"--{name}={getattr(args, name)}: expected whole batches, a multiple of {batch}")
     peer, core = sides(args, "small")
-    work = dict(job="data", count=args.pictures, size=args.side, core=core)
-    pictures = f"{args.pictures} JPEGs of 640 x 480 to {args.side} x {args.side}, padded"
-    announce("benchmark data", pictures=pictures, turns=args.rounds, **where(core, peer))
+    work = dict(job="data", count=args.pictures, size=args.side, rows=args.rows, core=core)
+    pictures = f"{args.pictures} JPEGs of 640 x 480 to {args.side} x {args.side}, padded, in batches"
+    announce("benchmark data", pictures=pictures, rows=args.rows, turns=args.rounds, **where(core, peer))
     result = measure(args, work, peer)
     print_table(result, ("pictures a CPU second", lambda side: f"{1 / side['picture']:.1f}"))
-    return write_json(args, {"command": "data", **result}, [result])
+    ours = result["ours"]
+    print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
+    work = dict(job="scaling", count=args.pictures, size=args.side, batches=args.pictures // 4, core=None)
+    scaled = measure(args, work, None)["ours"]
+    one, two = (1 / scaled[f"workers_{workers}"] for workers in (1, 2))
+    print(
+        f"  worker processes: {one:.1f} pictures a second from one, {two:.1f} from two, {two / one:.2f} times as many"
+    )
+    scaling = {"one": one, "two": two, "ratio": two / one, "load": os.getloadavg()[0]}
+    return write_json(args, {"command": "data", **result, "scaling": scaling}, [result])
 
 
 # ---- what the three share -------------------------------------------------------------------------------------------

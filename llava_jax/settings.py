@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from llava_jax.data import sources
 from llava_jax.source import absolute
 from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, DataSettings, InputError, Settings
 
@@ -120,7 +121,7 @@ def absolute_paths(settings: Settings) -> Settings:
         settings,
         model=dataclasses.replace(model, vision=_absolute_tower(model.vision), llm=_absolute_tower(model.llm)),
         init=dataclasses.replace(init, model=absolute(init.model), projector=_absolute(init.projector)),
-        data=dataclasses.replace(data, annotations=_absolute(data.annotations), images=_absolute(data.images)),
+        data=dataclasses.replace(data, annotations=sources.absolute(data.annotations), images=_absolute(data.images)),
     )
 
 

@@ -42,10 +42,12 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One row of a LLaVA annotation file; `images` are paths relative to `data.images`, in placeholder order."""
+    """One row of LLaVA's annotations; `images` are paths relative to `data.images`, or pictures as the bytes of a file,
+    in placeholder order.
+    """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
 
 

@@ -5,6 +5,7 @@ The comparison with transformers is tests/parity/test_anyres.py.
 
 import dataclasses
 import json
+import shutil
 from contextlib import closing
 
 import jax
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from llava_jax import api
 from llava_jax.convert import hf, table
 from llava_jax.convert.config import default_pinpoints, llava_config, llava_json
+from llava_jax.data import checks
 from llava_jax.data.anyres import NEWLINE, Tiling, rows_of_tiles, tiling
 from llava_jax.data.image import image_size, normalised
 from llava_jax.data.packing import plan_batches
@@ -218,11 +220,11 @@ def test_a_projector_file_may_hold_the_newline_or_not(inputs, tmp_path):
 # ---- rows and training ------------------------------------------------------------------------------------------
 
 
-def batches_of(settings, row_multiple=1):
-    """(model config, records, tokenizer, what was checked, first batch)."""
+def batches_of(settings, row_multiple=1, change=lambda records: records):
+    """(model config, records, tokenizer, what was checked, first batch); `change` is done to the records first."""
     plan = plan_model(settings)
     config, tokenizer = plan.config, load_tokenizer(plan.tokenizer)
-    records = load_records(settings.data.annotations)
+    records = change(load_records(settings.data.annotations))
     sizes = dict(image_token_id=config.image_token_id, patches=config.vision.patches, tiling=tiling(config))
     checked = check_records(records, settings.data, tokenizer, **sizes)
     counts = dict(batch_size=settings.train.batch_size, row_multiple=row_multiple, steps=1, seed=0)
@@ -262,6 +264,36 @@ def test_rows_hold_their_pictures_tokens_tiles_and_targets(inputs, first):
             seen += 1
         assert not batch.pixels_BNXYC[b, slot:].any()
     assert seen == 8 and checked.slots_A.tolist()[5] == 0 and checked.slots_A.max() == checked.slots_A[7]
+
+
+def test_pictures_that_come_with_their_rows_make_the_same_batch(inputs, first):
+    def with_bytes(records):
+        folder = inputs / "images"
+        return [replace(one, images=tuple((folder / name).read_bytes() for name in one.images)) for one in records]
+
+    replace, batch = dataclasses.replace, first[-1]
+    packed = bool((batch.segment_ids_BT > 1).any())
+    ours = batches_of(settings_of(inputs, data__pack=packed), change=with_bytes)[-1]
+    for mine, theirs in zip(ours, batch, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_check_sees_pictures_of_another_size(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "KEPT_ROWS", 1)
+    monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    settings = settings_of(inputs, data__images=str(tmp_path / "images"))
+    plan = plan_model(settings)
+    records, tokenizer = load_records(settings.data.annotations), load_tokenizer(plan.tokenizer)
+    row = next(row for row, record in enumerate(records) if len(record.images) == 1)
+    slots = []
+    for size in ((16, 16), (16, 48)):
+        picture(*size).save(tmp_path / "images" / records[row].images[0])
+        model = dict(image_token_id=plan.config.image_token_id, patches=4, tiling=tiling(plan.config))
+        checked = checks.check_once(records, settings.data, tokenizer, **model)
+        checked.require_clean()
+        slots.append((checked.slots_A[row], checked.lengths_A[row]))
+    assert slots[0] < slots[1]
 
 
 def test_too_small_a_bucket_is_named(inputs):

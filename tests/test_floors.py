@@ -16,22 +16,28 @@ F0 convert.stored
 F1 convert.families
 F1 convert.config
 F1 source convert.torch_bin
+F1 data.sources data.mixture
+F1 data.index
 F1 settings sharding data.chat data.image synthesize.json_stream synthesize.parse synthesize.teacher
 F1 synthesize.context synthesize.journal synthesize.budget synthesize.endpoint
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product
-F2 layers ops.attention ops.loss ops.rope data.tokenize data.records convert.chat_jinja convert.safetensors_io
+F2 layers ops.attention ops.loss ops.rope data.tokenize data.row convert.chat_jinja convert.safetensors_io
 F2 convert.chat_known
 F2 plan_cost
+F2 data.records
 F2 data.anyres data.example data.packing synthesize.kinds
 F2 synthesize.asking
 F2 synthesize.batch synthesize.card
 F2 synthesize.card_page
 F2 synthesize.write
+F2 prepare.output prepare.phrases
+F3 prepare.arrayrecord prepare.captions prepare.concepts prepare.scienceqa
 F3 plan_target
 F3 models.nf4
-F3 models.lora models.clip models.llama data.pipeline data.verify convert.processor
+F3 data.pipeline
+F3 models.lora models.clip models.llama data.checks data.verify convert.processor
 F3 convert.original
 F4 models.llava train.optim train.metrics convert.export
 F5 train.step train.hosts convert.hf convert.peft infer.sample
@@ -53,7 +59,7 @@ F7 demo.backbones demo.story
 F7 benchmark.turns
 F7 benchmark.making benchmark.ours benchmark.compare
 F8 cli_parse
-F8 cli_benchmark
+F8 cli_benchmark cli_prepare
 F8 cli_train
 F8 cli_data cli_models cli_plan cli_synthesize
 F8 cli
@@ -69,6 +75,7 @@ CLOSED = {
     "llava_jax/": ("torch", "tensorflow"),
     "llava_jax/data/": (*JAX, *MODEL, "llava_jax.convert"),
     "llava_jax/synthesize/": (*JAX, *MODEL, "llava_jax.convert"),
+    "llava_jax/prepare/": (*JAX, *MODEL, "llava_jax.convert"),
     "llava_jax/evaluate/": (*JAX, *MODEL, "llava_jax.convert"),
     "llava_jax/models/": ("llava_jax.data", "llava_jax.train", "llava_jax.convert"),
 }

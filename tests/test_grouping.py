@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llava_jax.data.grouping import grouped_epoch, grouped_order, modality_lengths, randperm
+from llava_jax.data.grouping import count_words, grouped_epoch, grouped_order, modality_lengths, randperm
 from llava_jax.types import Record, Turn
 
 # Words of twelve rows, negative without a picture.
@@ -73,4 +73,5 @@ def test_epochs_are_whole_batches_and_differ():
 def test_lengths_are_words_and_the_sign_is_the_kind():
     turns = (Turn("human", "<image>\nWhat  is\tthis?"), Turn("gpt", "A cat."))
     records = [Record("a", ("a.png",), turns), Record("b", (), (Turn("human", "Hi there"), Turn("gpt", "Yes")))]
-    assert modality_lengths(records) == [6, -3]
+    words = np.array([count_words(record) for record in records])
+    assert modality_lengths(records, words, np.array([1, 0])) == [6, -3]

@@ -80,10 +80,10 @@ def test_bad_row_is_named(row, reason):
 
 def test_json_and_json_lines_give_the_same(tmp_path):
     rows = [_row(), _row(id="r1"), _row(id="r3", image=None, conversations=_says("Grüße 😀\u2028"))]
-    as_list = load_records(_write(tmp_path / "a.json", rows))
+    as_list = list(load_records(_write(tmp_path / "a.json", rows)))
     lines = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
-    assert load_records(_write(tmp_path / "a.jsonl", lines)) == as_list
-    assert load_records(_write(tmp_path / "b.JSONL", lines)) == as_list
+    assert list(load_records(_write(tmp_path / "a.jsonl", lines))) == as_list
+    assert list(load_records(_write(tmp_path / "b.JSONL", lines))) == as_list
     assert [record.id for record in as_list] == ["r1", "r1", "r3"]
     assert as_list[2].turns[0].text == "Grüße 😀\u2028"
 
@@ -95,8 +95,8 @@ def test_every_bad_row_is_collected(tmp_path):
     assert good.id == "r1"
     assert (broken.row, broken.id) == (1, "") and broken.reason.startswith("line 2 is not JSON")
     assert isinstance(unequal, Rejected) and (unequal.row, unequal.id) == (2, "r9")
-    with pytest.raises(InputError, match=r"a\.jsonl: row 1: line 2 is not JSON"):
-        load_records(path)
+    with pytest.raises(InputError, match=r"^row 1: line 2 is not JSON"):
+        load_records(path)[1]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) ->
 
 def with_paths(work: Mapping[str, Any], folder: str) -> Figures:
     """The work with the places of its files."""
-    if work["job"] == "data":
+    if work["job"] in ("data", "scaling"):
         return {**work, "pictures": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
     return {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
 
@@ -174,9 +174,11 @@ def summary(work: Mapping[str, Any], sides: Mapping[str, Side]) -> Figures:
 def check_same(work: Mapping[str, Any], ours: Figures, theirs: Figures) -> str:
     """In words, how it is known that both sides did the same work. Raises InputError where they did not."""
     if work["job"] == "data":
-        if abs(ours["sum"] - theirs["sum"]) > 1e-6 * theirs["sum"]:
-            raise InputError(f"benchmark: the pictures differ (sums {ours['sum']}, {theirs['sum']}): not the same work")
-        return "the same pixels"
+        pairs = list(zip(ours.pop("pixels"), theirs.pop("pixels"), strict=True))
+        differ = [picture for picture, (one, other) in enumerate(pairs) if one != other]
+        if differ:
+            raise InputError(f"benchmark: the pictures differ ({len(differ)} of {len(pairs)}): not the same work")
+        return "bit-equal pixels"
     if not work["weights"]:
         return "random weights on each side, not compared"
     if work["job"] == "generate":

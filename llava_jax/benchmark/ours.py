@@ -5,22 +5,29 @@ A program, `python -m llava_jax.benchmark.ours WORK.json`, that serves turns (`t
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from llava_jax.benchmark.turns import Figures, Turn, clock, fingerprint, serve
 from llava_jax.convert import hf
-from llava_jax.data.image import load_image
+from llava_jax.data.packing import plan_batches
+from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline
+from llava_jax.data.row import parse_row
+from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.flops import step_flops
 from llava_jax.infer import generate as answering
 from llava_jax.models.llava import build
 from llava_jax.settings import STAGES
 from llava_jax.sharding import batch_sharding, make_mesh
-from llava_jax.train.assemble import random_params
+from llava_jax.train.assemble import EMBEDDED_TOKENIZER, random_params
 from llava_jax.train.compiling import compile_lowered
 from llava_jax.train.prepare import Run, prepare
 from llava_jax.train.step import TrainState, partition
@@ -29,18 +36,26 @@ from llava_jax.types import (
     Batch,
     DataSettings,
     InitSettings,
+    LoraSettings,
     MeshSettings,
     ModelConfig,
     ModelSettings,
     OptimSettings,
+    Record,
     Sampling,
     Settings,
     TrainSettings,
 )
 
+# Pictures of a batch, conversations of a packed batch, batches that workers may have ready before they are asked for.
+PICTURE_BATCH, ROW_BATCH, READ_AHEAD = 8, 128, 6
+# Image tokens of a picture in the data's rows; their number does not matter to the pixels.
+PATCHES = 16
+WORDS = "the a red blue square circle left right of above there is in picture and what how many are".split()
+
 
 def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    return {"train": train, "generate": generate, "data": data}[work["job"]](work)
+    return {"train": train, "generate": generate, "data": data, "scaling": scaling}[work["job"]](work)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -69,7 +84,8 @@ def settings_of(work: Mapping[str, Any]) -> Settings:
         loss_norm="global_token",
     )
     model = ModelSettings(work["model"], work["model"], "mlp2x_gelu", -2)
-    return Settings(work["stage"], 0, model, InitSettings("", ""), data, optim, train, MeshSettings(1, 1, 1))
+    init, lora, mesh = InitSettings("", ""), LoraSettings(0, 0.0, 0.0, ""), MeshSettings(1, 1, 1)
+    return Settings(work["stage"], 0, model, init, data, optim, lora, train, mesh)
 
 
 def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
@@ -168,17 +184,96 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: every picture decoded, padded to a square and preprocessed; seconds a picture."""
+    """One turn: all pictures from their files to batches, and all rows from text to packed batches; seconds of each.
+
+    Both go through the pipeline of `train`, read in this process.
+    """
     seconds = clock("cpu")
+    tokenizer = load_tokenizer(EMBEDDED_TOKENIZER)
+    pictures, rows = picture_records(work["pictures"]), text_records(work["rows"])
+    folder = os.path.dirname(work["pictures"][0])
+    size = dict(image_size=work["size"], patches=PATCHES)
 
     def turn() -> dict[str, float]:
-        began = seconds()
-        for path in work["pictures"]:
-            load_image(path, work["size"], "pad")
-        return {"picture": (seconds() - began) / len(work["pictures"])}
+        with closing(
+            open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
+        ) as batches:
+            spent = drain(batches, len(pictures) // PICTURE_BATCH, seconds)
+        data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, pack=True, workers=0, **size)
+        with closing(data):
+            packed = drain(data, len(rows) // ROW_BATCH, seconds)
+        return {"picture": spent / len(pictures), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
 
-    same = sum(fingerprint(load_image(path, work["size"], "pad")) for path in work["pictures"])
-    return {"sum": same, "device": "cpu"}, turn
+    with closing(open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]) as batches:
+        pixels = [fingerprint(one) for batch, _ in zip(batches, pictures, strict=False) for one in batch[4][:, 0]]
+    return {"pixels": pixels[: len(pictures)], "device": "cpu"}, turn
+
+
+def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: batches of pictures from one worker process, then from two; wall seconds a picture of each."""
+    flags.FLAGS.mark_as_parsed()
+    tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
+    folder = os.path.dirname(work["pictures"][0])
+    how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
+    readers = {n: open_batches(records, folder, tokenizer, PICTURE_BATCH, workers=n, **how)[0] for n in (1, 2)}
+
+    def turn() -> dict[str, float]:
+        found = {}
+        for workers, batches in readers.items():
+            drain(batches, READ_AHEAD, time.perf_counter)  # what was read while the other one's turn was on
+            found[f"workers_{workers}"] = drain(batches, work["batches"], time.perf_counter)
+        return {name: spent / (work["batches"] * PICTURE_BATCH) for name, spent in found.items()}
+
+    turn()
+    return {"device": "cpu"}, turn
+
+
+def open_batches(
+    records: list[Record],
+    folder: str,
+    tokenizer: TextTokenizer,
+    batch_size: int,
+    *,
+    pack: bool,
+    workers: int,
+    image_size: int,
+    patches: int,
+    steps: int = 0,
+) -> tuple[BatchIterator, int]:
+    """The batches that `train` would get of these records, each record once (or as long as `steps` go on), and how many
+    tokens all of them have."""
+    settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
+    model = dict(image_token_id=tokenizer.size, patches=patches)
+    checked = check_records(records, settings, tokenizer, **model)
+    sizes = dict(batch_size=batch_size, row_multiple=1, steps=steps or len(records) // batch_size, seed=0)
+    plan = plan_batches(records, checked.lengths_A, settings, **sizes)
+    settings = dataclasses.replace(settings, workers=workers)
+    return make_pipeline(records, settings, tokenizer, plan, image_size=image_size, **model), checked.tokens
+
+
+def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> float:
+    """Seconds that the next `count` batches take."""
+    began = seconds()
+    for _ in range(count):
+        next(batches)
+    return seconds() - began
+
+
+def picture_records(paths: list[str]) -> list[Record]:
+    """A record with a short question for each picture."""
+    return [record(str(n), os.path.basename(path), ["<image>\nWhat is this?", "Yes."]) for n, path in enumerate(paths)]
+
+
+def text_records(count: int) -> list[Record]:
+    """Records of two exchanges without pictures, 42 to 102 words each."""
+    rng = random.Random(0)
+    lengths = ((10, 20, 10, rng.randint(2, 62)) for _ in range(count))
+    return [record(str(n), "", [" ".join(rng.choices(WORDS, k=k)) for k in said]) for n, said in enumerate(lengths)]
+
+
+def record(name: str, image: str, texts: list[str]) -> Record:
+    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * 2, texts, strict=False)]
+    return parse_row({"id": name, "images": [image] if image else [], "conversations": turns}, name)
 
 
 def about(config: ModelConfig) -> Figures:

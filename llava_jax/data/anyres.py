@@ -110,10 +110,13 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
 
 
 def load_tiles(
-    picture: str | Image.Image, size: int, aspect: str, tiles: Tiling | None, pixels: Pixels = CLIP
+    picture: str | bytes | Image.Image, size: int, aspect: str, tiles: Tiling | None, pixels: Pixels = CLIP
 ) -> np.ndarray:
-    """float32[n, size, size, 3] of a picture (path, or in memory): its tiles, or the one square that `aspect` makes."""
-    image = decode(picture) if isinstance(picture, str) else picture
+    """float32[n, size, size, 3] of a picture (path, bytes of a file, or in memory).
+
+    Its tiles, or the one square that `aspect` makes.
+    """
+    image = decode(picture) if isinstance(picture, str | bytes) else picture
     return preprocess(image, size, aspect, pixels)[None] if tiles is None else tiles.cut(image)
 
 

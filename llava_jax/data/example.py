@@ -59,13 +59,13 @@ def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]
     return [image_size(path) for path in image_paths(record, settings)]
 
 
-def image_paths(record: Record, settings: DataSettings) -> list[str]:
-    """Where the record's pictures lie, in placeholder order."""
-    return [os.path.join(settings.images, image) for image in record.images]
+def image_paths(record: Record, settings: DataSettings) -> list[str | bytes]:
+    """Where the record's pictures lie, in placeholder order; a picture that came with its row is given itself."""
+    return [image if isinstance(image, bytes) else os.path.join(settings.images, image) for image in record.images]
 
 
 def require_images(record: Record, settings: DataSettings) -> None:
     """Raise InputError naming the first picture of the record that does not exist (nothing is decoded)."""
     for path in image_paths(record, settings):
-        if not os.path.isfile(path):
+        if isinstance(path, str) and not os.path.isfile(path):
             raise InputError(f"image {path}: no such file; check the path, or data.images")

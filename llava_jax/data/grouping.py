@@ -12,19 +12,23 @@ import numpy as np
 from llava_jax.types import InputError, Record
 
 
-def modality_lengths(records: Sequence[Record]) -> list[int]:
-    """Words of each row over all its turns as the file has them, placeholders counted; negative without a picture.
+def count_words(record: Record) -> int:
+    """Words of a row over all its turns as the file has them, placeholders counted."""
+    return sum(len(turn.text.split()) for turn in record.turns)
+
+
+def modality_lengths(records: Sequence[Record], words_A: np.ndarray, images_A: np.ndarray) -> list[int]:
+    """Words of each row (`count_words`), negative without a picture; `images_A` are the pictures of each.
 
     InputError for a row without words, as the original asserts.
     """
-    words = [sum(len(turn.text.split()) for turn in record.turns) for record in records]
-    if 0 in words:
-        row = words.index(0)
+    if not words_A.all():
+        row = int(words_A.argmin())
         raise InputError(
             f"row {row} (id {records[row].id!r}): has no words, so data.group_by=modality_length cannot place it: give "
             "it some, or set group_by to none"
         )
-    return [count if record.images else -count for count, record in zip(words, records, strict=True)]
+    return np.where(images_A > 0, words_A, -words_A).tolist()
 
 
 def grouped_order(lengths: Sequence[int], batch_size: int, world: int, seed: int, steps: int) -> np.ndarray:

@@ -46,18 +46,20 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
     return (scaled[None, :] - mean[:, None]) / std[:, None]
 
 
-def load_image(path: str, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """float32[size, size, 3], normalised, of the picture at `path`; InputError as in `decode`."""
+def load_image(path: str | bytes, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+    """float32[size, size, 3], normalised, of the picture at `path`, or in these bytes; InputError as in `decode`."""
     return preprocess(decode(path), size, aspect, pixels)
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """(width, height) of the picture at `path`, from its header; InputError as in `decode`, as far as that shows it."""
-    return _opened(path, path, lambda file, length: _open(file, path, length).size)
+def image_size(source: str | bytes) -> tuple[int, int]:
+    """(width, height) of a picture (path, or content of a file) from its header; InputError as in `decode`, as far as
+    that shows it.
+    """
+    return _opened(source, "", lambda file, name, length: _open(file, name, length).size)
 
 
-def check_image(path: str) -> None:
-    """Decode the whole picture at `path` and raise InputError, naming path and reason, if that is not possible."""
+def check_image(path: str | bytes) -> None:
+    """Decode the whole picture at `path`, or in these bytes; InputError, naming path and reason, where that fails."""
     decode(path)
 
 
@@ -68,17 +70,17 @@ def decode(source: str | bytes, name: str = "") -> Image.Image:
     or MAX_SIDE, or with one side more than MAX_ASPECT times the other. The limits are checked on the header, before any
     pixel is decoded.
     """
-    name = name or (source if isinstance(source, str) else "picture")
+    return _opened(source, name, _decode_file)
+
+
+def _opened(source: str | bytes, name: str, read: Callable[[BinaryIO, str, int], Result]) -> Result:
+    """What `read` makes of the file, its name for messages (`name`, or the source's own) and its length."""
     if isinstance(source, bytes):
-        return _decode_file(io.BytesIO(source), name, len(source))
-    return _opened(source, name, lambda file, length: _decode_file(file, name, length))
-
-
-def _opened(path: str, name: str, read: Callable[[BinaryIO, int], Result]) -> Result:
-    """What `read` makes of the file and its length."""
+        return read(io.BytesIO(source), name or "picture", len(source))
+    name = name or source
     try:
-        with open(path, "rb") as file:
-            return read(file, os.path.getsize(path))
+        with open(source, "rb") as file:
+            return read(file, name, os.path.getsize(source))
     except FileNotFoundError:
         raise InputError(f"image {name}: no such file; check the path, or data.images") from None
     except (OSError, ValueError) as error:
@@ -133,7 +135,7 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
         if grey.min() < 0 or grey.max() > 65535:
             raise InputError(f"image {name}: integer pixels outside 0..65535; convert it to 8 bit")
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
@@ -158,10 +160,10 @@ def usable(image: Image.Image) -> Image.Image:
 
 def normalised(image: Image.Image, pixels: Pixels = CLIP) -> np.ndarray:
     """float32[X, Y, 3]: an RGB picture with the tower's mean and deviation."""
-    bytes_XYC, table = np.asarray(image), _normalised_bytes(pixels)
-    pixels_XYC = np.empty(bytes_XYC.shape, np.float32)
-    for channel in range(3):
-        pixels_XYC[..., channel] = table[channel][bytes_XYC[..., channel]]
+    table = _normalised_bytes(pixels)
+    pixels_XYC = np.empty((image.height, image.width, 3), np.float32)
+    for channel, band in enumerate(image.split()):
+        pixels_XYC[..., channel] = table[channel].take(np.asarray(band))
     return pixels_XYC
 
 
@@ -191,7 +193,9 @@ def _pad(image: Image.Image, size: int, resample: Image.Resampling, colour: tupl
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        strip = Image.new("RGB", (side, stop - start), colour)
-        strip.paste(image.crop((0, start, width, stop)), (left, 0))
+        strip = image if stop - start == height else image.crop((0, start, width, stop))
+        if left:
+            strip, narrow = Image.new("RGB", (side, stop - start), colour), strip
+            strip.paste(narrow, (left, 0))
         columns.paste(strip.resize((size, stop - start), resample), (0, top + start))
     return columns.resize((size, size), resample)

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from llava_jax.data.grouping import grouped_order, modality_lengths
+from llava_jax.data.grouping import count_words, grouped_order, modality_lengths
+from llava_jax.data.mixture import Mixture
 from llava_jax.types import DataSettings, InputError, Record
 
 # Shapes with at least this share of real tokens are preferred to any with less.
@@ -91,27 +92,38 @@ def plan_batches(
     steps: int,
     seed: int,
     slots_A: np.ndarray | None = None,
+    words_A: np.ndarray | None = None,
+    mixture: Mixture | None = None,
 ) -> BatchPlan:
     """The plan of `steps` updates of `batch_size` conversations; `lengths_A` are their tokens (`Checked.lengths_A`).
 
-    `slots_A` are the picture slots each takes (`Checked.slots_A`), by default its pictures.
-
-    Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one conversation
-    and max_length tokens. InputError when that does not divide, or the settings contradict each other or the data.
+    `slots_A` (pictures, or tiles under anyres) and `words_A` are what else `Checked` knows of them; where they are not
+    given, pictures and words are read from `records`. Rows are a multiple of `row_multiple`, the device shards times
+    micro-batches. Unpacked, a row holds one conversation and max_length tokens. InputError when that does not divide,
+    or the settings contradict each other or the data.
     """
     check_batch_size(batch_size, row_multiple, settings.pack)
-    images_A = np.array([len(record.images) for record in records]) if slots_A is None else slots_A
+    if slots_A is None:
+        slots_A = np.array([len(record.images) for record in records])
     if settings.pack:
-        return plan_packed(
-            lengths_A, images_A, settings, batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed
-        )
+        sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed, mixture=mixture)
+        return plan_packed(lengths_A, slots_A, settings, **sizes)
     if settings.group_by == "modality_length":
-        order_UC = grouped_order(modality_lengths(records), batch_size, row_multiple, seed, steps)
+        if mixture is not None:
+            raise InputError(
+                f"data.group_by=modality_length orders all rows, and data.annotations={settings.annotations} mixes "
+                "them by weight: leave the weights out, or set group_by to none"
+            )
+        if words_A is None:
+            words_A = np.array([count_words(record) for record in records])
+        lengths = modality_lengths(records, words_A, slots_A)
+        order_UC = grouped_order(lengths, batch_size, row_multiple, seed, steps)
     else:
-        order_UC = _stream(len(records), settings.shuffle, seed, steps * batch_size).reshape(steps, batch_size)
+        places = steps * batch_size
+        order_UC = _stream(len(records), settings.shuffle, seed, places, mixture).reshape(steps, batch_size)
     filled = float(lengths_A[order_UC].mean() / settings.max_length)
-    pictures = float(images_A[order_UC].sum(axis=1).mean())
-    shape = BatchShape(batch_size, settings.max_length, int(images_A.max()), filled, pictures)
+    pictures = float(slots_A[order_UC].sum(axis=1).mean())
+    shape = BatchShape(batch_size, settings.max_length, int(slots_A.max()), filled, pictures)
     rows_UC = np.tile(np.arange(batch_size, dtype=np.int32), (steps, 1))
     return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
 
@@ -125,6 +137,7 @@ def plan_packed(
     row_multiple: int,
     steps: int,
     seed: int,
+    mixture: Mixture | None = None,
 ) -> BatchPlan:
     """The packed plan; `images_A` are the pictures of each conversation.
 
@@ -137,9 +150,14 @@ def plan_packed(
     _check_limits(lengths_A, images_A, settings)
     if settings.shuffle:
         epochs = range(math.ceil(places / count))
-        order = np.concatenate([_dealt_epoch(lengths_A, images_A, epoch, batch_size, seed) for epoch in epochs])
+        rows = (mixture.epoch(epoch, seed, shuffle=True) if mixture else np.arange(count) for epoch in epochs)
+        dealt = (
+            rows_E[_dealt_epoch(lengths_A[rows_E], images_A[rows_E], epoch, batch_size, seed)]
+            for epoch, rows_E in zip(epochs, rows, strict=True)
+        )
+        order = np.concatenate(list(dealt))
     else:
-        order = np.arange(places) % count
+        order = _stream(count, shuffle=False, seed=seed, places=places, mixture=mixture)
     order_UC = order[:places].reshape(steps, batch_size)
     lengths_UC, images_UC = lengths_A[order_UC].astype(np.int64), images_A[order_UC].astype(np.int64)
     shape, rows_UC = _choose(lengths_UC, images_UC, int(lengths_A.max()), int(images_A.max()), row_multiple, settings)
@@ -150,8 +168,11 @@ def plan_packed(
 # ---- the order --------------------------------------------------------------------------------------------------
 
 
-def _stream(count: int, shuffle: bool, seed: int, places: int) -> np.ndarray:
+def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture | None) -> np.ndarray:
     """The first `places` of the endless stream of unpacked rows: epoch after epoch, shuffled anew in each."""
+    if mixture is not None:
+        epochs = [mixture.epoch(epoch, seed, shuffle) for epoch in range(math.ceil(places / count))]
+        return np.concatenate(epochs)[:places]
     if not shuffle:
         return np.arange(places) % count
     stream = grain.MapDataset.range(count).shuffle(seed=seed).repeat()

@@ -32,9 +32,10 @@ from llava_jax.data.example import (
     image_sizes,
     require_images,
 )
+from llava_jax.data.grouping import count_words
 from llava_jax.data.image import CLIP
 from llava_jax.data.packing import BatchPlan
-from llava_jax.data.records import Rejected
+from llava_jax.data.records import Rejected, Rows
 from llava_jax.data.tokenize import TextTokenizer, expand
 from llava_jax.types import Batch, DataSettings, InputError, Pixels, Record
 
@@ -56,8 +57,8 @@ class Checked:
     """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
 
     `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
-    `cut_tokens` tokens to max_length. `lengths_A` and `slots_A` (int32) are the tokens trained of each row and the
-    pictures (anyres: tiles) it shows, 0 where it cannot be trained.
+    `cut_tokens` tokens to max_length. `counts_AF` (int32) are the five figures of each row that `_check_row` counts, 0
+    where it cannot be trained, and `pictures` the different paths among all rows.
     """
 
     rows: int
@@ -67,8 +68,23 @@ class Checked:
     longest: int
     cut_rows: int
     cut_tokens: int
-    lengths_A: np.ndarray = dataclasses.field(compare=False)
-    slots_A: np.ndarray = dataclasses.field(compare=False)
+    counts_AF: np.ndarray = dataclasses.field(compare=False, repr=False)
+    pictures: frozenset[str] = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def lengths_A(self) -> np.ndarray:
+        """Tokens trained of each row."""
+        return self.counts_AF[:, 0].copy()
+
+    @property
+    def slots_A(self) -> np.ndarray:
+        """Pictures (anyres: tiles) that each row shows."""
+        return self.counts_AF[:, 3].copy()
+
+    @property
+    def words_A(self) -> np.ndarray:
+        """Words of the turns of each row."""
+        return self.counts_AF[:, 4].copy()
 
     def require_clean(self, shown: int = 3) -> None:
         """Raise InputError with the number of bad rows and the first of them, if there are any."""
@@ -98,7 +114,7 @@ def check_records(
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
     find_template(settings.template)  # an unknown one is one error, not one a row
     check = functools.partial(
-        _check_row,
+        _check_part,
         settings=settings,
         tokenizer=tokenizer,
         image_token_id=image_token_id,
@@ -106,23 +122,41 @@ def check_records(
         tiling=tiling,
     )
     if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
+        # Rows on disk stay there: a worker gets their places, and reads them itself.
+        starts = range(0, len(records), -(-len(records) // (8 * settings.workers)))
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(settings.workers, context, exit_with_parent) as pool:
-            results = list(pool.map(check, records, chunksize=len(records) // (4 * settings.workers) + 1))
+            results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
     else:
-        results = [check(record) for record in records]
-    problems = tuple(
-        Rejected(row, record.id, result)
-        for row, (record, result) in enumerate(zip(records, results, strict=True))
-        if isinstance(result, str)
-    )
-    counts = np.array([result for result in results if not isinstance(result, str)], np.int64).reshape(-1, 4)
-    tokens, targets, cut_tokens, _ = counts.sum(axis=0).tolist()
-    longest, cut_rows = int(counts[:, 0].max(initial=0)), int(np.count_nonzero(counts[:, 2]))
-    lengths_A, slots_A = (
-        np.array([0 if isinstance(result, str) else result[n] for result in results], np.int32) for n in (0, 3)
-    )
-    return Checked(len(records), problems, tokens, targets, longest, cut_rows, cut_tokens, lengths_A, slots_A)
+        results = [check(0, records)]
+    counts, problems, pictures = zip(*results, strict=True)
+    return summarise(np.concatenate(counts), sum(problems, ()), frozenset().union(*pictures))
+
+
+def summarise(counts_AF: np.ndarray, problems: tuple[Rejected, ...], pictures: frozenset[str]) -> Checked:
+    """What was seen, from the five figures of each row (`_check_row`; zeros for a row that cannot be trained)."""
+    lengths_A, targets_A, cut_A = counts_AF.T[:3]
+    tokens, targets, cut_tokens = (int(figure_A.sum(dtype=np.int64)) for figure_A in (lengths_A, targets_A, cut_A))
+    longest, cut_rows = int(lengths_A.max(initial=0)), int(np.count_nonzero(cut_A))
+    return Checked(len(counts_AF), problems, tokens, targets, longest, cut_rows, cut_tokens, counts_AF, pictures)
+
+
+def _check_part(
+    start: int, records: Sequence[Record], **check: Any
+) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
+    """Five figures of each row as int32, those that cannot be trained, paths of pictures; the first row is `start`."""
+    counts_AF, problems, pictures = np.zeros((len(records), 5), np.int32), [], set()
+    for row in range(len(records)):
+        record = records.entry(row) if isinstance(records, Rows) else records[row]
+        if isinstance(record, Record):
+            result = _check_row(record, **check)
+            if not isinstance(result, str):
+                counts_AF[row] = result
+                pictures.update(image for image in record.images if isinstance(image, str))
+                continue
+            record = Rejected(row, record.id, result)
+        problems.append(dataclasses.replace(record, row=start + row))
+    return counts_AF, tuple(problems), pictures
 
 
 def _check_row(
@@ -132,8 +166,8 @@ def _check_row(
     image_token_id: int,
     patches: int,
     tiling: Tiling | None,
-) -> tuple[int, int, int, int] | str:
-    """Tokens, targets, tokens cut off, and pictures or tiles; or the reason why the row cannot be trained."""
+) -> tuple[int, int, int, int, int] | str:
+    """Tokens, targets, tokens cut off, pictures or tiles, and words; or the reason why the row cannot be trained."""
     try:
         require_images(record, settings)
         encoded = encode_turns(record, settings, tokenizer)
@@ -144,7 +178,8 @@ def _check_row(
         tokens, targets = expand(encoded.tokens, encoded.targets, image_token_id, counts, settings.max_length)
     except InputError as error:
         return str(error)
-    return len(tokens), int(targets.sum()), full_length(encoded, counts) - len(tokens), slots
+    cut = full_length(encoded, counts) - len(tokens)
+    return len(tokens), int(targets.sum()), cut, slots, count_words(record)
 
 
 # ---- the stream -------------------------------------------------------------------------------------------------

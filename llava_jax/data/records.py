@@ -1,192 +1,229 @@
-"""Rows of LLaVA annotation files (JSON list or JSON Lines), checked one by one.
+"""The rows that `data.annotations` names, as a sequence whose rows stay on disk until they are asked for.
 
-What a row must hold: `conversations` with strictly known speakers and non-empty texts, and as many `<image>` in the
-human turns as it names pictures. Rows are counted from 0, as in `Batch.rows_BM`. Ids need not be unique.
+In memory are numbers only: where each row of a file stands. Rows are counted from 0, as in `Batch.rows_BM`, through all
+sources in their order. A row is parsed and checked (`row.py`) each time it is read.
 """
 
-import dataclasses
+import hashlib
 import json
 import os
-import pathlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
-from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Record, Turn
+import numpy as np
 
-SPEAKERS = ("human", "gpt")
+from llava_jax.data import sources
+from llava_jax.data.index import index_file
+from llava_jax.data.mixture import Mixture
+from llava_jax.data.row import Rejected, parse_or_reject, parse_row
+from llava_jax.data.sources import Source, split_sources
+from llava_jax.types import InputError, Record
 
-
-@dataclasses.dataclass(frozen=True)
-class Rejected:
-    """A row that cannot be used: its index in the file, its id ("" where it has none) and the reason."""
-
-    row: int
-    id: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"row {self.row}{f' (id {self.id!r})' if self.id else ''}: {self.reason}"
+__all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]
 
 
-def load_records(path: str) -> list[Record]:
-    """All rows of a file; raises InputError at the first row that cannot be used (`prepare verify` lists them all)."""
-    records = []
-    for entry in parse_records(path):
+class Rows(Sequence[Record]):
+    """Rows on disk. `rows[i]` reads one and raises InputError where it cannot be used; a slice reads nothing.
+
+    `fingerprint` is a hash of the content of all sources, `mixture` says how they are mixed (None: one after another).
+    """
+
+    fingerprint: str = ""
+    mixture: Mixture | None = None
+
+    def entry(self, row: int) -> Record | Rejected:
+        """The row, or why it cannot be used."""
+        return parse_or_reject(self.decoded(row), row)
+
+    def decoded(self, row: int) -> Any:
+        """The row as decoded JSON; an InputError in its place where it is none."""
+        raise NotImplementedError
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Rows start to stop, counted from 0 anew."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, row: int) -> Record: ...
+    @overload
+    def __getitem__(self, row: slice) -> "Rows": ...
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            start, stop, _ = row.indices(len(self))
+            return self.part(start, max(start, stop))
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        entry = self.entry(row % len(self))
         if isinstance(entry, Rejected):
-            raise InputError(f"{path}: {entry}")
-        records.append(entry)
-    return records
+            raise InputError(str(entry))
+        return entry
 
 
-def parse_records(path: str) -> list[Record | Rejected]:
-    """One entry a row; raises InputError when the file as a whole is no annotation file."""
-    text = _read_text(path)
-    if pathlib.PurePath(path).suffix.lower() in (".jsonl", ".ndjson"):
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [_json_line(line, number) for number, line in lines]
-    else:
-        rows = _json_list(text, path)
-    if not rows:
-        raise InputError(f"{path}: no rows; expected LLaVA conversations")
-    return [_parse_or_reject(row, index) for index, row in enumerate(rows)]
+class FileRows(Rows):
+    """Rows of a JSON or JSONL file of this machine; `places` are (start, length) of each in bytes, int64[A, 2]."""
+
+    def __init__(self, path: str, places: np.ndarray, fingerprint: str):
+        self.path, self.places, self.fingerprint = path, places, fingerprint
+        self._file: Any = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}  # every process opens the file for itself
+
+    def part(self, start: int, stop: int) -> "FileRows":
+        return FileRows(self.path, self.places[start:stop].copy(), "")
+
+    def decoded(self, row: int) -> Any:
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        start, length = self.places[row].tolist()
+        text = os.pread(self._file.fileno(), length, start)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return InputError(f"line {self._line(start)} is not JSON: {error}")
+
+    def _line(self, start: int) -> int:
+        with open(self.path, "rb") as file:
+            return file.read(start).count(b"\n") + 1
 
 
-def parse_row(row: Any, where: str) -> Record:
-    """The record of one decoded JSON row; `where` begins the message of the InputError a bad row raises."""
-    try:
-        return _parse(row)
-    except InputError as error:
-        name = _row_id(row)
-        raise InputError(f"{where}{f' (id {name!r})' if name else ''}: {error}") from None
+class DatasetRows(Rows):
+    """Rows of a TFDS data set, as `prepare arrayrecord` writes it: pictures come with the row, as bytes."""
 
+    def __init__(self, name: str, start: int = 0, stop: int | None = None):
+        self.name, self.start = name, start
+        self._source: Any = None
+        self._builder: Any = None
+        if stop is None:
+            stop, self.fingerprint = self._describe()
+        self.stop = stop
 
-def _parse_or_reject(row: Any, index: int) -> Record | Rejected:
-    try:
-        return _parse(row)
-    except InputError as error:
-        return Rejected(index, _row_id(row), str(error))
+    def __len__(self) -> int:
+        return self.stop - self.start
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": None, "_builder": None}
 
-def _parse(row: Any) -> Record:
-    if isinstance(row, InputError):
-        raise row
-    if not isinstance(row, dict):
-        raise InputError(f"expected an object with id and conversations, found {_kind(row)}")
-    if not isinstance(row.get("id", ""), str | int):
-        raise InputError(f"id is {_kind(row['id'])}, expected text")
-    _check_unicode(_row_id(row), "id")
-    turns = _parse_turns(row)
-    images = _parse_images(row)
-    _check_placeholders(turns, images)
-    return Record(_row_id(row), images, turns)
+    def part(self, start: int, stop: int) -> "DatasetRows":
+        return DatasetRows(self.name, self.start + start, self.start + stop)
 
+    def decoded(self, row: int) -> Any:
+        if self._source is None:
+            self._source = self._open().as_data_source(split=self._split())
+        found = self._source[self.start + row]
+        said = found["conversations"]
+        turns = zip(said["from"], said["value"], strict=True)
+        return {
+            "id": _text(found["id"]),
+            "images": [bytes(picture) for picture in found["images"]],
+            "conversations": [{"from": _text(who), "value": _text(text)} for who, text in turns],
+        }
 
-def _row_id(row: Any) -> str:
-    name = row.get("id", "") if isinstance(row, dict) else ""
-    return str(name) if isinstance(name, str | int) else ""
+    def _open(self) -> Any:
+        # Seconds of import that only a run on such a data set should pay for.
+        import tensorflow_datasets as tfds
 
+        if self._builder is None:
+            try:
+                if self.name.startswith(sources.TFDS):
+                    self._builder = tfds.builder(self.name.removeprefix(sources.TFDS))
+                else:
+                    self._builder = tfds.builder_from_directory(self.name)
+            except (ValueError, KeyError, OSError, AttributeError, tfds.core.DatasetNotFoundError) as error:
+                line = str(error).strip().split("\n")[0]
+                raise InputError(f"{self.name}: TFDS cannot read this data set: {line}") from error
+        return self._builder
 
-def _read_text(path: str) -> str:
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such annotations file; expected LLaVA JSON or JSONL")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); expected LLaVA JSON or JSONL") from None
+    def _split(self) -> str:
+        splits = list(self._open().info.splits)
+        if len(splits) != 1 and "train" not in splits:
+            raise InputError(f"{self.name}: splits {', '.join(splits) or 'none'}; expected one, or one named train")
+        return splits[0] if len(splits) == 1 else "train"
 
+    def _describe(self) -> tuple[int, str]:
+        """Rows of the split, and a hash of the description with names and sizes of the shards."""
+        from etils import epath
 
-def _json_list(text: str, path: str) -> list[Any]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = "; one object a line belongs into a .jsonl file" if text.lstrip().startswith("{") else ""
-        raise InputError(f"{path}: not JSON: {error}{hint}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a JSON list of rows, found {_kind(rows)}")
-    return rows
-
-
-def _json_line(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return InputError(f"line {number} is not JSON: {error}")
-
-
-def _parse_turns(row: dict[str, Any]) -> tuple[Turn, ...]:
-    conversation = row.get("conversations")
-    if not isinstance(conversation, list):
-        raise InputError(f"conversations is {_kind(conversation)}, expected a list of turns")
-    if not conversation:
-        raise InputError("empty conversation; expected at least one human and one gpt turn")
-    return tuple(_parse_turn(turn, f"conversations[{index}]") for index, turn in enumerate(conversation))
-
-
-def _parse_turn(turn: Any, where: str) -> Turn:
-    if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_kind(turn)}, expected an object with from and value")
-    speaker, text = turn.get("from"), turn.get("value")
-    if speaker not in SPEAKERS:
-        raise InputError(f"{where}: unknown role {speaker!r} in from, expected human or gpt")
-    if not isinstance(text, str):
-        problem = "missing value" if "value" not in turn else f"value is {_kind(text)}"
-        raise InputError(f"{where}: {problem}, expected text")
-    _check_unicode(text, where)
-    # The original writes an empty turn without its separator and then masks the whole row; here it is named instead.
-    if not (text.strip() if speaker == "gpt" else text):
-        raise InputError(f"{where}: empty {'answer' if speaker == 'gpt' else 'question'}; remove the turn or fill it")
-    return Turn(speaker, text)
-
-
-def _parse_images(row: dict[str, Any]) -> tuple[str, ...]:
-    keys = [key for key in ("image", "images") if row.get(key) is not None]
-    if len(keys) == 2:
-        raise InputError("both image and images are given; keep one of them")
-    if not keys:
-        return ()
-    images = row[keys[0]]
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list):
-        raise InputError(f"{keys[0]} is {_kind(images)}, expected a path or a list of paths")
-    for image in images:
-        _check_path(image, keys[0])
-    return tuple(images)
-
-
-def _check_path(image: Any, where: str) -> None:
-    if not isinstance(image, str) or not image.strip():
-        raise InputError(f"{where}: {image!r} is no path; expected one below the images folder")
-    _check_unicode(image, where)
-    parts = image.replace("\\", "/").split("/")
-    absolute = image.startswith(("/", "\\")) or pathlib.PureWindowsPath(image).drive != ""
-    if absolute or ".." in parts or "\0" in image:
-        raise InputError(f"{where}: {image!r} leaves the images folder; expected a relative path without ..")
-
-
-def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str, ...]) -> None:
-    for index, turn in enumerate(turns):
-        if turn.speaker == "gpt" and IMAGE_PLACEHOLDER in turn.text:
+        info = self._open().info
+        missing = {"id", "images", "conversations"} - set(info.features)
+        if missing:
             raise InputError(
-                f"conversations[{index}]: {IMAGE_PLACEHOLDER} inside an answer; only a human turn may hold it"
+                f"{self.name}: no feature {sorted(missing)[0]}; expected what `prepare arrayrecord` writes"
             )
-    found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if found != len(images):
-        raise InputError(
-            f"{found} {IMAGE_PLACEHOLDER} in the human turns but {len(images)} "
-            f"image{'' if len(images) == 1 else 's'} named; expected one placeholder an image"
-        )
+        split = info.splits[self._split()]
+        files = [epath.Path(path) for path in split.filepaths]
+        facts = [split.num_examples, sorted(info.features), [(file.name, file.stat().length) for file in files]]
+        facts.append((epath.Path(self._builder.data_path) / sources.INFO).read_text())
+        return split.num_examples, sources.key_of(*facts)
 
 
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise InputError(
-            f"{where}: lone surrogate U+{code:04X} at character {error.start}; the text was cut inside a character"
-        ) from None
+class JoinedRows(Rows):
+    """Rows of several sources, one source after another."""
+
+    def __init__(self, parts: Sequence[Rows], names: Sequence[str], weights: Sequence[float] | None):
+        self.parts, self.names = list(parts), list(names)
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.fingerprint = sources.key_of([part.fingerprint for part in parts])
+        self.mixture = None if weights is None else Mixture(tuple(len(part) for part in parts), tuple(weights))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def part(self, start: int, stop: int) -> "JoinedRows":
+        begins = self.ends - [len(part) for part in self.parts]
+        inside = [
+            part[max(0, start - begin) : max(0, stop - begin)]
+            for part, begin in zip(self.parts, begins.tolist(), strict=True)
+        ]
+        return JoinedRows(inside, self.names, None)
+
+    def entry(self, row: int) -> Record | Rejected:
+        which, inside = self._place(row)
+        entry = self.parts[which].entry(inside)
+        if isinstance(entry, Record):
+            return entry
+        return Rejected(row, entry.id, f"{entry.reason} (row {inside} of {self.names[which]})")
+
+    def decoded(self, row: int) -> Any:
+        which, inside = self._place(row)
+        return self.parts[which].decoded(inside)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        which = int(np.searchsorted(self.ends, row, side="right"))
+        return which, row - int(self.ends[which]) + len(self.parts[which])
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "nothing"}
-    return names.get(type(value), "a number")
+def load_records(annotations: str) -> Rows:
+    """The rows of `data.annotations`, none of which is parsed yet; InputError when a source as a whole is none."""
+    found = split_sources(annotations)
+    parts = [_open_source(source) for source in found]
+    if len(parts) == 1:
+        return parts[0]
+    weights = [source.weight for source in found]
+    return JoinedRows(parts, [source.path for source in found], None if None in weights else weights)
+
+
+def parse_records(annotations: str) -> Iterator[Record | Rejected]:
+    """One entry a row; raises InputError at once when a source as a whole is none."""
+    rows = load_records(annotations)
+    return (rows.entry(row) for row in range(len(rows)))
+
+
+def _open_source(source: Source) -> Rows:
+    if sources.is_dataset(source.path):
+        return DatasetRows(source.path)
+    path = sources.local_copy(source.path)
+    if not os.path.isfile(path):
+        raise InputError(f"{source.path}: no such annotations file; expected LLaVA JSON or JSONL")
+    content = sources.digest(path)
+    places = index_file(path, sources.is_lines(source.path), content)
+    # As assemble.file_inputs has it, so that a run goes on from a checkpoint that was made by it.
+    line = f"{os.path.basename(source.path)} {content}\n"
+    return FileRows(path, places, hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -6,8 +6,11 @@ offsets decide, tokens are never counted. (A token that joins the end of a heade
 as a byte-level tokenizer's double newline, is therefore none.)
 """
 
+import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
 # user writes can become a special token.
 _FIRST_MARK = 0xFDD0
 _MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
+_NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 END = "</s>"
 # model_type of the original code's folders -> that of the decoder inside.
 ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -55,7 +59,20 @@ class TextTokenizer:
             self._special["<s>"] = source.bos_token_id
         added = {i for i, token in source.added_tokens_decoder.items() if token.special}
         reserved = (added | {*source.all_special_ids, self.eos_id}) - {source.unk_token_id, None}
-        self._reserved = np.array(sorted(reserved), np.int64)
+        self._reserved = np.isin(np.arange(self.size), sorted(reserved))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text gets."""
+        facts = (
+            self.bos_id,
+            self.eos_id,
+            self.pad_id,
+            self._special,
+            self._reserved.nonzero()[0].tolist(),
+            self._splitter.to_str(),
+        )
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def special_id(self, text: str) -> int | None:
         """The id of a template's special string; None when this tokenizer has none and writes it as plain text."""
@@ -84,14 +101,15 @@ class TextTokenizer:
         self._splitter.encode_special_tokens = True
         encoding = self._splitter.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        offsets = itertools.chain.from_iterable(encoding.offsets)
+        starts, ends = np.fromiter(offsets, np.int64, 2 * len(ids)).reshape(-1, 2).T
         # A token without characters (an inserted prefix) goes with the character it stands before.
         starts = np.minimum(starts, len(text) - 1)
         ends = np.maximum(ends, starts + 1)
         is_target = np.repeat([span.is_target for span in spans], [len(piece) for piece in pieces])
         targets_before = np.concatenate([[0], np.cumsum(is_target)])
         targets = targets_before[ends] - targets_before[starts] == ends - starts
-        first_characters = np.array([ord(text[start]) for start in starts])
+        first_characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)[starts]
         is_mark = np.zeros(len(ids), bool)
         for special, mark in _MARKS.items():
             here = first_characters == ord(mark)
@@ -103,16 +121,16 @@ class TextTokenizer:
     def _piece(self, span: Span) -> str:
         if span.special and span.text in self._special:
             return _MARKS[span.text]
-        for character in span.text:
-            if 0xFDD0 <= ord(character) <= 0xFDEF:
-                raise InputError(f"the text holds the Unicode noncharacter U+{ord(character):04X}; remove it")
+        found = _NONCHARACTER.search(span.text)
+        if found:
+            raise InputError(f"the text holds the Unicode noncharacter U+{ord(found[0]):04X}; remove it")
         return span.text
 
     def _check_reserved(self, ids: np.ndarray) -> None:
-        leaked = np.intersect1d(ids, self._reserved)
+        leaked = ids[self._reserved[ids]]
         if leaked.size:
             raise InputError(
-                f"the text spells the special token {self._codec.id_to_token(int(leaked[0]))!r} and this "
+                f"the text spells the special token {self._codec.id_to_token(int(leaked.min()))!r} and this "
                 "tokenizer cannot write it as plain text; remove it from the text"
             )
 
@@ -245,7 +263,10 @@ def cut(encoded: Encoded, patches: int | Sequence[int], max_length: int) -> Enco
 
     Never through an image: a row whose last image does not fit is refused, and so is one that keeps no target.
     """
-    ends = np.cumsum(widths(encoded.tokens, patches))
+    counts = widths(encoded.tokens, patches)
+    if counts.sum() <= max_length and encoded.targets.any():
+        return encoded
+    ends = np.cumsum(counts)
     length = int(np.sum(ends <= max_length))
     images = np.flatnonzero(encoded.tokens == IMAGE_MARK)
     lost = images[images >= length]
@@ -279,8 +300,11 @@ def expand(
     if max_length is not None:
         fitting = cut(Encoded(tokens, targets), patches, max_length)
         tokens, targets = fitting.tokens, fitting.targets
+    is_image = tokens == IMAGE_MARK
+    if not is_image.any():
+        return tokens, targets
     counts = widths(tokens, patches)
-    tokens = np.where(tokens == IMAGE_MARK, image_token_id, tokens).astype(np.int32)
+    tokens = np.where(is_image, image_token_id, tokens).astype(np.int32)
     return np.repeat(tokens, counts), np.repeat(targets, counts)
 
 

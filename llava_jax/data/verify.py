@@ -59,7 +59,7 @@ def verify(
     aspect: str = "pad",
     tiling: Tiling | None = None,
     dump_path: str | None = None,
-    check_image: Callable[[str], None] = image.check_image,
+    check_image: Callable[[str | bytes], None] = image.check_image,
 ) -> VerifyReport:
     """Checks every row; writes what is trained to `dump_path` (JSONL, a line a kept row) when given.
 
@@ -73,16 +73,18 @@ def verify(
         annotations, images, template, image_position, aspect, max_length, shuffle=False, **UNPACKED
     )
     entries = parse_records(annotations)
-    if not os.path.isdir(images) and any(isinstance(entry, Record) and entry.images for entry in entries):
-        raise InputError(f"{images}: no such images folder; expected the one that image paths start from")
     picture_errors: dict[str, str | None] = {}
-    rejected, longest = [], (0, 0)
+    has_folder = os.path.isdir(images)
+    rejected, longest, rows = [], (0, 0), 0
     tokens = targets = cut_rows = leading = trailing = 0
     with _open_dump(dump_path) as dump:
         for row, record in enumerate(entries):
+            rows = row + 1
             if isinstance(record, Rejected):
                 rejected.append(record)
                 continue
+            if not has_folder and any(isinstance(image, str) for image in record.images):
+                raise InputError(f"{images}: no such images folder; expected the one that image paths start from")
             try:
                 encoded = encode_turns(record, settings, tokenizer)
                 counts = patches if tiling is None else tiling.tokens(image_sizes(record, settings))
@@ -100,7 +102,7 @@ def verify(
             trailing += record.turns[-1].speaker == "human"
             if dump is not None:
                 dump.write(_dump_line(record, trained, tokenizer))
-    return VerifyReport(len(entries), tuple(rejected), tokens, targets, longest, cut_rows, leading, trailing)
+    return VerifyReport(rows, tuple(rejected), tokens, targets, longest, cut_rows, leading, trailing)
 
 
 def report_lines(report: VerifyReport) -> list[str]:
@@ -120,15 +122,20 @@ def report_lines(report: VerifyReport) -> list[str]:
     return lines
 
 
-def _require_pictures(paths: list[str], check_image: Callable[[str], None], errors: dict[str, str | None]) -> None:
+def _require_pictures(
+    paths: list[str | bytes], check_image: Callable[[str | bytes], None], errors: dict[str, str | None]
+) -> None:
     for path in paths:
+        if isinstance(path, bytes):
+            check_image(path)
+            continue
         if path not in errors:
             errors[path] = _picture_error(path, check_image)
         if errors[path] is not None:
             raise InputError(errors[path])
 
 
-def _picture_error(path: str, check_image: Callable[[str], None]) -> str | None:
+def _picture_error(path: str, check_image: Callable[[str | bytes], None]) -> str | None:
     try:
         check_image(path)
     except InputError as error:

@@ -9,24 +9,10 @@ import numpy as np
 
 from llava_jax.demo import world
 from llava_jax.demo.world import Question, Scene
+from llava_jax.prepare.captions import BRIEF_QUESTIONS
 
 CAPTIONS_EACH = 5
 CATEGORIES = tuple(f"{colour} {shape}" for colour in world.COLOURS for shape in world.SHAPES)
-
-# The questions of the paper's appendix for a short caption. The plain template leaves them out, as the original does.
-BRIEF_QUESTIONS = (
-    "Describe the image concisely.",
-    "Provide a brief description of the given image.",
-    "Offer a succinct explanation of the picture presented.",
-    "Summarize the visual content of the image.",
-    "Give a short and clear explanation of the subsequent image.",
-    "Share a concise interpretation of the image provided.",
-    "Present a compact description of the photo's key features.",
-    "Relay a brief, clear account of the picture shown.",
-    "Render a clear and concise summary of the photo.",
-    "Write a terse but informative summary of the picture.",
-    "Create a compact narrative representing the image presented.",
-)
 
 
 def split_scenes(seed: int, train: int, held_out: int) -> tuple[list[Scene], list[Scene]]:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
@@ -71,7 +71,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     steps = total_steps(settings, len(records))
     batches = plan_data(settings, mesh, records, checked, steps)
     run = prepare(settings, plan.config, mesh, steps, batches.shape.length)
-    meta = meta_of(settings, plan)
+    meta = meta_of(settings, plan, records)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
         jax.set_mesh(mesh),
@@ -183,19 +183,23 @@ def report(
     waited: float,
     *,
     writer: metrics.MetricsWriter | None,
-    records: list[Record],
+    records: Sequence[Record],
 ) -> None:
     """Writes the metrics of update `n`; InputError when it had no targets or was not finite (it was not applied).
 
     `rows` are those that this process read.
     """
     values = jax.device_get(values)
-    where = f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0])}"
+
+    def where() -> str:
+        # Rows are read from disk for their ids: only where something is wrong.
+        return f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0].tolist())}"
+
     if values["targets"] == 0:
-        raise InputError(f"{where}: no token of the batch is supervised, expected at least one; check these rows")
+        raise InputError(f"{where()}: no token of the batch is supervised, expected at least one; check these rows")
     if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
         raise InputError(
-            f"{where}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite; the update was "
+            f"{where()}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite; the update was "
             "not applied and nothing was saved since: lower optim.lr, set optim.clip_norm, or check these rows"
         )
     if writer is not None:

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from llava_jax.chips import chip_of
 from llava_jax.convert.chat_known import chat_template_note
 from llava_jax.data.anyres import tiling
-from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
-from llava_jax.data.pipeline import BatchIterator, Checked, check_records, make_pipeline, steps_for
-from llava_jax.data.records import load_records
+from llava_jax.data.checks import check_once, plan_once
+from llava_jax.data.packing import BatchPlan, BatchShape
+from llava_jax.data.pipeline import BatchIterator, Checked, make_pipeline, steps_for
+from llava_jax.data.records import Rows, load_records
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.flops import step_flops
 from llava_jax.settings import STAGES
@@ -21,7 +22,6 @@ from llava_jax.train import checkpoint
 from llava_jax.train.assemble import (
     Plan,
     check_unchanged,
-    file_inputs,
     frozen_sources,
     model_inputs,
     origins,
@@ -31,17 +31,17 @@ from llava_jax.train.hosts import local_rows, place, say
 from llava_jax.train.optim import describe, warmup_steps
 from llava_jax.train.prepare import Run
 from llava_jax.train.step import TrainState, batch_ranks, partition
-from llava_jax.types import InputError, ModelConfig, Record, Settings
+from llava_jax.types import InputError, ModelConfig, Settings
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 
 
-def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[list[Record], Checked]:
+def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Rows, Checked]:
     """All rows, each of which can be trained, and what is known of them; prints what max_length cuts off."""
     if not settings.data.annotations:
         raise InputError("data.annotations is empty: expected the JSON or JSONL file to train on")
     records = load_records(settings.data.annotations)
-    checked = check_records(
+    checked = check_once(
         records,
         settings.data,
         tokenizer,
@@ -69,17 +69,16 @@ def total_steps(settings: Settings, rows: int) -> int:
     return math.ceil(settings.train.epochs * steps_for(rows, settings.train.batch_size, 1.0))
 
 
-def plan_data(settings: Settings, mesh: Mesh, records: list[Record], checked: Checked, steps: int) -> BatchPlan:
+def plan_data(settings: Settings, mesh: Mesh, records: Rows, checked: Checked, steps: int) -> BatchPlan:
     """Which rows stand where in the batches of the whole run, and the shape that all of them have."""
-    return plan_batches(
+    return plan_once(
         records,
-        checked.lengths_A,
+        checked,
         settings.data,
         batch_size=settings.train.batch_size,
         row_multiple=batch_ranks(mesh) * settings.train.accumulate,
         steps=steps,
         seed=settings.seed,
-        slots_A=checked.slots_A,
     )
 
 
@@ -87,7 +86,7 @@ def open_data(
     settings: Settings,
     config: ModelConfig,
     tokenizer: TextTokenizer,
-    records: list[Record],
+    records: Rows,
     batches: BatchPlan,
     mesh: Mesh,
 ) -> BatchIterator:
@@ -129,13 +128,14 @@ def restore_or_start(
     return TrainState(place(np.zeros((), np.int32), at.step), params, opt_state), frozen
 
 
-def meta_of(settings: Settings, plan: Plan) -> dict:
+def meta_of(settings: Settings, plan: Plan, records: Rows) -> dict:
     """What a checkpoint says about itself."""
+    rows = {"source": settings.data.annotations, "fingerprint": records.fingerprint}
     return {
         "stage": settings.stage,
         "trainable": list(STAGES[settings.stage]),
         "frozen": frozen_sources(settings),
-        "inputs": model_inputs(plan) | file_inputs("data.annotations", settings.data.annotations),
+        "inputs": model_inputs(plan) | {"data.annotations": rows},
     }
 
 

@@ -1,0 +1,176 @@
+"""Where rows come from, as `data.annotations` says it, and the folder in which what was read of them is kept.
+
+A source is a JSON or JSONL file, a folder that TFDS reads, or tfds:NAME, a data set among those of TFDS; files and
+folders may lie where etils.epath reaches (gs://…). Several are joined by commas, all with a weight (a.json:0.7) or all
+without.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+
+import numpy as np
+
+from llava_jax.types import InputError
+
+TFDS = "tfds:"
+INFO = "dataset_info.json"
+LINES = (".jsonl", ".ndjson")
+FORMS = "a JSON or JSONL file, a folder of a TFDS data set or tfds:NAME"
+# Fewer rows than these are read again sooner than what is kept of them.
+KEPT_ROWS = 20_000
+# A file's content is read in pieces of so many bytes.
+PIECE = 1 << 24
+WEIGHT = re.compile(r"(.+):([0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source: where its rows lie, and its weight; None where sources are joined without weights."""
+
+    path: str
+    weight: float | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.weight is None else f"{self.path}:{self.weight:g}"
+
+
+def split_sources(text: str) -> tuple[Source, ...]:
+    """The sources of `data.annotations`. A name that exists as it is written is one source, whatever is in it."""
+    if os.path.exists(text) or "," not in text:
+        weighted = None if os.path.exists(text) else _weighted(text)
+        return (Source(weighted.path) if weighted else Source(text),)
+    sources = tuple(_weighted(part) or Source(part) for part in (part.strip() for part in text.split(",")) if part)
+    without = [source.path for source in sources if source.weight is None]
+    if without and len(without) < len(sources):
+        raise InputError(f"data.annotations={text}: {without[0]} has no weight; give PATH:WEIGHT for each, or for none")
+    names = [source.path for source in sources]
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise InputError(f"data.annotations={text}: {doubled[0]} is named twice; name it once, with the sum as weight")
+    return sources
+
+
+def _weighted(part: str) -> Source | None:
+    """PATH:WEIGHT as a source, None where there is no weight: tfds:name/1.0.0 and gs://a have none."""
+    found = WEIGHT.fullmatch(part)
+    if found is None or os.path.exists(part) or found[2].count(".") > 1 or found[1] == TFDS[:-1]:
+        return None
+    weight = float(found[2])
+    if not 0 < weight < math.inf:
+        raise InputError(f"data.annotations: weight {found[2]} of {found[1]}: expected a number above 0")
+    return Source(found[1], weight)
+
+
+def absolute(text: str) -> str:
+    """`data.annotations` with local paths absolute; empty text stays empty."""
+    if not text:
+        return ""
+    sources = split_sources(text)
+    return ",".join(str(dataclasses.replace(source, path=_absolute(source.path))) for source in sources)
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith(TFDS) or is_remote(path) else os.path.abspath(path)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is of the style gs://…"""
+    return "://" in path
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a source is a TFDS data set rather than a file."""
+    if path.startswith(TFDS) or not is_remote(path):
+        return path.startswith(TFDS) or os.path.isfile(os.path.join(path, INFO))
+    return not path.lower().endswith((".json", *LINES))
+
+
+def is_lines(path: str) -> bool:
+    """Whether a file holds a row a line, by its name."""
+    return path.lower().endswith(LINES)
+
+
+def digest(path: str) -> str:
+    """sha256 of a local file's content, "" where there is none."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- what is kept between runs --------------------------------------------------------------------------------------
+
+
+def cache_folder() -> str:
+    """Where indices and checks of large files are kept: LLAVA_JAX_CACHE, or llava_jax/rows in the user's cache."""
+    given = os.environ.get("LLAVA_JAX_CACHE")
+    return given or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax", "rows"
+    )
+
+
+def code() -> str:
+    """A hash of the code of data/: what other code made is made again."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return key_of([digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name.endswith(".py")])
+
+
+def key_of(*facts: object) -> str:
+    """A name for what is kept under these facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def recall(name: str) -> dict[str, np.ndarray] | None:
+    """The arrays kept under a name; None where there are none, or none that can be read."""
+    path = os.path.join(cache_folder(), f"{name}.npz")
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return {key: kept[key] for key in kept.files}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
+    """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
+    path = os.path.join(cache_folder(), f"{name}.npz")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with contextlib.suppress(OSError):
+        os.makedirs(cache_folder(), exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def local_copy(path: str) -> str:
+    """A file of this machine with the content of `path`: itself, or a copy of one that lies elsewhere.
+
+    The copy is kept under path, length and time of change. InputError where there is no such file.
+    """
+    if not is_remote(path):
+        return path
+    from etils import epath  # a tenth of a second that no local file asks for
+
+    there = epath.Path(path)
+    try:
+        found = there.stat()
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be reached ({type(error).__name__}: {error}); expected {FORMS}") from error
+    suffix = os.path.splitext(path)[1]
+    copy = os.path.join(cache_folder(), key_of(path, found.length, found.mtime) + suffix)
+    if not os.path.isfile(copy):
+        os.makedirs(cache_folder(), exist_ok=True)
+        temporary = f"{copy}.{os.getpid()}.tmp"
+        with there.open("rb") as source, open(temporary, "wb") as target:
+            while piece := source.read(PIECE):
+                target.write(piece)
+        os.replace(temporary, copy)
+    return copy

@@ -1,0 +1,87 @@
+"""A TFDS data set in ArrayRecord files: rows with their pictures as the bytes of the files, read without TensorFlow.
+
+`tfds.data_source("llava_rows", split="train", data_dir=OUTPUT)` gives the rows by number, in their order; `train` takes
+OUTPUT/llava_rows/1.0.0 as data.annotations. Pictures are stored as text features, which hold any bytes: TFDS would
+decode an Image inside a Sequence at every read.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from llava_jax.data.records import Rows, load_records
+from llava_jax.data.row import Rejected
+from llava_jax.types import InputError, Record
+
+NAME, VERSION = "llava_rows", "1.0.0"
+FEATURES = tfds.features.FeaturesDict(
+    {
+        "id": tfds.features.Text(),
+        "images": tfds.features.Sequence(tfds.features.Text()),
+        "conversations": tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()}),
+    }
+)
+
+
+class LlavaRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The builder of one data set; its rows are those it is given."""
+
+    VERSION = tfds.core.Version(VERSION)
+    name = NAME
+
+    def __init__(self, rows: Rows, images: str, split: str, **how: Any):
+        self._rows, self._images, self._split = rows, images, split
+        super().__init__(**how)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        about = "Conversations about pictures, rows of LLaVA's format; images are the bytes of picture files."
+        return tfds.core.DatasetInfo(builder=self, description=about, features=FEATURES, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        return {self._split: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for row in range(len(self._rows)):
+            record = self._rows[row]
+            said = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
+            pictures = [picture_bytes(image, self._images) for image in record.images]
+            yield row, {"id": record.id, "images": pictures, "conversations": said}
+
+
+def write(annotations: str, images: str, output: str, *, split: str = "train", shards: int = 0) -> tuple[str, int]:
+    """Writes the data set below `output` and returns its folder and the number of rows; `shards` 0 goes by size.
+
+    Every row is checked before the first is written. InputError names those that cannot be used and missing pictures.
+    """
+    rows = load_records(annotations)
+    folder = os.path.join(output, NAME, VERSION)
+    if os.path.exists(folder):
+        raise InputError(f"--output={output}: {folder} is there already; remove it, or choose another folder")
+    problems = [problem for row in range(len(rows)) if (problem := problem_of(rows.entry(row), row, images))]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise InputError(f"{len(problems)} of {len(rows)} rows cannot be packed: {'; '.join(problems[:3])}{more}")
+    builder = LlavaRows(rows, images, split, data_dir=output, file_format="array_record")
+    how = tfds.download.DownloadConfig(manual_dir=output, num_shards=shards or None)
+    builder.download_and_prepare(download_config=how)
+    return folder, len(rows)
+
+
+def problem_of(entry: Record | Rejected, row: int, images: str) -> str | None:
+    """Why a row cannot be packed; None where it can."""
+    if isinstance(entry, Rejected):
+        return str(entry)
+    for image in entry.images:
+        path = image if isinstance(image, bytes) else os.path.join(images, image)
+        if isinstance(path, str) and not (os.path.isfile(path) and os.path.getsize(path)):
+            return str(Rejected(row, entry.id, f"image {path}: no such file, or empty"))
+    return None
+
+
+def picture_bytes(image: str | bytes, folder: str) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    with open(os.path.join(folder, image), "rb") as file:
+        return file.read()

@@ -1,0 +1,158 @@
+"""ScienceQA's problems as rows of LLaVA, in the prompt formats of the released converter.
+
+A format is INPUT-OUTPUT, each a word whose letters stand for question, context, options (M), lecture, explanation (the
+solution), answer, and P for the plan of QCM-LEPA. Source: LLaVA's scripts/convert_sqa_to_llava*.py, string for string,
+with what looks odd in them: `AL` gives the solution and `AE` the lecture, two blanks become one in a single pass, and
+the words "Question: " and "Answer: " go wherever they stand once they stand in front.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+from llava_jax.prepare.output import read_json, single_turn
+from llava_jax.settings import nearest
+from llava_jax.types import IMAGE_PLACEHOLDER, InputError
+
+LETTERS = "ABCDE"
+BECAUSE = "BECAUSE:"
+
+INPUTS = {
+    "CQM": "Context: {context}\nQuestion: {question}\nOptions: {options}\n",
+    "QCM": "Question: {question}\nContext: {context}\nOptions: {options}\n",
+    "QCML": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture}\n",
+    "QCME": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {solution}\n",
+    "QCMLE": "Question: {question}\nContext: {context}\nOptions: {options}\nBECAUSE: {lecture} {solution}\n",
+    "QCLM": "Question: {question}\nContext: {context}\nBECAUSE: {lecture}\nOptions: {options}\n",
+    "QCEM": "Question: {question}\nContext: {context}\nBECAUSE: {solution}\nOptions: {options}\n",
+    "QCLEM": "Question: {question}\nContext: {context}\nBECAUSE: {lecture} {solution}\nOptions: {options}\n",
+}
+OUTPUTS = {
+    "A": "Answer: The answer is {answer}.",
+    "AL": "Answer: The answer is {answer}. BECAUSE: {solution}",
+    "AE": "Answer: The answer is {answer}. BECAUSE: {lecture}",
+    "ALE": "Answer: The answer is {answer}. BECAUSE: {lecture} {solution}",
+    "AEL": "Answer: The answer is {answer}. BECAUSE: {solution} {lecture}",
+    "LA": "Answer: {lecture} The answer is {answer}.",
+    "EA": "Answer: {solution} The answer is {answer}.",
+    "LEA": "Answer: {lecture} {solution} The answer is {answer}.",
+    "ELA": "Answer: {solution} {lecture} The answer is {answer}.",
+    "LEPA": "{lecture_line}{solution_line}###\nANSWER: {answer}.",
+}
+NEWLINES = ("keep", "escape")
+SUBSETS = ("all", "image", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem: what enters a prompt, and `image`, the name of its picture or None."""
+
+    id: str
+    question: str
+    hint: str
+    choices: tuple[str, ...]
+    answer: int
+    lecture: str
+    solution: str
+    image: str | None
+
+
+def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all", newlines: str = "keep") -> list[dict]:
+    """The rows of a split of `folder` (problems.json and pid_splits.json), in the order of the split.
+
+    `subset` takes all problems, or those with a picture, or those without; `newlines` are those of lecture and
+    solution: kept, or written as backslash and n. Pictures are named ID/image.png, as ScienceQA's folders have them.
+    """
+    question, answer = formats(prompt_format)
+    problems = load_split(folder, split)
+    wanted = {"all": (True, False), "image": (True,), "text": (False,)}[subset]
+    kept = [problem for problem in problems if (problem.image is not None) in wanted]
+    if not kept:
+        raise InputError(f"{folder}: split {split} has no problem of subset {subset}; expected at least one")
+    return [row_of(problem, question, answer, newlines) for problem in kept]
+
+
+def formats(prompt_format: str) -> tuple[str, str]:
+    """The two texts of a format such as QCM-LEA. InputError lists what exists."""
+    given, dash, asked = prompt_format.partition("-")
+    if given not in INPUTS or asked not in OUTPUTS or not dash:
+        raise InputError(
+            f"--format={prompt_format}: expected INPUT-OUTPUT, INPUT one of {', '.join(INPUTS)}, OUTPUT one of "
+            f"{', '.join(OUTPUTS)}"
+        )
+    return INPUTS[given], OUTPUTS[asked]
+
+
+def load_split(folder: str, split: str) -> list[Problem]:
+    """The problems that pid_splits.json names under `split`: train, val, test, minival, …"""
+    splits = read_json(os.path.join(folder, "pid_splits.json"), "ScienceQA's lists of ids by split")
+    problems = read_json(os.path.join(folder, "problems.json"), "ScienceQA's problems by id")
+    for name, content in (("pid_splits.json", splits), ("problems.json", problems)):
+        if not isinstance(content, dict):
+            raise InputError(f"{os.path.join(folder, name)}: a {type(content).__name__}, expected a JSON object")
+    if split not in splits:
+        raise InputError(
+            f"--split={split}: not in {os.path.join(folder, 'pid_splits.json')}{nearest(split, (*splits,))}"
+        )
+    missing = [name for name in splits[split] if name not in problems]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} ids of split {split} are not in problems.json, the first {missing[0]!r}: "
+            "expected both files of one release"
+        )
+    return [parse_problem(name, problems[name]) for name in splits[split]]
+
+
+def parse_problem(name: str, given: Any) -> Problem:
+    """The problem of one entry of problems.json; InputError names it and the field that is wrong."""
+    where = f"problem {name!r}"
+    if not isinstance(given, dict):
+        raise InputError(f"{where}: a {type(given).__name__}, expected an object")
+    texts = {}
+    for key in ("question", "hint", "lecture", "solution"):
+        if not isinstance(given.get(key), str):
+            raise InputError(f"{where}: {key} is {given.get(key)!r}, expected text")
+        texts[key] = given[key]
+    choices, answer, image = given.get("choices"), given.get("answer"), given.get("image")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise InputError(f"{where}: choices is {choices!r}, expected a list of texts")
+    if len(choices) > len(LETTERS):
+        raise InputError(f"{where}: {len(choices)} choices, expected at most {len(LETTERS)} ({LETTERS})")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(f"{where}: answer is {answer!r}, expected the index of one of {len(choices)} choices")
+    if image is not None and not isinstance(image, str):
+        raise InputError(f"{where}: image is {image!r}, expected a file name or nothing")
+    return Problem(name, choices=tuple(choices), answer=answer, image=image or None, **texts)
+
+
+def row_of(problem: Problem, question: str, answer: str, newlines: str) -> dict:
+    """The row of a problem, by the two texts of its format."""
+    fields = dict(
+        question=problem.question,
+        context=problem.hint.strip() or "N/A",
+        options=" ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False)),
+        answer=LETTERS[problem.answer],
+        lecture=lines_of(problem.lecture, newlines),
+        solution=lines_of(problem.solution, newlines),
+    )
+    for key in ("lecture", "solution"):
+        fields[f"{key}_line"] = f"{key.upper()}: {fields[key]}\n" if fields[key].strip() else ""
+    asked = without("Question: ", tidy(question.format(**fields)))
+    replied = without("Answer: ", tidy(answer.format(**fields)))
+    if problem.image is None:
+        return single_turn(problem.id, None, asked, replied)
+    return single_turn(problem.id, f"{problem.id}/{problem.image}", f"{asked}\n{IMAGE_PLACEHOLDER}", replied)
+
+
+def lines_of(text: str, newlines: str) -> str:
+    # The converter writes newlines as backslash and n and back again, which also mends those that the text spells out.
+    return text.replace("\n", "\\n") if newlines == "escape" else text.replace("\\n", "\n")
+
+
+def tidy(text: str) -> str:
+    text = text.replace("  ", " ").strip()
+    return text.replace(BECAUSE, "").strip() if text.endswith(BECAUSE) else text
+
+
+def without(label: str, text: str) -> str:
+    return text.replace(label, "") if text.startswith(label) else text

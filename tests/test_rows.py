@@ -1,0 +1,234 @@
+"""Rows on disk: sources and weights, places of rows in a file, what is kept between starts, TFDS data sets."""
+
+import io
+import json
+import os
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+from absl import flags
+from etils import epath
+
+from llava_jax import cli
+from llava_jax.data import checks, index, sources
+from llava_jax.data.mixture import Mixture
+from llava_jax.data.packing import plan_batches
+from llava_jax.data.records import load_records, parse_records
+from llava_jax.data.row import Rejected
+from llava_jax.data.sources import Source, absolute, split_sources
+from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.types import InputError
+from tests import full_size
+
+
+def row(name, text="Hi", image=None):
+    turns = [{"from": "human", "value": f"{text}<image>" if image else text}, {"from": "gpt", "value": "Yes."}]
+    return {"id": name, **({"image": image} if image else {}), "conversations": turns}
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing of a test is kept in the user's folder."""
+    monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_sources_and_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_sources("a.json") == (Source("a.json"),)
+    assert split_sources("a.json:0.7, gs://b/c.jsonl:3") == (Source("a.json", 0.7), Source("gs://b/c.jsonl", 3.0))
+    assert split_sources("tfds:a/1.0.0,gs://b/c") == (Source("tfds:a/1.0.0"), Source("gs://b/c"))
+    assert absolute("a.json:0.7,tfds:b:1") == f"{tmp_path}/a.json:0.7,tfds:b:1"
+    assert absolute("") == "" and absolute("gs://b/c.json") == "gs://b/c.json"
+    write(tmp_path / "a,b.json", [])
+    assert split_sources("a,b.json") == (Source("a,b.json"),)
+    for text, reason in (("a.json:0.5,b.json", "b.json has no weight"), ("a:0,b:1", "above 0"), ("a,a", "named twice")):
+        with pytest.raises(InputError, match=reason):
+            split_sources(text)
+
+
+def test_rows_of_several_sources_stand_one_after_another(tmp_path):
+    first = write(tmp_path / "a.json", [row("a0"), row("a1")])
+    second = write(tmp_path / "b.json", [row("b0"), {"id": "b1"}])
+    rows = load_records(f"{first},{second}")
+    assert len(rows) == 4 and rows.mixture is None and [rows[n].id for n in range(3)] == ["a0", "a1", "b0"]
+    bad = rows.entry(3)
+    assert isinstance(bad, Rejected) and bad.row == 3 and "(row 1 of" in bad.reason and "b.json" in bad.reason
+    assert [rows[1:3][n].id for n in range(2)] == ["a1", "b0"]
+    assert rows.fingerprint != load_records(f"{second},{first}").fingerprint
+    assert load_records(f"{first}:1,{second}:2").mixture == Mixture((2, 2), (1.0, 2.0))
+
+
+def test_a_file_elsewhere_is_copied_once(tmp_path, cache):
+    content, opened = json.dumps([row("far")]).encode(), []
+
+    def open_(_, path, mode):
+        opened.append(str(path))
+        return io.BytesIO(content)
+
+    found = types.SimpleNamespace(length=len(content), mtime=1)
+    with epath.testing.mock_epath(stat=lambda _, path: found, open=open_):
+        assert [load_records("gs://bucket/rows.json")[0].id for _ in range(2)] == ["far", "far"]
+    assert opened == ["gs://bucket/rows.json"] and len(list(cache.glob("*.json"))) == 1
+
+
+# ---- where rows stand -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [5, 64, 1 << 20])
+def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(index, "PIECE", piece)
+    monkeypatch.setattr(index, "MORE", 2)
+    rows = [row(f"{n}", text) for n, text in enumerate(('"},{"', "[\\", "größe 😀 \u2028", "x" * 300, "\n\t}]"))]
+    forms = {
+        "a.json": json.dumps(rows),
+        "b.json": "\ufeff" + json.dumps(rows, ensure_ascii=False, indent=2) + " \n",
+        "c.jsonl": "\r\n\n".join(json.dumps(one, ensure_ascii=False) for one in rows),
+    }
+    for name, text in forms.items():
+        (tmp_path / name).write_bytes(text.encode())
+        found = load_records(str(tmp_path / name))
+        assert [one.turns[0].text for one in found] == [one["conversations"][0]["value"] for one in rows]
+        again = pickle.loads(pickle.dumps(found))
+        assert list(again[1:3]) == list(found)[1:3]
+    for text, reason in (
+        ('[{"a": 1} {"b": 2}]', "expected ',' or ']' at byte 10"),
+        ('[{"a": 1}', "expected ',' or ']' at byte 9"),
+        ('[{"a": 1}] x', "extra data at byte 11"),
+        ('[{"a": tru}]', "not JSON: .* at byte 7"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(InputError, match=reason):
+            load_records(str(tmp_path / "bad.json"))
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_shows_the_shares_and_every_row_in_turn():
+    mixture = Mixture((10, 6, 4), (0.5, 0.4, 0.1))
+    assert mixture.shares().tolist() == [10, 8, 2]
+    epochs = [mixture.epoch(epoch, seed=3, shuffle=True) for epoch in range(6)]
+    for source, (begin, end, share) in enumerate(((0, 10, 10), (10, 16, 8), (16, 20, 2))):
+        counts = np.bincount(np.concatenate(epochs), minlength=20)[begin:end]
+        assert counts.sum() == 6 * share and np.ptp(counts) <= 1, source
+        assert all(((begin <= rows) & (rows < end)).sum() == share for rows in epochs)
+    assert mixture.epoch(2, seed=3, shuffle=True).tolist() == epochs[2].tolist() != epochs[1].tolist()
+    assert mixture.epoch(2, seed=4, shuffle=True).tolist() != epochs[2].tolist()
+    plain = mixture.epoch(0, seed=3, shuffle=False)
+    assert plain[plain < 10].tolist() == list(range(10))
+    assert plain[(plain >= 10) & (plain < 16)].tolist() == [10, 11, 12, 13, 14, 15, 10, 11]
+    assert set(plain[:4]) > {0, 10}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_of_a_mixture_have_its_rows(tmp_path, pack):
+    settings = full_size.settings_of(tmp_path, workers=0, pack=pack)
+    mixture, lengths = Mixture((30, 10), (1.0, 3.0)), np.full(40, 100, np.int32)
+    images = np.ones(40, np.int32)
+    sizes = dict(batch_size=8, row_multiple=1, steps=10, seed=1, slots_A=images, words_A=lengths, mixture=mixture)
+    plan = plan_batches([None] * 40, lengths, settings, **sizes)
+    for epoch in range(2):
+        found = plan.order_UC[5 * epoch : 5 * epoch + 5].ravel()
+        assert sorted(found) == sorted(mixture.epoch(epoch, seed=1, shuffle=True))
+
+
+# ---- what is kept ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
+    """tests/full_size.py with few rows: the second start tokenises nothing, and goes on at the exact next row."""
+    for module in (index, checks):
+        monkeypatch.setattr(module, "KEPT_ROWS", 100)
+    full_size.make_rows(tmp_path, 300)
+    settings = full_size.settings_of(tmp_path, workers=0, pack=pack)
+    data, plan, _ = full_size.open_batches(settings, 16)
+    batches = [next(data) for _ in range(4)]
+    assert len(list(cache.iterdir())) == 3
+
+    def never(*_, **__):
+        raise AssertionError("done again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTokenizer, "encode_chunk", never)
+        patch.setattr(checks, "plan_batches", never)
+        again, other, _ = full_size.open_batches(settings, 16)
+    assert (other.shape, other.most) == (plan.shape, plan.most)
+    assert other.order_UC.tolist() == plan.order_UC.tolist() and other.rows_UC.tolist() == plan.rows_UC.tolist()
+    again.set_state({"batches": 3})
+    resumed = next(again)
+    np.testing.assert_array_equal(resumed.tokens_BT, batches[3].tokens_BT)
+    np.testing.assert_array_equal(resumed.rows_BM, batches[3].rows_BM)
+    assert sorted(resumed.rows_BM[resumed.rows_BM >= 0]) == sorted(plan.order_UC[3])
+
+
+def test_what_is_kept_belongs_to_content_and_pictures(tmp_path, monkeypatch):
+    for module in (index, checks):
+        monkeypatch.setattr(module, "KEPT_ROWS", 10)
+    path = full_size.make_rows(tmp_path, 40)
+    settings = full_size.settings_of(tmp_path, workers=0, pack=False)
+    full_size.open_batches(settings, 8)
+    os.rename(tmp_path / "images" / "3.jpg", tmp_path / "images" / "gone.jpg")
+    with pytest.raises(InputError, match=r"6 of 40 rows cannot be trained.*3\.jpg: no such file"):
+        full_size.open_batches(settings, 8)
+    os.rename(tmp_path / "images" / "gone.jpg", tmp_path / "images" / "3.jpg")
+    rows = json.loads(open(path, encoding="utf-8").read())
+    rows[1]["conversations"][-1]["value"] = ""
+    write(tmp_path / "rows.json", rows)
+    with pytest.raises(InputError, match="1 of 40 rows.*row 1 .*empty answer"):
+        full_size.open_batches(settings, 8)
+    for kept in sources.cache_folder(), "no/such/folder":
+        monkeypatch.setenv("LLAVA_JAX_CACHE", str(kept))
+        assert sources.recall("nothing") is None
+
+
+# ---- TFDS -----------------------------------------------------------------------------------------------------------
+
+
+def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
+    flags.FLAGS.mark_as_parsed()
+    path = full_size.make_rows(tmp_path, 60)
+    words = ["prepare", "arrayrecord", f"--annotations={path}", f"--images={tmp_path}/images", f"--output={tmp_path}/o"]
+    assert cli.main([*words, "--shards=2"]) == 0
+    assert cli.main(words) == 2 and "is there already" in capsys.readouterr().err
+
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source("llava_rows", split="train", data_dir=f"{tmp_path}/o")
+    given = list(parse_records(path))
+    assert len(source) == 60 and [one["id"].decode() for one in source] == [record.id for record in given]
+    picture = (tmp_path / "images" / given[3].images[0]).read_bytes()
+    assert source[3]["images"] == [picture] and source[0]["images"] == []
+    assert source[3]["conversations"]["value"][0].decode() == given[3].turns[0].text
+    assert "tensorflow" not in sys.modules
+    folder = f"{tmp_path}/o/llava_rows/1.0.0"
+    rows = pickle.loads(pickle.dumps(load_records(folder)))
+    assert [record.turns for record in rows] == [record.turns for record in given]
+    assert rows[3].images == (picture,) and rows[10:20][1].id == given[11].id
+    packed = full_size.settings_of(tmp_path, workers=0, pack=False)
+    files, _, _ = full_size.open_batches(packed, 8)
+    bytes_, _, _ = full_size.open_batches(full_size.reading(packed, folder), 8)
+    for ours, theirs in zip(next(files), next(bytes_), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_arrayrecord_names_what_cannot_be_packed(tmp_path, capsys):
+    path = write(tmp_path / "a.json", [row("good"), row("lost", image="none.png"), {"id": "bad"}])
+    words = ["prepare", "arrayrecord", f"--annotations={path}", f"--images={tmp_path}", f"--output={tmp_path}/o"]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "2 of 3 rows cannot be packed: row 1 (id 'lost')" in error and "row 2 (id 'bad')" in error
+    with pytest.raises(InputError, match="tfds:none_such: TFDS cannot read"):
+        load_records("tfds:none_such")
