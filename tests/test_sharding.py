@@ -62,7 +62,7 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 
 TIED = dataclasses.replace(TINY.llm, tied=True, attention_bias=True, mlp_bias=True)
-PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 8, 1, 4), (2, 2, 2, 2))
+PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (2, 4, 1, 2))
 
 EIGHT_DEVICES = textwrap.dedent("""
     import dataclasses
@@ -105,7 +105,7 @@ EIGHT_DEVICES = textwrap.dedent("""
             placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
             on = jax.device_put(batch, batch_sharding(mesh))
             close(both(placed, on, accumulate=1, loss_norm="global_token", ranks=ranks), want["global_token"])
-            if sizes in ((2, 2, 2), (1, 8, 1, 4)):
+            if sizes == (2, 4, 1, 2):
                 close(both(placed, on, accumulate=2, loss_norm="global_token", ranks=ranks), want["global_token"])
             if sizes == (8, 1, 1):
                 close(both(placed, on, accumulate=1, loss_norm="rank_mean", ranks=ranks), want["rank_mean"])
