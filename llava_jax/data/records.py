@@ -4,6 +4,7 @@ In memory are numbers only: where each row of a file stands. Rows are counted fr
 sources in their order. A row is parsed and checked (`row.py`) each time it is read.
 """
 
+import abc
 import hashlib
 import json
 import os
@@ -35,13 +36,13 @@ class Rows(Sequence[Record]):
         """The row, or why it cannot be used."""
         return parse_or_reject(self.decoded(row), row)
 
+    @abc.abstractmethod
     def decoded(self, row: int) -> Any:
         """The row as decoded JSON; an InputError in its place where it is none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def part(self, start: int, stop: int) -> "Rows":
         """Rows start to stop, counted from 0 anew."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, row: int) -> Record: ...
