@@ -332,14 +332,18 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def _read_json(path: str, mend: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; {mend}") from None
+
+
 def _check_tokenizer_json(path: str) -> None:
     if not os.path.isfile(path):
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; copy the tokenizer again") from None
+    content = _read_json(path, "copy the tokenizer again")
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
 
@@ -353,11 +357,7 @@ def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             continue
-        try:
-            with open(path, encoding="utf-8") as file:
-                given = json.load(file)
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON: {error}; copy it again") from None
+        given = _read_json(path, "copy it again")
         given = given if isinstance(given, dict) else {}
         named = given.get("eos_token_id", (given.get("text_config") or {}).get("eos_token_id"))
         known = set(vocabulary.values())
