@@ -18,7 +18,7 @@ from llava_jax.convert.hf import Beside, LlavaExtras, read_llava, stored_dtype
 from llava_jax.convert.stored import Stored
 from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.chat import Span, Template, find_template, render
-from llava_jax.data.image import image_size
+from llava_jax.data.image import image_size, normalised
 from llava_jax.data.tokenize import StreamDecoder, TextTokenizer, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
 from llava_jax.infer.sample import stop_table, stripped
@@ -75,7 +75,7 @@ class Processor:
         arrays = [np.zeros((0, size, size, 3), np.float32)]
         for picture in pictures:
             picture = picture if isinstance(picture, Image.Image) else os.fspath(picture)
-            arrays.append(load_tiles(picture, size, self.aspect, tiles, how))
+            arrays.append(normalised(load_tiles(picture, size, self.aspect, tiles, how), how))
         return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:

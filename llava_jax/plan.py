@@ -121,9 +121,10 @@ def abstract_batch(config: ModelConfig, shape: Shape, mesh: Mesh) -> Batch:
         return jax.ShapeDtypeStruct((shape.rows, *dims), dtype, sharding=at)
 
     T = shape.length
-    pixels = array(np.float32, shape.images, size, size, 3)
+    pixels, shown = array(np.uint8, shape.images, size, size, 3), array(np.bool_, shape.images)
     take = array(np.int32, T) if config.pinpoints else None
-    return Batch(array(np.int32, T), array(np.bool_, T), array(np.int32, T), array(np.int32, T), pixels, take_BT=take)
+    ids = array(np.int32, T)
+    return Batch(ids, array(np.bool_, T), ids, ids, pixels, shown, take_BT=take)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,9 @@ class Batch(NamedTuple):
     targets_BT      bool; True where tokens_BT[b, t] is to be predicted (from position t-1)
     segment_ids_BT  int32; 1.. for the conversations of a row, 0 for padding; none sees another
     positions_BT    int32; rotary positions, 0.. within each segment
-    pixels_BNXYC    float32, CLIP-normalised; zeros in image slots a row does not use
+    pixels_BNXYC    uint8, the RGB squares that the tower sees, before they are normalised (the step does it, so that a
+                    quarter of the bytes travels); zeros in image slots a row does not use
+    shown_BN        bool, image slots that hold a picture
     rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M
                     (host only: None on the device)
     take_BT         int32, with anyres only: which feature of the row's tiles (n * P + p) an image token takes, -1 for
@@ -78,6 +80,7 @@ class Batch(NamedTuple):
     segment_ids_BT: Any
     positions_BT: Any
     pixels_BNXYC: Any
+    shown_BN: Any
     rows_BM: Any = None
     take_BT: Any = None
 

@@ -21,7 +21,7 @@ from llava_jax.convert import hf, table
 from llava_jax.convert.config import default_pinpoints, llava_config, llava_json
 from llava_jax.data import checks
 from llava_jax.data.anyres import NEWLINE, Tiling, rows_of_tiles, tiling
-from llava_jax.data.image import image_size, normalised
+from llava_jax.data.image import image_size
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.pipeline import check_records, make_pipeline
 from llava_jax.data.records import load_records
@@ -83,9 +83,9 @@ def test_padding_is_left_out():
 def test_tiles_are_the_whole_picture_and_the_grid():
     image = picture(32, 16)
     tiles = SMALL.cut(image)
-    assert tiles.shape == (3, 16, 16, 3) and tiles.dtype == np.float32
-    np.testing.assert_array_equal(tiles[0], normalised(image.resize((16, 16), Image.Resampling.BICUBIC)))
-    np.testing.assert_array_equal(np.concatenate(tiles[1:], axis=1), normalised(image))
+    assert tiles.shape == (3, 16, 16, 3) and tiles.dtype == np.uint8
+    np.testing.assert_array_equal(tiles[0], np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
+    np.testing.assert_array_equal(np.concatenate(tiles[1:], axis=1), np.asarray(image))
     padded = SMALL.cut(picture(32, 10))  # 3 black lines above and below
     np.testing.assert_array_equal(
         padded[1:, :3], np.broadcast_to(SMALL.cut(Image.new("RGB", (8, 8)))[0, :1], (2, 3, 16, 3))

@@ -5,6 +5,7 @@ import pathlib
 import struct
 import zlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +13,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_jax.data.image import FORMATS, MAX_SIDE, background, check_image, decode, load_image, preprocess
+from llava_jax.data.image import FORMATS, MAX_SIDE, background, check_image, decode, load_image, normalised, preprocess
+from llava_jax.models import clip
 from llava_jax.types import InputError, Pixels
 
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
@@ -72,7 +74,16 @@ def test_siglip_pictures_are_bit_equal_to_its_processor(number, resample):
 @pytest.mark.parametrize("name", ["wide.jpg", "tall.png", "square.webp", "odd.bmp"])
 def test_files_are_bit_equal_too(name, aspect):
     theirs = published(Image.open(IMAGES / name).convert("RGB"), 48, aspect)
-    np.testing.assert_array_equal(load_image(str(IMAGES / name), 48, aspect), theirs)
+    np.testing.assert_array_equal(normalised(load_image(str(IMAGES / name), 48, aspect)), theirs)
+
+
+@pytest.mark.parametrize("pixels", [Pixels(), Pixels((0.5,) * 3, (0.5,) * 3)])
+def test_the_step_normalises_every_byte_as_the_processor_does(pixels):
+    """Each byte in each channel, in a slot that is shown and in one that is not, compiled as in the step."""
+    bytes_BNXYC = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 2, 16, 16, 3))
+    seen = jax.jit(clip.normalised, static_argnums=2)(bytes_BNXYC, np.array([[True, False]]), pixels)
+    np.testing.assert_allclose(seen[0, 0], normalised(bytes_BNXYC[0, 0], pixels), rtol=0, atol=5e-7)
+    assert not np.any(seen[0, 1])
 
 
 def test_pad_centres_on_the_mean_colour_with_the_odd_row_below():

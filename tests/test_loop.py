@@ -275,7 +275,7 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
     open_data = loop.open_data
 
     def broken(*args):
-        """The pipeline with its second batch spoiled."""
+        """The pipeline with no target in its second batch."""
         data = open_data(*args)
         take = type(data).__next__
 
@@ -284,15 +284,16 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
                 batch = take(self)
                 if self.get_state()["batches"] != 2:
                     return batch
-                if what == "no targets":
-                    return batch._replace(targets_BT=np.zeros_like(batch.targets_BT))
-                return batch._replace(pixels_BNXYC=np.full_like(batch.pixels_BNXYC, np.nan))
+                return batch._replace(targets_BT=np.zeros_like(batch.targets_BT))
 
         data.__class__ = Spoiled
         return data
 
-    monkeypatch.setattr(loop, "open_data", broken)
     settings = make_settings(inputs, "pretrain", data__shuffle=False, train__checkpoint_every=1)
+    if what == "no targets":
+        monkeypatch.setattr(loop, "open_data", broken)
+    else:
+        settings = change(settings, "optim", lr=1e30, warmup_ratio=0.0)
     with pytest.raises(InputError) as error:
         loop.train(settings, str(tmp_path))
     says = (

@@ -275,7 +275,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     segments = np.where(np.arange(T) < 24, 1, 2) * np.ones((B, 1), np.int32)
     positions = np.where(np.arange(T) < 24, np.arange(T), np.arange(T) - 24) * np.ones((B, 1), np.int32)
     pixels = rng.normal(size=(B, 1, 16, 16, 3)).astype(np.float32)
-    batch = Batch(tokens, targets, segments.astype(np.int32), positions.astype(np.int32), pixels)
+    batch = Batch(tokens, targets, segments.astype(np.int32), positions.astype(np.int32), pixels, None)
 
     def both(config, params, batch, key, **more):
         how = dict(graphdef=llava.build(config)[0], dtype="float32", packed=True, loss_norm="global_token")

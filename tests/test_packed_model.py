@@ -45,7 +45,7 @@ def batch(rows: list[list[int]], length: int, images: int, changed: int | None =
             segments[b, start:end], positions[b, start:end] = number, np.arange(len(ids))
             pixels[b, slot : slot + len(pictures)] = pictures
             start, slot = end, slot + len(pictures)
-    return Batch(*map(jnp.asarray, (tokens, targets, segments, positions, pixels)))
+    return Batch(*map(jnp.asarray, (tokens, targets, segments, positions, pixels)), shown_BN=None)
 
 
 PACKED = [[1, 0, 3], [2]]

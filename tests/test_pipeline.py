@@ -127,7 +127,7 @@ def test_a_batch_holds_its_records(reference):
     assert batch.tokens_BT.shape == batch.targets_BT.shape == (BATCH, SETTINGS.max_length)
     assert batch.pixels_BNXYC.shape == (BATCH, 2, SIZE, SIZE, 3)
     kinds = [field.dtype for field in arrays(batch)]
-    assert kinds == [np.int32, np.bool_, np.int32, np.int32, np.float32, np.int64]
+    assert kinds == [np.int32, np.bool_, np.int32, np.int32, np.uint8, np.bool_, np.int64]
     for b, row in enumerate(batch.rows_BM[:, 0]):
         record = RECORDS[row]
         tokens, targets = encode_record(record, SETTINGS, TOKENIZER, IMAGE_ID, PATCHES)
@@ -142,6 +142,7 @@ def test_a_batch_holds_its_records(reference):
         for slot, name in enumerate(record.images):
             np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], load_image(str(IMAGES / name), SIZE, "pad"))
         assert not batch.pixels_BNXYC[b, len(record.images) :].any()
+        np.testing.assert_array_equal(batch.shown_BN[b], np.arange(2) < len(record.images))
 
 
 def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
@@ -154,7 +155,7 @@ def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
     for batch in packed:
         assert [field.dtype for field in arrays(batch)] == [field.dtype for field in arrays(reference[0])]
         assert np.count_nonzero(batch.rows_BM >= 0) == BATCH
-        for tokens, targets, segments, positions, pixels, rows in zip(*arrays(batch), strict=True):
+        for tokens, targets, segments, positions, pixels, shown, rows in zip(*arrays(batch), strict=True):
             members, slot = rows[rows >= 0], 0
             assert (rows[len(members) :] == -1).all()
             assert set(segments) - {0} == set(range(1, len(members) + 1))
@@ -172,6 +173,7 @@ def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
             padding = segments == 0
             assert (tokens[padding] == TOKENIZER.pad_id).all()
             assert not targets[padding].any() and not positions[padding].any() and not pixels[slot:].any()
+            assert shown[:slot].all() and not shown[slot:].any()
             together += len(members) > 1
     assert together > len(packed)
 

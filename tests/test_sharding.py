@@ -83,7 +83,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     segments = np.where(np.arange(T) < 100, 1, 2) * np.ones((B, 1), np.int32)
     positions = np.where(np.arange(T) < 100, np.arange(T), np.arange(T) - 100) * np.ones((B, 1), np.int32)
     pixels = rng.normal(size=(B, 2, 16, 16, 3)).astype(np.float32)
-    batch = Batch(tokens, targets, segments.astype(np.int32), positions.astype(np.int32), pixels)
+    batch = Batch(tokens, targets, segments.astype(np.int32), positions.astype(np.int32), pixels, None)
     how = dict(graphdef=graphdef, dtype="float32", packed=True)
 
     def both(params, batch, stage="finetune", **more):

@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import hf
+from llava_jax.data.image import normalised
 from llava_jax.models.llava import init
 from llava_jax.train.assemble import CLIPS, EMBEDDED_TOKENIZER, LLAMAS
 from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
@@ -63,15 +64,19 @@ def write_model(folder: str, config: ModelConfig, weights: bool) -> ModelConfig:
 
 
 def write_batch(path: str, config: ModelConfig, work: Mapping[str, Any]) -> None:
-    """Full rows: a few tokens, one picture, the rest text; the last `targets` tokens of a row are supervised."""
+    """Full rows: a few tokens, one picture, the rest text; the last `targets` tokens of a row are supervised.
+
+    Pictures as `bytes`, which our step takes, and normalised as `pixels`.
+    """
     rng = np.random.default_rng(0)
     shape, patches, size = (work["rows"], work["length"]), config.vision.patches, config.vision.image_size
     tokens_BT = rng.integers(3, min(config.image_token_id, config.llm.vocab_size), shape).astype(np.int32)
     tokens_BT[:, 1 : 1 + patches] = config.image_token_id
     targets_BT = np.zeros(shape, bool)
     targets_BT[:, shape[1] - work["targets"] :] = True
-    pixels_BNXYC = rng.normal(size=(shape[0], 1, size, size, 3)).astype(np.float32)
-    np.savez(path, tokens=tokens_BT, targets=targets_BT, pixels=pixels_BNXYC)
+    pixels_BNXYC = rng.integers(0, 256, (shape[0], 1, size, size, 3), np.uint8)
+    seen_BNXYC = normalised(pixels_BNXYC, config.vision.pixels)
+    np.savez(path, tokens=tokens_BT, targets=targets_BT, bytes=pixels_BNXYC, pixels=seen_BNXYC)
 
 
 def write_picture(path: str, seed: int) -> None:

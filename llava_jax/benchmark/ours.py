@@ -18,6 +18,7 @@ from absl import flags
 
 from llava_jax.benchmark.turns import Figures, Turn, clock, fingerprint, serve
 from llava_jax.convert import hf
+from llava_jax.data.image import normalised
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline
 from llava_jax.data.row import parse_row
@@ -139,9 +140,10 @@ def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tup
 def read_batch(work: Mapping[str, Any]) -> Batch:
     """The batch of the file: full rows of one conversation each."""
     with np.load(work["batch"]) as arrays:
-        tokens_BT, targets_BT, pixels_BNXYC = arrays["tokens"], arrays["targets"], arrays["pixels"]
+        tokens_BT, targets_BT, pixels_BNXYC = arrays["tokens"], arrays["targets"], arrays["bytes"]
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
-    return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, pixels_BNXYC)
+    shown_BN = np.ones(pixels_BNXYC.shape[:2], bool)
+    return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, pixels_BNXYC, shown_BN)
 
 
 def model_config(work: Mapping[str, Any]) -> ModelConfig:
@@ -164,7 +166,8 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     engine = answering.Engine(build(config)[0], params, config, never)
     batch = read_batch(work)
     rows = zip(batch.tokens_BT, batch.pixels_BNXYC, strict=True)
-    prompts = [answering.Prompt(tokens_T, pixels_NXYC) for tokens_T, pixels_NXYC in rows]
+    how = config.vision.pixels
+    prompts = [answering.Prompt(tokens_T, normalised(pixels_NXYC, how)) for tokens_T, pixels_NXYC in rows]
     seconds = clock(jax.default_backend())
 
     def answer(count: int) -> tuple[float, list[list[int]]]:
@@ -205,8 +208,8 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         return {"picture": spent / len(pictures), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
 
     with closing(open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]) as batches:
-        pixels = [fingerprint(one) for batch, _ in zip(batches, pictures, strict=False) for one in batch[4][:, 0]]
-    return {"pixels": pixels[: len(pictures)], "device": "cpu"}, turn
+        squares = [one for batch, _ in zip(batches, pictures, strict=False) for one in batch.pixels_BNXYC[:, 0]]
+    return {"pixels": [fingerprint(normalised(one)) for one in squares[: len(pictures)]], "device": "cpu"}, turn
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:

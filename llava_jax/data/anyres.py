@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from llava_jax.data.image import CLIP, decode, normalised, preprocess, usable
+from llava_jax.data.image import CLIP, decode, squared, usable
 from llava_jax.types import InputError, ModelConfig, Pixels
 
 NEWLINE = -1
@@ -51,7 +51,7 @@ class Tiling:
         return np.concatenate(found).astype(np.int32)
 
     def cut(self, image: Image.Image) -> np.ndarray:
-        """float32[n, size, size, 3]: the tiles of a picture, normalised, the whole one first."""
+        """uint8[n, size, size, 3]: the tiles of a picture, the whole one first."""
         image = usable(image)
         rows, columns = self._grid(image.size)
         width, height = columns * self.size, rows * self.size
@@ -63,8 +63,8 @@ class Tiling:
         canvas = Image.new("RGB", (width, height))
         corner = (width - fitted[0]) // 2, (height - fitted[1]) // 2
         canvas.paste(image.resize(fitted, Image.Resampling.BICUBIC), corner)
-        whole = normalised(image.resize((self.size, self.size), Image.Resampling.BICUBIC), self.pixels)
-        grid = normalised(canvas, self.pixels).reshape(rows, self.size, columns, self.size, 3).swapaxes(1, 2)
+        whole = np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        grid = np.asarray(canvas).reshape(rows, self.size, columns, self.size, 3).swapaxes(1, 2)
         return np.concatenate([whole[None], grid.reshape(-1, self.size, self.size, 3)])
 
     def _grid(self, size: Size) -> tuple[int, int]:
@@ -112,12 +112,12 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
 def load_tiles(
     picture: str | bytes | Image.Image, size: int, aspect: str, tiles: Tiling | None, pixels: Pixels = CLIP
 ) -> np.ndarray:
-    """float32[n, size, size, 3] of a picture (path, bytes of a file, or in memory).
+    """uint8[n, size, size, 3] of a picture (path, bytes of a file, or in memory).
 
     Its tiles, or the one square that `aspect` makes.
     """
     image = decode(picture) if isinstance(picture, str | bytes) else picture
-    return preprocess(image, size, aspect, pixels)[None] if tiles is None else tiles.cut(image)
+    return squared(image, size, aspect, pixels)[None] if tiles is None else tiles.cut(image)
 
 
 def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:

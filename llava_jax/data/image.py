@@ -47,8 +47,8 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
 
 
 def load_image(path: str | bytes, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """float32[size, size, 3], normalised, of the picture at `path`, or in these bytes; InputError as in `decode`."""
-    return preprocess(decode(path), size, aspect, pixels)
+    """uint8[size, size, 3] of the picture at `path`, or in these bytes; InputError as in `decode`."""
+    return squared(decode(path), size, aspect, pixels)
 
 
 def image_size(source: str | bytes) -> tuple[int, int]:
@@ -140,6 +140,11 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
     """float32[size, size, 3], normalised, of a picture in memory; `aspect` is pad, crop or squash."""
+    return normalised(squared(image, size, aspect, pixels), pixels)
+
+
+def squared(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+    """uint8[size, size, 3]: the square that the tower sees of a picture in memory; `aspect` is pad, crop or squash."""
     image, resample = usable(image), _RESAMPLE[pixels.resample]
     if aspect not in ASPECTS:
         raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
@@ -149,7 +154,7 @@ def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP
         square = _crop(image, size, resample)
     else:
         square = image.resize((size, size), resample)
-    return normalised(square, pixels)
+    return np.asarray(square)
 
 
 def usable(image: Image.Image) -> Image.Image:
@@ -158,13 +163,10 @@ def usable(image: Image.Image) -> Image.Image:
     return to_rgb(image)
 
 
-def normalised(image: Image.Image, pixels: Pixels = CLIP) -> np.ndarray:
-    """float32[X, Y, 3]: an RGB picture with the tower's mean and deviation."""
+def normalised(bytes_XYC: np.ndarray, pixels: Pixels = CLIP) -> np.ndarray:
+    """float32[..., 3] of RGB bytes uint8[..., 3], with the tower's mean and deviation."""
     table = _normalised_bytes(pixels)
-    pixels_XYC = np.empty((image.height, image.width, 3), np.float32)
-    for channel, band in enumerate(image.split()):
-        pixels_XYC[..., channel] = table[channel].take(np.asarray(band))
-    return pixels_XYC
+    return np.stack([table[channel].take(bytes_XYC[..., channel]) for channel in range(3)], axis=-1)
 
 
 def background(pixels: Pixels) -> tuple[int, ...]:

@@ -238,7 +238,7 @@ def _make_row(
     tokens = np.full(length, tokenizer.pad_id, np.int32)
     targets = np.zeros(length, bool)
     segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
-    pixels_NXYC = np.zeros((plan.shape.images, image_size, image_size, 3), np.float32)
+    pixels_NXYC = np.zeros((plan.shape.images, image_size, image_size, 3), np.uint8)
     take = None if tiling is None else np.zeros(length, np.int32)
     members = plan.members(place // len(rows), rows[place % len(rows)])
     start = slot = 0
@@ -262,7 +262,8 @@ def _make_row(
         start = end
     rows_M = np.full(plan.most, -1, np.int64)
     rows_M[: len(members)] = members
-    return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, rows_M, take)
+    shown_N = np.arange(plan.shape.images) < slot
+    return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, shown_N, rows_M, take)
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:

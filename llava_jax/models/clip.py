@@ -7,13 +7,23 @@ from flax import nnx
 from llava_jax.layers import LayerNorm, Linear, normal, param, zeros
 from llava_jax.ops.attention import attention
 from llava_jax.sharding import constrain
-from llava_jax.types import ClipConfig
+from llava_jax.types import ClipConfig, Pixels
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+def normalised(pixels_BNXYC: jax.Array, shown_BN: jax.Array, pixels: Pixels) -> jax.Array:
+    """float32 [B, N, X, Y, C] of RGB bytes with the tower's mean and deviation, zeros in slots that are not shown.
+
+    As `data.image.normalised`, but for the last bit: XLA multiplies where that divides by a constant.
+    """
+    mean, std = (jnp.array(values, jnp.float32) for values in (pixels.mean, pixels.std))
+    seen_BNXYC = (pixels_BNXYC.astype(jnp.float32) / 255 - mean) / std
+    return jnp.where(shown_BN[..., None, None, None], seen_BNXYC, 0.0)
 
 
 class Attention(nnx.Module):

@@ -58,6 +58,7 @@ def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, len
         dtype=settings.train.dtype,
         packed=settings.data.pack,
         loss_norm=settings.train.loss_norm,
+        pixels=config.vision.pixels,
         dropout_seed=settings.seed if config.lora is not None and config.lora.dropout else None,
     )
     state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(tx.init, params))

@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from llava_jax.models.clip import normalised
 from llava_jax.models.lora import join
 from llava_jax.models.nf4 import stored_as
 from llava_jax.ops.loss import next_token, weighted_nll
 from llava_jax.settings import STAGES
 from llava_jax.sharding import RULES, batch_sharding, replicated
 from llava_jax.train.optim import Schedule, apply_updates
-from llava_jax.types import Batch
+from llava_jax.types import Batch, Pixels
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -125,17 +126,21 @@ def train_step(
     *,
     tx: optax.GradientTransformation,
     learning_rate: Schedule,
+    pixels: Pixels,
     dropout_seed: int | None = None,
     **how: Any,
 ) -> tuple[TrainState, Metrics]:
     """One update. When the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
 
-    Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding). `how` is
-    what `loss_and_grads` is told beside the arrays. Dropout draws from the seed and the update's number alone, so that
-    a run that goes on from a checkpoint draws what it would have drawn.
+    Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding). `pixels` says
+    how the batch's pictures are normalised, `how` is what `loss_and_grads` is told beside the arrays. Dropout draws
+    from the seed and the update's number alone, so that a run that goes on from a checkpoint draws what it would have
+    drawn.
     """
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-    loss, grads, targets = loss_and_grads(state.params, frozen, batch, key, **how)
+    seen_BNXYC = normalised(batch.pixels_BNXYC, batch.shown_BN, pixels)
+    seen = batch._replace(pixels_BNXYC=seen_BNXYC, shown_BN=None)
+    loss, grads, targets = loss_and_grads(state.params, frozen, seen, key, **how)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)

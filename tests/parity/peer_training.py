@@ -10,6 +10,7 @@ import peers
 import torch
 
 from llava_jax.convert import hf
+from llava_jax.data.image import normalised
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.pipeline import check_records, make_pipeline
 from llava_jax.data.records import load_records
@@ -101,7 +102,7 @@ def _loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     patches = model.config.image_seq_length
     images = (batch.tokens_BT == model.config.image_token_index).sum(1) // patches
     pixels = [row[:count] for row, count in zip(batch.pixels_BNXYC, images, strict=True)]
-    pixels = np.concatenate(pixels).transpose(0, 3, 1, 2).copy()
+    pixels = normalised(np.concatenate(pixels)).transpose(0, 3, 1, 2).copy()
     logits = model(
         input_ids=tokens,
         attention_mask=torch.from_numpy(batch.segment_ids_BT > 0).long(),
