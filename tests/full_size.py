@@ -87,15 +87,15 @@ def open_batches(settings: DataSettings, batch: int) -> tuple[BatchIterator, Bat
     done("tokenizer")
     records = load_records(settings.annotations)
     done("index")
-    model = dict(image_token_id=IMAGE_ID, patches=PATCHES)
-    checked = check_once(records, settings, tokenizer, **model)
+    checked = check_once(records, settings, tokenizer, patches=PATCHES)
     checked.require_clean()
     done("check")
     steps = -(-len(records) // batch)
     sizes = dict(batch_size=batch, row_multiple=8, steps=steps, seed=0)
     plan = plan_once(records, checked, settings, **sizes)
     done("plan")
-    return make_pipeline(records, settings, tokenizer, plan, image_size=SIZE, **model), plan, seconds
+    model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
+    return make_pipeline(records, settings, tokenizer, plan, **model), plan, seconds
 
 
 def resident(field: str, process: int | str = "self") -> float:

@@ -225,11 +225,12 @@ def batches_of(settings, row_multiple=1, change=lambda records: records):
     plan = plan_model(settings)
     config, tokenizer = plan.config, load_tokenizer(plan.tokenizer)
     records = change(load_records(settings.data.annotations))
-    sizes = dict(image_token_id=config.image_token_id, patches=config.vision.patches, tiling=tiling(config))
+    sizes = dict(patches=config.vision.patches, tiling=tiling(config))
     checked = check_records(records, settings.data, tokenizer, **sizes)
     counts = dict(batch_size=settings.train.batch_size, row_multiple=row_multiple, steps=1, seed=0)
     batches = plan_batches(records, checked.lengths_A, settings.data, slots_A=checked.slots_A, **counts)
-    stream = make_pipeline(records, settings.data, tokenizer, batches, image_size=config.vision.image_size, **sizes)
+    sizes |= dict(image_size=config.vision.image_size, image_token_id=config.image_token_id)
+    stream = make_pipeline(records, settings.data, tokenizer, batches, **sizes)
     with closing(stream):
         return config, records, tokenizer, checked, next(stream)
 
@@ -289,7 +290,7 @@ def test_the_check_sees_pictures_of_another_size(inputs, tmp_path, monkeypatch):
     slots = []
     for size in ((16, 16), (16, 48)):
         picture(*size).save(tmp_path / "images" / records[row].images[0])
-        model = dict(image_token_id=plan.config.image_token_id, patches=4, tiling=tiling(plan.config))
+        model = dict(patches=4, tiling=tiling(plan.config))
         checked = checks.check_once(records, settings.data, tokenizer, **model)
         checked.require_clean()
         slots.append((checked.slots_A[row], checked.lengths_A[row]))
@@ -305,7 +306,7 @@ def test_a_row_whose_pictures_do_not_fit_is_named(inputs):
     with pytest.raises(InputError, match="beyond max_length 40; raise data.max_length"):
         tiny = settings_of(inputs, data__max_length=40)
         plan = plan_model(tiny)
-        sizes = dict(image_token_id=704, patches=4, tiling=tiling(plan.config))
+        sizes = dict(patches=4, tiling=tiling(plan.config))
         tokenizer = load_tokenizer(plan.tokenizer)
         check_records(load_records(tiny.data.annotations), tiny.data, tokenizer, **sizes).require_clean()
 

@@ -71,7 +71,7 @@ def stream(
     **changes,
 ) -> BatchIterator:
     settings = dataclasses.replace(SETTINGS, **changes)
-    checked = check_records(records, settings, TOKENIZER, image_token_id=IMAGE_ID, patches=PATCHES)
+    checked = check_records(records, settings, TOKENIZER, patches=PATCHES)
     sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=STEPS, seed=seed)
     plan = plan_batches(records, checked.lengths_A, settings, **sizes)
     model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
@@ -84,7 +84,7 @@ def take(data: BatchIterator, count: int) -> list[Batch]:
 
 def check(records: list[Record], **changes) -> pipeline.Checked:
     settings = dataclasses.replace(SETTINGS, **changes)
-    return check_records(records, settings, TOKENIZER, image_token_id=IMAGE_ID, patches=PATCHES)
+    return check_records(records, settings, TOKENIZER, patches=PATCHES)
 
 
 def arrays(batch: Batch) -> list[np.ndarray]:

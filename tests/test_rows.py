@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from llava_jax import cli
-from llava_jax.data import checks, index, sources
+from llava_jax.data import checks, index, records, sources
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.records import load_records, parse_records
@@ -114,6 +114,18 @@ def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_read_in_any_order_are_the_same(tmp_path, monkeypatch):
+    """In order (from pieces that hold some of them, or less than one), backwards, jumping, each twice, pickled."""
+    content = [row(f"row {n}", "é" * (1 + n * 7 % 50)) for n in range(40)]
+    rows = load_records(write(tmp_path / "a.json", content))
+    orders = [*range(40)], [*range(39, -1, -1)], [n * 17 % 40 for n in range(40)], [n // 2 for n in range(80)]
+    for piece in (50, 1000, 1 << 18):
+        monkeypatch.setattr(records, "SEVERAL_ROWS", piece)
+        for order in orders:
+            assert [rows[n].id for n in order] == [f"row {n}" for n in order]
+        assert pickle.loads(pickle.dumps(rows))[3] == rows[3]
 
 
 def test_a_mixture_shows_the_shares_and_every_row_in_turn():

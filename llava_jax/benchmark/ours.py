@@ -246,12 +246,12 @@ def open_batches(
     """The batches that `train` would get of these records, each record once (or as long as `steps` go on), and how many
     tokens all of them have."""
     settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
-    model = dict(image_token_id=tokenizer.size, patches=patches)
-    checked = check_records(records, settings, tokenizer, **model)
+    checked = check_records(records, settings, tokenizer, patches=patches)
     sizes = dict(batch_size=batch_size, row_multiple=1, steps=steps or len(records) // batch_size, seed=0)
     plan = plan_batches(records, checked.lengths_A, settings, **sizes)
     settings = dataclasses.replace(settings, workers=workers)
-    return make_pipeline(records, settings, tokenizer, plan, image_size=image_size, **model), checked.tokens
+    model = dict(image_size=image_size, patches=patches, image_token_id=tokenizer.size)
+    return make_pipeline(records, settings, tokenizer, plan, **model), checked.tokens
 
 
 def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> float:

@@ -24,7 +24,6 @@ def check_once(
     settings: DataSettings,
     tokenizer: TextTokenizer,
     *,
-    image_token_id: int,
     patches: int,
     tiling: Tiling | None = None,
 ) -> Checked:
@@ -34,11 +33,11 @@ def check_once(
     up each time; where one is gone, every row is checked again, so that the rows are named. With `tiling` nothing is
     kept: how many tokens a row has then depends on the sizes of its pictures, which may change in their files.
     """
-    model = dict(image_token_id=image_token_id, patches=patches, tiling=tiling)
+    model = dict(patches=patches, tiling=tiling)
     if len(records) < KEPT_ROWS or tiling is not None:
         return dataclasses.replace(check_records(records, settings, tokenizer, **model), pictures=frozenset())
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}
-    name = key_of("check", code(), records.fingerprint, tokenizer.fingerprint, image_token_id, patches, facts)
+    name = key_of("check", code(), records.fingerprint, tokenizer.fingerprint, patches, facts)
     kept = recall(name)
     if kept is not None:
         pictures = kept["pictures"].tobytes().decode().split("\0") if kept["pictures"].size else []

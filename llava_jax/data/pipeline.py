@@ -36,7 +36,7 @@ from llava_jax.data.grouping import count_words
 from llava_jax.data.image import CLIP
 from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import Rejected, Rows
-from llava_jax.data.tokenize import TextTokenizer, expand
+from llava_jax.data.tokenize import TextTokenizer, cut
 from llava_jax.types import Batch, DataSettings, InputError, Pixels, Record
 
 # Below this many records, starting processes takes longer than checking them here.
@@ -102,7 +102,6 @@ def check_records(
     settings: DataSettings,
     tokenizer: TextTokenizer,
     *,
-    image_token_id: int,
     patches: int,
     tiling: Tiling | None = None,
 ) -> Checked:
@@ -117,7 +116,6 @@ def check_records(
         _check_part,
         settings=settings,
         tokenizer=tokenizer,
-        image_token_id=image_token_id,
         patches=patches,
         tiling=tiling,
     )
@@ -163,7 +161,6 @@ def _check_row(
     record: Record,
     settings: DataSettings,
     tokenizer: TextTokenizer,
-    image_token_id: int,
     patches: int,
     tiling: Tiling | None,
 ) -> tuple[int, int, int, int, int] | str:
@@ -175,11 +172,12 @@ def _check_row(
         if tiling is not None:
             sizes = image_sizes(record, settings)
             counts, slots = tiling.tokens(sizes), sum(tiling.tiles(sizes))
-        tokens, targets = expand(encoded.tokens, encoded.targets, image_token_id, counts, settings.max_length)
+        trained = cut(encoded, counts, settings.max_length)
     except InputError as error:
         return str(error)
-    cut = full_length(encoded, counts) - len(tokens)
-    return len(tokens), int(targets.sum()), cut, slots, count_words(record)
+    length = full_length(trained, counts)
+    lost = 0 if trained is encoded else full_length(encoded, counts) - length
+    return length, int(trained.targets.sum()), lost, slots, count_words(record)
 
 
 # ---- the stream -------------------------------------------------------------------------------------------------

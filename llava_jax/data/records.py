@@ -23,6 +23,10 @@ from llava_jax.types import InputError, Record
 __all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]
 
 
+# Bytes that are read at a time of rows that are read in order, and the most between two of these.
+SEVERAL_ROWS, SEPARATOR = 1 << 18, 16
+
+
 class Rows(Sequence[Record]):
     """Rows on disk. `rows[i]` reads one and raises InputError where it cannot be used; a slice reads nothing.
 
@@ -66,12 +70,13 @@ class FileRows(Rows):
     def __init__(self, path: str, places: np.ndarray, fingerprint: str):
         self.path, self.places, self.fingerprint = path, places, fingerprint
         self._file: Any = None
+        self._piece, self._piece_start, self._end = b"", 0, 0
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # every process opens the file for itself
+        return {**self.__dict__, "_file": None, "_piece": b""}  # every process opens the file for itself
 
     def part(self, start: int, stop: int) -> "FileRows":
         return FileRows(self.path, self.places[start:stop].copy(), "")
@@ -80,11 +85,20 @@ class FileRows(Rows):
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
         start, length = self.places[row].tolist()
-        text = os.pread(self._file.fileno(), length, start)
         try:
-            return json.loads(text)
+            return json.loads(self._read(start, length))
         except (ValueError, RecursionError) as error:
             return InputError(f"line {self._line(start)} is not JSON: {error}")
+
+    def _read(self, start: int, length: int) -> bytes:
+        """Bytes of the file; rows that are read one after another come from larger pieces, which saves system calls."""
+        behind, self._end = start - self._end, start + length
+        if not self._piece_start <= start <= self._end <= self._piece_start + len(self._piece):
+            if not 0 <= behind <= SEPARATOR:
+                return os.pread(self._file.fileno(), length, start)
+            self._piece = os.pread(self._file.fileno(), max(length, SEVERAL_ROWS), start)
+            self._piece_start = start
+        return self._piece[start - self._piece_start : self._end - self._piece_start]
 
     def _line(self, start: int) -> int:
         with open(self.path, "rb") as file:

@@ -5,7 +5,7 @@ human turns as it names or brings pictures. Ids need not be unique.
 """
 
 import dataclasses
-import pathlib
+import ntpath
 from typing import Any
 
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Record, Turn
@@ -108,7 +108,7 @@ def _check_path(image: Any, where: str) -> None:
         raise InputError(f"{where}: {image!r} is no path; expected one below the images folder")
     _check_unicode(image, where)
     parts = image.replace("\\", "/").split("/")
-    absolute = image.startswith(("/", "\\")) or pathlib.PureWindowsPath(image).drive != ""
+    absolute = image.startswith(("/", "\\")) or ntpath.splitdrive(image)[0] != ""
     if absolute or ".." in parts or "\0" in image:
         raise InputError(f"{where}: {image!r} leaves the images folder; expected a relative path without ..")
 

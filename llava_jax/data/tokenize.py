@@ -26,6 +26,8 @@ _FIRST_MARK = 0xFDD0
 _MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
 _NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 END = "</s>"
+# Chunks without targets that are kept: what stands before the first picture is the same in most rows.
+KNOWN = 16
 # model_type of the original code's folders -> that of the decoder inside.
 ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -57,6 +59,8 @@ class TextTokenizer:
             self._special[END] = self.eos_id
         if "<s>" not in self._special and source.bos_token_id is not None:
             self._special["<s>"] = source.bos_token_id
+        self._known: dict[tuple[Span, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._mark_ids = np.array([self._special.get(text, -1) for text in SPECIAL_STRINGS], np.int32)
         added = {i for i, token in source.added_tokens_decoder.items() if token.special}
         reserved = (added | {*source.all_special_ids, self.eos_id}) - {source.unk_token_id, None}
         self._reserved = np.isin(np.arange(self.size), sorted(reserved))
@@ -92,7 +96,15 @@ class TextTokenizer:
         return self._codec.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def encode_chunk(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """Spans without images -> (ids int32[t], targets bool[t]), without BOS."""
+        """Spans without images -> (ids int32[t], targets bool[t]), without BOS; not to be written to."""
+        if any(span.is_target for span in spans):
+            return self._encode_chunk(spans)
+        key = tuple(spans)
+        if key not in self._known and len(self._known) < KNOWN:
+            self._known[key] = self._encode_chunk(key)
+        return self._known[key] if key in self._known else self._encode_chunk(key)
+
+    def _encode_chunk(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
         pieces = [self._piece(span) for span in spans]
         text = "".join(pieces)
         if not text:
@@ -109,13 +121,11 @@ class TextTokenizer:
         is_target = np.repeat([span.is_target for span in spans], [len(piece) for piece in pieces])
         targets_before = np.concatenate([[0], np.cumsum(is_target)])
         targets = targets_before[ends] - targets_before[starts] == ends - starts
-        first_characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)[starts]
-        is_mark = np.zeros(len(ids), bool)
-        for special, mark in _MARKS.items():
-            here = first_characters == ord(mark)
-            is_mark |= here
-            ids[here] = self._special.get(special, -1)
+        mark_T = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)[starts].astype(np.int64)
+        mark_T -= _FIRST_MARK
+        is_mark = (mark_T >= 0) & (mark_T < len(_MARKS))
         self._check_reserved(ids[~is_mark])
+        ids[is_mark] = self._mark_ids[mark_T[is_mark]]
         return ids, targets
 
     def _piece(self, span: Span) -> str:

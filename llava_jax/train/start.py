@@ -45,7 +45,6 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
         records,
         settings.data,
         tokenizer,
-        image_token_id=config.image_token_id,
         patches=config.vision.patches,
         tiling=tiling(config),
     )

@@ -29,10 +29,11 @@ THEIR_PARTS = {
 def batches(data: DataSettings, folder: str, config: ModelConfig, batch_size: int) -> list[Batch]:
     """The first STEPS batches as our pipeline encodes them."""
     records, tokenizer = load_records(data.annotations), load_tokenizer(folder)
-    model = dict(image_token_id=config.image_token_id, patches=config.vision.patches)
-    lengths_A = check_records(records, data, tokenizer, **model).lengths_A
+    lengths_A = check_records(records, data, tokenizer, patches=config.vision.patches).lengths_A
     plan = plan_batches(records, lengths_A, data, batch_size=batch_size, row_multiple=1, steps=STEPS, seed=3)
-    stream = make_pipeline(records, data, tokenizer, plan, image_size=config.vision.image_size, **model)
+    vision, image_id = config.vision, config.image_token_id
+    model = dict(image_size=vision.image_size, patches=vision.patches, image_token_id=image_id)
+    stream = make_pipeline(records, data, tokenizer, plan, **model)
     taken = list(stream)
     stream.close()
     return taken
