@@ -19,7 +19,7 @@ demo: .venv/.runtime
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax demo --workdir=$(DEMO)
 
 test: .venv/.dev
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
