@@ -186,6 +186,16 @@ def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
     assert sorted(resumed.rows_BM[resumed.rows_BM >= 0]) == sorted(plan.order_UC[3])
 
 
+def test_what_nobody_asks_for_is_let_go_of(cache):
+    for name in ("used", "unused"):
+        sources.keep(name, {"rows": np.arange(3)})
+    for path in cache.iterdir():
+        os.utime(path, (0, 0))
+    assert sources.recall("used")["rows"].tolist() == [0, 1, 2]
+    sources.keep("new", {"rows": np.arange(3)})
+    assert sorted(path.name for path in cache.iterdir()) == ["new.npz", "used.npz"]
+
+
 def test_what_is_kept_belongs_to_content_and_pictures(tmp_path, monkeypatch):
     for module in (index, checks):
         monkeypatch.setattr(module, "KEPT_ROWS", 10)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import time
 
 import numpy as np
 
@@ -23,6 +24,7 @@ LINES = (".jsonl", ".ndjson")
 FORMS = "a JSON or JSONL file, a folder of a TFDS data set or tfds:NAME"
 # Fewer rows than these are read again sooner than what is kept of them.
 KEPT_ROWS = 20_000
+KEPT_DAYS = 90
 # A file's content is read in pieces of so many bytes.
 PIECE = 1 << 24
 WEIGHT = re.compile(r"(.+):([0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
@@ -130,13 +132,18 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
     path = os.path.join(cache_folder(), f"{name}.npz")
     try:
         with np.load(path, allow_pickle=False) as kept:
-            return {key: kept[key] for key in kept.files}
+            arrays = {key: kept[key] for key in kept.files}
+        os.utime(path)
+        return arrays
     except (OSError, ValueError, KeyError, EOFError):
         return None
 
 
 def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
+    """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again.
+
+    What nobody has asked for in KEPT_DAYS is let go of.
+    """
     path = os.path.join(cache_folder(), f"{name}.npz")
     temporary = f"{path}.{os.getpid()}.tmp"
     with contextlib.suppress(OSError):
@@ -148,6 +155,9 @@ def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+        for entry in os.scandir(cache_folder()):
+            if entry.is_file() and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
+                os.unlink(entry)
 
 
 def local_copy(path: str) -> str:
@@ -173,4 +183,5 @@ def local_copy(path: str) -> str:
             while piece := source.read(PIECE):
                 target.write(piece)
         os.replace(temporary, copy)
+    os.utime(copy)
     return copy
