@@ -9,7 +9,7 @@ import pytest
 
 from llava_jax import cli
 from llava_jax.data.records import parse_row
-from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, load_captions
+from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, read_captions
 from llava_jax.prepare.concepts import Rule, select
 from llava_jax.prepare.phrases import builtin_phrases, normalise
 from llava_jax.prepare.scienceqa import INPUTS, OUTPUTS, convert
@@ -19,6 +19,11 @@ from llava_jax.types import InputError
 def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return str(path)
+
+
+def load_captions(path):
+    refused = []
+    return list(read_captions(path, refused)), refused
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
