@@ -116,7 +116,7 @@ def test_contexts_that_cannot_be_read(tmp_path, change, problem):
 
 def test_contexts_that_are_none(tmp_path):
     (tmp_path / "c.jsonl").write_text("[1]\n", encoding="utf-8")
-    with pytest.raises(InputError, match="line 1: expected an object"):
+    with pytest.raises(InputError, match="line 1: .1., expected an object with id"):
         load_contexts(str(tmp_path / "c.jsonl"))
     (tmp_path / "c.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(InputError, match="holds no pictures"):
@@ -229,8 +229,17 @@ def test_prompts_of_ones_own(tmp_path):
         load_prompts("reasoning", str(tmp_path))
     (folder / "system_message.txt").write_text("Look.\n", encoding="utf-8")
     (folder / "000_caps.txt").write_text("A sea.\n", encoding="utf-8")
-    with pytest.raises(InputError, match="has no 000_conv.txt"):
+    with pytest.raises(InputError, match="000_conv.txt: no such file"):
         load_prompts("reasoning", str(tmp_path))
+    (folder / "001_conv.txt").write_bytes(b"caf\xe9")
+    (folder / "000_conv.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="001_caps.txt: no such file"):
+        load_prompts("reasoning", str(tmp_path))
+    (folder / "001_caps.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="001_conv.txt: not UTF-8"):
+        load_prompts("reasoning", str(tmp_path))
+    (folder / "001_caps.txt").unlink()
+    (folder / "001_conv.txt").unlink()
     (folder / "000_conv.txt").write_text("Question:\nWhy?\n===\nAnswer:\nSo.\n", encoding="utf-8")
     context = Context("1", "1.jpg", ("A boat.",), (Instance("boat", (0, 0, 1, 1)),))
     sent = messages_for(context, "reasoning", load_prompts("reasoning", str(tmp_path)))

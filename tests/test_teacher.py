@@ -116,7 +116,8 @@ def test_what_never_passes_is_given_up_after_all_tries(fault, monkeypatch):
     monkeypatch.setattr(endpoint, "LONGEST_WAIT", 0.01)
     with TeacherServer(Faults(**{fault: 1.0}, retry_after=0.01)) as server:
         teacher = teacher_of(server)
-        teacher._reached = True  # the server is known to be there: a cut connection is not a wrong address
+        # The endpoint is known to be one: neither a cut connection nor nonsense is a wrong address.
+        teacher._reached = teacher._answered = True
         with pytest.raises(RequestFailed, match=f"no answer after {endpoint.TRIES} tries"):
             teacher.answer(MESSAGES)
     assert len(server.seen) == endpoint.TRIES
@@ -125,9 +126,9 @@ def test_what_never_passes_is_given_up_after_all_tries(fault, monkeypatch):
 @pytest.mark.parametrize(
     "status, body, kind, says",
     [
-        (401, {"error": {"message": "wrong key sk-very-secret"}}, InputError, r"status 401: .*wrong key \*\*\*"),
-        (404, {"error": {"message": "no model"}}, InputError, "status 404"),
-        (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, InputError, "status 429: .*pay"),
+        (401, {"error": {"message": "no key sk-very-secret"}}, InputError, r"status 401: .*no key \*\*\*; put the key"),
+        (404, {"error": {"message": "no model"}}, InputError, "status 404: .*no model; expected an address"),
+        (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, InputError, "quota is spent: .*pay; "),
         (400, {"error": {"message": "too long"}}, RequestFailed, "status 400: .*too long"),
     ],
 )
@@ -144,6 +145,13 @@ def test_an_address_where_nobody_is():
         pass
     with pytest.raises(InputError, match="cannot be reached"):
         teacher_of(server).answer(MESSAGES)
+
+
+def test_an_address_where_no_endpoint_is():
+    with TeacherServer(Faults(garbage=1.0)) as server:
+        with pytest.raises(InputError, match="no chat completion .*; expected an address that ends in /v1"):
+            teacher_of(server).answer(MESSAGES)
+    assert len(server.seen) == endpoint.TRIES_UNREACHED
 
 
 def test_retry_after_is_a_number_or_a_date():
@@ -496,9 +504,9 @@ def test_what_training_could_not_read_is_set_aside_unasked(tmp_path):
         written = synthesize(job, str(tmp_path / "o.json"), Recorded([TELL[0]]), journal)
     assert written.rows == 1
     assert [line["reason"][:30] for line in lines_of(tmp_path / "o.rejected.jsonl")] == [
-        "its row (id '1'): image: '../1",
+        "its row: image: '../1.png' lea",
         "id seen before in the contexts",
-        "its row (id '3'): conversation",
+        "its row: conversations[1]: lon",
     ]
 
 
@@ -551,14 +559,17 @@ def test_one_of_several_coco_files_by_name(tmp_path):
         (["--endpoint=http://x/v1"], "--endpoint is for another teacher"),
         (["--batch_input=b"], "batch mode is for another teacher"),
         (["--teacher=m", "--batch_input=a", "--batch_output=b"], "give one of them"),
-        (["--teacher=m", "--endpoint=u", "--request=[1]"], "expected a JSON object"),
-        (["--teacher=m", "--endpoint=u", "--request={"], "not JSON"),
-        (["--teacher=m", "--endpoint=u", '--request={"stream": true}'], "without messages, model, stream, n"),
-        (["--teacher=m", "--endpoint=u", '--request={"max_tokens": "9"}'], "max_tokens is '9'"),
-        (["--teacher=m", "--endpoint=u", "--price=1"], "expected IN,OUT"),
-        (["--teacher=m", "--endpoint=u", "--budget_usd=1"], "needs --price"),
-        (["--teacher=m", "--endpoint=u", "--concurrency=0"], "expected 1 to 1024"),
-        (["--teacher=m", "--endpoint=u", "--budget_tokens=-1"], "expected 0 or more"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--request=[1]"], "expected a JSON object"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--request={"], "not JSON"),
+        (["--teacher=m", "--endpoint=http://u/v1", '--request={"stream": true}'], "without messages, model, stream, n"),
+        (["--teacher=m", "--endpoint=http://u/v1", '--request={"max_tokens": "9"}'], "max_tokens is '9'"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--price=1"], "expected IN,OUT"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--budget_usd=1"], "needs --price"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--concurrency=0"], "expected 1 to 1024"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--budget_tokens=-1"], "expected 0 or more"),
+        (["--teacher=m", "--endpoint=localhost:8000/v1"], "--endpoint=localhost:8000/v1: no address"),
+        (["--teacher=m", "--endpoint=http://localhost:99999/v1"], "no address, expected one such as http://"),
+        (["--teacher=m", "--endpoint=http://[::1/v1"], "no address"),
         (["--teacher=m", "--endpoint=https://api.openai.com/v1"], "put it in the environment as OPENAI_API_KEY"),
     ],
 )

@@ -20,9 +20,9 @@ from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import InputError
 
 
-def key_of(context_id: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
-    """What an answer is kept under: another picture, prompt, model or setting of the request gives another key."""
-    text = json.dumps([context_id, dict(settings), list(messages)], sort_keys=True)
+def key_of(context_id: str, kind: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
+    """What an answer is kept under: another picture, kind, prompt or setting gives another key."""
+    text = json.dumps([context_id, kind, dict(settings), list(messages)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
