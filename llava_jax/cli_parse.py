@@ -39,10 +39,10 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def check_output(flag: str, path: str | None, *read: str) -> None:
+def check_output(flag: str, path: str | None, *apart: str) -> None:
     """InputError for a file that could not be written, before the minutes that its figures take.
 
-    `read` are files that the command reads: none of them may be written over.
+    `apart` are other files of the command, as those it reads: none of them may be written over.
     """
     folder = os.path.dirname(path or "")
     if folder and not os.path.isdir(folder):
@@ -51,9 +51,9 @@ def check_output(flag: str, path: str | None, *read: str) -> None:
         raise InputError(f"{flag}={path}: is a folder, expected the name of a file")
     if path and not os.access(path if os.path.exists(path) else folder or ".", os.W_OK):
         raise InputError(f"{flag}={path}: cannot be written; choose a folder that can")
-    for source in read:
-        if path and os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-            raise InputError(f"{flag}={path}: is what is read, too; give another name")
+    for other in apart:
+        if path and os.path.realpath(path) == os.path.realpath(other):
+            raise InputError(f"{flag}={path}: names another file of this command, too; give another name")
 
 
 def announce(title: str, **facts: Any) -> None:

@@ -80,22 +80,7 @@ def synthesize(args: argparse.Namespace) -> int:
         if args.batch_output:
             written = _join_batch(args, job, settings, answers, prices)
         else:
-            if path:
-                # One pass over all contexts: what cannot be read is found before the first answer is paid for.
-                print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
-            stop = threading.Event()
-            written = write.synthesize(
-                job,
-                args.output,
-                _teacher(args, settings, stop),
-                answers,
-                concurrency=1 if args.teacher == EMBEDDED else args.concurrency,
-                tokens=args.budget_tokens,
-                money=args.budget_usd,
-                prices=prices,
-                stop=stop,
-                say=lambda line: print(line, flush=True),
-            )
+            written = _ask(args, job, settings, answers, prices)
     stem = os.path.splitext(args.output)[0]
     aside = f"; set aside: {stem}.rejected.jsonl" if written.rejected else ""
     print(f"{written}: {args.output}{aside}; data card: {stem}.card.html")
@@ -116,7 +101,7 @@ def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
         if not 1 <= getattr(args, name) <= most:
             raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
     check_output("--output", args.output, args.contexts)
-    check_output("--batch_input", args.batch_input, args.contexts)
+    check_output("--batch_input", args.batch_input, args.contexts, args.output)
     batch = bool(args.batch_input or args.batch_output)
     if args.batch_input and args.batch_output:
         raise InputError("--batch_input and --batch_output: the one comes after the other; give one of them")
@@ -198,6 +183,33 @@ def _teacher(args: argparse.Namespace, settings: dict[str, Any], stop: threading
         raise InputError(f"the key in {KEY} holds a letter that no key has; copy it again")
     # Servers of one's own take any key, but the client sends no request without one.
     return EndpointTeacher(args.endpoint, key or "none", settings, stop)
+
+
+def _ask(
+    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
+) -> "Written":
+    """Asks what is open; where the journal settles everything, neither a key nor the endpoint is needed."""
+    from llava_jax.synthesize import write
+
+    if answers.path:
+        # One pass over all contexts: what cannot be read is found before the first answer is paid for.
+        coming = write.estimate(job, settings, answers)
+        print("\n".join(coming.lines(prices)), flush=True)
+        if not coming.requests:
+            return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices)
+    stop = threading.Event()
+    return write.synthesize(
+        job,
+        args.output,
+        _teacher(args, settings, stop),
+        answers,
+        concurrency=1 if args.teacher == EMBEDDED else args.concurrency,
+        tokens=args.budget_tokens,
+        money=args.budget_usd,
+        prices=prices,
+        stop=stop,
+        say=lambda line: print(line, flush=True),
+    )
 
 
 # ---- without asking -------------------------------------------------------------------------------------------------

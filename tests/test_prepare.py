@@ -4,6 +4,8 @@ import collections
 import json
 import random
 import re
+import sys
+import types
 
 import pytest
 
@@ -11,7 +13,7 @@ from llava_jax import cli
 from llava_jax.data.records import parse_row
 from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, read_captions
 from llava_jax.prepare.concepts import Rule, select
-from llava_jax.prepare.phrases import builtin_phrases, normalise
+from llava_jax.prepare.phrases import builtin_phrases, normalise, spacy_phrases
 from llava_jax.prepare.scienceqa import INPUTS, OUTPUTS, convert
 from llava_jax.types import InputError
 
@@ -45,11 +47,27 @@ def test_captions_of_every_form(tmp_path):
 
 
 def test_captions_that_cannot_be_used_are_named(tmp_path):
-    bad = ['{"image": "a.jpg", "caption": " "}', '{"caption": "x"}', "{", '{"image": "a.jpg", "caption": "a <image>"}']
-    path = write(tmp_path / "a.jsonl", "\n".join([*bad, '{"image": "a.jpg", "caption": "Good."}']))
+    bad = {
+        '{"image": "a.jpg", "caption": " "}': "caption 'a.jpg' is ' ', expected text",
+        '{"caption": "x"}': "image is None",
+        "{": "not JSON",
+        '{"image": "a.jpg", "caption": "a <image>"}': "<image> inside an answer",
+        '{"image": "../a.jpg", "caption": "x"}': "'../a.jpg' leaves the images folder",
+        '{"image": "a.jpg", "caption": "x \\ud83d"}': "lone surrogate",
+        '{"image": "a.jpg", "captions": "x"}': "captions is 'x', expected a list",
+    }
+    path = write(tmp_path / "a.jsonl", "\n".join([*bad, '{"id": null, "image": "a.jpg", "caption": "Good."}']))
     found, refused = load_captions(path)
-    assert [one.text for one in found] == ["Good."]
-    assert [str(one)[:6] for one in refused] == ["line 1", "line 2", "line 3", "line 4"]
+    assert [(one.id, one.text) for one in found] == [("a.jpg", "Good.")]
+    assert [str(one)[:6] for one in refused] == [f"line {number}" for number in range(1, 8)]
+    for one, reason in zip(refused, bad.values(), strict=True):
+        assert reason in one.reason
+    (tmp_path / "c.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match="c.jsonl: no caption in it.*line 1: not JSON"):
+        load_captions(str(tmp_path / "c.jsonl"))
+    coco = {"images": [], "annotations": [{"image_id": 7, "caption": "Sea."}]}
+    with pytest.raises(InputError, match="the first of 1 refused: row 0: image is None"):
+        load_captions(write(tmp_path / "coco.json", coco))
     with pytest.raises(InputError, match="no caption in it.*line 1"):
         load_captions(write(tmp_path / "b.jsonl", "\n".join(bad)))
 
@@ -72,6 +90,10 @@ def test_captions_command(tmp_path, capsys):
     assert "refused: row 1: caption 'b.jpg' is ''" in said and "1 rows of stage 1, 1 captions refused" in said
     [line] = (tmp_path / "o.jsonl").read_text().splitlines()
     assert parse_row(json.loads(line), "row").turns[1].text == "A dog."
+    before = (tmp_path / "a.json").read_text()
+    assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={path}"]) == 2
+    assert "names another file of this command" in capsys.readouterr().err
+    assert (tmp_path / "a.json").read_text() == before
     assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.json", f"--output={tmp_path}/o.json"]) == 2
     assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.jsonl", f"--output={tmp_path}/o.json"]) == 2
 
@@ -143,6 +165,28 @@ def test_concepts_command(tmp_path, capsys):
     assert cli.main([*words, "--finder=spacy"]) == 2
     errors = capsys.readouterr().err
     assert "the most frequent one is in 8" in errors and "spaCy" in errors
+
+
+def test_phrases_of_spacy_are_its_noun_chunks(monkeypatch):
+    """The face we use of spaCy, which the tests do not install: a pipeline by name, its chunks in order."""
+
+    def document(text):
+        chunks = [types.SimpleNamespace(text=chunk) for chunk in text.split(" on ")]
+        return types.SimpleNamespace(noun_chunks=chunks)
+
+    def load(model, exclude):
+        if model == "none":
+            raise OSError("E050")
+        pipe_names = ["tagger", "parser"] if model == "en_core_web_sm" else ["tagger"]
+        pipe = lambda texts, batch_size: map(document, texts)  # noqa: E731
+        return types.SimpleNamespace(pipe_names=pipe_names, pipe=pipe)
+
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
+    assert list(spacy_phrases("en_core_web_sm")(["A dog on the sofa", "Rain"])) == [["A dog", "the sofa"], ["Rain"]]
+    with pytest.raises(InputError, match="--spacy_model=none: spaCy has no such model: python -m spacy download none"):
+        spacy_phrases("none")
+    with pytest.raises(InputError, match="--spacy_model=blank: has no parser"):
+        spacy_phrases("blank")
 
 
 # ---- scienceqa ------------------------------------------------------------------------------------------------------
@@ -222,6 +266,22 @@ def test_scienceqa_subsets_and_what_is_refused(problems, tmp_path, capsys):
     ):
         assert cli.main([*words, *flags]) == 2
         assert reason in capsys.readouterr().err
+    write(tmp_path / "pid_splits.json", {"train": "1"})
+    with pytest.raises(InputError, match="pid_splits.json: train is '1', expected a list of ids"):
+        convert(problems, "train", "QCM-A")
+    write(tmp_path / "pid_splits.json", {"train": ["1"]})
     write(tmp_path / "problems.json", {"1": PROBLEMS["1"] | {"answer": 2}, "2": PROBLEMS["2"]})
     with pytest.raises(InputError, match="problem '1': answer is 2, expected the index of one of 2"):
         convert(problems, "train", "QCM-A")
+
+
+# ---- arrayrecord ----------------------------------------------------------------------------------------------------
+
+
+def test_arrayrecord_refuses_names_and_shards_that_tfds_would_fail_at(tmp_path, capsys):
+    said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    path = write(tmp_path / "a.json", [{"id": "1", "conversations": said}])
+    words = ["prepare", "arrayrecord", f"--annotations={path}", f"--output={tmp_path}/o"]
+    for flag, reason in (("--split=all", "--split=all: expected a name"), ("--shards=2", "more than the 1 rows")):
+        assert cli.main([*words, flag]) == 2
+        assert reason in capsys.readouterr().err and not (tmp_path / "o").exists()

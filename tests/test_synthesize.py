@@ -92,6 +92,13 @@ def test_coco_folder(tmp_path):
     (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
     with pytest.raises(InputError, match="000009.jpg is"):
         load_contexts(str(tmp_path))
+    image["width"] = 0
+    (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
+    with pytest.raises(InputError, match="width and height above 0"):
+        load_contexts(str(tmp_path))
+    (tmp_path / "instances_val2017.json").rename(tmp_path / "instances_train2017.json")
+    with pytest.raises(InputError, match="captions_val2017.json: no .*instances_val2017.json beside it"):
+        load_contexts(str(tmp_path))
     (tmp_path / "captions_train2017.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"2 files captions\*.json"):
         load_contexts(str(tmp_path))
@@ -100,6 +107,8 @@ def test_coco_folder(tmp_path):
 @pytest.mark.parametrize(
     "change, problem",
     [
+        ({"image": None}, "line 2: id '17', image None"),
+        ({"id": [1]}, "line 2: id [1], image"),
         ({"captions": "one"}, "line 2: captions is 'one'"),
         ({"captions": [1]}, "line 2: captions"),
         ({"instances": [{"category": "boat"}]}, "line 2: bbox None of 'boat'"),
@@ -118,8 +127,13 @@ def test_contexts_that_are_none(tmp_path):
     (tmp_path / "c.jsonl").write_text("[1]\n", encoding="utf-8")
     with pytest.raises(InputError, match="line 1: .1., expected an object with id"):
         load_contexts(str(tmp_path / "c.jsonl"))
+    (tmp_path / "c.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 1: no image and no captions, expected an object with id, image"):
+        load_contexts(str(tmp_path / "c.jsonl"))
+    with pytest.raises(InputError, match="none.jsonl: no such file, expected JSONL of contexts, COCO"):
+        load_contexts(str(tmp_path / "none.jsonl"))
     (tmp_path / "c.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no rows"):
         load_contexts(str(tmp_path / "c.jsonl"))
 
 

@@ -87,7 +87,11 @@ def coco_rows(path: str, content: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         return [
-            {"id": str(note.get("id", note["image_id"])), "image": names[note["image_id"]], "caption": note["caption"]}
+            {
+                "id": str(note.get("id", note["image_id"])),
+                "image": names.get(note["image_id"]),
+                "caption": note["caption"],
+            }
             for note in content["annotations"]
         ]
     except (KeyError, TypeError) as error:

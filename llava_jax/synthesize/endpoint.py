@@ -65,7 +65,8 @@ class EndpointTeacher:
             except openai.APIConnectionError as error:
                 problem = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection lost"
                 if not self._reached and tried >= TRIES_UNREACHED:
-                    raise InputError(f"{self._endpoint}: cannot be reached ({error.__cause__ or error})") from error
+                    said = f"{self._endpoint}: cannot be reached ({error.__cause__ or error})"
+                    raise InputError(f"{said}; is it up, and the address right?") from error
             except (ValueError, RecursionError) as error:
                 self._reached = True
                 problem = f"an answer that is no chat completion ({error})"

@@ -19,6 +19,9 @@ from typing import Any
 from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import InputError
 
+# How a line begins. What begins otherwise is not half a line of ours, and stays.
+BEGINS = b'{"key": "'
+
 
 def key_of(context_id: str, kind: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
     """What an answer is kept under: another picture, kind, prompt or setting gives another key."""
@@ -83,7 +86,7 @@ class Journal:
         """Where the file ends; half a line there is cut off."""
         end, number = 0, 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and line.startswith(BEGINS[: len(line)]):
                 os.ftruncate(self._file.fileno(), end)
                 break
             try:
