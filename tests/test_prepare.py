@@ -152,7 +152,8 @@ def test_concept_filter_keeps_the_rule_on_100_000_captions(pooled):
     assert frequent.captions > 10_000 and (frequent.new == 0) == (pooled == "count")
 
 
-def test_concepts_command(tmp_path, capsys):
+def test_concepts_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)  # as where it is not installed
     captions = [{"image": f"{n}.jpg", "caption": f"A dog on thing{n // 2}"} for n in range(8)]
     paths = [write(tmp_path / "a.json", captions), str(tmp_path / "o.json"), str(tmp_path / "p.json")]
     words = ["prepare", "concepts", *(f"--{k}={v}" for k, v in zip(("captions", "output", "json"), paths, strict=True))]

@@ -418,6 +418,7 @@ TALK = (
     ("Question: How many?\n===\nAnswer: 2, at 0.5 m from each other (see [1]).", "stop", ""),
     (EXCHANGE.replace("\n", "\r\n"), "stop", ""),
     ("Question:\nWhat does the caption under the photo read?\n===\nAnswer:\nIt reads “rain”.", "stop", ""),
+    (f"<think>\nCaptions say:\n===\n</think>\n\n{EXCHANGE}", "stop", ""),
     ("", "stop", "empty reply"),
     ("They wait.", "stop", "text outside a Question or Answer block"),
     (f"Here it is:\n{EXCHANGE}", "stop", "text outside a Question or Answer block"),
@@ -444,6 +445,8 @@ TELL = (
     ("Two people wait at a corner. It rains.\n\nA car passes, 1.5 m (5 feet) away.", "stop", ""),
     (" A sign with a caption in Spanish hangs over the door. ", "stop", ""),
     ("One of the captions on the poster is in Spanish, in the boxes lie apples.", "stop", ""),
+    ("Rain is seen.</think>It rains.", "stop", ""),
+    ("<think>It rains, as I see", "stop", "thoughts without an end"),
     ("The sentences do not agree on the rain.", "stop", "speaks of captions or boxes"),
     ("", "stop", "empty reply"),
     (EXCHANGE, "stop", "blocks where a description was asked for"),
@@ -509,7 +512,7 @@ def real(data, tmp_path):
 def test_recorded_answers_are_judged_as_the_table_says(tmp_path):
     show_synthesize.write_contexts(tmp_path / "c.jsonl", 80)
     counts = verdicts_hold(tmp_path / "c.jsonl", tmp_path)
-    assert counts == {"accepted": 57, "rejected": 183}
+    assert counts == {"accepted": 65, "rejected": 175}
     card = (tmp_path / "conversation.card.txt").read_text(encoding="utf-8")
     figures = dict(re.findall(r"^(\w[\w ]*?)  +(\S.*)$", card, re.MULTILINE))
     aside = [TALK[number % len(TALK)] for number in range(80)]

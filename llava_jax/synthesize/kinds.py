@@ -50,6 +50,8 @@ DETAIL_QUESTIONS = (
     "Write an exhaustive depiction of the given image",
 )
 
+# Models that think aloud do it before this; some servers leave it in the text.
+THOUGHT = "</think>"
 # Why a reply is not whole, by OpenAI's finish_reason; other reasons (stop, and what servers make up) are an end.
 NOT_WHOLE = {
     "length": "cut off at the limit of tokens",
@@ -93,12 +95,13 @@ def turns_of(reply: Reply, context: Context, kind: str, seed: int) -> tuple[Turn
     if reply.finish in NOT_WHOLE:
         raise RejectedReply(NOT_WHOLE[reply.finish])
     rng = random.Random(f"{seed}/{kind}/{context.id}")
+    text = reply.text.rpartition(THOUGHT)[2]
     if kind == "conversation":
-        turns = parse_dialogue(reply.text)
+        turns = parse_dialogue(text)
     elif kind == "reasoning":
-        turns = parse_exchange(reply.text)
+        turns = parse_exchange(text)
     else:
-        turns = (Turn("human", rng.choice(DETAIL_QUESTIONS)), Turn("gpt", parse_description(reply.text)))
+        turns = (Turn("human", rng.choice(DETAIL_QUESTIONS)), Turn("gpt", parse_description(text)))
     first = turns[0].text
     placed = f"{IMAGE_PLACEHOLDER}\n{first}" if rng.random() < 0.5 else f"{first}\n{IMAGE_PLACEHOLDER}"
     return (Turn("human", placed), *turns[1:])

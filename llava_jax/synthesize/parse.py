@@ -86,6 +86,8 @@ def _check_content(reply: str) -> None:
         raise RejectedReply("empty reply")
     if any("\ud800" <= letter <= "\udfff" for letter in reply):
         raise RejectedReply("half a character in the text")
+    if "<think>" in reply:
+        raise RejectedReply("thoughts without an end")
     if IMAGE_PLACEHOLDER in reply:
         raise RejectedReply(f"the placeholder {IMAGE_PLACEHOLDER} in the text")
     if COORDINATES.search(reply):
