@@ -269,6 +269,8 @@ def _join_batch(
 ) -> "Written":
     from llava_jax.synthesize import batch, write
 
-    joined = batch.join_output(args.batch_output.split(","), job.tasks(settings), answers, args.teacher)
+    whole = os.path.exists(args.batch_output)  # a name may hold a comma
+    paths = [args.batch_output] if whole else args.batch_output.split(",")
+    joined = batch.join_output(paths, job.tasks(settings), answers, args.teacher)
     print(joined, flush=True)
     return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices, why=joined.failed)

@@ -60,6 +60,9 @@ def replacing(path: str) -> Iterator[TextIO]:
 
     Processes that write to one name do not mix; the last one stays. Raises InputError when it cannot be written.
     """
+    path = os.path.realpath(path)  # of a link the file behind it is replaced, not the link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected the name of one")
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115

@@ -39,6 +39,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "after" and os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_link_stays_one_and_what_is_no_file_stays_too(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.json").symlink_to(tmp_path / "disk" / "a.json")
+    with files.replacing(str(tmp_path / "a.json")) as file:
+        file.write("whole")
+    assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "a.json").read_text() == "whole"
+    with pytest.raises(InputError, match="disk: is no file"):  # noqa: SIM117
+        with files.replacing(str(tmp_path / "disk")):
+            pass
+
+
 def test_a_file_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="a.json: cannot be written .*name a file that can"):  # noqa: SIM117
         with files.replacing(str(tmp_path / "none" / "a.json")):

@@ -660,6 +660,13 @@ def test_a_key_that_is_none(tmp_path, contexts, capsys, monkeypatch):
     assert "0 requests to send, 1 pictures need none" in capsys.readouterr().out
 
 
+def test_a_name_that_no_disk_takes(tmp_path, contexts, capsys):
+    name = "x" * 260 + ".json"
+    assert command(contexts, tmp_path / name, "--kind=detail", "--teacher=m", "--endpoint=http://u/v1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith("File name too long")
+
+
 def test_the_embedded_teacher_writes_one_kind_at_a_time(tmp_path, contexts, capsys):
     assert command(contexts, tmp_path / "o.json", "--kind=all") == 2
     assert "one kind at a time" in capsys.readouterr().err

@@ -25,7 +25,7 @@ BRIEF_QUESTIONS = (
     "Write a terse but informative summary of the picture.",
     "Create a compact narrative representing the image presented.",
 )
-EXPECTED = "a list or JSONL of objects with image and caption (or captions), or COCO's captions file"
+EXPECTED = "a JSON list or a .jsonl file of objects with image and caption (or captions), or COCO's captions file"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
