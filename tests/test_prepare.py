@@ -1,6 +1,7 @@
 """prepare captions, concepts, scienceqa: questions by seed, the filter's rule by an independent count, exact texts."""
 
 import collections
+import functools
 import json
 import random
 import re
@@ -44,6 +45,12 @@ def test_captions_of_every_form(tmp_path):
     assert load_captions(write(tmp_path / "a.jsonl", lines))[0] == listed
     [only] = load_captions(write(tmp_path / "coco.json", coco))[0]
     assert (only.id, only.image, only.text) == ("1", "c.jpg", "Sea.")
+    backwards = "\ufeff" + json.dumps(dict(reversed(coco.items())))
+    assert load_captions(write(tmp_path / "coco.json", backwards))[0] == [only]
+    with pytest.raises(InputError, match="more text after .* belongs into a .jsonl file"):
+        load_captions(write(tmp_path / "coco.json", lines))
+    with pytest.raises(InputError, match="not COCO's captions .KeyError.'file_name'. in images"):
+        load_captions(write(tmp_path / "coco.json", coco | {"images": [{"id": 7}]}))
 
 
 def test_captions_that_cannot_be_used_are_named(tmp_path):
@@ -66,7 +73,7 @@ def test_captions_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(InputError, match="c.jsonl: no caption in it.*line 1: not JSON"):
         load_captions(str(tmp_path / "c.jsonl"))
     coco = {"images": [], "annotations": [{"image_id": 7, "caption": "Sea."}]}
-    with pytest.raises(InputError, match="the first of 1 refused: row 0: image is None"):
+    with pytest.raises(InputError, match="the first of 1 refused: annotation 0: image is None"):
         load_captions(write(tmp_path / "coco.json", coco))
     with pytest.raises(InputError, match="no caption in it.*line 1"):
         load_captions(write(tmp_path / "b.jsonl", "\n".join(bad)))
@@ -121,6 +128,7 @@ def test_phrases_are_counted_as_the_flags_say():
     assert normalise("the", case="lower", articles="drop") == ""
 
 
+@functools.cache
 def generated_captions(count: int) -> list[str]:
     """Captions of one to three things, of which a few are everywhere and most are rare."""
     rng = random.Random(0)

@@ -1,5 +1,6 @@
 """Captions of pictures as rows of stage 1: a brief question, drawn by the seed, and the caption as its answer."""
 
+import codecs
 import dataclasses
 import os
 import random
@@ -9,6 +10,7 @@ from typing import Any
 from llava_jax.data.row import Rejected, parse_or_reject
 from llava_jax.files import each_line
 from llava_jax.prepare.output import read_json, single_turn
+from llava_jax.synthesize import json_stream
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
 # The questions of the paper's appendix for a short caption. The plain template leaves them out, as the original does.
@@ -74,28 +76,29 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     if path.lower().endswith((".jsonl", ".ndjson")):
         yield from each_line(path)
         return
+    with open(path, "rb") as file:
+        begins = file.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if begins == b"{":
+        yield from coco_rows(path)
+        return
     content = read_json(path, EXPECTED)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        content = coco_rows(path, content)
     if not isinstance(content, list):
         raise InputError(f"{path}: a {type(content).__name__}, expected {EXPECTED}")
     yield from ((f"row {index}", row) for index, row in enumerate(content))
 
 
-def coco_rows(path: str, content: dict[str, Any]) -> list[dict[str, Any]]:
-    """COCO's captions as rows, in the order of the file."""
+def coco_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """COCO's captions as rows, in the order of the file, which is read twice: what is held are names of pictures."""
     try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        return [
-            {
-                "id": str(note.get("id", note["image_id"])),
-                "image": names.get(note["image_id"]),
-                "caption": note["caption"],
-            }
-            for note in content["annotations"]
-        ]
+        names = {item["id"]: item["file_name"] for key, item in json_stream.items(path) if key == "images"}
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: not COCO's captions ({error!r}); expected images and annotations") from error
+        raise InputError(f"{path}: not COCO's captions ({error!r} in images); expected {EXPECTED}") from error
+    notes = (item for key, item in json_stream.items(path) if key == "annotations")
+    for number, note in enumerate(notes):
+        if isinstance(note, dict) and isinstance(note.get("image_id"), str | int):
+            image = note["image_id"]
+            note = {"id": note.get("id", image), "image": names.get(image), "caption": note.get("caption")}
+        yield f"annotation {number}", note
 
 
 def parse_row(where: str, row: Any) -> list[Caption | Refused]:
