@@ -26,7 +26,9 @@ OURS = ("messages", "model", "stream", "n")
 def synthesize_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", required=True, metavar="SRC", help="JSONL; COCO's captions*.json, or its folder")
     parser.add_argument("--kind", required=True, choices=("conversation", "detail", "reasoning", "all"))
-    parser.add_argument("--output", required=True, metavar="FILE.json", help="written: rows that `train` takes")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.json", help="written: rows that `train` takes, or FILE.jsonl"
+    )
     parser.add_argument("--prompts", metavar="DIR", help="prompts in place of those that come with the package")
     parser.add_argument("--limit", type=int, default=0, help="only the first pictures, this many; 0, all (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")

@@ -90,13 +90,17 @@ def test_questions_are_drawn_by_seed_and_id_alone(tmp_path):
     assert all(parse_row(row, "row").images for row in rows)
 
 
-def test_captions_command(tmp_path, capsys):
+def test_captions_command(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "a.json", [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": ""}])
     assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/o.jsonl"]) == 0
     said = capsys.readouterr().out
     assert "refused: row 1: caption 'b.jpg' is ''" in said and "1 rows of stage 1, 1 captions refused" in said
     [line] = (tmp_path / "o.jsonl").read_text().splitlines()
     assert parse_row(json.loads(line), "row").turns[1].text == "A dog."
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_jax.cli_parse.os.access", lambda path, mode: path != str(tmp_path))
+        assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/new.json"]) == 2
+        assert "new.json: cannot be written; choose a folder that can" in capsys.readouterr().err
     before = (tmp_path / "a.json").read_text()
     assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={path}"]) == 2
     assert "names another file of this command" in capsys.readouterr().err
