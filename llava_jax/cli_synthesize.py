@@ -275,4 +275,9 @@ def _join_batch(
     paths = [args.batch_output] if whole else args.batch_output.split(",")
     joined = batch.join_output(paths, job.tasks(settings), answers, args.teacher)
     print(joined, flush=True)
+    if joined.foreign and not joined.answers and not joined.failed:
+        raise InputError(
+            f"--batch_output={args.batch_output}: answers no request of this command; give --contexts, --kind, "
+            "--teacher, --prompts and --request as they were for --batch_input"
+        )
     return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices, why=joined.failed)

@@ -317,6 +317,8 @@ def test_a_batch_joins_what_it_can_and_counts_the_same_words_again(tmp_path, con
     code, said = round_trip("2.jsonl", "Rain.", "")
     assert code == 0 and "1 rows, 2 turns, 1 rejected (1 empty reply)" in said.out
     assert f"set aside: {tmp_path}/o.rejected.jsonl" in said.out
+    assert command(contexts, tmp_path / "o.jsonl", *words, "--teacher=n", f"--batch_output={output}") == 2
+    assert "answers no request of this command; give --contexts" in capsys.readouterr().err
     # A name that ends in .jsonl is written as lines.
     assert [line["id"] for line in lines_of(tmp_path / "o.jsonl")] == ["000000"]
 
