@@ -111,7 +111,7 @@ def parse_row(where: str, row: Any) -> list[Caption | Refused]:
     texts = row.get("captions", [row.get("caption")])
     name = image if row.get("id") is None else str(row["id"])
     if not isinstance(texts, list) or not texts:
-        return [Refused(where, f"captions is {texts!r}, expected a list of texts")]
+        return [Refused(where, f"captions is {texts!r:.80}, expected a list of texts")]
     ids = [name] if len(texts) == 1 else [f"{name}-{index}" for index in range(len(texts))]
     return [check_text(where, Caption(own, image, text)) for own, text in zip(ids, texts, strict=True)]
 
