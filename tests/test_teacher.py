@@ -150,11 +150,18 @@ def test_an_address_where_nobody_is():
         teacher_of(server).answer(MESSAGES)
 
 
-def test_an_address_where_no_endpoint_is():
+def test_an_address_where_no_endpoint_is(monkeypatch):
+    monkeypatch.setattr(endpoint, "LONGEST_WAIT", 0.01)
     with TeacherServer(Faults(garbage=1.0)) as server:
         with pytest.raises(InputError, match="no chat completion .*; expected an address that ends in /v1"):
             teacher_of(server).answer(MESSAGES)
     assert len(server.seen) == endpoint.TRIES_UNREACHED
+    # Nonsense among other faults is one of them.
+    with TeacherServer(Faults(busy=0.5, garbage=0.5, retry_after=0.01), seed=1) as server:
+        with pytest.raises(RequestFailed, match="no answer after"):
+            teacher_of(server).answer(MESSAGES)
+    fates = [seen.fate for seen in server.seen]
+    assert fates[:4] != ["garbage"] * 4 and fates.count("garbage") > 4
 
 
 def test_retry_after_is_a_number_or_a_date():

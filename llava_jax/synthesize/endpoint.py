@@ -18,7 +18,7 @@ CONNECT_WAIT = 15.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 # An endpoint that asks for more patience than this is one to come back to.
 LONGEST_ASKED_WAIT = 3600.0
-# Tries without any connection, or without any chat completion, before the address itself is taken for wrong.
+# Tries without any connection, or with nothing but what is no chat completion, before the address is taken for wrong.
 TRIES_UNREACHED = 4
 # What is wrong with every request, and what to do about it.
 WRONG_FOR_ALL = {
@@ -50,7 +50,7 @@ class EndpointTeacher:
 
     def answer(self, messages: Sequence[Message]) -> Reply:
         """See `Teacher`."""
-        problem = ""
+        problem, nonsense = "", 0
         for tried in range(1, TRIES + 1):
             asked_for: float | None = None
             try:
@@ -70,7 +70,8 @@ class EndpointTeacher:
             except (ValueError, RecursionError) as error:
                 self._reached = True
                 problem = f"an answer that is no chat completion ({error})"
-                if not self._answered and tried >= TRIES_UNREACHED:
+                nonsense += 1
+                if not self._answered and nonsense == tried >= TRIES_UNREACHED:
                     raise InputError(f"{self._endpoint}: gives {problem:.200}; {WRONG_FOR_ALL[404]}") from error
             self._wait(tried, asked_for)
         raise RequestFailed(f"no answer after {TRIES} tries, at last: {problem:.200}")
