@@ -1,9 +1,11 @@
 """The commands that make data sets: prepare captions, concepts, scienceqa, arrayrecord."""
 
 import argparse
+import os
 from typing import Any
 
 from llava_jax.cli_parse import announce, check_output
+from llava_jax.files import write_rows
 from llava_jax.types import InputError
 
 SHOWN = 5
@@ -34,13 +36,12 @@ def caption_flags(parser: argparse.ArgumentParser) -> None:
 
 def captions(args: argparse.Namespace) -> int:
     check_least(args, seed=0)
-    check_output("--output", args.output)
+    check_output("--output", args.output, args.captions)
     from llava_jax.prepare import captions as room
-    from llava_jax.prepare.output import write_rows
 
     announce("prepare captions", captions=args.captions, output=args.output, seed=args.seed)
-    found, refused = room.load_captions(args.captions)
-    written = write_rows(args.output, room.caption_rows(found, args.seed))
+    refused: list[room.Refused] = []
+    written = write_rows(args.output, room.caption_rows(room.read_captions(args.captions, refused), args.seed))
     print_refused(refused)
     print(f"{written:,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
     return 0
@@ -76,12 +77,12 @@ def concepts_flags(parser: argparse.ArgumentParser) -> None:
 
 def concepts(args: argparse.Namespace) -> int:
     check_least(args, min_count=1, cap=1, seed=0)
-    check_output("--output", args.output)
-    check_output("--json", args.json)
+    check_output("--output", args.output, args.captions)
+    check_output("--json", args.json, args.captions, args.output)
     from llava_jax.prepare import captions as captions_room
     from llava_jax.prepare import concepts as room
     from llava_jax.prepare import phrases
-    from llava_jax.prepare.output import write_json, write_rows
+    from llava_jax.prepare.output import write_json
 
     finder = phrases.builtin_phrases if args.finder == "builtin" else phrases.spacy_phrases(args.spacy_model)
     rule = room.Rule(args.min_count, args.cap, args.case, args.articles, args.pooled, args.seed)
@@ -95,7 +96,8 @@ def concepts(args: argparse.Namespace) -> int:
         seed=rule.seed,
         json=args.json,
     )
-    found, refused = captions_room.load_captions(args.captions)
+    refused: list[captions_room.Refused] = []
+    found = list(captions_room.read_captions(args.captions, refused))
     selection = room.select([one.text for one in found], finder, rule)
     write_rows(args.output, captions_room.caption_rows((found[index] for index in selection.kept), args.seed))
     if args.json:
@@ -123,9 +125,9 @@ def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def scienceqa(args: argparse.Namespace) -> int:
-    check_output("--output", args.output)
     from llava_jax.prepare import scienceqa as room
-    from llava_jax.prepare.output import write_rows
+
+    check_output("--output", args.output, *(os.path.join(args.source, name) for name in room.FILES))
 
     room.formats(args.format)
     announce(

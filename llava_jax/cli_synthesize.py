@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import os
 import threading
+import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli_parse import announce, check_output
@@ -24,7 +26,9 @@ OURS = ("messages", "model", "stream", "n")
 def synthesize_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", required=True, metavar="SRC", help="JSONL; COCO's captions*.json, or its folder")
     parser.add_argument("--kind", required=True, choices=("conversation", "detail", "reasoning", "all"))
-    parser.add_argument("--output", required=True, metavar="FILE.json", help="written: rows that `train` takes")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.json", help="written: rows that `train` takes, or FILE.jsonl"
+    )
     parser.add_argument("--prompts", metavar="DIR", help="prompts in place of those that come with the package")
     parser.add_argument("--limit", type=int, default=0, help="only the first pictures, this many; 0, all (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
@@ -74,27 +78,14 @@ def synthesize(args: argparse.Namespace) -> int:
         if len(answers):
             print(f"{path}: {len(answers)} answers saved before are not asked for again", flush=True)
         if args.batch_input:
-            return _write_batch(args, job, settings, answers)
+            return _write_batch(args, job, settings, answers, prices)
         if args.batch_output:
             written = _join_batch(args, job, settings, answers, prices)
         else:
-            if path:
-                # One pass over all contexts: what cannot be read is found before the first answer is paid for.
-                print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
-            stop = threading.Event()
-            written = write.synthesize(
-                job,
-                args.output,
-                _teacher(args, settings, stop),
-                answers,
-                concurrency=1 if args.teacher == EMBEDDED else args.concurrency,
-                tokens=args.budget_tokens,
-                money=args.budget_usd,
-                prices=prices,
-                stop=stop,
-                say=lambda line: print(line, flush=True),
-            )
-    print(f"{written}: {args.output}; data card: {os.path.splitext(args.output)[0]}.card.html")
+            written = _ask(args, job, settings, answers, prices)
+    stem = os.path.splitext(args.output)[0]
+    aside = f"; set aside: {stem}.rejected.jsonl" if written.rejected else ""
+    print(f"{written}: {args.output}{aside}; data card: {stem}.card.html")
     if written.unanswered:
         print("not complete; the same command goes on where this one ended")
     return 1 if written.unanswered else 0
@@ -111,8 +102,8 @@ def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
     for name, most in (("concurrency", 1024), ("attempts", 100)):
         if not 1 <= getattr(args, name) <= most:
             raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
-    check_output("--output", args.output)
-    check_output("--batch_input", args.batch_input)
+    check_output("--output", args.output, args.contexts)
+    check_output("--batch_input", args.batch_input, args.contexts, args.output)
     batch = bool(args.batch_input or args.batch_output)
     if args.batch_input and args.batch_output:
         raise InputError("--batch_input and --batch_output: the one comes after the other; give one of them")
@@ -125,9 +116,21 @@ def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
         return {"model": EMBEDDED, "seed": args.seed}, None
     if not args.endpoint and not batch and not args.dry_run:
         raise InputError(f"--teacher={args.teacher} needs --endpoint=URL, as http://localhost:8000/v1")
+    if args.endpoint:
+        _check_address(args.endpoint)
     if args.budget_usd and not args.price:
         raise InputError("--budget_usd needs --price=IN,OUT, USD for a million tokens asked and answered")
     return {"model": args.teacher, **_request(args.request)}, _prices(args.price)
+
+
+def _check_address(endpoint: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise InputError(f"--endpoint={endpoint}: no address, expected one such as http://localhost:8000/v1")
 
 
 def _request(text: str) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def _prices(text: str | None) -> "Prices | None":
         tokens_in, tokens_out = (float(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--price={text}: expected IN,OUT, as 2.50,10") from error
-    if not (tokens_in >= 0 and tokens_out >= 0):
+    if not (0 <= tokens_in < math.inf and 0 <= tokens_out < math.inf):
         raise InputError(f"--price={text}: expected two prices of 0 or more")
     return Prices(tokens_in, tokens_out)
 
@@ -175,11 +178,40 @@ def _teacher(args: argparse.Namespace, settings: dict[str, Any], stop: threading
         raise InputError(
             f'{error.name} is not installed, which asks endpoints: pip install "llava-jax[teacher]"'
         ) from error
-    key = os.environ.get(KEY)
+    key = os.environ.get(KEY, "").strip()
     if not key and "api.openai.com" in args.endpoint:
         raise InputError(f"{args.endpoint} needs a key: put it in the environment as {KEY}")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the key in {KEY} holds a letter that no key has; copy it again")
     # Servers of one's own take any key, but the client sends no request without one.
     return EndpointTeacher(args.endpoint, key or "none", settings, stop)
+
+
+def _ask(
+    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
+) -> "Written":
+    """Asks what is open; where the journal settles everything, neither a key nor the endpoint is needed."""
+    from llava_jax.synthesize import write
+
+    if answers.path:
+        # One pass over all contexts: what cannot be read is found before the first answer is paid for.
+        coming = write.estimate(job, settings, answers)
+        print("\n".join(coming.lines(prices)), flush=True)
+        if not coming.requests:
+            return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices)
+    stop = threading.Event()
+    return write.synthesize(
+        job,
+        args.output,
+        _teacher(args, settings, stop),
+        answers,
+        concurrency=1 if args.teacher == EMBEDDED else args.concurrency,
+        tokens=args.budget_tokens,
+        money=args.budget_usd,
+        prices=prices,
+        stop=stop,
+        say=lambda line: print(line, flush=True),
+    )
 
 
 # ---- without asking -------------------------------------------------------------------------------------------------
@@ -197,9 +229,9 @@ def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], pri
     shown: set[str] = set()
     for task in job.tasks(settings):
         if args.limit or task.kind not in shown:
-            print(f"---- {task.kind}, {task.context.id}{f': not asked, {task.problem}' if task.problem else ''}")
+            _print(f"---- {task.kind}, {task.context.id}{f': not asked, {task.problem}' if task.problem else ''}")
             for message in task.messages:
-                print(f"[{message['role']}]\n{message['content']}\n")
+                _print(f"[{message['role']}]\n{message['content']}\n")
         shown.add(task.kind)
     path = _journal(args)
     with journal.Journal(path if path and os.path.isfile(path) else None) as answers:
@@ -207,14 +239,30 @@ def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], pri
     return 0
 
 
-def _write_batch(args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal") -> int:
-    from llava_jax.synthesize import batch
+def _print(text: str) -> None:
+    """Also of a text that was cut inside a character."""
+    print(text.encode("utf-8", "backslashreplace").decode())
 
-    count, files = batch.write_input(args.batch_input, job.tasks(settings), answers, settings, args.attempts, args.seed)
-    if not count:
+
+def _write_batch(
+    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
+) -> int:
+    from llava_jax.synthesize import batch, budget, write
+
+    print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
+    limit = budget.Budget(args.budget_tokens, args.budget_usd, prices, answers.tokens_in, answers.tokens_out)
+    written = batch.write_input(
+        args.batch_input, job.tasks(settings), answers, settings, limit, args.attempts, args.seed
+    )
+    if not written.count and not written.stopped:
         print("no request is open; --batch_output is not needed: the same command without it writes the rows")
         return 0
-    print(f"{count} requests: {', '.join(files)}\nfor the output: the same command, --batch_output=FILE in its place")
+    if not written.count:
+        raise InputError(f"no request written: {written.stopped}; give more, or a lower max_tokens in --request")
+    print(f"{written.count} requests: {', '.join(written.files)}")
+    if written.stopped:
+        print(f"not all of them: {written.stopped}")
+    print("for the output: the same command, --batch_output=FILE in its place")
     return 0
 
 
@@ -223,6 +271,13 @@ def _join_batch(
 ) -> "Written":
     from llava_jax.synthesize import batch, write
 
-    joined = batch.join_output(args.batch_output.split(","), job.tasks(settings), answers, args.teacher)
+    whole = os.path.exists(args.batch_output)  # a name may hold a comma
+    paths = [args.batch_output] if whole else args.batch_output.split(",")
+    joined = batch.join_output(paths, job.tasks(settings), answers, args.teacher)
     print(joined, flush=True)
-    return write.write_rows(job, args.output, args.teacher, settings, answers, prices=prices, why=joined.failed)
+    if joined.foreign and not joined.answers and not joined.failed:
+        raise InputError(
+            f"--batch_output={args.batch_output}: answers no request of this command; give --contexts, --kind, "
+            "--teacher, --prompts and --request as they were for --batch_input"
+        )
+    return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices, why=joined.failed)

@@ -10,19 +10,20 @@ published prompts and the 80 pictures of LLaVA-Bench) and compares requests and 
 
 import argparse
 import collections
+import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
+from llava_jax import cli
 from tests.teacher_server import Faults, TeacherServer, good_answer
 
-ROOT = pathlib.Path(__file__).parent.parent
 RATES = Faults(delay=0.05, busy=0.05, broken=0.05, cut=0.05, garbage=0.05, wrong=0.1, retry_after=0.5)
 
 
@@ -36,15 +37,29 @@ def write_contexts(path, count):
             file.write(json.dumps(row) + "\n")
 
 
+# Processes of the command, forked from one that has imported what it needs and done nothing else.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["openai", "llava_jax.cli", "llava_jax.synthesize.batch", "llava_jax.synthesize.write"])
+
+
+def run_command(words, said):
+    """The command line in a process of its own, which writes what it says into a file."""
+    os.environ |= {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "secret-key"}
+    with open(said, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = cli.main(words)
+    sys.exit(code)
+
+
 class Killed:
     """Runs of one command against one server, and what has to hold after each of them."""
 
     def __init__(self, folder, server, contexts, concurrency, attempts):
         self.server, self.output = server, folder / "data.json"
         self.journal = folder / "data.journal.jsonl"
+        self.said = folder / "said.txt"
         self.words = [
-            *(sys.executable, "-m", "llava_jax", "synthesize", f"--contexts={contexts}", "--kind=all"),
-            *(f"--output={self.output}", f"--endpoint={server.url}", "--teacher=served"),
+            *("synthesize", f"--contexts={contexts}", "--kind=all", f"--output={self.output}"),
+            *(f"--endpoint={server.url}", "--teacher=served"),
             *(f"--concurrency={concurrency}", f"--attempts={attempts}"),
         ]
         self.kept, self.torn, self.asked_again, self.impatient = b"", 0, [], 0
@@ -53,18 +68,16 @@ class Killed:
         """The exit code of one run, or None when it was killed once the server had seen so many requests more."""
         begin = len(self.server.seen)
         done = self.saved()
-        environment = {**os.environ, "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "secret-key"}
-        process = subprocess.Popen(
-            self.words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = FRESH.Process(target=run_command, args=(self.words, str(self.said)))
+        process.start()
         if kill_after is not None:
-            while process.poll() is None and len(self.server.seen) - begin < kill_after:
+            while process.is_alive() and len(self.server.seen) - begin < kill_after:
                 time.sleep(0.0005)
             time.sleep(pause)
-            process.send_signal(signal.SIGKILL)
-        said = process.communicate()[0]
-        code = None if process.returncode == -signal.SIGKILL else process.returncode
-        assert code in (None, 0), said
+            process.kill()
+        process.join()
+        code = None if process.exitcode == -signal.SIGKILL else process.exitcode
+        assert code in (None, 0), self.said.read_text(encoding="utf-8")
         self.check(done, begin)
         return code
 

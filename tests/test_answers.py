@@ -169,5 +169,5 @@ def test_no_questions(asked):
     with pytest.raises(InputError, match="no such file"):
         answers.read_questions(str(asked / "none.jsonl"), str(asked))
     (asked / "q.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="no questions in it"):
+    with pytest.raises(InputError, match="holds no rows"):
         answers.read_questions(str(asked / "q.jsonl"), str(asked))

@@ -15,7 +15,7 @@ F0 types convert.table
 F0 convert.stored
 F1 convert.families
 F1 convert.config
-F1 source convert.torch_bin
+F1 source convert.torch_bin files
 F1 data.sources data.mixture
 F1 data.index
 F1 settings sharding data.chat data.image synthesize.json_stream synthesize.parse synthesize.teacher

@@ -4,14 +4,16 @@ import collections
 import json
 import random
 import re
+import sys
+import types
 
 import pytest
 
 from llava_jax import cli
 from llava_jax.data.records import parse_row
-from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, load_captions
+from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, read_captions
 from llava_jax.prepare.concepts import Rule, select
-from llava_jax.prepare.phrases import builtin_phrases, normalise
+from llava_jax.prepare.phrases import builtin_phrases, normalise, spacy_phrases
 from llava_jax.prepare.scienceqa import INPUTS, OUTPUTS, convert
 from llava_jax.types import InputError
 
@@ -19,6 +21,11 @@ from llava_jax.types import InputError
 def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return str(path)
+
+
+def load_captions(path):
+    refused = []
+    return list(read_captions(path, refused)), refused
 
 
 # ---- captions -------------------------------------------------------------------------------------------------------
@@ -37,14 +44,36 @@ def test_captions_of_every_form(tmp_path):
     assert load_captions(write(tmp_path / "a.jsonl", lines))[0] == listed
     [only] = load_captions(write(tmp_path / "coco.json", coco))[0]
     assert (only.id, only.image, only.text) == ("1", "c.jpg", "Sea.")
+    backwards = "\ufeff" + json.dumps(dict(reversed(coco.items())))
+    assert load_captions(write(tmp_path / "coco.json", backwards))[0] == [only]
+    with pytest.raises(InputError, match="more text after .* belongs into a .jsonl file"):
+        load_captions(write(tmp_path / "coco.json", lines))
+    with pytest.raises(InputError, match="not COCO's captions .KeyError.'file_name'. in images"):
+        load_captions(write(tmp_path / "coco.json", coco | {"images": [{"id": 7}]}))
 
 
 def test_captions_that_cannot_be_used_are_named(tmp_path):
-    bad = ['{"image": "a.jpg", "caption": " "}', '{"caption": "x"}', "{", '{"image": "a.jpg", "caption": "a <image>"}']
-    path = write(tmp_path / "a.jsonl", "\n".join([*bad, '{"image": "a.jpg", "caption": "Good."}']))
+    bad = {
+        '{"image": "a.jpg", "caption": " "}': "caption 'a.jpg' is ' ', expected text",
+        '{"caption": "x"}': "image is None",
+        "{": "not JSON",
+        '{"image": "a.jpg", "caption": "a <image>"}': "<image> inside an answer",
+        '{"image": "../a.jpg", "caption": "x"}': "'../a.jpg' leaves the images folder",
+        '{"image": "a.jpg", "caption": "x \\ud83d"}': "lone surrogate",
+        '{"image": "a.jpg", "captions": "x"}': "captions is 'x', expected a list",
+    }
+    path = write(tmp_path / "a.jsonl", "\n".join([*bad, '{"id": null, "image": "a.jpg", "caption": "Good."}']))
     found, refused = load_captions(path)
-    assert [one.text for one in found] == ["Good."]
-    assert [str(one)[:6] for one in refused] == ["line 1", "line 2", "line 3", "line 4"]
+    assert [(one.id, one.text) for one in found] == [("a.jpg", "Good.")]
+    assert [str(one)[:6] for one in refused] == [f"line {number}" for number in range(1, 8)]
+    for one, reason in zip(refused, bad.values(), strict=True):
+        assert reason in one.reason
+    (tmp_path / "c.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(InputError, match="c.jsonl: no caption in it.*line 1: not JSON"):
+        load_captions(str(tmp_path / "c.jsonl"))
+    coco = {"images": [], "annotations": [{"image_id": 7, "caption": "Sea."}]}
+    with pytest.raises(InputError, match="the first of 1 refused: annotation 0: image is None"):
+        load_captions(write(tmp_path / "coco.json", coco))
     with pytest.raises(InputError, match="no caption in it.*line 1"):
         load_captions(write(tmp_path / "b.jsonl", "\n".join(bad)))
 
@@ -60,13 +89,21 @@ def test_questions_are_drawn_by_seed_and_id_alone(tmp_path):
     assert all(parse_row(row, "row").images for row in rows)
 
 
-def test_captions_command(tmp_path, capsys):
+def test_captions_command(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "a.json", [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": ""}])
     assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/o.jsonl"]) == 0
     said = capsys.readouterr().out
     assert "refused: row 1: caption 'b.jpg' is ''" in said and "1 rows of stage 1, 1 captions refused" in said
     [line] = (tmp_path / "o.jsonl").read_text().splitlines()
     assert parse_row(json.loads(line), "row").turns[1].text == "A dog."
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_jax.cli_parse.os.access", lambda path, mode: path != str(tmp_path))
+        assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/new.json"]) == 2
+        assert "new.json: cannot be written; choose a folder that can" in capsys.readouterr().err
+    before = (tmp_path / "a.json").read_text()
+    assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={path}"]) == 2
+    assert "names another file of this command" in capsys.readouterr().err
+    assert (tmp_path / "a.json").read_text() == before
     assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.json", f"--output={tmp_path}/o.json"]) == 2
     assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.jsonl", f"--output={tmp_path}/o.json"]) == 2
 
@@ -104,12 +141,18 @@ def generated_captions(count: int) -> list[str]:
     return [" on ".join(parts[start : start + 1 + start // 3 % 3]) for start in range(0, 3 * count, 3)]
 
 
-@pytest.mark.parametrize("pooled", ["draw", "count"])
-def test_concept_filter_keeps_the_rule_on_100_000_captions(pooled):
+@pytest.fixture(scope="module")
+def hundred_thousand():
+    """Captions; what our finder finds in each; and the phrases of each by the words themselves, without our finder."""
     texts = generated_captions(100_000)
-    selection = select(texts, builtin_phrases, Rule(pooled=pooled))
-    # Counted again from the words themselves, without our finder.
     phrases = [set(re.findall(r"(?:red|old|tall) thing\d+", text)) for text in texts]
+    return texts, list(builtin_phrases(texts)), phrases
+
+
+@pytest.mark.parametrize("pooled", ["draw", "count"])
+def test_concept_filter_keeps_the_rule_on_100_000_captions(pooled, hundred_thousand):
+    texts, found_by_ours, phrases = hundred_thousand
+    selection = select(texts, lambda given: iter(found_by_ours), Rule(pooled=pooled))
     counts = collections.Counter(phrase for found in phrases for phrase in found)
     assert {one.phrase: one.captions for one in selection.taken} == {p: n for p, n in counts.items() if n >= 3}
     assert [one.phrase for one in selection.taken] == sorted(
@@ -125,7 +168,8 @@ def test_concept_filter_keeps_the_rule_on_100_000_captions(pooled):
     assert frequent.captions > 10_000 and (frequent.new == 0) == (pooled == "count")
 
 
-def test_concepts_command(tmp_path, capsys):
+def test_concepts_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)  # as where it is not installed
     captions = [{"image": f"{n}.jpg", "caption": f"A dog on thing{n // 2}"} for n in range(8)]
     paths = [write(tmp_path / "a.json", captions), str(tmp_path / "o.json"), str(tmp_path / "p.json")]
     words = ["prepare", "concepts", *(f"--{k}={v}" for k, v in zip(("captions", "output", "json"), paths, strict=True))]
@@ -138,6 +182,28 @@ def test_concepts_command(tmp_path, capsys):
     assert cli.main([*words, "--finder=spacy"]) == 2
     errors = capsys.readouterr().err
     assert "the most frequent one is in 8" in errors and "spaCy" in errors
+
+
+def test_phrases_of_spacy_are_its_noun_chunks(monkeypatch):
+    """The face we use of spaCy, which the tests do not install: a pipeline by name, its chunks in order."""
+
+    def document(text):
+        chunks = [types.SimpleNamespace(text=chunk) for chunk in text.split(" on ")]
+        return types.SimpleNamespace(noun_chunks=chunks)
+
+    def load(model, exclude):
+        if model == "none":
+            raise OSError("E050")
+        pipe_names = ["tagger", "parser"] if model == "en_core_web_sm" else ["tagger"]
+        pipe = lambda texts, batch_size: map(document, texts)  # noqa: E731
+        return types.SimpleNamespace(pipe_names=pipe_names, pipe=pipe)
+
+    monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
+    assert list(spacy_phrases("en_core_web_sm")(["A dog on the sofa", "Rain"])) == [["A dog", "the sofa"], ["Rain"]]
+    with pytest.raises(InputError, match="--spacy_model=none: spaCy has no such model: python -m spacy download none"):
+        spacy_phrases("none")
+    with pytest.raises(InputError, match="--spacy_model=blank: has no parser"):
+        spacy_phrases("blank")
 
 
 # ---- scienceqa ------------------------------------------------------------------------------------------------------
@@ -217,6 +283,22 @@ def test_scienceqa_subsets_and_what_is_refused(problems, tmp_path, capsys):
     ):
         assert cli.main([*words, *flags]) == 2
         assert reason in capsys.readouterr().err
+    write(tmp_path / "pid_splits.json", {"train": "1"})
+    with pytest.raises(InputError, match="pid_splits.json: train is '1', expected a list of ids"):
+        convert(problems, "train", "QCM-A")
+    write(tmp_path / "pid_splits.json", {"train": ["1"]})
     write(tmp_path / "problems.json", {"1": PROBLEMS["1"] | {"answer": 2}, "2": PROBLEMS["2"]})
     with pytest.raises(InputError, match="problem '1': answer is 2, expected the index of one of 2"):
         convert(problems, "train", "QCM-A")
+
+
+# ---- arrayrecord ----------------------------------------------------------------------------------------------------
+
+
+def test_arrayrecord_refuses_names_and_shards_that_tfds_would_fail_at(tmp_path, capsys):
+    said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    path = write(tmp_path / "a.json", [{"id": "1", "conversations": said}])
+    words = ["prepare", "arrayrecord", f"--annotations={path}", f"--output={tmp_path}/o"]
+    for flag, reason in (("--split=all", "--split=all: expected a name"), ("--shards=2", "more than the 1 rows")):
+        assert cli.main([*words, flag]) == 2
+        assert reason in capsys.readouterr().err and not (tmp_path / "o").exists()

@@ -92,6 +92,13 @@ def test_coco_folder(tmp_path):
     (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
     with pytest.raises(InputError, match="000009.jpg is"):
         load_contexts(str(tmp_path))
+    image["width"] = 0
+    (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
+    with pytest.raises(InputError, match="width and height above 0"):
+        load_contexts(str(tmp_path))
+    (tmp_path / "instances_val2017.json").rename(tmp_path / "instances_train2017.json")
+    with pytest.raises(InputError, match="captions_val2017.json: no .*instances_val2017.json beside it"):
+        load_contexts(str(tmp_path))
     (tmp_path / "captions_train2017.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"2 files captions\*.json"):
         load_contexts(str(tmp_path))
@@ -100,6 +107,8 @@ def test_coco_folder(tmp_path):
 @pytest.mark.parametrize(
     "change, problem",
     [
+        ({"image": None}, "line 2: id '17', image None"),
+        ({"id": [1]}, "line 2: id [1], image"),
         ({"captions": "one"}, "line 2: captions is 'one'"),
         ({"captions": [1]}, "line 2: captions"),
         ({"instances": [{"category": "boat"}]}, "line 2: bbox None of 'boat'"),
@@ -116,10 +125,15 @@ def test_contexts_that_cannot_be_read(tmp_path, change, problem):
 
 def test_contexts_that_are_none(tmp_path):
     (tmp_path / "c.jsonl").write_text("[1]\n", encoding="utf-8")
-    with pytest.raises(InputError, match="line 1: expected an object"):
+    with pytest.raises(InputError, match="line 1: .1., expected an object with id"):
         load_contexts(str(tmp_path / "c.jsonl"))
+    (tmp_path / "c.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 1: no image and no captions, expected an object with id, image"):
+        load_contexts(str(tmp_path / "c.jsonl"))
+    with pytest.raises(InputError, match="none.jsonl: no such file, expected JSONL of contexts, COCO"):
+        load_contexts(str(tmp_path / "none.jsonl"))
     (tmp_path / "c.jsonl").write_text("\n", encoding="utf-8")
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no rows"):
         load_contexts(str(tmp_path / "c.jsonl"))
 
 
@@ -229,8 +243,17 @@ def test_prompts_of_ones_own(tmp_path):
         load_prompts("reasoning", str(tmp_path))
     (folder / "system_message.txt").write_text("Look.\n", encoding="utf-8")
     (folder / "000_caps.txt").write_text("A sea.\n", encoding="utf-8")
-    with pytest.raises(InputError, match="has no 000_conv.txt"):
+    with pytest.raises(InputError, match="000_conv.txt: no such file"):
         load_prompts("reasoning", str(tmp_path))
+    (folder / "001_conv.txt").write_bytes(b"caf\xe9")
+    (folder / "000_conv.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="001_caps.txt: no such file"):
+        load_prompts("reasoning", str(tmp_path))
+    (folder / "001_caps.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="001_conv.txt: not UTF-8"):
+        load_prompts("reasoning", str(tmp_path))
+    (folder / "001_caps.txt").unlink()
+    (folder / "001_conv.txt").unlink()
     (folder / "000_conv.txt").write_text("Question:\nWhy?\n===\nAnswer:\nSo.\n", encoding="utf-8")
     context = Context("1", "1.jpg", ("A boat.",), (Instance("boat", (0, 0, 1, 1)),))
     sent = messages_for(context, "reasoning", load_prompts("reasoning", str(tmp_path)))

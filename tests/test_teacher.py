@@ -85,9 +85,12 @@ def test_half_a_line_is_cut_off_wherever_it_was_torn(tmp_path):
             journal.append("key2", "2", "detail", "served", Reply("again"))
             assert journal.replies("key2") == [Reply("again")]
         assert [line["id"] for line in lines_of(path)] == ["0", "1", "2"]
-    path.write_bytes(whole.replace(b'"key"', b'"kex"', 1))
-    with pytest.raises(InputError, match="line 1: no saved answer"):
-        Journal(str(path))
+    # What is no answer of ours stays as it is, half a line too.
+    for other in (whole.replace(b'"key"', b'"kex"', 1), b"a letter", b'{"id": 1'):
+        path.write_bytes(other)
+        with pytest.raises(InputError, match="line 1: no saved answer"):
+            Journal(str(path))
+        assert path.read_bytes() == other
 
 
 def test_two_processes_cannot_write_one_journal(tmp_path):
@@ -116,7 +119,8 @@ def test_what_never_passes_is_given_up_after_all_tries(fault, monkeypatch):
     monkeypatch.setattr(endpoint, "LONGEST_WAIT", 0.01)
     with TeacherServer(Faults(**{fault: 1.0}, retry_after=0.01)) as server:
         teacher = teacher_of(server)
-        teacher._reached = True  # the server is known to be there: a cut connection is not a wrong address
+        # The endpoint is known to be one: neither a cut connection nor nonsense is a wrong address.
+        teacher._reached = teacher._answered = True
         with pytest.raises(RequestFailed, match=f"no answer after {endpoint.TRIES} tries"):
             teacher.answer(MESSAGES)
     assert len(server.seen) == endpoint.TRIES
@@ -125,9 +129,9 @@ def test_what_never_passes_is_given_up_after_all_tries(fault, monkeypatch):
 @pytest.mark.parametrize(
     "status, body, kind, says",
     [
-        (401, {"error": {"message": "wrong key sk-very-secret"}}, InputError, r"status 401: .*wrong key \*\*\*"),
-        (404, {"error": {"message": "no model"}}, InputError, "status 404"),
-        (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, InputError, "status 429: .*pay"),
+        (401, {"error": {"message": "no key sk-very-secret"}}, InputError, r"status 401: .*no key \*\*\*; put the key"),
+        (404, {"error": {"message": "no model"}}, InputError, "status 404: .*no model; expected an address"),
+        (429, {"error": {"message": "pay", "code": "insufficient_quota"}}, InputError, "quota is spent: .*pay; "),
         (400, {"error": {"message": "too long"}}, RequestFailed, "status 400: .*too long"),
     ],
 )
@@ -144,6 +148,20 @@ def test_an_address_where_nobody_is():
         pass
     with pytest.raises(InputError, match="cannot be reached"):
         teacher_of(server).answer(MESSAGES)
+
+
+def test_an_address_where_no_endpoint_is(monkeypatch):
+    monkeypatch.setattr(endpoint, "LONGEST_WAIT", 0.01)
+    with TeacherServer(Faults(garbage=1.0)) as server:
+        with pytest.raises(InputError, match="no chat completion .*; expected an address that ends in /v1"):
+            teacher_of(server).answer(MESSAGES)
+    assert len(server.seen) == endpoint.TRIES_UNREACHED
+    # Nonsense among other faults is one of them.
+    with TeacherServer(Faults(busy=0.5, garbage=0.5, retry_after=0.01), seed=1) as server:
+        with pytest.raises(RequestFailed, match="no answer after"):
+            teacher_of(server).answer(MESSAGES)
+    fates = [seen.fate for seen in server.seen]
+    assert fates[:4] != ["garbage"] * 4 and fates.count("garbage") > 4
 
 
 def test_retry_after_is_a_number_or_a_date():
@@ -245,7 +263,7 @@ def test_a_dry_run_shows_requests_and_cost_and_asks_nothing(tmp_path, contexts, 
 
 def test_batch_input_and_output_give_the_rows_of_asking(tmp_path, contexts, capsys):
     words = ("--kind=all", "--teacher=served")
-    with TeacherServer(Faults(delay=0.05)) as server:
+    with TeacherServer(Faults(delay=0.02)) as server:
         assert asked_of(server, contexts, tmp_path / "asked.json", *words, "--concurrency=3") == 0
     assert 1 < server.most_at_once <= 3
     assert command(contexts, tmp_path / "o.json", *words, f"--batch_input={tmp_path / 'in.jsonl'}") == 0
@@ -282,6 +300,53 @@ def test_batch_input_and_output_give_the_rows_of_asking(tmp_path, contexts, caps
     assert rows_of(tmp_path / "o.json") == rows_of(tmp_path / "asked.json")
     output.write_text('{"custom_id": 1\n', encoding="utf-8")
     assert command(contexts, tmp_path / "o.json", *words, f"--batch_output={output}") == 2
+
+
+def test_a_batch_joins_what_it_can_and_counts_the_same_words_again(tmp_path, contexts, capsys):
+    words = ("--kind=detail", "--teacher=m", "--limit=2", "--attempts=2")
+    output = tmp_path / "out.jsonl"
+
+    def round_trip(name, *texts):
+        """What is said when the open requests are answered with these texts; None is a body that is no completion."""
+        assert command(contexts, tmp_path / "o.jsonl", *words, f"--batch_input={tmp_path / name}") == 0
+        bodies = [[] if text is None else json.loads(completion(text)) for text in texts]
+        lines = [
+            {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}}
+            for line, body in zip(lines_of(tmp_path / name), bodies, strict=True)
+        ]
+        output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        code = command(contexts, tmp_path / "o.jsonl", *words, f"--batch_output={output},{output}")
+        return code, capsys.readouterr()
+
+    code, said = round_trip("1.jsonl", None, "")
+    assert code == 2 and "2 answers joined, 1 of them known before, 0 lines of other requests, 2 failed" in said.out
+    assert "no answer that can be used yet (2 no chat completion)" in said.err
+    code, said = round_trip("2.jsonl", "Rain.", "")
+    assert code == 0 and "1 rows, 2 turns, 1 rejected (1 empty reply)" in said.out
+    assert f"set aside: {tmp_path}/o.rejected.jsonl" in said.out
+    assert command(contexts, tmp_path / "o.jsonl", *words, "--teacher=n", f"--batch_output={output}") == 2
+    assert "answers no request of this command; give --contexts" in capsys.readouterr().err
+    # A name that ends in .jsonl is written as lines.
+    assert [line["id"] for line in lines_of(tmp_path / "o.jsonl")] == ["000000"]
+
+
+def test_a_batch_keeps_the_budget_and_writes_nothing_over(tmp_path, contexts, capsys):
+    words = ("--kind=detail", "--teacher=m", '--request={"max_tokens": 50}', f"--batch_input={tmp_path / 'in.jsonl'}")
+    assert command(contexts, tmp_path / "o.json", *words, "--budget_tokens=50") == 2
+    assert "no request written: the next answer may pass the budget of 50 tokens" in capsys.readouterr().err
+    assert command(contexts, tmp_path / "o.json", *words, "--budget_tokens=4000") == 0
+    said = capsys.readouterr().out
+    assert "12 requests to send" in said and "not all of them: the next answer may pass the budget" in said
+    lines = lines_of(tmp_path / "in.jsonl")
+    assert 0 < len(lines) < 12 and len(lines) * 50 < 4000
+    before = (tmp_path / "in.jsonl").read_bytes()
+    assert command(contexts, tmp_path / "o.json", *words) == 2
+    assert "in.jsonl: is there already" in capsys.readouterr().err
+    assert (tmp_path / "in.jsonl").read_bytes() == before
+    for flags in ([f"--output={contexts}"], [f"--batch_input={contexts}"]):
+        assert command(contexts, tmp_path / "o.json", *words, *flags) == 2
+        assert "names another file of this command" in capsys.readouterr().err
+    assert len(lines_of(contexts)) == 12
 
 
 def test_more_requests_than_a_batch_takes_go_into_further_files(tmp_path, contexts, monkeypatch, capsys):
@@ -360,7 +425,9 @@ TALK = (
     (f"{EXCHANGE}\n===\nQuestion:\nWhere?\n===\nAnswer:\nAt the corner.\n\nIt is wet.", "stop", ""),
     (f"\n {EXCHANGE}\n", "stop", ""),
     ("Question: How many?\n===\nAnswer: 2, at 0.5 m from each other (see [1]).", "stop", ""),
+    (EXCHANGE.replace("\n", "\r\n"), "stop", ""),
     ("Question:\nWhat does the caption under the photo read?\n===\nAnswer:\nIt reads “rain”.", "stop", ""),
+    (f"<think>\nCaptions say:\n===\n</think>\n\n{EXCHANGE}", "stop", ""),
     ("", "stop", "empty reply"),
     ("They wait.", "stop", "text outside a Question or Answer block"),
     (f"Here it is:\n{EXCHANGE}", "stop", "text outside a Question or Answer block"),
@@ -377,6 +444,7 @@ TALK = (
     (EXCHANGE.replace("The light", "According to the captions, the light"), "stop", "speaks of captions or boxes"),
     (EXCHANGE.replace("red", "red by its bounding box"), "stop", "speaks of captions or boxes"),
     (EXCHANGE.replace("Why", "Based on the provided information, why"), "stop", "speaks of captions or boxes"),
+    (EXCHANGE.replace("The light", "In one of the captions the light"), "stop", "speaks of captions or boxes"),
     (EXCHANGE, "length", "cut off at the limit of tokens"),
     (EXCHANGE, "content_filter", "held back by a filter"),
     ("I cannot help with that.", "refusal", "refused"),
@@ -385,6 +453,10 @@ TALK = (
 TELL = (
     ("Two people wait at a corner. It rains.\n\nA car passes, 1.5 m (5 feet) away.", "stop", ""),
     (" A sign with a caption in Spanish hangs over the door. ", "stop", ""),
+    ("One of the captions on the poster is in Spanish, in the boxes lie apples.", "stop", ""),
+    ("Rain is seen.</think>It rains.", "stop", ""),
+    ("<think>It rains, as I see", "stop", "thoughts without an end"),
+    ("The sentences do not agree on the rain.", "stop", "speaks of captions or boxes"),
     ("", "stop", "empty reply"),
     (EXCHANGE, "stop", "blocks where a description was asked for"),
     ("A car at 0.12, 0.3, 0.45, 0.5 passes.", "stop", "box coordinates in the text"),
@@ -449,7 +521,7 @@ def real(data, tmp_path):
 def test_recorded_answers_are_judged_as_the_table_says(tmp_path):
     show_synthesize.write_contexts(tmp_path / "c.jsonl", 80)
     counts = verdicts_hold(tmp_path / "c.jsonl", tmp_path)
-    assert counts == {"accepted": 54, "rejected": 186}
+    assert counts == {"accepted": 65, "rejected": 175}
     card = (tmp_path / "conversation.card.txt").read_text(encoding="utf-8")
     figures = dict(re.findall(r"^(\w[\w ]*?)  +(\S.*)$", card, re.MULTILINE))
     aside = [TALK[number % len(TALK)] for number in range(80)]
@@ -485,7 +557,15 @@ def test_a_bad_answer_is_asked_for_again_and_then_set_aside(tmp_path, contexts):
         assert aside["id"] == "000003" and [reply["text"] for reply in aside["replies"]] == ["no"] * attempts
 
 
-def test_what_training_could_not_read_is_set_aside_unasked(tmp_path):
+def test_kinds_with_the_same_prompts_have_answers_of_their_own(tmp_path, contexts):
+    for name in FOLDERS.values():
+        (tmp_path / "same" / name).mkdir(parents=True)
+        (tmp_path / "same" / name / "system_message.txt").write_text("Look.", encoding="utf-8")
+    tasks = list(open_job(contexts, "all", str(tmp_path / "same")).tasks({}))
+    assert len(tasks) == 36 == len({task.key for task in tasks})
+
+
+def test_what_training_could_not_read_is_set_aside_unasked(tmp_path, capsys):
     rows = [{"id": f"{n}", "image": f"{n}.png", "captions": ["Rain."]} for n in range(4)]
     rows[3]["captions"] = ["Rain \ud83d"]
     rows[1]["image"], rows[2]["id"] = "../1.png", "0"
@@ -496,10 +576,12 @@ def test_what_training_could_not_read_is_set_aside_unasked(tmp_path):
         written = synthesize(job, str(tmp_path / "o.json"), Recorded([TELL[0]]), journal)
     assert written.rows == 1
     assert [line["reason"][:30] for line in lines_of(tmp_path / "o.rejected.jsonl")] == [
-        "its row (id '1'): image: '../1",
+        "its row: image: '../1.png' lea",
         "id seen before in the contexts",
-        "its row (id '3'): conversation",
+        "its row: conversations[1]: lon",
     ]
+    assert command(path, tmp_path / "o.json", "--kind=detail", "--teacher=m", "--dry_run", "--limit=4") == 0
+    assert "Rain \\ud83d" in capsys.readouterr().out
 
 
 # ---- COCO at full size ----------------------------------------------------------------------------------------------
@@ -551,20 +633,47 @@ def test_one_of_several_coco_files_by_name(tmp_path):
         (["--endpoint=http://x/v1"], "--endpoint is for another teacher"),
         (["--batch_input=b"], "batch mode is for another teacher"),
         (["--teacher=m", "--batch_input=a", "--batch_output=b"], "give one of them"),
-        (["--teacher=m", "--endpoint=u", "--request=[1]"], "expected a JSON object"),
-        (["--teacher=m", "--endpoint=u", "--request={"], "not JSON"),
-        (["--teacher=m", "--endpoint=u", '--request={"stream": true}'], "without messages, model, stream, n"),
-        (["--teacher=m", "--endpoint=u", '--request={"max_tokens": "9"}'], "max_tokens is '9'"),
-        (["--teacher=m", "--endpoint=u", "--price=1"], "expected IN,OUT"),
-        (["--teacher=m", "--endpoint=u", "--budget_usd=1"], "needs --price"),
-        (["--teacher=m", "--endpoint=u", "--concurrency=0"], "expected 1 to 1024"),
-        (["--teacher=m", "--endpoint=u", "--budget_tokens=-1"], "expected 0 or more"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--request=[1]"], "expected a JSON object"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--request={"], "not JSON"),
+        (["--teacher=m", "--endpoint=http://u/v1", '--request={"stream": true}'], "without messages, model, stream, n"),
+        (["--teacher=m", "--endpoint=http://u/v1", '--request={"max_tokens": "9"}'], "max_tokens is '9'"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--price=1"], "expected IN,OUT"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--budget_usd=1"], "needs --price"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--concurrency=0"], "expected 1 to 1024"),
+        (["--teacher=m", "--endpoint=http://u/v1", "--budget_tokens=-1"], "expected 0 or more"),
+        (["--teacher=m", "--endpoint=localhost:8000/v1"], "--endpoint=localhost:8000/v1: no address"),
+        (["--teacher=m", "--endpoint=http://localhost:99999/v1"], "no address, expected one such as http://"),
+        (["--teacher=m", "--endpoint=http://[::1/v1"], "no address"),
         (["--teacher=m", "--endpoint=https://api.openai.com/v1"], "put it in the environment as OPENAI_API_KEY"),
     ],
 )
 def test_flags_that_do_not_go_together(words, says, tmp_path, contexts, capsys):
     assert command(contexts, tmp_path / "o.json", "--kind=detail", *words) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_key_that_is_none(tmp_path, contexts, capsys, monkeypatch):
+    words = ("--kind=detail", "--teacher=m", "--endpoint=http://127.0.0.1:9/v1")
+    for key in ("sk-ä", "sk-1\nsk-2"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        assert command(contexts, tmp_path / "o.json", *words) == 2
+        said = capsys.readouterr().err
+        assert "the key in OPENAI_API_KEY holds a letter that no key has" in said and "sk-" not in said
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")
+    with TeacherServer(Faults()) as server:
+        assert asked_of(server, contexts, tmp_path / "o.json", "--kind=detail", "--limit=1") == 0
+    assert server.seen[0].headers["authorization"] == "Bearer sk-1"
+    # What is settled is written again without a key that could be used, and nobody is asked.
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-ä")
+    assert command(contexts, tmp_path / "o.json", *words, "--limit=1", "--teacher=served") == 0
+    assert "0 requests to send, 1 pictures need none" in capsys.readouterr().out
+
+
+def test_a_name_that_no_disk_takes(tmp_path, contexts, capsys):
+    name = "x" * 260 + ".json"
+    assert command(contexts, tmp_path / name, "--kind=detail", "--teacher=m", "--endpoint=http://u/v1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith("File name too long")
 
 
 def test_the_embedded_teacher_writes_one_kind_at_a_time(tmp_path, contexts, capsys):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llava_jax.files import read_lines
 from llava_jax.types import InputError
 
 
@@ -80,23 +81,13 @@ def _with_accuracy(figures: dict[str, int]) -> dict[str, Any]:
 def _read(path: str, texts: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
     """Rows by question_id; each holds the fields `texts`, all of them strings."""
     rows: dict[Any, dict[str, Any]] = {}
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: not JSON ({error}), expected one object per line") from error
-            if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):
-                raise InputError(f"{where}: no question_id, expected an object with question_id, {', '.join(texts)}")
-            for name in texts:
-                if not isinstance(row.get(name), str):
-                    raise InputError(f"{where}: {name} is {row.get(name)!r:.60}, expected a text")
-            if row["question_id"] in rows:
-                raise InputError(f"{where}: question {row['question_id']!r} is there twice, expected each once")
-            rows[row["question_id"]] = row
-    if not rows:
-        raise InputError(f"{path}: holds no rows, expected one object per line")
+    for where, row in read_lines(path, f"an object with question_id, {', '.join(texts)}"):
+        if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):
+            raise InputError(f"{where}: no question_id, expected an object with question_id, {', '.join(texts)}")
+        for name in texts:
+            if not isinstance(row.get(name), str):
+                raise InputError(f"{where}: {name} is {row.get(name)!r:.60}, expected a text")
+        if row["question_id"] in rows:
+            raise InputError(f"{where}: question {row['question_id']!r} is there twice, expected each once")
+        rows[row["question_id"]] = row
     return rows

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TextIO
 
+from llava_jax.files import read_lines
 from llava_jax.infer.generate import Prompt, bucket
 from llava_jax.types import InputError, Sampling
 
@@ -57,7 +58,7 @@ class Question:
 def read_questions(path: str, folder: str) -> list[Question]:
     """The questions of a JSONL file, their pictures below `folder`; InputError names the line that cannot be asked."""
     questions = []
-    for where, row in _read_lines(path):
+    for where, row in read_lines(path, "one question"):
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with question_id and text, found {json.dumps(row)[:80]}")
         missing = [field for field in ("question_id", "text") if field not in row]
@@ -66,8 +67,6 @@ def read_questions(path: str, folder: str) -> list[Question]:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise InputError(f"{where}: text is {json.dumps(row['text'])[:80]}; expected a question as a string")
         questions.append(Question(where, row["question_id"], _images(row, where, folder), row["text"]))
-    if not questions:
-        raise InputError(f"{path}: no questions in it; expected one JSON object a line")
     return questions
 
 
@@ -81,23 +80,6 @@ def _images(row: dict[str, Any], where: str, folder: str) -> tuple[str, ...]:
         if not os.path.isfile(path):
             raise InputError(f"{where}: no image {path}; check the line's image and the images folder")
     return paths
-
-
-def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every line of a JSONL file that is not blank."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected JSONL, one object a line") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected JSONL in UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield f"{path} line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number}: not JSON ({error.msg}); expected one object a line") from None
 
 
 # ---- what is there already ----------------------------------------------------------------------------------------

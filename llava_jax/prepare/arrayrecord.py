@@ -6,6 +6,8 @@ decode an Image inside a Sequence at every read.
 """
 
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from llava_jax.data.records import Rows, load_records
 from llava_jax.data.row import Rejected
 from llava_jax.types import InputError, Record
 
+SPLIT = re.compile(r"[A-Za-z]\w*", re.ASCII)
 NAME, VERSION = "llava_rows", "1.0.0"
 FEATURES = tfds.features.FeaturesDict(
     {
@@ -55,17 +58,22 @@ def write(annotations: str, images: str, output: str, *, split: str = "train", s
 
     Every row is checked before the first is written. InputError names those that cannot be used and missing pictures.
     """
+    if not SPLIT.fullmatch(split) or split == "all":
+        raise InputError(f"--split={split}: expected a name of letters, digits and _, other than all")
     rows = load_records(annotations)
     folder = os.path.join(output, NAME, VERSION)
     if os.path.exists(folder):
         raise InputError(f"--output={output}: {folder} is there already; remove it, or choose another folder")
     problems = [problem for row in range(len(rows)) if (problem := problem_of(rows.entry(row), row, images))]
+    if shards > len(rows):
+        raise InputError(f"--shards={shards}: more than the {len(rows)} rows; expected a file a row or fewer")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"{len(problems)} of {len(rows)} rows cannot be packed: {'; '.join(problems[:3])}{more}")
     builder = LlavaRows(rows, images, split, data_dir=output, file_format="array_record")
     how = tfds.download.DownloadConfig(manual_dir=output, num_shards=shards or None)
-    builder.download_and_prepare(download_config=how)
+    with tempfile.TemporaryDirectory() as nothing:  # TFDS makes a folder for downloads, where there are none, too
+        builder.download_and_prepare(download_dir=nothing, download_config=how)
     return folder, len(rows)
 
 

@@ -1,12 +1,16 @@
 """Captions of pictures as rows of stage 1: a brief question, drawn by the seed, and the caption as its answer."""
 
+import codecs
 import dataclasses
-import json
+import os
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llava_jax.data.row import Rejected, parse_or_reject
+from llava_jax.files import each_line
 from llava_jax.prepare.output import read_json, single_turn
+from llava_jax.synthesize import json_stream
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
 # The questions of the paper's appendix for a short caption. The plain template leaves them out, as the original does.
@@ -23,10 +27,10 @@ BRIEF_QUESTIONS = (
     "Write a terse but informative summary of the picture.",
     "Create a compact narrative representing the image presented.",
 )
-EXPECTED = "a list or JSONL of objects with image and caption (or captions), or COCO's captions file"
+EXPECTED = "a JSON list or a .jsonl file of objects with image and caption (or captions), or COCO's captions file"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Caption:
     """One caption; `id` names its row, and `image` is relative to the folder of pictures."""
 
@@ -46,81 +50,81 @@ class Refused:
         return f"{self.where}: {self.reason}"
 
 
-def load_captions(path: str) -> tuple[list[Caption], list[Refused]]:
-    """The captions of a JSON or JSONL file, and those that cannot be used.
+def read_captions(path: str, refused: list[Refused]) -> Iterator[Caption]:
+    """The captions of a JSON or JSONL file, one at a time; those that cannot be used go to `refused`.
 
     A row has `image` (or `file_name`) and `caption`, or `captions`, of which each becomes a row; the id is its `id`, or
-    the name of its picture, followed by -K where a row has several.
+    the name of its picture, followed by -K where a row has several. InputError at the end when there was none.
     """
-    captions: list[Caption] = []
-    refused: list[Refused] = []
+    found = False
     for where, row in read_rows(path):
         for entry in parse_row(where, row):
-            (captions if isinstance(entry, Caption) else refused).append(entry)
-    if not captions:
+            if isinstance(entry, Caption):
+                found = True
+                yield entry
+            else:
+                refused.append(entry)
+    if not found:
         first = f"; the first of {len(refused)} refused: {refused[0]}" if refused else ""
         raise InputError(f"{path}: no caption in it; expected {EXPECTED}{first}")
-    return captions, refused
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """(where it stands, decoded row) of every row; a line that is no JSON comes as its error."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; expected {EXPECTED}")
     if path.lower().endswith((".jsonl", ".ndjson")):
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", json_line(line)
+        yield from each_line(path)
+        return
+    with open(path, "rb") as file:
+        begins = file.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if begins == b"{":
+        yield from coco_rows(path)
         return
     content = read_json(path, EXPECTED)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        content = coco_rows(path, content)
     if not isinstance(content, list):
         raise InputError(f"{path}: a {type(content).__name__}, expected {EXPECTED}")
     yield from ((f"row {index}", row) for index, row in enumerate(content))
 
 
-def json_line(line: str) -> Any:
+def coco_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """COCO's captions as rows, in the order of the file, which is read twice: what is held are names of pictures."""
     try:
-        return json.loads(line)
-    except ValueError as error:
-        return error
-
-
-def coco_rows(path: str, content: dict[str, Any]) -> list[dict[str, Any]]:
-    """COCO's captions as rows, in the order of the file."""
-    try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        return [
-            {"id": str(note.get("id", note["image_id"])), "image": names[note["image_id"]], "caption": note["caption"]}
-            for note in content["annotations"]
-        ]
+        names = {item["id"]: item["file_name"] for key, item in json_stream.items(path) if key == "images"}
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: not COCO's captions ({error!r}); expected images and annotations") from error
+        raise InputError(f"{path}: not COCO's captions ({error!r} in images); expected {EXPECTED}") from error
+    notes = (item for key, item in json_stream.items(path) if key == "annotations")
+    for number, note in enumerate(notes):
+        if isinstance(note, dict) and isinstance(note.get("image_id"), str | int):
+            image = note["image_id"]
+            note = {"id": note.get("id", image), "image": names.get(image), "caption": note.get("caption")}
+        yield f"annotation {number}", note
 
 
 def parse_row(where: str, row: Any) -> list[Caption | Refused]:
     """The captions of one row."""
     if not isinstance(row, dict):
-        return [Refused(where, f"not JSON: {row}" if isinstance(row, ValueError) else "expected an object")]
+        return [Refused(where, str(row) if isinstance(row, ValueError) else "expected an object")]
     image = row.get("image", row.get("file_name"))
     if not isinstance(image, str) or not image.strip():
-        return [Refused(where, f"image is {image!r}, expected the name of a picture")]
-    if IMAGE_PLACEHOLDER in image:
-        return [Refused(where, f"image {image!r} holds {IMAGE_PLACEHOLDER}")]
+        return [Refused(where, f"image is {image!r:.80}, expected the name of a picture")]
     texts = row.get("captions", [row.get("caption")])
-    name = str(row.get("id", image))
+    name = image if row.get("id") is None else str(row["id"])
     if not isinstance(texts, list) or not texts:
-        return [Refused(where, f"captions is {texts!r}, expected a list of texts")]
+        return [Refused(where, f"captions is {texts!r:.80}, expected a list of texts")]
     ids = [name] if len(texts) == 1 else [f"{name}-{index}" for index in range(len(texts))]
     return [check_text(where, Caption(own, image, text)) for own, text in zip(ids, texts, strict=True)]
 
 
 def check_text(where: str, caption: Caption) -> Caption | Refused:
+    """The caption as training's own reader of rows takes it, or why it does not."""
     if not isinstance(caption.text, str) or not caption.text.strip():
-        return Refused(where, f"caption {caption.id!r} is {caption.text!r}, expected text")
-    if IMAGE_PLACEHOLDER in caption.text:
-        return Refused(where, f"caption {caption.id!r} holds {IMAGE_PLACEHOLDER}")
-    return dataclasses.replace(caption, text=caption.text.strip())
+        return Refused(where, f"caption {caption.id!r} is {caption.text!r:.80}, expected text")
+    text = caption.text.strip()
+    row = parse_or_reject(single_turn(caption.id, caption.image, IMAGE_PLACEHOLDER, text), 0)
+    if isinstance(row, Rejected):
+        return Refused(where, f"caption {caption.id!r}: {row.reason}")
+    return Caption(caption.id, caption.image, text)
 
 
 def caption_rows(captions: Iterable[Caption], seed: int) -> Iterator[dict[str, Any]]:

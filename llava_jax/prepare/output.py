@@ -1,10 +1,10 @@
-"""How the tools of `prepare` read JSON, write rows that `train` takes, and replace a file in one move."""
+"""How the tools of `prepare` read JSON and write it."""
 
 import json
 import os
-from collections.abc import Iterable
 from typing import Any
 
+from llava_jax.files import replacing
 from llava_jax.types import InputError
 
 
@@ -25,27 +25,8 @@ def single_turn(row_id: str, image: str | None, question: str, answer: str) -> d
     return {"id": row_id, **({} if image is None else {"image": image}), "conversations": said}
 
 
-def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes LLaVA's JSON, or JSONL where the name says so, a row a line; returns how many there are.
-
-    The file appears under its name only when it is whole.
-    """
-    lines = path.lower().endswith((".jsonl", ".ndjson"))
-    before, between, after = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
-    temporary, count = f"{path}.tmp", 0
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(before)
-        for count, row in enumerate(rows, 1):
-            file.write(("" if count == 1 else between) + json.dumps(row, ensure_ascii=False))
-        file.write(after)
-    os.replace(temporary, path)
-    return count
-
-
 def write_json(path: str, content: Any) -> None:
     """Writes a JSON file for a person to read; it appears under its name only when it is whole."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         json.dump(content, file, ensure_ascii=False, indent=1)
         file.write("\n")
-    os.replace(temporary, path)

@@ -14,6 +14,7 @@ from llava_jax.prepare.output import read_json, single_turn
 from llava_jax.settings import nearest
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
+FILES = ("pid_splits.json", "problems.json")
 LETTERS = "ABCDE"
 BECAUSE = "BECAUSE:"
 
@@ -85,15 +86,16 @@ def formats(prompt_format: str) -> tuple[str, str]:
 
 def load_split(folder: str, split: str) -> list[Problem]:
     """The problems that pid_splits.json names under `split`: train, val, test, minival, …"""
-    splits = read_json(os.path.join(folder, "pid_splits.json"), "ScienceQA's lists of ids by split")
-    problems = read_json(os.path.join(folder, "problems.json"), "ScienceQA's problems by id")
-    for name, content in (("pid_splits.json", splits), ("problems.json", problems)):
+    lists, by_id = (os.path.join(folder, name) for name in FILES)
+    splits = read_json(lists, "ScienceQA's lists of ids by split")
+    problems = read_json(by_id, "ScienceQA's problems by id")
+    for path, content in ((lists, splits), (by_id, problems)):
         if not isinstance(content, dict):
-            raise InputError(f"{os.path.join(folder, name)}: a {type(content).__name__}, expected a JSON object")
+            raise InputError(f"{path}: a {type(content).__name__}, expected a JSON object")
     if split not in splits:
-        raise InputError(
-            f"--split={split}: not in {os.path.join(folder, 'pid_splits.json')}{nearest(split, (*splits,))}"
-        )
+        raise InputError(f"--split={split}: not in {lists}{nearest(split, (*splits,))}")
+    if not isinstance(splits[split], list) or not all(isinstance(name, str) for name in splits[split]):
+        raise InputError(f"{lists}: {split} is {splits[split]!r:.60}, expected a list of ids")
     missing = [name for name in splits[split] if name not in problems]
     if missing:
         raise InputError(

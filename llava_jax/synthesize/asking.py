@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
-from llava_jax.data.records import parse_row
+from llava_jax.data.row import Rejected, parse_or_reject
 from llava_jax.synthesize.budget import Budget, BudgetSpent, metered
 from llava_jax.synthesize.context import Context
 from llava_jax.synthesize.journal import Journal, key_of
@@ -66,7 +66,7 @@ def tasks_of(
             messages = messages_for(context, kind, examples)
             problem = _problem(context, messages[-1]["content"], seen)
             seen.add(context.id)
-            yield Task(context, kind, messages, key_of(context.id, settings, messages), problem)
+            yield Task(context, kind, messages, key_of(context.id, kind, settings, messages), problem)
 
 
 def _problem(context: Context, text: str, seen: Container[str]) -> str:
@@ -76,11 +76,8 @@ def _problem(context: Context, text: str, seen: Container[str]) -> str:
     if not context.captions:
         return "no captions"
     said = [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": text}]
-    try:
-        parse_row({"id": context.id, "image": context.image, "conversations": said}, "its row")
-    except InputError as error:
-        return str(error)
-    return ""
+    row = parse_or_reject({"id": context.id, "image": context.image, "conversations": said}, 0)
+    return f"its row: {row.reason}" if isinstance(row, Rejected) else ""
 
 
 def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:

@@ -4,14 +4,16 @@ Source of both formats: OpenAI's Batch API; `vllm run-batch` takes and writes th
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from llava_jax.files import read_lines, replacing
 from llava_jax.synthesize.asking import Task, judge
-from llava_jax.synthesize.budget import metered
+from llava_jax.synthesize.budget import Budget, BudgetSpent, metered
 from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.teacher import estimate_messages, read_completion
 from llava_jax.types import InputError
@@ -37,38 +39,58 @@ class Joined:
         return f"{lines}, {sum(self.failed.values())} failed" + (f" ({failed})" if failed else "")
 
 
-def write_input(
-    path: str, tasks: Iterable[Task], journal: Journal, settings: Mapping[str, Any], attempts: int, seed: int
-) -> tuple[int, list[str]]:
-    """Writes a request for every task that the journal does not settle: (how many, the files).
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What `write_input` wrote: how many requests, in which files; and why it `stopped` before the last, "" if not."""
 
-    The first file is `path`; FILE-2.jsonl, FILE-3.jsonl … follow where one cannot hold them all.
+    count: int
+    files: tuple[str, ...]
+    stopped: str
+
+
+def write_input(
+    path: str,
+    tasks: Iterable[Task],
+    journal: Journal,
+    settings: Mapping[str, Any],
+    budget: Budget,
+    attempts: int,
+    seed: int,
+) -> Requests:
+    """Writes a request for every task that the journal does not settle, as far as the budget goes.
+
+    The first file is `path`; FILE-2.jsonl, FILE-3.jsonl … follow where one cannot hold them all. They appear when all
+    are whole. Raises InputError where one of them is there already: it may be the only copy of paid answers.
     """
     files: list[str] = []
     count = in_file = size = 0
-    file = None
-    try:
+    stopped = ""
+    with contextlib.ExitStack() as stack:
         for task in tasks:
-            if task.problem or judge(task, journal.replies(task.key), seed).settled(attempts):
+            replies = journal.replies(task.key)
+            if task.problem or judge(task, replies, seed).settled(attempts):
                 continue
-            line = (json.dumps(_request(task, settings), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-            if file is None or in_file == MOST_REQUESTS or size + len(line) > MOST_BYTES:
-                if file is not None:
-                    file.close()
+            try:
+                budget.reserve(task.messages, settings, wait=False)
+            except BudgetSpent as reason:
+                stopped = str(reason)
+                break
+            line = json.dumps(_request(task, len(replies), settings)) + "\n"
+            if not files or in_file == MOST_REQUESTS or size + len(line) > MOST_BYTES:
                 stem, end = os.path.splitext(path)
                 files.append(path if not files else f"{stem}-{len(files) + 1}{end}")
-                file, in_file, size = open(files[-1], "wb"), 0, 0
+                if os.path.exists(files[-1]):
+                    raise InputError(f"{files[-1]}: is there already; remove it, or name another file for the requests")
+                file, in_file, size = stack.enter_context(replacing(files[-1])), 0, 0
             file.write(line)
             count, in_file, size = count + 1, in_file + 1, size + len(line)
-    finally:
-        if file is not None:
-            file.close()
-    return count, files
+    return Requests(count, tuple(files), stopped)
 
 
-def _request(task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _request(task: Task, answers: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One line. Its id says how many answers there were before, so that a second one of the same words counts."""
     body = {**settings, "messages": task.messages}
-    return {"custom_id": task.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return {"custom_id": f"{task.key}-{answers}", "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, model: str) -> Joined:
@@ -80,40 +102,39 @@ def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, m
     answers = known = foreign = 0
     failed: collections.Counter[str] = collections.Counter()
     for path in paths:
-        for where, key, response in _lines(path):
-            if key not in asked:
+        for custom_id, response, problem in _lines(path):
+            key, _, before = custom_id.rpartition("-")
+            if key not in asked or not before.isdecimal():
                 foreign += 1
                 continue
-            if response.get("status_code") != 200:
-                failed[str(response.get("problem", f"status {response.get('status_code')}"))] += 1
+            if problem:
+                failed[problem] += 1
                 continue
+            context_id, kind, tokens = asked[key]
             try:
-                context_id, kind, tokens = asked[key]
-                reply = metered(read_completion(response.get("body")), tokens)
-            except ValueError as error:
-                raise InputError(f"{where}: {error}; expected the answer of a chat completion") from error
+                reply = metered(read_completion(response), tokens)
+            except ValueError:
+                failed["no chat completion"] += 1
+                continue
             answers += 1
-            if any(saved.text == reply.text for saved in journal.replies(key)):
+            saved = [one.text for one in journal.replies(key)]
+            if int(before) < len(saved) and reply.text in saved:
                 known += 1
             else:
                 journal.append(key, context_id, kind, model, reply)
     return Joined(answers, known, foreign, dict(failed))
 
 
-def _lines(path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(where, custom_id, response) of each line; that of a request that never ran has its `problem`."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-                key, response, error = str(row["custom_id"]), row.get("response"), row.get("error")
-            except (ValueError, TypeError, KeyError, AttributeError) as problem:
-                raise InputError(f"{where}: no line of a batch's output ({problem!r:.80})") from problem
-            if isinstance(response, dict):
-                yield where, key, response
-            else:
-                code = error.get("code", "unknown") if isinstance(error, dict) else "unknown"
-                yield where, key, {"problem": code}
+def _lines(path: str) -> Iterator[tuple[str, Any, str]]:
+    """(custom_id, body of the response, why there is no answer in it or "") of each line."""
+    for where, row in read_lines(path, "one answer of a batch"):
+        if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
+            raise InputError(f"{where}: no custom_id, expected a line of a batch's output")
+        response, error = row.get("response"), row.get("error")
+        if not isinstance(response, dict):
+            code = error.get("code") if isinstance(error, dict) else None
+            yield row["custom_id"], None, str(code or "unknown error")
+        elif response.get("status_code") != 200:
+            yield row["custom_id"], None, f"status {response.get('status_code')}"
+        else:
+            yield row["custom_id"], response.get("body"), ""

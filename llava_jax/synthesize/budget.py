@@ -56,17 +56,18 @@ class Budget:
     def money(self) -> float:
         return self._prices.cost(self.tokens_in, self.tokens_out)
 
-    def reserve(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> tuple[int, int]:
+    def reserve(self, messages: Sequence[Message], settings: Mapping[str, Any], wait: bool = True) -> tuple[int, int]:
         """Sets aside what a request may cost. Raises BudgetSpent when it is more than is left.
 
-        It waits while other requests are under way that may cost less than was set aside for them.
+        It waits while other requests are under way that may cost less than was set aside for them; with `wait` False,
+        as where all are sent at once, it does not.
         """
         # Three bytes a token are few: the limit holds for languages and tokenizers that need more than English does.
         asked = sum(8 + len(message["content"].encode("utf-8", "replace")) // 3 for message in messages)
         answered = longest_answer(settings)
         with self._changed:
             while not self._fits(asked, answered):
-                if not self._reserved_in:
+                if not wait or not self._reserved_in:
                     raise BudgetSpent(self._limit())
                 self._changed.wait()
             self._reserved_in += asked

@@ -7,16 +7,18 @@ Source of the layout: the LLaVA paper, section 3: captions, one per line, a blan
 import array
 import dataclasses
 import glob
-import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llava_jax.files import read_lines
 from llava_jax.synthesize import json_stream
 from llava_jax.types import InputError
 
 # Boxes of COCO reach over the border by rounding; what reaches further is an error of the file.
 SLACK = 0.01
+FIELDS = ("id", "image", "captions", "instances")
+FORMS = "JSONL of contexts, COCO's captions*.json with instances*.json beside it, or a folder of these two"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,16 @@ def open_contexts(path: str) -> Iterable[Context]:
     folder that holds one of each. Raises InputError naming the file and the line, those of a JSONL file on the way.
     """
     if os.path.isdir(path):
-        return CocoContexts(_only(path, "captions"), _only(path, "instances"))
+        path = _only_captions(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, expected {FORMS}")
     name = os.path.basename(path)
-    if name.startswith("captions") and name.endswith(".json"):
-        instances = os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))
-        if not os.path.isfile(instances):
-            raise InputError(f"{path}: no {instances} beside it; COCO keeps the boxes there")
-        return CocoContexts(path, instances)
-    return JsonlContexts(path)
+    if not (name.startswith("captions") and name.endswith(".json")):
+        return JsonlContexts(path)
+    instances = os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))
+    if not os.path.isfile(instances):
+        raise InputError(f"{path}: no {instances} beside it; COCO keeps the boxes there")
+    return CocoContexts(path, instances)
 
 
 def load_contexts(path: str) -> list[Context]:
@@ -77,30 +81,19 @@ class JsonlContexts:
 
     path: str
 
-    def __post_init__(self) -> None:
-        with open(self.path, "rb"):  # a file that is not there is found before anything is asked
-            pass
-
     def __iter__(self) -> Iterator[Context]:
-        found = False
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{self.path} line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{where}: not JSON ({error}), expected one context per line") from error
-                found = True
-                yield _context(row, where)
-        if not found:
-            raise InputError(f"{self.path}: holds no pictures, expected one context per line")
+        for where, row in read_lines(self.path, "one context"):
+            yield _context(row, where)
 
 
 def _context(row: Any, where: str) -> Context:
-    if not isinstance(row, dict) or not {"id", "image", "captions"} <= row.keys():
-        raise InputError(f"{where}: expected an object with id, image, captions and instances")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: {row!r:.60}, expected an object with {', '.join(FIELDS)}")
+    missing = [name for name in ("id", "image", "captions") if name not in row]
+    if missing:
+        raise InputError(f"{where}: no {' and no '.join(missing)}, expected an object with {', '.join(FIELDS)}")
+    if not isinstance(row["id"], str | int) or not isinstance(row["image"], str) or not row["image"].strip():
+        raise InputError(f"{where}: id {row['id']!r:.60}, image {row['image']!r:.60}, expected a name and a file name")
     captions = row["captions"]
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise InputError(f"{where}: captions is {captions!r:.60}, expected a list of sentences")
@@ -109,7 +102,7 @@ def _context(row: Any, where: str) -> Context:
         raise InputError(f"{where}: instances is {instances!r:.60}, expected a list of {{category, bbox}}")
     return Context(
         id=str(row["id"]),
-        image=str(row["image"]),
+        image=row["image"],
         captions=tuple(text.strip() for text in captions if text.strip()),
         instances=tuple(_instance(item, where) for item in instances),
     )
@@ -185,10 +178,12 @@ class CocoContexts:
             missing = [name for name in needed if not isinstance(item, dict) or name not in item]
             if missing:
                 raise InputError(f"{path}: {key} {item!r:.60} has no {missing[0]}, expected {', '.join(needed)}")
+            if not isinstance(item[needed[0]], str | int):
+                raise InputError(f"{path}: {key} {item!r:.60}: {needed[0]} is no number, expected COCO's format")
             if key == "images":
-                self._pictures.setdefault(item["id"], _Picture(item["file_name"], item["width"], item["height"]))
+                self._pictures.setdefault(item["id"], _coco_picture(item, path))
             elif key == "categories":
-                self._categories[item["id"]] = item["name"]
+                self._categories[item["id"]] = str(item["name"])
             elif item["image_id"] in self._pictures:
                 yield number, item
             else:
@@ -214,6 +209,13 @@ class CocoContexts:
         )
 
 
+def _coco_picture(item: dict, path: str) -> _Picture:
+    name, size = item["file_name"], (item["width"], item["height"])
+    if not isinstance(name, str) or not name.strip() or not all(_is_number(side) and side > 0 for side in size):
+        raise InputError(f"{path}: image {item!r:.120}, expected a file_name, and width and height above 0")
+    return _Picture(name, *size)
+
+
 def _coco_box(note: dict, where: str) -> tuple[float, ...]:
     """(category, x, y, width, height), the latter in pixels."""
     box, category = note["bbox"], note["category_id"]
@@ -224,12 +226,12 @@ def _coco_box(note: dict, where: str) -> tuple[float, ...]:
     return (category, *box)
 
 
-def _only(folder: str, prefix: str) -> str:
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{prefix}*.json")))
+def _only_captions(folder: str) -> str:
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), "captions*.json")))
     if not found:
-        raise InputError(f"{folder}: no file {prefix}*.json, expected one (COCO's annotations)")
+        raise InputError(f"{folder}: no file captions*.json, expected one (COCO's annotations)")
     if len(found) > 1:
-        raise InputError(f"{folder}: {len(found)} files {prefix}*.json; name one of them, as {found[0]}")
+        raise InputError(f"{folder}: {len(found)} files captions*.json; name one of them, as {found[0]}")
     return found[0]
 
 

@@ -18,9 +18,14 @@ CONNECT_WAIT = 15.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 # An endpoint that asks for more patience than this is one to come back to.
 LONGEST_ASKED_WAIT = 3600.0
-# Tries without any connection, before the address itself is taken for wrong.
+# Tries without any connection, or with nothing but what is no chat completion, before the address is taken for wrong.
 TRIES_UNREACHED = 4
-WRONG_FOR_ALL = (401, 403, 404)
+# What is wrong with every request, and what to do about it.
+WRONG_FOR_ALL = {
+    401: "put the key of this endpoint in the environment as OPENAI_API_KEY",
+    403: "take a key in OPENAI_API_KEY that may use this model",
+    404: "expected an address that ends in /v1, and a model that is there",
+}
 PASSING = (408, 409, 425, 429)
 
 
@@ -38,19 +43,19 @@ class EndpointTeacher:
         self.name = str(settings["model"])
         self.settings = settings
         self._endpoint, self._key, self._stop = endpoint, key, stop
-        self._reached = False
+        self._reached = self._answered = False
         self._client = openai.OpenAI(
             base_url=endpoint, api_key=key, max_retries=0, timeout=openai.Timeout(timeout, connect=CONNECT_WAIT)
         )
 
     def answer(self, messages: Sequence[Message]) -> Reply:
         """See `Teacher`."""
-        problem = ""
+        problem, nonsense = "", 0
         for tried in range(1, TRIES + 1):
             asked_for: float | None = None
             try:
                 reply = self._ask(messages)
-                self._reached = True
+                self._reached = self._answered = True
                 return reply
             except openai.APIStatusError as error:
                 self._reached = True
@@ -60,10 +65,14 @@ class EndpointTeacher:
             except openai.APIConnectionError as error:
                 problem = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection lost"
                 if not self._reached and tried >= TRIES_UNREACHED:
-                    raise InputError(f"{self._endpoint}: cannot be reached ({error.__cause__ or error})") from error
+                    said = f"{self._endpoint}: cannot be reached ({error.__cause__ or error})"
+                    raise InputError(f"{said}; is it up, and the address right?") from error
             except (ValueError, RecursionError) as error:
                 self._reached = True
                 problem = f"an answer that is no chat completion ({error})"
+                nonsense += 1
+                if not self._answered and nonsense == tried >= TRIES_UNREACHED:
+                    raise InputError(f"{self._endpoint}: gives {problem:.200}; {WRONG_FOR_ALL[404]}") from error
             self._wait(tried, asked_for)
         raise RequestFailed(f"no answer after {TRIES} tries, at last: {problem:.200}")
 
@@ -78,8 +87,14 @@ class EndpointTeacher:
         """Raises for what another try does not change: InputError when it is wrong for all, else RequestFailed."""
         status = error.status_code
         says = " ".join(str(error.message).replace(self._key, "***").split())[:300]
-        if status in WRONG_FOR_ALL or error.code == "insufficient_quota":
-            raise InputError(f"{self._endpoint}: refuses with status {status}: {says}") from error
+        if status in WRONG_FOR_ALL:
+            raise InputError(
+                f"{self._endpoint}: refuses with status {status}: {says}; {WRONG_FOR_ALL[status]}"
+            ) from error
+        if error.code == "insufficient_quota":
+            raise InputError(
+                f"{self._endpoint}: the quota is spent: {says}; the same command goes on when there is more"
+            ) from error
         if status < 500 and status not in PASSING:
             raise RequestFailed(f"refused with status {status}: {says}") from error
 

@@ -19,10 +19,13 @@ from typing import Any
 from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import InputError
 
+# How a line begins. What begins otherwise is not half a line of ours, and stays.
+BEGINS = b'{"key": "'
 
-def key_of(context_id: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
-    """What an answer is kept under: another picture, prompt, model or setting of the request gives another key."""
-    text = json.dumps([context_id, dict(settings), list(messages)], sort_keys=True)
+
+def key_of(context_id: str, kind: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
+    """What an answer is kept under: another picture, kind, prompt or setting gives another key."""
+    text = json.dumps([context_id, kind, dict(settings), list(messages)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -83,7 +86,7 @@ class Journal:
         """Where the file ends; half a line there is cut off."""
         end, number = 0, 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and line.startswith(BEGINS[: len(line)]):
                 os.ftruncate(self._file.fileno(), end)
                 break
             try:

@@ -16,7 +16,7 @@ def items(path: str) -> Iterator[tuple[str, Any]]:
 
     No more than a chunk of the file and one element are held. Raises InputError where it is no such object.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         reader = _Reader(file)
         try:
             yield from _object(reader)
@@ -84,7 +84,7 @@ def _object(reader: _Reader) -> Iterator[tuple[str, Any]]:
             yield key, reader.value()
         following = reader.take(",", "}")
     if reader.peek():
-        raise ValueError("more text after the end of the object")
+        raise ValueError("more text after the end of the object; one object a line belongs into a .jsonl file")
 
 
 def _list(reader: _Reader) -> Iterator[Any]:

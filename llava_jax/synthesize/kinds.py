@@ -11,6 +11,8 @@ from llava_jax.synthesize.parse import RejectedReply, parse_description, parse_d
 from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
+# What a worked example is shown, and what it answers.
+EXAMPLE = ("_caps.txt", "_conv.txt")
 PROMPTS = str(pathlib.Path(__file__).parent / "prompts")
 
 
@@ -48,6 +50,8 @@ DETAIL_QUESTIONS = (
     "Write an exhaustive depiction of the given image",
 )
 
+# Models that think aloud do it before this; some servers leave it in the text.
+THOUGHT = "</think>"
 # Why a reply is not whole, by OpenAI's finish_reason; other reasons (stop, and what servers make up) are an end.
 NOT_WHOLE = {
     "length": "cut off at the limit of tokens",
@@ -68,12 +72,12 @@ def load_prompts(kind: str, prompts_dir: str | None = None) -> list[Message]:
     if not os.path.isfile(system):
         raise InputError(f"{system}: no such file; expected system_message.txt, 000_caps.txt, 000_conv.txt … in it")
     messages = [{"role": "system", "content": _read(system)}]
-    for captions in sorted(glob.glob(os.path.join(glob.escape(folder), "*_caps.txt"))):
-        reply = captions.removesuffix("_caps.txt") + "_conv.txt"
-        if not os.path.isfile(reply):
-            raise InputError(f"{captions}: has no {os.path.basename(reply)} beside it; each example needs both files")
-        messages.append({"role": "user", "content": _read(captions)})
-        messages.append({"role": "assistant", "content": _read(reply)})
+    inside = os.path.join(glob.escape(folder), "*")
+    for name in sorted({path.removesuffix(end) for end in EXAMPLE for path in glob.glob(inside + end)}):
+        for role, end in zip(("user", "assistant"), EXAMPLE, strict=True):
+            if not os.path.isfile(name + end):
+                raise InputError(f"{name}{end}: no such file; each example needs {' and '.join(EXAMPLE)}")
+            messages.append({"role": role, "content": _read(name + end)})
     return messages
 
 
@@ -91,17 +95,21 @@ def turns_of(reply: Reply, context: Context, kind: str, seed: int) -> tuple[Turn
     if reply.finish in NOT_WHOLE:
         raise RejectedReply(NOT_WHOLE[reply.finish])
     rng = random.Random(f"{seed}/{kind}/{context.id}")
+    text = reply.text.rpartition(THOUGHT)[2]
     if kind == "conversation":
-        turns = parse_dialogue(reply.text)
+        turns = parse_dialogue(text)
     elif kind == "reasoning":
-        turns = parse_exchange(reply.text)
+        turns = parse_exchange(text)
     else:
-        turns = (Turn("human", rng.choice(DETAIL_QUESTIONS)), Turn("gpt", parse_description(reply.text)))
+        turns = (Turn("human", rng.choice(DETAIL_QUESTIONS)), Turn("gpt", parse_description(text)))
     first = turns[0].text
     placed = f"{IMAGE_PLACEHOLDER}\n{first}" if rng.random() < 0.5 else f"{first}\n{IMAGE_PLACEHOLDER}"
     return (Turn("human", placed), *turns[1:])
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read().removesuffix("\n")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error

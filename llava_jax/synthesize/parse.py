@@ -4,7 +4,7 @@ import re
 
 from llava_jax.types import IMAGE_PLACEHOLDER, Turn
 
-SEPARATOR = re.compile(r"^[ \t]*===[ \t]*$", re.MULTILINE)
+SEPARATOR = re.compile(r"^[ \t]*===[ \t\r]*$", re.MULTILINE)
 BLOCK = re.compile(r"\s*(Question|Answer):[ \t]*(.*)", re.DOTALL)
 
 # A share of the width or the height, as boxes are given: 0.318, .5, 1.0, 0, 1.
@@ -19,9 +19,13 @@ LEAKS = re.compile(
     r"""
     \b bounding [ ] box (?:es)? \b
     | \b (?: the | these | their | its | given | provided ) [ ] coordinates \b
-    | \b (?: captions? | sentences? | descriptions? ) [ ] (?: also [ ] )?
-      (?: says? | said | states? | mentions? | mentioned | describes? | indicates? | suggests? | tells? | provided )
+    | \b (?: captions? | sentences? | descriptions? ) [ ] (?: (?: also | all ) [ ] )?
+      (?: says? | said | states? | mentions? | mentioned | describes? | indicates? | suggests? | tells? | provided
+        | impl(?: y | ies | ied ) | notes? | agree | do(?: es )? [ ] not )
       (?! [ ] (?: by | on | in ) ) \b
+    | \b (?: in | of ) (?: [ ] (?: the | these | all | five | given | provided | image | picture ) )+
+      [ ] (?: captions | sentences | descriptions ) \b
+      (?! [ ] (?: at | above | below | beside | in | on | under | printed | written ) \b )
     | \b (?: according [ ] to | based [ ] on | from | (?: mentioned | described | stated | listed ) [ ] in )
       (?: [ ] (?: the | these | this | all | five | given | provided | image | picture | first | second | third ) )+
       [ ] (?: captions? | sentences? | descriptions? | annotations? | boxes ) \b
@@ -82,6 +86,8 @@ def _check_content(reply: str) -> None:
         raise RejectedReply("empty reply")
     if any("\ud800" <= letter <= "\udfff" for letter in reply):
         raise RejectedReply("half a character in the text")
+    if "<think>" in reply:
+        raise RejectedReply("thoughts without an end")
     if IMAGE_PLACEHOLDER in reply:
         raise RejectedReply(f"the placeholder {IMAGE_PLACEHOLDER} in the text")
     if COORDINATES.search(reply):

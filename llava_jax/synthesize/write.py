@@ -1,7 +1,6 @@
 """`synthesize`: instruction data in LLaVA's JSON, written by a language-only teacher from captions and boxes."""
 
 import collections
-import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
+from llava_jax.files import replacing, write_rows
 from llava_jax.synthesize.asking import Task, Verdict, ask_all, judge, tasks_of
 from llava_jax.synthesize.budget import Budget, Prices, longest_answer
 from llava_jax.synthesize.card import Card, Tally, card_text
@@ -20,6 +20,8 @@ from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages, es
 from llava_jax.types import InputError
 
 ALL_KINDS = "all"
+# So many reasons are said in one line; the data card has more, and OUTPUT.rejected.jsonl all of them.
+REASONS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +44,34 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a run of `synthesize` did: rows, turns in them, pictures set aside and not answered yet, by reason."""
+    """What a run of `synthesize` did: rows, turns in them, pictures set aside and not answered yet, by reason.
+
+    `stopped` is why it ended before all was asked, "" where it did not.
+    """
 
     rows: int
     turns: int
     rejected: dict[str, int]
     unanswered: int = 0
     why: dict[str, int] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
 
     def __str__(self) -> str:
         lost = sum(self.rejected.values())
         text = f"{self.rows} rows, {self.turns} turns, {lost} rejected{_reasons(self.rejected)}"
-        return text + (f", {self.unanswered} not answered{_reasons(self.why)}" if self.unanswered else "")
+        if not self.unanswered:
+            return text
+        return f"{text}, {self.unanswered} not answered{_reasons(self.why, self.stopped)}"
 
 
-def _reasons(counts: Mapping[str, int]) -> str:
-    return f" ({', '.join(f'{count} {reason}' for reason, count in counts.items())})" if counts else ""
+def _reasons(counts: Mapping[str, int], more: str = "") -> str:
+    """In brackets the most frequent reasons: some name a picture, and there can be as many of them as pictures."""
+    named = collections.Counter(counts).most_common(REASONS)
+    others = sum(counts.values()) - sum(count for _, count in named)
+    said = [f"{count} {reason}" for reason, count in named]
+    said += [f"{others} for other reasons"] if others else []
+    said += [more] if more else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def open_job(
@@ -100,11 +114,19 @@ def synthesize(
         stop=stop or threading.Event(),
         say=say,
     )
-    why = asked.failed | ({asked.stopped: 1} if asked.stopped else {})
-    return write_rows(job, output, teacher.name, teacher.settings, journal, prices=prices, why=why)
+    return write_data(
+        job,
+        output,
+        teacher.name,
+        teacher.settings,
+        journal,
+        prices=prices,
+        why=asked.failed,
+        stopped=asked.stopped,
+    )
 
 
-def write_rows(
+def write_data(
     job: Job,
     output: str,
     name: str,
@@ -113,56 +135,57 @@ def write_rows(
     *,
     prices: Prices | None = None,
     why: Mapping[str, int] | None = None,
+    stopped: str = "",
 ) -> Written:
     """Writes rows, what was set aside and the data card from the answers in the journal; nothing is asked.
 
-    `name` and `settings` are those of the teacher, `why` the reasons for which tasks are still open. Raises InputError
-    and writes nothing when there is no row.
+    `name` and `settings` are those of the teacher; `why` tasks are still open, and why the asking `stopped`. Raises
+    InputError and writes nothing when there is no row.
     """
     stem = os.path.splitext(output)[0]
     card = Card(os.path.basename(output), name, {kind: Tally() for kind in job.prompts})
-    with _replacing(output) as rows, _replacing(f"{stem}.rejected.jsonl") as rejected:
-        rows.write("[")
-        for task in job.tasks(settings):
-            verdict = judge(task, journal.replies(task.key) if not task.problem else (), job.seed)
-            row, problem = _row(task, verdict), task.problem
-            if row is None and not problem and verdict.settled(job.attempts):
-                problem = verdict.reasons[-1]
-            card.tallies[task.kind].add(verdict, problem)
-            if problem:
-                rejected.write(json.dumps(_set_aside(task, verdict, problem)) + "\n")
-            elif row is not None:
-                rows.write((",\n" if card.rows > 1 else "\n") + json.dumps(row, ensure_ascii=False))
-        rows.write("\n]\n")
-        _require_rows(card, name, why)
+    with replacing(f"{stem}.rejected.jsonl") as rejected:
+        write_rows(output, _rows(job, settings, journal, card, rejected, _reasons(why or {}, stopped)))
     card.tokens_in, card.tokens_out = journal.tokens_in, journal.tokens_out
     card.money = prices.cost(card.tokens_in, card.tokens_out) if prices else None
     for end, text in ((".card.txt", card_text(card)), (".card.html", card_page(card))):
-        with _replacing(f"{stem}{end}") as file:
+        with replacing(f"{stem}{end}") as file:
             file.write(text)
     set_aside: collections.Counter[str] = collections.Counter()
     for tally in card.tallies.values():
         set_aside.update(tally.set_aside)
     turns = sum(tally.turns for tally in card.tallies.values())
-    return Written(card.rows, turns, dict(set_aside), card.unanswered, dict(why or {}))
+    return Written(card.rows, turns, dict(set_aside), card.unanswered, dict(why or {}), stopped)
 
 
-def _require_rows(card: Card, name: str, why: Mapping[str, int] | None) -> None:
+def _rows(
+    job: Job, settings: Mapping[str, Any], journal: Journal, card: Card, rejected: TextIO, still_open: str
+) -> Iterator[dict[str, Any]]:
+    """The row of each task that has one; `card` counts every task, `rejected` gets those set aside."""
+    for task in job.tasks(settings):
+        verdict = judge(task, journal.replies(task.key) if not task.problem else (), job.seed)
+        problem = task.problem
+        if not problem and verdict.turns is None and verdict.settled(job.attempts):
+            problem = verdict.reasons[-1]
+        card.tallies[task.kind].add(verdict, problem)
+        if problem:
+            rejected.write(json.dumps(_set_aside(task, verdict, problem)) + "\n")
+        elif verdict.turns is not None:
+            said = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
+            yield {"id": task.context.id, "image": task.context.image, "conversations": said}
+    _require_rows(card, journal, still_open)
+
+
+def _require_rows(card: Card, journal: Journal, still_open: str) -> None:
     if card.rows:
         return
     set_aside = sum((tally.set_aside for tally in card.tallies.values()), collections.Counter())
-    if set_aside:
-        reason = set_aside.most_common(1)[0][0]
-        replies = sum(tally.replies for tally in card.tallies.values())
-        raise InputError(f"{name}: none of its {replies} replies could be used ({reason}); nothing written")
-    raise InputError(f"{name}: no answers yet{_reasons(why or {})}; nothing written")
-
-
-def _row(task: Task, verdict: Verdict) -> dict[str, Any] | None:
-    if verdict.turns is None:
-        return None
-    said = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
-    return {"id": task.context.id, "image": task.context.image, "conversations": said}
+    replies = sum(tally.replies for tally in card.tallies.values())
+    if not set_aside:
+        raise InputError(f"{card.teacher}: no answer that can be used yet{still_open}; nothing written")
+    saved = f"; they are in {journal.path}" if replies and journal.path else ""
+    problem = f"none of its {replies} replies could be used" if replies else "there is no picture to ask about"
+    raise InputError(f"{card.teacher}: {problem}{_reasons(set_aside)}; nothing written{saved}")
 
 
 def _set_aside(task: Task, verdict: Verdict, problem: str) -> dict[str, Any]:
@@ -170,21 +193,6 @@ def _set_aside(task: Task, verdict: Verdict, problem: str) -> dict[str, Any]:
         {"reason": reason, "text": reply.text} for reply, reason in zip(verdict.replies, verdict.reasons, strict=False)
     ]
     return {"id": task.context.id, "kind": task.kind, "reason": problem, "replies": replies}
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[TextIO]:
-    """A file that stands under `path` only when it is whole and on the disk."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 # ---- before anything is asked -------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""JSON Lines read with an answer to what is wrong in them, and files that stand under their name only when whole."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+from llava_jax.types import InputError
+
+
+def each_line(path: str) -> Iterator[tuple[str, Any]]:
+    """("line N", decoded) of every line that is not blank, one at a time; in place of one that is no JSON, why."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    value = ValueError(f"not JSON ({error})")
+                yield f"line {number}", value
+
+
+def read_lines(path: str, expected: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, decoded) of every line of a JSONL file; `expected` says what a line holds.
+
+    Raises InputError where there is no such file, at a line that is no JSON, and where there is no line.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, expected JSONL with {expected} per line")
+    found = False
+    for line, value in each_line(path):
+        found = True
+        if isinstance(value, ValueError):
+            raise InputError(f"{path} {line}: {value}, expected {expected} per line")
+        yield f"{path} {line}", value
+    if not found:
+        raise InputError(f"{path}: holds no rows, expected {expected} per line")
+
+
+def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes the rows of a data set as a JSON list, or as JSONL where the name says so; returns how many there are.
+
+    The file appears under its name only when it is whole: an error of `rows` leaves what was there.
+    """
+    lines = path.lower().endswith((".jsonl", ".ndjson"))
+    before, between, after = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
+    count = 0
+    with replacing(path) as file:
+        file.write(before)
+        for count, row in enumerate(rows, 1):
+            file.write(("" if count == 1 else between) + json.dumps(row, ensure_ascii=False))
+        file.write(after)
+    return count
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[TextIO]:
+    """A text file that takes the name `path` when it is whole and on the disk; until then what was there stays.
+
+    Processes that write to one name do not mix; the last one stays. Raises InputError when it cannot be written.
+    """
+    path = os.path.realpath(path)  # of a link the file behind it is replaced, not the link
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected the name of one")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name a file that can") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None:  # of a file that was read meanwhile, or of the name itself
+            raise
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, run again") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
