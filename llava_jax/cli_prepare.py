@@ -8,8 +8,6 @@ from llava_jax.cli_parse import announce, check_output
 from llava_jax.files import write_rows
 from llava_jax.types import InputError
 
-SHOWN = 5
-
 
 def check_least(args: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
@@ -48,10 +46,8 @@ def captions(args: argparse.Namespace) -> int:
 
 
 def print_refused(refused: list[Any]) -> None:
-    for one in refused[:SHOWN]:
+    for one in refused:
         print(f"refused: {one}")
-    if len(refused) > SHOWN:
-        print(f"refused: and {len(refused) - SHOWN:,} more")
 
 
 # ---- concepts -------------------------------------------------------------------------------------------------------
