@@ -34,7 +34,8 @@ def parse_grid(rows: str | None, remats: str | None, meshes: str | None, setting
     given = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else ROWS
     kinds = tuple(remats.split(",")) if remats else REMATS
     for kind in kinds:
-        settings_from_dict(dataclasses.asdict(_point(settings, 1, kind, (chips, 1, 1), None)))
+        train = dataclasses.replace(settings.train, remat=kind)
+        settings_from_dict(dataclasses.asdict(dataclasses.replace(settings, train=train)))
     inner = settings.mesh.fsdp_inner
     if meshes:
         shapes = [_mesh(word, chips, slices, inner) for word in meshes.split(",")]

@@ -243,6 +243,11 @@ def test_grids():
     assert grid == plan_sweep.Grid((2, 4, 8), ("full", "minimal"), ((1, 64, 1), (2, 32, 1)))
     given = plan_sweep.parse_grid("4,1", "none", "1x32x2,64x1x1", settings(tiny), target)
     assert given == plan_sweep.Grid((4, 1), ("none",), ((1, 32, 2), (64, 1, 1)))
+    inner = settings(mesh__fsdp_inner=16)
+    assert plan_sweep.parse_grid(None, None, None, inner, target).meshes == ((1, 64, 1), (2, 32, 1))
+    assert plan_sweep.parse_grid(None, None, "4x16x1", inner, target).meshes == ((4, 16, 1),)
+    with pytest.raises(InputError, match="FSDP is not a multiple of mesh.fsdp_inner=16"):
+        plan_sweep.parse_grid(None, None, "8x8x1", inner, target)
     for bad in (("0", None, None), ("a", None, None), (None, "most", None), (None, None, "8x8"), (None, None, "1x8x1")):
         with pytest.raises(InputError, match="--sweep_|train.remat"):
             plan_sweep.parse_grid(*bad, settings(tiny), target)
