@@ -358,7 +358,7 @@ def test_random_towers_of_a_config_file(inputs):
     assert load_tokenizer(assemble.tokenizer_folder("random:vicuna-7b")).size <= assemble.LLAMAS["tiny"].vocab_size
 
 
-def test_an_epoch_is_a_whole_number_of_steps(inputs):
+def test_steps_go_before_epochs(inputs):
     settings = make_settings(inputs, "pretrain", train__steps=0, train__epochs=1.5)
-    assert loop.total_steps(settings, 9) == 5  # three steps an epoch
+    assert loop.total_steps(settings, 9) == 5
     assert loop.total_steps(change(settings, "train", steps=7), 9) == 7

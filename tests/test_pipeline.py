@@ -233,14 +233,14 @@ def test_the_stream_ends_with_the_run():
         next(data)
 
 
-def test_steps_fill_the_last_batch_from_the_next_epoch():
-    assert steps_for(11, 4, 1) == 3
+def test_an_epoch_is_a_whole_number_of_steps():
+    assert steps_for(9, 4, 1) == 3
+    assert steps_for(9, 4, 1.5) == 5
     assert steps_for(11, 4, 2) == 6
     assert steps_for(12, 4, 0.5) == 2
     assert steps_for(100, 10, 1.1) == 11
-    # The published recipes: 558,128 captions in batches of 256, 665,298 instructions in batches of 128.
-    assert steps_for(558_128, 256, 1) == 2181
-    assert steps_for(665_298, 128, 1) == 5198
+    # Three epochs of LLaVA's 157,712 instructions in batches of 32.
+    assert steps_for(157_712, 32, 3) == 14_787
 
 
 # ---- state ------------------------------------------------------------------------------------------------------

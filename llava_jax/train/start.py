@@ -1,6 +1,5 @@
 """What a stage needs before its first update: rows, batches and weights, checked, and said on the screen."""
 
-import math
 from typing import Any
 
 import jax
@@ -62,10 +61,8 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
 
 
 def total_steps(settings: Settings, rows: int) -> int:
-    """`train.steps`, or what `train.epochs` makes; an epoch is a whole number of steps, as in the original."""
-    if settings.train.steps:
-        return settings.train.steps
-    return math.ceil(settings.train.epochs * steps_for(rows, settings.train.batch_size, 1.0))
+    """`train.steps`, or what `train.epochs` makes."""
+    return settings.train.steps or steps_for(rows, settings.train.batch_size, settings.train.epochs)
 
 
 def plan_data(settings: Settings, mesh: Mesh, records: Rows, checked: Checked, steps: int) -> BatchPlan:
