@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -113,9 +114,6 @@ def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
             load_records(str(tmp_path / "bad.json"))
 
 
-# ---- mixtures -------------------------------------------------------------------------------------------------------
-
-
 def test_rows_read_in_any_order_are_the_same(tmp_path, monkeypatch):
     """In order (from pieces that hold some of them, or less than one), backwards, jumping, each twice, pickled."""
     content = [row(f"row {n}", "é" * (1 + n * 7 % 50)) for n in range(40)]
@@ -126,6 +124,23 @@ def test_rows_read_in_any_order_are_the_same(tmp_path, monkeypatch):
         for order in orders:
             assert [rows[n].id for n in order] == [f"row {n}" for n in order]
         assert pickle.loads(pickle.dumps(rows))[3] == rows[3]
+
+
+def test_threads_may_read_side_by_side(tmp_path, monkeypatch):
+    """The thread that reads ahead, and the one that names the rows of a bad batch."""
+    rows = load_records(write(tmp_path / "a.json", [row(f"row {n}", "x" * (1 + n * 7 % 50)) for n in range(400)]))
+    monkeypatch.setattr(records, "SEVERAL_ROWS", 500)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            orders = [range(400), range(399, -1, -1), range(400), range(0, 400, 3)] * 20
+            assert all(pool.map(lambda order: all(rows[n].id == f"row {n}" for n in order), orders))
+    finally:
+        sys.setswitchinterval(before)
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
 
 
 def test_a_mixture_shows_the_shares_and_every_row_in_turn():
