@@ -49,6 +49,7 @@ def test_sources_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_sources("a.json") == (Source("a.json"),)
     assert split_sources("a.json:0.7, gs://b/c.jsonl:3") == (Source("a.json", 0.7), Source("gs://b/c.jsonl", 3.0))
+    assert split_sources("a.json:.") == (Source("a.json:."),) and split_sources("a:1.0.0") == (Source("a:1.0.0"),)
     assert split_sources("tfds:a/1.0.0,gs://b/c") == (Source("tfds:a/1.0.0"), Source("gs://b/c"))
     assert absolute("a.json:0.7,tfds:b:1") == f"{tmp_path}/a.json:0.7,tfds:b:1"
     assert absolute("") == "" and absolute("gs://b/c.json") == "gs://b/c.json"
@@ -216,9 +217,20 @@ def test_what_is_kept_belongs_to_content_and_pictures(tmp_path, monkeypatch):
     write(tmp_path / "rows.json", rows)
     with pytest.raises(InputError, match="1 of 40 rows.*row 1 .*empty answer"):
         full_size.open_batches(settings, 8)
-    for kept in sources.cache_folder(), "no/such/folder":
-        monkeypatch.setenv("LLAVA_JAX_CACHE", str(kept))
-        assert sources.recall("nothing") is None
+
+
+def test_what_is_kept_and_damaged_is_not_there(cache):
+    assert sources.recall("a") is None
+    sources.keep("a", {"x": np.arange(5)})
+    assert sources.recall("a")["x"].tolist() == list(range(5))
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    # One byte of the values, and one of the archive's own table: how they are compressed.
+    values, table = whole.index(np.arange(5).tobytes()), whole.index(b"PK\1\2") + 10
+    changed = (whole[:place] + b"?" + whole[place + 1 :] for place in (values, table))
+    for content in (b"", b"no archive", whole[:-40], *changed):
+        path.write_bytes(content)
+        assert sources.recall("a") is None
 
 
 # ---- TFDS -----------------------------------------------------------------------------------------------------------

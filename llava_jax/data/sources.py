@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import zipfile
 
 import numpy as np
 
@@ -25,7 +26,7 @@ FORMS = "a JSON or JSONL file, a folder of a TFDS data set or tfds:NAME"
 KEPT_ROWS = 20_000
 # A file's content is read in pieces of so many bytes.
 PIECE = 1 << 24
-WEIGHT = re.compile(r"(.+):([0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
+WEIGHT = re.compile(r"(.+):((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def split_sources(text: str) -> tuple[Source, ...]:
 def _weighted(part: str) -> Source | None:
     """PATH:WEIGHT as a source, None where there is no weight: tfds:name/1.0.0 and gs://a have none."""
     found = WEIGHT.fullmatch(part)
-    if found is None or os.path.exists(part) or found[2].count(".") > 1 or found[1] == TFDS[:-1]:
+    if found is None or os.path.exists(part) or found[1] == TFDS[:-1]:
         return None
     weight = float(found[2])
     if not 0 < weight < math.inf:
@@ -131,7 +132,7 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as kept:
             return {key: kept[key] for key in kept.files}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):  # what damaged files raise
         return None
 
 
