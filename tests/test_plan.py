@@ -116,7 +116,7 @@ def config_of(**changes):
 def test_unpacked_rows_are_conversations():
     given = settings(tiny, train__batch_size=16)
     assert plan.batch_shape(given, config_of(), ways=8, tokens_per_row=None) == plan.Shape(16, 1024, 1, 16)
-    with pytest.raises(InputError, match="multiple of 3"):
+    with pytest.raises(InputError, match="train.batch_size=16 does not divide .* multiple of 3"):
         plan.batch_shape(given, config_of(), ways=3, tokens_per_row=None)
 
 
@@ -136,6 +136,12 @@ def test_packed_rows_hold_all_conversations_and_divide(length, tokens, ways, exp
     assert (shape.rows, shape.length) == expected
     assert shape.rows * shape.images >= 128 == shape.pictures
     assert shape.rows * shape.length * 0.985 >= 128 * tokens
+
+
+def test_more_shards_than_conversations_are_refused_as_by_train():
+    given = settings(tiny, train__batch_size=16, data__pack=True)
+    with pytest.raises(InputError, match="train.batch_size=16 is less than 32 device shards"):
+        plan.batch_shape(given, config_of(), ways=32, tokens_per_row=100)
 
 
 def test_packed_rows_need_the_mean_length():
