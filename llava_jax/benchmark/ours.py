@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llava_jax.benchmark.turns import Figures, Turn, clock, fingerprint, serve
+from llava_jax.benchmark.turns import PICTURE_BATCH, ROW_BATCH, Figures, Turn, clock, fingerprint, serve
 from llava_jax.convert import hf
 from llava_jax.data.image import normalised
 from llava_jax.data.packing import plan_batches
@@ -48,8 +48,8 @@ from llava_jax.types import (
     TrainSettings,
 )
 
-# Pictures of a batch, conversations of a packed batch, batches that workers may have ready before they are asked for.
-PICTURE_BATCH, ROW_BATCH, READ_AHEAD = 8, 128, 6
+# Batches that workers may have ready before they are asked for.
+READ_AHEAD = 6
 # Image tokens of a picture in the data's rows; their number does not matter to the pixels.
 PATCHES = 16
 WORDS = "the a red blue square circle left right of above there is in picture and what how many are".split()
@@ -197,19 +197,20 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     folder = os.path.dirname(work["pictures"][0])
     size = dict(image_size=work["size"], patches=PATCHES)
 
+    def picture_batches() -> BatchIterator:
+        return open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
+
     def turn() -> dict[str, float]:
-        with closing(
-            open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
-        ) as batches:
+        with closing(picture_batches()) as batches:
             spent = drain(batches, len(pictures) // PICTURE_BATCH, seconds)
         data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, pack=True, workers=0, **size)
         with closing(data):
             packed = drain(data, len(rows) // ROW_BATCH, seconds)
         return {"picture": spent / len(pictures), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
 
-    with closing(open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]) as batches:
-        squares = [one for batch, _ in zip(batches, pictures, strict=False) for one in batch.pixels_BNXYC[:, 0]]
-    return {"pixels": [fingerprint(normalised(one)) for one in squares[: len(pictures)]], "device": "cpu"}, turn
+    with closing(picture_batches()) as batches:
+        found = [fingerprint(normalised(one)) for batch in batches for one in batch.pixels_BNXYC[:, 0]]
+    return {"pixels": found, "device": "cpu"}, turn
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
