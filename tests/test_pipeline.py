@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_jax.data import pipeline
 from llava_jax.data.example import encode_record
-from llava_jax.data.image import load_image
+from llava_jax.data.image import decode, squared
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline, steps_for
 from llava_jax.data.tokenize import TextTokenizer
@@ -140,7 +140,8 @@ def test_a_batch_holds_its_records(reference):
         np.testing.assert_array_equal(batch.segment_ids_BT[b], np.arange(SETTINGS.max_length) < length)
         np.testing.assert_array_equal(batch.positions_BT[b, :length], np.arange(length))
         for slot, name in enumerate(record.images):
-            np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], load_image(str(IMAGES / name), SIZE, "pad"))
+            square = squared(decode(str(IMAGES / name)), SIZE, "pad")
+            np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], square)
         assert not batch.pixels_BNXYC[b, len(record.images) :].any()
         np.testing.assert_array_equal(batch.shown_BN[b], np.arange(2) < len(record.images))
 

@@ -46,11 +46,6 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
     return (scaled[None, :] - mean[:, None]) / std[:, None]
 
 
-def load_image(path: str | bytes, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """uint8[size, size, 3] of the picture at `path`, or in these bytes; InputError as in `decode`."""
-    return squared(decode(path), size, aspect, pixels)
-
-
 def image_size(source: str | bytes) -> tuple[int, int]:
     """(width, height) of a picture (path, or content of a file) from its header; InputError as in `decode`, as far as
     that shows it.
