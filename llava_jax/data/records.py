@@ -234,8 +234,10 @@ def _open_source(source: Source) -> Rows:
     if sources.is_dataset(source.path):
         return DatasetRows(source.path)
     path = sources.local_copy(source.path)
+    if os.path.isdir(path):
+        raise InputError(f"{source.path}: a folder without {sources.INFO}; expected {sources.FORMS}")
     if not os.path.isfile(path):
-        raise InputError(f"{source.path}: no such annotations file; expected LLaVA JSON or JSONL")
+        raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
     content = sources.digest(path)
     places = index_file(path, sources.is_lines(source.path), content)
     # As assemble.file_inputs has it, so that a run goes on from a checkpoint that was made by it.
