@@ -155,11 +155,6 @@ def lower(settings: Settings, target: Target, tokens_per_row: float | None = Non
     start = time.monotonic()
     config = plan_config(settings)
     mesh = make_mesh(settings.mesh, target.devices)
-    if target.slices > 1 and mesh.shape["data"] % target.slices:
-        raise InputError(
-            f"mesh.data={mesh.shape['data']} on {target.slices} slices: weights would be gathered over the network "
-            f"between slices; give --config.mesh.data={target.slices} (or a multiple)"
-        )
     shape = batch_shape(settings, config, batch_ranks(mesh) * settings.train.accumulate, tokens_per_row)
     with jax.set_mesh(mesh):
         run = prepare(settings, config, mesh, STEPS, shape.length)

@@ -77,8 +77,8 @@ def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise InputError(
-            f"mesh.data={sizes[0]}: the devices are {slices} slices and data runs across them, expected a multiple "
-            f"of {slices}; set --config.mesh.data={slices}"
+            f"mesh.data={sizes[0]}: the devices are {slices} slices and data runs across them (else weights would be "
+            f"gathered over the network between them): expected a multiple of {slices}, set --config.mesh.data={slices}"
         )
     inside = [sizes[0] // slices, *sizes[1:]]
     across = [slices] + [1] * len(sizes[1:])

@@ -149,12 +149,6 @@ def test_packed_rows_need_the_mean_length():
         plan.batch_shape(settings(tiny, data__pack=True), config_of(), ways=8, tokens_per_row=None)
 
 
-def test_slices_need_data_parallelism():
-    target = dataclasses.replace(plan_target.local_target(), slices=2)
-    with pytest.raises(InputError, match=r"--config.mesh.data=2"):
-        plan.lower(settings(tiny), target)
-
-
 # ---- figures ----------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import pytest
@@ -30,6 +31,12 @@ def test_mesh_takes_what_is_left():
 def test_impossible_meshes_are_refused(sizes):
     with pytest.raises(InputError, match="mesh: "):
         make_mesh(MeshSettings(*sizes))
+
+
+def test_slices_need_data_parallelism():
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=index // 2) for index in range(4)]
+    with pytest.raises(InputError, match="mesh.data=1: the devices are 2 slices .* set --config.mesh.data=2"):
+        make_mesh(MeshSettings(1, -1, 1), devices)
 
 
 @pytest.mark.parametrize("inner", [0, 3, -1])
