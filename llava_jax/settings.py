@@ -73,11 +73,6 @@ def settings_from_dict(values: dict) -> Settings:
     train = settings.train
     if train.steps == 0 and train.epochs == 0:
         raise InputError("train.steps and train.epochs are both 0: set one of them")
-    if train.batch_size % train.accumulate and not settings.data.pack:
-        raise InputError(
-            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
-            "expected whole micro-batches, change one of them"
-        )
     _check_order(settings.data)
     if settings.data.pack and settings.train.loss_norm == "rank_mean":
         raise InputError(

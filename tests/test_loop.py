@@ -318,6 +318,7 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
         ("init", dict(model=""), "model.vision=random:huge"),
         ("init", dict(projector="/nowhere"), "init.projector=/nowhere: not found"),
         ("mesh", dict(data=3), "mesh"),
+        ("train", dict(accumulate=3), "train.batch_size=4 does not divide into 3 device shards times train.accumulate"),
         ("optim", dict(groups="vision=1e-3"), "optim.groups: 'vision'"),
         ("train", dict(compiler_options="xla_nope=1"), "No such compile option: 'xla_nope'"),
     ],

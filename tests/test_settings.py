@@ -40,7 +40,6 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(optim__lr=float("nan")), "config key optim.lr"),
         (dict(train__keep=0), "config key train.keep"),
         (dict(train__steps=0, train__epochs=0.0), "train.steps and train.epochs are both 0"),
-        (dict(train__accumulate=3), "train.batch_size=8 is not divisible by train.accumulate=3"),
         (dict(train__remat="kernel+z"), "train.remat: expected one of none, dots, minimal, full, or names of kernel"),
         (dict(data__pack=True, train__loss_norm="rank_mean"), "expected global_token with data.pack=True"),
         (dict(data__pack_length=512), "set data.pack=True, or both to 0"),

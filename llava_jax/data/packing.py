@@ -77,7 +77,7 @@ def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:
         )
     if not pack and batch_size % row_multiple:
         raise InputError(
-            f"train.batch_size={batch_size} does not divide into device shards times train.accumulate: "
+            f"train.batch_size={batch_size} does not divide into {row_multiple} device shards times train.accumulate: "
             f"expected a multiple of {row_multiple}"
         )
 
