@@ -233,6 +233,19 @@ def test_what_is_kept_and_damaged_is_not_there(cache):
         assert sources.recall("a") is None
 
 
+def test_writers_do_not_meet(cache):
+    """Two of them at a time, and one that fails: what is there is whole, and nothing else is."""
+    with sources.whole(f"{cache}/a") as slow:
+        slow.write(b"slow")
+        with sources.whole(f"{cache}/a") as quick:
+            quick.write(b"quick")
+        assert (cache / "a").read_bytes() == b"quick"
+    with pytest.raises(ValueError), sources.whole(f"{cache}/a") as broken:
+        broken.write(b"br")
+        raise ValueError
+    assert (cache / "a").read_bytes() == b"slow" and os.listdir(cache) == ["a"]
+
+
 # ---- TFDS -----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,10 @@ import json
 import math
 import os
 import re
+import secrets
 import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -138,17 +141,25 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
 
 def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
     """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
-    path = os.path.join(cache_folder(), f"{name}.npz")
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with contextlib.suppress(OSError):
-        os.makedirs(cache_folder(), exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+    with contextlib.suppress(OSError), whole(os.path.join(cache_folder(), f"{name}.npz")) as file:
+        np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def whole(path: str) -> Iterator[BinaryIO]:
+    """A file of the cache that is there once it is whole; of several writers at a time each has its own until then.
+
+    (Hosts may share the folder, and in pods every one of them is process 1.)
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def local_copy(path: str) -> str:
@@ -168,10 +179,7 @@ def local_copy(path: str) -> str:
     suffix = os.path.splitext(path)[1]
     copy = os.path.join(cache_folder(), key_of(path, found.length, found.mtime) + suffix)
     if not os.path.isfile(copy):
-        os.makedirs(cache_folder(), exist_ok=True)
-        temporary = f"{copy}.{os.getpid()}.tmp"
-        with there.open("rb") as source, open(temporary, "wb") as target:
+        with there.open("rb") as source, whole(copy) as target:
             while piece := source.read(PIECE):
                 target.write(piece)
-        os.replace(temporary, copy)
     return copy
