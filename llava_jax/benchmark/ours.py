@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from llava_jax.benchmark.turns import PICTURE_BATCH, ROW_BATCH, Figures, Turn, clock, fingerprint, serve
 from llava_jax.convert import hf
@@ -215,7 +214,6 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """One turn: batches of pictures from one worker process, then from two; wall seconds a picture of each."""
-    flags.FLAGS.mark_as_parsed()
     tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
     folder = os.path.dirname(work["pictures"][0])
     how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
