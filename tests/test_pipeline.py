@@ -73,7 +73,7 @@ def stream(
     settings = dataclasses.replace(SETTINGS, **changes)
     checked = check_records(records, settings, TOKENIZER, patches=PATCHES)
     sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=STEPS, seed=seed)
-    plan = plan_batches(records, checked.lengths_A, settings, **sizes)
+    plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
     model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
     return make_pipeline(records, settings, TOKENIZER, plan, rows=rows, **model)
 

@@ -247,7 +247,7 @@ def open_batches(
     settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
     checked = check_records(records, settings, tokenizer, patches=patches)
     sizes = dict(batch_size=batch_size, row_multiple=1, steps=steps or len(records) // batch_size, seed=0)
-    plan = plan_batches(records, checked.lengths_A, settings, **sizes)
+    plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
     settings = dataclasses.replace(settings, workers=workers)
     model = dict(image_size=image_size, patches=patches, image_token_id=tokenizer.size)
     return make_pipeline(records, settings, tokenizer, plan, **model), checked.tokens
