@@ -24,14 +24,14 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.images = ""
     c.data.template = "v1"
     c.data.image_position = "front"  # keep: where the row has it
-    c.data.aspect = "pad"  # or crop, anyres
+    c.data.aspect = "pad"  # crop, squash (SigLIP's), anyres (tiles)
     c.data.max_length = 2048
     c.data.shuffle = True
     c.data.group_by = "none"  # modality_length: rows of like length and kind share an update, as the original
     c.data.pack = False  # several conversations in a row
     c.data.pack_length = 0  # tokens in a packed row; 0: what leaves the least padding
     c.data.pack_images = 0  # pictures in a packed row; 0: what is needed
-    c.data.workers = 0  # processes that decode pictures; 0: in this one
+    c.data.workers = 0  # processes that read rows and pictures; 0: in this one
 
     c.optim = ml_collections.ConfigDict()
     c.optim.lr = 2e-5

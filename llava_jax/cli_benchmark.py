@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from llava_jax.benchmark.turns import PICTURE_BATCH, ROW_BATCH
 from llava_jax.cli_parse import announce, check_output
 from llava_jax.types import InputError
 
@@ -113,7 +114,7 @@ def data_flags(parser: argparse.ArgumentParser) -> None:
 
 def data(args: argparse.Namespace) -> int:
     check_positive(args, "pictures", "side", "rows", "rounds")
-    for name, batch in (("pictures", 8), ("rows", 128)):
+    for name, batch in (("pictures", PICTURE_BATCH), ("rows", ROW_BATCH)):
         if getattr(args, name) % batch:
             raise InputError(f"--{name}={getattr(args, name)}: expected whole batches, a multiple of {batch}")
     peer, core = sides(args, "small")
@@ -124,7 +125,8 @@ def data(args: argparse.Namespace) -> int:
     print_table(result, ("pictures a CPU second", lambda side: f"{1 / side['picture']:.1f}"))
     ours = result["ours"]
     print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
-    work = dict(job="scaling", count=args.pictures, size=args.side, batches=args.pictures // 4, core=None)
+    batches = 2 * args.pictures // PICTURE_BATCH
+    work = dict(job="scaling", count=args.pictures, size=args.side, batches=batches, core=None)
     scaled = measure(args, work, None)["ours"]
     one, two = (1 / scaled[f"workers_{workers}"] for workers in (1, 2))
     print(

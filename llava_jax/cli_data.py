@@ -6,6 +6,7 @@ from typing import Any
 
 from llava_jax.cli_parse import announce
 from llava_jax.cli_train import load_settings
+from llava_jax.data.sources import FORMS
 from llava_jax.types import UNPACKED, DataSettings, InputError
 
 # The flags that a config answers in their place.
@@ -74,7 +75,7 @@ def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any
         raise InputError(f"{' and '.join(given)} beside --config: give the --config.KEY=VALUE that `train` gets")
     settings = load_settings(args.passed)
     if not settings.data.annotations:
-        raise InputError("data.annotations is empty: expected the JSON or JSONL file to check")
+        raise InputError(f"data.annotations is empty: expected {FORMS}")
     from llava_jax.data.anyres import tiling
     from llava_jax.train.assemble import plan_model
 

@@ -6,8 +6,7 @@ from llava_jax.types import ClipConfig, LlamaConfig, LoraConfig, ModelConfig
 
 def decoder_products(config: LlamaConfig) -> int:
     """Weights of the decoder that take part in matrix products, the head included, embeddings and norms not."""
-    heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = config.width * (2 * heads + 2 * kv_heads) + 3 * config.width * config.mlp_width
+    layer = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
     return config.layers * layer + config.width * config.vocab_size
 
 

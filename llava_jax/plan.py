@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llava_jax import plan_hlo
 from llava_jax.convert.config import check_feature_layer, default_pinpoints
-from llava_jax.data.packing import UNIT
+from llava_jax.data.packing import UNIT, check_batch_size
 from llava_jax.flops import step_flops
 from llava_jax.models.nf4 import weights_in
 from llava_jax.plan_cost import Estimate, estimate
@@ -87,6 +87,7 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
     conversation, image tokens included; packed rows need it.
     """
     size, data = settings.train.batch_size, settings.data
+    check_batch_size(size, ways, data.pack)
     rows, length, images = size, data.max_length, config.tiles
     if data.pack:
         if not tokens_per_row:
@@ -99,11 +100,6 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
         rows = ways * math.ceil(tokens / length / ways)
         pictures = min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
         images = data.pack_images or pictures * config.tiles
-    if rows % ways:
-        raise InputError(
-            f"train.batch_size={rows} does not divide into device shards times train.accumulate="
-            f"{settings.train.accumulate}: expected a multiple of {ways}"
-        )
     return Shape(rows, length, images, min(size * config.tiles, rows * images))
 
 
@@ -143,7 +139,7 @@ class Lowered:
     def hash(self) -> str:
         versions = f"{jax.__version__} {_libtpu_version()}"
         options = compiler_options(self.settings.train.compiler_options, self.target.devices[0].device_kind)
-        text = f"{self.lowered.as_text()} {sorted((options or {}).items())} {versions}"
+        text = f"{self.lowered.as_text()} {sorted(options.items())} {versions}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -159,11 +155,6 @@ def lower(settings: Settings, target: Target, tokens_per_row: float | None = Non
     start = time.monotonic()
     config = plan_config(settings)
     mesh = make_mesh(settings.mesh, target.devices)
-    if target.slices > 1 and mesh.shape["data"] % target.slices:
-        raise InputError(
-            f"mesh.data={mesh.shape['data']} on {target.slices} slices: weights would be gathered over the network "
-            f"between slices; give --config.mesh.data={target.slices} (or a multiple)"
-        )
     shape = batch_shape(settings, config, batch_ranks(mesh) * settings.train.accumulate, tokens_per_row)
     with jax.set_mesh(mesh):
         run = prepare(settings, config, mesh, STEPS, shape.length)

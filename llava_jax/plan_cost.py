@@ -74,10 +74,16 @@ class Estimate:
     dearest: list[tuple[float, str, str]]
 
 
+def rings_of(chip: str, sizes: tuple[int, ...]) -> tuple[bool, bool, bool]:
+    """Which axes of a slice are rings: v5p's all three where each has 4 chips, v5e's and v6e's those of 16."""
+    if chip == "v5p":
+        return (all(size >= 4 for size in sizes),) * 3
+    return sizes[0] >= 16, sizes[1] >= 16, False
+
+
 def layout_of(chip: Chip, sizes: tuple[int, ...]) -> Layout:
-    """The layout of a slice: v5p has rings where all three axes have 4 chips, v5e and v6e as a whole pod of 16x16."""
-    least, axes = (4, 3) if chip.name == "v5p" else (16, 2)
-    return Layout(sizes, all(size >= least for size in sizes[:axes]))
+    """The layout of a slice, counted as one of rings where all axes that it has are."""
+    return Layout(sizes, all(rings_of(chip.name, sizes)[: chip.links]))
 
 
 def estimate(text: str, chip: Chip, layout: Layout) -> Estimate:

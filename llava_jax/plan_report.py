@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from llava_jax.chips import GIB
 from llava_jax.data.pipeline import steps_for
 from llava_jax.settings import REMATS
 from llava_jax.sharding import SIZES
 
-GIB = 2**30
 Figures = dict[str, Any]
 
 # Same shapes and published settings, compiled and priced as here, against the MFU their authors measured.

@@ -12,8 +12,8 @@ from llava_jax.settings import settings_from_dict
 from llava_jax.sharding import SIZES
 from llava_jax.types import InputError, MeshSettings, Settings
 
-ROWS = (2, 4, 8)
-REMATS = ("full", "minimal")
+DEFAULT_ROWS = (2, 4, 8)
+DEFAULT_REMATS = ("full", "minimal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,11 @@ def parse_grid(rows: str | None, remats: str | None, meshes: str | None, setting
     By default the weights are split over all chips of a slice, over half of them, and as the config says.
     """
     chips, slices = len(target.devices), target.slices
-    given = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else ROWS
-    kinds = tuple(remats.split(",")) if remats else REMATS
+    given = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else DEFAULT_ROWS
+    kinds = tuple(remats.split(",")) if remats else DEFAULT_REMATS
     for kind in kinds:
-        settings_from_dict(dataclasses.asdict(_point(settings, 1, kind, (chips, 1, 1), None)))
+        train = dataclasses.replace(settings.train, remat=kind)
+        settings_from_dict(dataclasses.asdict(dataclasses.replace(settings, train=train)))
     inner = settings.mesh.fsdp_inner
     if meshes:
         shapes = [_mesh(word, chips, slices, inner) for word in meshes.split(",")]

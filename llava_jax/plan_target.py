@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from llava_jax.chips import CHIPS, Chip, chip_of
-from llava_jax.plan_cost import Layout, layout_of
+from llava_jax.plan_cost import Layout, layout_of, rings_of
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
 
@@ -39,7 +39,6 @@ def named_target(name: str, slices: int = 1) -> Target:
         example = "v5p:4x4x4" if axes == 3 else f"{kind}:8x8"
         raise InputError(f"--topology={name}: expected {axes} sizes for {kind}, such as {example}")
     sizes = tuple(int(size) for size in text.split("x"))
-    rings = [all(size >= 4 for size in sizes)] * 3 if axes == 3 else [size >= 16 for size in sizes] + [False]
     libtpu_name, config = TPUS[kind]
     try:
         devices = topologies.get_topology_desc(
@@ -48,7 +47,7 @@ def named_target(name: str, slices: int = 1) -> Target:
             chip_config_name=config,
             chips_per_host_bounds=tuple(min(size, most) for size, most in zip((*sizes, 1)[:3], (2, 2, 1), strict=True)),
             num_slices=slices,
-            wrap=tuple(rings),
+            wrap=rings_of(kind, sizes),
         ).devices
     except jax.errors.JaxRuntimeError as error:
         said = str(error).splitlines()[0]

@@ -60,6 +60,7 @@ RANGES = {
     "train.log_every": (1, math.inf, True, False),
     "train.checkpoint_every": (0, math.inf, True, False),
     "train.keep": (1, math.inf, True, False),
+    "mesh.fsdp_inner": (1, math.inf, True, False),
 }
 
 
@@ -72,11 +73,6 @@ def settings_from_dict(values: dict) -> Settings:
     train = settings.train
     if train.steps == 0 and train.epochs == 0:
         raise InputError("train.steps and train.epochs are both 0: set one of them")
-    if train.batch_size % train.accumulate and not settings.data.pack:
-        raise InputError(
-            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
-            "expected whole micro-batches, change one of them"
-        )
     _check_order(settings.data)
     if settings.data.pack and settings.train.loss_norm == "rank_mean":
         raise InputError(
@@ -231,12 +227,10 @@ def _check_order(data: DataSettings) -> None:
 
 
 def _check_mesh(settings: Settings) -> None:
-    sizes = dataclasses.asdict(settings.mesh)
-    inner = sizes.pop("fsdp_inner")
+    # Whether fsdp_inner divides fsdp is known once that has its number: sharding.make_mesh.
+    sizes = {name: getattr(settings.mesh, name) for name in ("data", "fsdp", "tensor")}
     for name, size in sizes.items():
         if size < 1 and size != -1:
             raise InputError(f"config key mesh.{name}: expected 1 or more devices, or -1 for what is left, got {size}")
-    if inner < 1 or (sizes["fsdp"] != -1 and sizes["fsdp"] % inner):
-        raise InputError(f"config key mesh.fsdp_inner: expected a divisor of mesh.fsdp, got {inner}")
     if list(sizes.values()).count(-1) > 1:
         raise InputError(f"mesh {sizes}: at most one axis can be -1 (what is left), set the others")

@@ -43,21 +43,21 @@ SIZES = ("data", "fsdp", "tensor")  # what mesh.* of a config gives
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh over all devices (or those given) with MESH_AXES; one size may be -1 and takes the rest.
 
+    Settings are those that `settings_from_dict` has checked; InputError where they do not suit the devices.
     On TPUs the axes follow the links between the chips; where there are several slices, `data` runs across them, so
     that only the gradients' sum crosses the slower network.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise InputError(f"mesh: sizes {sizes} for {SIZES}; expected positive numbers and at most one -1")
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        raise InputError(f"mesh: {SIZES} = {sizes} needs {known} devices or a multiple, found {len(devices)}")
+        needed = f"{known} devices" + " or a multiple" * (-1 in sizes)
+        raise InputError(f"mesh: {SIZES} = {sizes} needs {needed}, found {len(devices)}: set mesh.* to what is there")
     data, fsdp, tensor = sizes
     inner = settings.fsdp_inner
-    if inner < 1 or fsdp % inner:
+    if fsdp % inner:
         raise InputError(f"mesh.fsdp_inner={inner}: expected a divisor of mesh.fsdp, which is {fsdp}")
     shape = [data, fsdp // inner, inner, tensor]
     return Mesh(_arranged(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -77,8 +77,8 @@ def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise InputError(
-            f"mesh.data={sizes[0]}: the devices are {slices} slices and data runs across them, expected a multiple "
-            f"of {slices}; set --config.mesh.data={slices}"
+            f"mesh.data={sizes[0]}: the devices are {slices} slices and data runs across them (else weights would be "
+            f"gathered over the network between them): expected a multiple of {slices}, set --config.mesh.data={slices}"
         )
     inside = [sizes[0] // slices, *sizes[1:]]
     across = [slices] + [1] * len(sizes[1:])

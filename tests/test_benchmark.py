@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from llava_jax import cli
-from llava_jax.benchmark import compare, turns
+from llava_jax import cli, cli_benchmark
+from llava_jax.benchmark import compare, making, turns
 from llava_jax.types import InputError
 
 # A side that stands in for PyTorch's: it speaks the protocol, and its turns take what it is told.
@@ -104,6 +104,10 @@ def test_peak_memory_sees_what_was_held():
     assert turns.peak_bytes() - before > 32 * 2**20 and held[0] == 0
 
 
+def test_the_commands_know_what_a_picture_takes():
+    assert {size: config.vision.patches for size, config in making.MODELS.items()} == cli_benchmark.PATCHES
+
+
 def refused(words: list[str], capsys) -> str:
     assert cli.main(words) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -118,6 +122,7 @@ def refused(words: list[str], capsys) -> str:
         (["benchmark", "train", "--core=9999"], "--core=9999"),
         (["benchmark", "train", "--length=10"], "--length=10"),
         (["benchmark", "data", "--json=no/such/data.json"], "no folder 'no/such'"),
+        (["benchmark", "data", "--pictures=12"], "--pictures=12: expected whole batches, a multiple of 8"),
         (["benchmark", "data", "--peer_python=python3"], "add --peer"),
         (["benchmark", "data", "--peer", "--peer_python=no-such-python"], "no-such-python"),
         (["benchmark", "train", "--stage=lora"], "--stage"),

@@ -185,7 +185,7 @@ def test_every_floor_has_its_file():
         ("llava_jax/layers.py", "def f():\n    from llava_jax.models.clip import Clip", "llava_jax/layers.py:2"),
         ("llava_jax/models/clip.py", "import llava_jax.models.llama", "not on a lower floor"),
         ("llava_jax/types.py", "from llava_jax import InputError", "not on a lower floor"),
-        ("llava_jax/models/llava.py", "from llava_jax.data.image import load_image", "never"),
+        ("llava_jax/models/llava.py", "from llava_jax.data.image import decode", "never"),
         ("llava_jax/data/image.py", "import jax.numpy as jnp", "never"),
         ("llava_jax/data/verify.py", "from llava_jax.sharding import batch_sharding\nfrom flax import nnx", "flax"),
         ("llava_jax/evaluate/new.py", "from llava_jax import api", "never"),

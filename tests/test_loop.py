@@ -318,6 +318,7 @@ def test_a_bad_batch_stops_the_run_and_names_step_and_rows(inputs, tmp_path, mon
         ("init", dict(model=""), "model.vision=random:huge"),
         ("init", dict(projector="/nowhere"), "init.projector=/nowhere: not found"),
         ("mesh", dict(data=3), "mesh"),
+        ("train", dict(accumulate=3), "train.batch_size=4 does not divide into 3 device shards times train.accumulate"),
         ("optim", dict(groups="vision=1e-3"), "optim.groups: 'vision'"),
         ("train", dict(compiler_options="xla_nope=1"), "No such compile option: 'xla_nope'"),
     ],
@@ -358,7 +359,7 @@ def test_random_towers_of_a_config_file(inputs):
     assert load_tokenizer(assemble.tokenizer_folder("random:vicuna-7b")).size <= assemble.LLAMAS["tiny"].vocab_size
 
 
-def test_an_epoch_is_a_whole_number_of_steps(inputs):
+def test_steps_go_before_epochs(inputs):
     settings = make_settings(inputs, "pretrain", train__steps=0, train__epochs=1.5)
-    assert loop.total_steps(settings, 9) == 5  # three steps an epoch
+    assert loop.total_steps(settings, 9) == 5
     assert loop.total_steps(change(settings, "train", steps=7), 9) == 7

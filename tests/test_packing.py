@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from llava_jax.data.grouping import count_words
 from llava_jax.data.packing import BatchPlan, deal, pack_update, plan_batches, plan_packed
 from llava_jax.types import UNPACKED, DataSettings, InputError, Record, Turn
 
@@ -186,13 +187,14 @@ def test_what_cannot_fit_is_named():
 TURNS = (Turn("human", "a b"), Turn("gpt", "c"))
 RECORDS = [Record(f"r{i}", ("a.png",) * (i % 2), (*TURNS, *TURNS[: i % 3 and 1])) for i in range(12)]
 LENGTHS = np.arange(10, 22, dtype=np.int32)
+PICTURES = np.array([len(record.images) for record in RECORDS])
+WORDS = np.array([count_words(record) for record in RECORDS])
 
 
 def plan_rows(batch_size=4, row_multiple=2, steps=6, seed=0, **changes) -> BatchPlan:
     settings = dataclasses.replace(SETTINGS, **{"pack": False, "max_length": 32} | changes)
-    return plan_batches(
-        RECORDS, LENGTHS, settings, batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed
-    )
+    sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed)
+    return plan_batches(RECORDS, LENGTHS, settings, slots_A=PICTURES, words_A=WORDS, **sizes)
 
 
 def test_unpacked_rows_hold_one_conversation():

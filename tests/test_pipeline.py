@@ -73,7 +73,7 @@ def stream(
     settings = dataclasses.replace(SETTINGS, **changes)
     checked = check_records(records, settings, TOKENIZER, patches=PATCHES)
     sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=STEPS, seed=seed)
-    plan = plan_batches(records, checked.lengths_A, settings, **sizes)
+    plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
     model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
     return make_pipeline(records, settings, TOKENIZER, plan, rows=rows, **model)
 
@@ -140,7 +140,8 @@ def test_a_batch_holds_its_records(reference):
         np.testing.assert_array_equal(batch.segment_ids_BT[b], np.arange(SETTINGS.max_length) < length)
         np.testing.assert_array_equal(batch.positions_BT[b, :length], np.arange(length))
         for slot, name in enumerate(record.images):
-            np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], load_image(str(IMAGES / name), SIZE, "pad"))
+            square = load_image(str(IMAGES / name), SIZE, "pad")
+            np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], square)
         assert not batch.pixels_BNXYC[b, len(record.images) :].any()
         np.testing.assert_array_equal(batch.shown_BN[b], np.arange(2) < len(record.images))
 
@@ -233,14 +234,14 @@ def test_the_stream_ends_with_the_run():
         next(data)
 
 
-def test_steps_fill_the_last_batch_from_the_next_epoch():
-    assert steps_for(11, 4, 1) == 3
+def test_an_epoch_is_a_whole_number_of_steps():
+    assert steps_for(9, 4, 1) == 3
+    assert steps_for(9, 4, 1.5) == 5
     assert steps_for(11, 4, 2) == 6
     assert steps_for(12, 4, 0.5) == 2
     assert steps_for(100, 10, 1.1) == 11
-    # The published recipes: 558,128 captions in batches of 256, 665,298 instructions in batches of 128.
-    assert steps_for(558_128, 256, 1) == 2181
-    assert steps_for(665_298, 128, 1) == 5198
+    # Three epochs of LLaVA's 157,712 instructions in batches of 32.
+    assert steps_for(157_712, 32, 3) == 14_787
 
 
 # ---- state ------------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def config_of(**changes):
 def test_unpacked_rows_are_conversations():
     given = settings(tiny, train__batch_size=16)
     assert plan.batch_shape(given, config_of(), ways=8, tokens_per_row=None) == plan.Shape(16, 1024, 1, 16)
-    with pytest.raises(InputError, match="multiple of 3"):
+    with pytest.raises(InputError, match="train.batch_size=16 does not divide .* multiple of 3"):
         plan.batch_shape(given, config_of(), ways=3, tokens_per_row=None)
 
 
@@ -138,15 +138,15 @@ def test_packed_rows_hold_all_conversations_and_divide(length, tokens, ways, exp
     assert shape.rows * shape.length * 0.985 >= 128 * tokens
 
 
+def test_more_shards_than_conversations_are_refused_as_by_train():
+    given = settings(tiny, train__batch_size=16, data__pack=True)
+    with pytest.raises(InputError, match="train.batch_size=16 is less than 32 device shards"):
+        plan.batch_shape(given, config_of(), ways=32, tokens_per_row=100)
+
+
 def test_packed_rows_need_the_mean_length():
     with pytest.raises(InputError, match="tokens_per_row"):
         plan.batch_shape(settings(tiny, data__pack=True), config_of(), ways=8, tokens_per_row=None)
-
-
-def test_slices_need_data_parallelism():
-    target = dataclasses.replace(plan_target.local_target(), slices=2)
-    with pytest.raises(InputError, match=r"--config.mesh.data=2"):
-        plan.lower(settings(tiny), target)
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------
@@ -243,6 +243,11 @@ def test_grids():
     assert grid == plan_sweep.Grid((2, 4, 8), ("full", "minimal"), ((1, 64, 1), (2, 32, 1)))
     given = plan_sweep.parse_grid("4,1", "none", "1x32x2,64x1x1", settings(tiny), target)
     assert given == plan_sweep.Grid((4, 1), ("none",), ((1, 32, 2), (64, 1, 1)))
+    inner = settings(mesh__fsdp_inner=16)
+    assert plan_sweep.parse_grid(None, None, None, inner, target).meshes == ((1, 64, 1), (2, 32, 1))
+    assert plan_sweep.parse_grid(None, None, "4x16x1", inner, target).meshes == ((4, 16, 1),)
+    with pytest.raises(InputError, match="FSDP is not a multiple of mesh.fsdp_inner=16"):
+        plan_sweep.parse_grid(None, None, "8x8x1", inner, target)
     for bad in (("0", None, None), ("a", None, None), (None, "most", None), (None, None, "8x8"), (None, None, "1x8x1")):
         with pytest.raises(InputError, match="--sweep_|train.remat"):
             plan_sweep.parse_grid(*bad, settings(tiny), target)

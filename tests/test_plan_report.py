@@ -62,7 +62,7 @@ def test_the_report_has_every_figure_and_its_error():
 
 
 def test_steps_of_a_data_set():
-    assert plan_report.data_set(FIGURES, 558_128, 2.0, 0)["steps"] == 8721
+    assert plan_report.data_set(FIGURES, 558_128, 2.0, 0)["steps"] == 8722
     assert plan_report.data_set(FIGURES, 558_128, 1.0, 10) == {"data_rows": 558_128, "steps": 10, "hours": 20 / 3600}
     assert plan_report.data_set({**FIGURES, "step_seconds": None}, 128, 1.0, 0)["hours"] is None
 

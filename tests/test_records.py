@@ -115,6 +115,8 @@ def test_file_that_is_no_annotations(tmp_path, content, reason):
 
 
 def test_missing_and_undecodable_file(tmp_path):
+    with pytest.raises(InputError, match="a folder without dataset_info.json; expected .* a folder of a TFDS data set"):
+        load_records(str(tmp_path))
     with pytest.raises(InputError, match="no such annotations file"):
         load_records(str(tmp_path / "none.json"))
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_sources_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_sources("a.json") == (Source("a.json"),)
     assert split_sources("a.json:0.7, gs://b/c.jsonl:3") == (Source("a.json", 0.7), Source("gs://b/c.jsonl", 3.0))
+    assert split_sources("a.json:.") == (Source("a.json:."),) and split_sources("a:1.0.0") == (Source("a:1.0.0"),)
     assert split_sources("tfds:a/1.0.0,gs://b/c") == (Source("tfds:a/1.0.0"), Source("gs://b/c"))
     assert absolute("a.json:0.7,tfds:b:1") == f"{tmp_path}/a.json:0.7,tfds:b:1"
     assert absolute("") == "" and absolute("gs://b/c.json") == "gs://b/c.json"
@@ -113,9 +115,6 @@ def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
             load_records(str(tmp_path / "bad.json"))
 
 
-# ---- mixtures -------------------------------------------------------------------------------------------------------
-
-
 def test_rows_read_in_any_order_are_the_same(tmp_path, monkeypatch):
     """In order (from pieces that hold some of them, or less than one), backwards, jumping, each twice, pickled."""
     content = [row(f"row {n}", "é" * (1 + n * 7 % 50)) for n in range(40)]
@@ -126,6 +125,23 @@ def test_rows_read_in_any_order_are_the_same(tmp_path, monkeypatch):
         for order in orders:
             assert [rows[n].id for n in order] == [f"row {n}" for n in order]
         assert pickle.loads(pickle.dumps(rows))[3] == rows[3]
+
+
+def test_threads_may_read_side_by_side(tmp_path, monkeypatch):
+    """The thread that reads ahead, and the one that names the rows of a bad batch."""
+    rows = load_records(write(tmp_path / "a.json", [row(f"row {n}", "x" * (1 + n * 7 % 50)) for n in range(400)]))
+    monkeypatch.setattr(records, "SEVERAL_ROWS", 500)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            orders = [range(400), range(399, -1, -1), range(400), range(0, 400, 3)] * 20
+            assert all(pool.map(lambda order: all(rows[n].id == f"row {n}" for n in order), orders))
+    finally:
+        sys.setswitchinterval(before)
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
 
 
 def test_a_mixture_shows_the_shares_and_every_row_in_turn():
@@ -211,9 +227,33 @@ def test_what_is_kept_belongs_to_content_and_pictures(tmp_path, monkeypatch):
     write(tmp_path / "rows.json", rows)
     with pytest.raises(InputError, match="1 of 40 rows.*row 1 .*empty answer"):
         full_size.open_batches(settings, 8)
-    for kept in sources.cache_folder(), "no/such/folder":
-        monkeypatch.setenv("LLAVA_JAX_CACHE", str(kept))
-        assert sources.recall("nothing") is None
+
+
+def test_what_is_kept_and_damaged_is_not_there(cache):
+    assert sources.recall("a") is None
+    sources.keep("a", {"x": np.arange(5)})
+    assert sources.recall("a")["x"].tolist() == list(range(5))
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    # One byte of the values, and one of the archive's own table: how they are compressed.
+    values, table = whole.index(np.arange(5).tobytes()), whole.index(b"PK\1\2") + 10
+    changed = (whole[:place] + b"?" + whole[place + 1 :] for place in (values, table))
+    for content in (b"", b"no archive", whole[:-40], *changed):
+        path.write_bytes(content)
+        assert sources.recall("a") is None
+
+
+def test_writers_do_not_meet(cache):
+    """Two of them at a time, and one that fails: what is there is whole, and nothing else is."""
+    with sources.whole(f"{cache}/a") as slow:
+        slow.write(b"slow")
+        with sources.whole(f"{cache}/a") as quick:
+            quick.write(b"quick")
+        assert (cache / "a").read_bytes() == b"quick"
+    with pytest.raises(ValueError), sources.whole(f"{cache}/a") as broken:
+        broken.write(b"br")
+        raise ValueError
+    assert (cache / "a").read_bytes() == b"slow" and os.listdir(cache) == ["a"]
 
 
 # ---- TFDS -----------------------------------------------------------------------------------------------------------

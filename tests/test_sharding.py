@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import pytest
@@ -26,16 +27,21 @@ def test_mesh_takes_what_is_left():
     assert dict(mesh.shape) == {"data": 1, "fsdp_outer": jax.device_count(), "fsdp_inner": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (3, 5, 7), (-2, 1, 1)])
-def test_impossible_meshes_are_refused(sizes):
-    with pytest.raises(InputError, match="mesh: "):
+@pytest.mark.parametrize("sizes, needs", [((3, 5, 7), "105 devices"), ((7, -1, 1), "7 devices or a multiple")])
+def test_a_mesh_of_other_devices_is_refused(sizes, needs):
+    with pytest.raises(InputError, match=f"needs {needs}, found {jax.device_count()}"):
         make_mesh(MeshSettings(*sizes))
 
 
-@pytest.mark.parametrize("inner", [0, 3, -1])
-def test_fsdp_inner_divides_fsdp(inner):
-    with pytest.raises(InputError, match=f"mesh.fsdp_inner={inner}: expected a divisor of mesh.fsdp, which is 1"):
-        make_mesh(MeshSettings(1, 1, 1, fsdp_inner=inner), jax.devices()[:1])
+def test_slices_need_data_parallelism():
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=index // 2) for index in range(4)]
+    with pytest.raises(InputError, match="mesh.data=1: the devices are 2 slices .* set --config.mesh.data=2"):
+        make_mesh(MeshSettings(1, -1, 1), devices)
+
+
+def test_fsdp_inner_divides_fsdp():
+    with pytest.raises(InputError, match="mesh.fsdp_inner=3: expected a divisor of mesh.fsdp, which is 1"):
+        make_mesh(MeshSettings(1, -1, 1, fsdp_inner=3), jax.devices()[:1])
 
 
 def test_stacked_layers_stay_whole_and_every_axis_has_a_rule():

@@ -178,7 +178,7 @@ def check_same(work: Mapping[str, Any], ours: Figures, theirs: Figures) -> str:
         differ = [picture for picture, (one, other) in enumerate(pairs) if one != other]
         if differ:
             raise InputError(f"benchmark: the pictures differ ({len(differ)} of {len(pairs)}): not the same work")
-        return "bit-equal pixels once the step has normalised ours"
+        return "bit-equal pixels once ours are normalised, which is left to the step"
     if not work["weights"]:
         return "random weights on each side, not compared"
     if work["job"] == "generate":

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
-from llava_jax.benchmark.turns import Figures, Turn, clock, fingerprint, serve
+from llava_jax.benchmark.turns import PICTURE_BATCH, ROW_BATCH, Figures, Turn, clock, fingerprint, serve
 from llava_jax.convert import hf
 from llava_jax.data.image import normalised
 from llava_jax.data.packing import plan_batches
@@ -48,8 +47,8 @@ from llava_jax.types import (
     TrainSettings,
 )
 
-# Pictures of a batch, conversations of a packed batch, batches that workers may have ready before they are asked for.
-PICTURE_BATCH, ROW_BATCH, READ_AHEAD = 8, 128, 6
+# Batches that workers may have ready before they are asked for.
+READ_AHEAD = 6
 # Image tokens of a picture in the data's rows; their number does not matter to the pixels.
 PATCHES = 16
 WORDS = "the a red blue square circle left right of above there is in picture and what how many are".split()
@@ -197,24 +196,24 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     folder = os.path.dirname(work["pictures"][0])
     size = dict(image_size=work["size"], patches=PATCHES)
 
+    def picture_batches() -> BatchIterator:
+        return open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
+
     def turn() -> dict[str, float]:
-        with closing(
-            open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
-        ) as batches:
+        with closing(picture_batches()) as batches:
             spent = drain(batches, len(pictures) // PICTURE_BATCH, seconds)
         data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, pack=True, workers=0, **size)
         with closing(data):
             packed = drain(data, len(rows) // ROW_BATCH, seconds)
         return {"picture": spent / len(pictures), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
 
-    with closing(open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]) as batches:
-        squares = [one for batch, _ in zip(batches, pictures, strict=False) for one in batch.pixels_BNXYC[:, 0]]
-    return {"pixels": [fingerprint(normalised(one)) for one in squares[: len(pictures)]], "device": "cpu"}, turn
+    with closing(picture_batches()) as batches:
+        found = [fingerprint(normalised(one)) for batch in batches for one in batch.pixels_BNXYC[:, 0]]
+    return {"pixels": found, "device": "cpu"}, turn
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """One turn: batches of pictures from one worker process, then from two; wall seconds a picture of each."""
-    flags.FLAGS.mark_as_parsed()
     tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
     folder = os.path.dirname(work["pictures"][0])
     how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
@@ -248,7 +247,7 @@ def open_batches(
     settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
     checked = check_records(records, settings, tokenizer, patches=patches)
     sizes = dict(batch_size=batch_size, row_multiple=1, steps=steps or len(records) // batch_size, seed=0)
-    plan = plan_batches(records, checked.lengths_A, settings, **sizes)
+    plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
     settings = dataclasses.replace(settings, workers=workers)
     model = dict(image_size=image_size, patches=patches, image_token_id=tokenizer.size)
     return make_pipeline(records, settings, tokenizer, plan, **model), checked.tokens

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from turns import Figures, Turn, clock, fingerprint, serve
+from turns import PICTURE_BATCH, Figures, Turn, clock, fingerprint, serve
 
 # What learns in each stage, by the names of LlavaForConditionalGeneration.
 PARTS = {
@@ -131,7 +131,7 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
     def turn() -> dict[str, float]:
         began = seconds()
-        for _ in DataLoader(Pictures(), batch_size=8):
+        for _ in DataLoader(Pictures(), batch_size=PICTURE_BATCH):
             pass
         return {"picture": (seconds() - began) / len(work["pictures"])}
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Figures = dict[str, Any]
+# Pictures of a batch on both sides, conversations of a packed batch on ours.
+PICTURE_BATCH, ROW_BATCH = 8, 128
 # One turn: seconds a unit of work, under the names that both sides share.
 Turn = Callable[[], Mapping[str, float]]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from llava_jax.data.image import CLIP, decode, squared, usable
+from llava_jax.data.image import CLIP, decode, load_image, usable
 from llava_jax.types import InputError, ModelConfig, Pixels
 
 NEWLINE = -1
@@ -116,8 +116,9 @@ def load_tiles(
 
     Its tiles, or the one square that `aspect` makes.
     """
-    image = decode(picture) if isinstance(picture, str | bytes) else picture
-    return squared(image, size, aspect, pixels)[None] if tiles is None else tiles.cut(image)
+    if tiles is None:
+        return load_image(picture, size, aspect, pixels)[None]
+    return tiles.cut(decode(picture) if isinstance(picture, str | bytes) else picture)
 
 
 def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:

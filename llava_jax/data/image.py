@@ -46,9 +46,22 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
     return (scaled[None, :] - mean[:, None]) / std[:, None]
 
 
-def load_image(path: str | bytes, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """uint8[size, size, 3] of the picture at `path`, or in these bytes; InputError as in `decode`."""
-    return squared(decode(path), size, aspect, pixels)
+def load_image(picture: str | bytes | Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+    """uint8[size, size, 3]: the square that the tower sees of a picture (path, content of a file, or in memory).
+
+    `aspect` is pad, crop or squash. InputError as in `decode`.
+    """
+    image = usable(decode(picture) if isinstance(picture, str | bytes) else picture)
+    resample = _RESAMPLE[pixels.resample]
+    if aspect not in ASPECTS:
+        raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
+    if aspect == "pad":
+        square = _pad(image, size, resample, background(pixels))
+    elif aspect == "crop":
+        square = _crop(image, size, resample)
+    else:
+        square = image.resize((size, size), resample)
+    return np.asarray(square)
 
 
 def image_size(source: str | bytes) -> tuple[int, int]:
@@ -140,21 +153,7 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
     """float32[size, size, 3], normalised, of a picture in memory; `aspect` is pad, crop or squash."""
-    return normalised(squared(image, size, aspect, pixels), pixels)
-
-
-def squared(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """uint8[size, size, 3]: the square that the tower sees of a picture in memory; `aspect` is pad, crop or squash."""
-    image, resample = usable(image), _RESAMPLE[pixels.resample]
-    if aspect not in ASPECTS:
-        raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
-    if aspect == "pad":
-        square = _pad(image, size, resample, background(pixels))
-    elif aspect == "crop":
-        square = _crop(image, size, resample)
-    else:
-        square = image.resize((size, size), resample)
-    return np.asarray(square)
+    return normalised(load_image(image, size, aspect, pixels), pixels)
 
 
 def usable(image: Image.Image) -> Image.Image:

@@ -122,7 +122,7 @@ def _elements(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
         yield text.before + text.place, length
         text.place += length
         after = text.next_letter()
-        if after not in (",", "]") or not after:
+        if after not in (",", "]"):
             raise InputError(f"{path}: not JSON: expected ',' or ']' at byte {text.before + text.place}")
         text.place += 1
         if after == "]":

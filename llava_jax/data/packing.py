@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from llava_jax.data.grouping import count_words, grouped_order, modality_lengths
+from llava_jax.data.grouping import grouped_order, modality_lengths
 from llava_jax.data.mixture import Mixture
 from llava_jax.types import DataSettings, InputError, Record
 
@@ -77,7 +77,7 @@ def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:
         )
     if not pack and batch_size % row_multiple:
         raise InputError(
-            f"train.batch_size={batch_size} does not divide into device shards times train.accumulate: "
+            f"train.batch_size={batch_size} does not divide into {row_multiple} device shards times train.accumulate: "
             f"expected a multiple of {row_multiple}"
         )
 
@@ -91,20 +91,18 @@ def plan_batches(
     row_multiple: int,
     steps: int,
     seed: int,
-    slots_A: np.ndarray | None = None,
+    slots_A: np.ndarray,
     words_A: np.ndarray | None = None,
     mixture: Mixture | None = None,
 ) -> BatchPlan:
-    """The plan of `steps` updates of `batch_size` conversations; `lengths_A` are their tokens (`Checked.lengths_A`).
+    """The plan of `steps` updates of `batch_size` conversations, of which `Checked` knows the rest.
 
-    `slots_A` (pictures, or tiles under anyres) and `words_A` are what else `Checked` knows of them; where they are not
-    given, pictures and words are read from `records`. Rows are a multiple of `row_multiple`, the device shards times
-    micro-batches. Unpacked, a row holds one conversation and max_length tokens. InputError when that does not divide,
-    or the settings contradict each other or the data.
+    `lengths_A` are their tokens, `slots_A` their pictures (tiles under anyres), `words_A` their words, which group_by
+    needs. Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one
+    conversation and max_length tokens. InputError when that does not divide, or the settings contradict each other or
+    the data.
     """
     check_batch_size(batch_size, row_multiple, settings.pack)
-    if slots_A is None:
-        slots_A = np.array([len(record.images) for record in records])
     if settings.pack:
         sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed, mixture=mixture)
         return plan_packed(lengths_A, slots_A, settings, **sizes)
@@ -114,8 +112,6 @@ def plan_batches(
                 f"data.group_by=modality_length orders all rows, and data.annotations={settings.annotations} mixes "
                 "them by weight: leave the weights out, or set group_by to none"
             )
-        if words_A is None:
-            words_A = np.array([count_words(record) for record in records])
         lengths = modality_lengths(records, words_A, slots_A)
         order_UC = grouped_order(lengths, batch_size, row_multiple, seed, steps)
     else:
@@ -169,7 +165,7 @@ def plan_packed(
 
 
 def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture | None) -> np.ndarray:
-    """The first `places` of the endless stream of unpacked rows: epoch after epoch, shuffled anew in each."""
+    """The first `places` of the endless stream of rows: epoch after epoch, shuffled anew in each."""
     if mixture is not None:
         epochs = [mixture.epoch(epoch, seed, shuffle) for epoch in range(math.ceil(places / count))]
         return np.concatenate(epochs)[:places]

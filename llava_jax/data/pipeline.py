@@ -47,9 +47,9 @@ PARALLEL_CHECK_ROWS = 20_000
 
 
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
-    """Steps that show every row `epochs` times; the last batch is filled up from the next epoch."""
-    # 100 rows * 1.1 epochs is a hair more than 110 in floating point.
-    return math.ceil(round(rows * epochs, 6) / batch_size)
+    """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
+    # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
+    return math.ceil(round(epochs * math.ceil(rows / batch_size), 6))
 
 
 @dataclasses.dataclass(frozen=True)

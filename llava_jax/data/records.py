@@ -70,20 +70,18 @@ class FileRows(Rows):
     def __init__(self, path: str, places: np.ndarray, fingerprint: str):
         self.path, self.places, self.fingerprint = path, places, fingerprint
         self._file: Any = None
-        self._piece, self._piece_start, self._end = b"", 0, 0
+        self._piece, self._end = (0, b""), 0  # where a piece of the file starts, and the piece
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_piece": b""}  # every process opens the file for itself
+        return {**self.__dict__, "_file": None, "_piece": (0, b"")}  # every process opens the file for itself
 
     def part(self, start: int, stop: int) -> "FileRows":
         return FileRows(self.path, self.places[start:stop].copy(), "")
 
     def decoded(self, row: int) -> Any:
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
         start, length = self.places[row].tolist()
         try:
             return json.loads(self._read(start, length))
@@ -92,13 +90,18 @@ class FileRows(Rows):
 
     def _read(self, start: int, length: int) -> bytes:
         """Bytes of the file; rows that are read one after another come from larger pieces, which saves system calls."""
-        behind, self._end = start - self._end, start + length
-        if not self._piece_start <= start <= self._end <= self._piece_start + len(self._piece):
-            if not 0 <= behind <= SEPARATOR:
-                return os.pread(self._file.fileno(), length, start)
-            self._piece = os.pread(self._file.fileno(), max(length, SEVERAL_ROWS), start)
-            self._piece_start = start
-        return self._piece[start - self._piece_start : self._end - self._piece_start]
+        # Another thread may read at the same time, so each goes on with what it has taken from self once.
+        file = self._file
+        if file is None:
+            self._file = file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        in_order, end = 0 <= start - self._end <= SEPARATOR, start + length
+        self._end = end
+        first, piece = self._piece
+        if not first <= start <= end <= first + len(piece):
+            if not in_order:
+                return os.pread(file.fileno(), length, start)
+            first, piece = self._piece = start, os.pread(file.fileno(), max(length, SEVERAL_ROWS), start)
+        return piece[start - first : end - first]
 
     def _line(self, start: int) -> int:
         with open(self.path, "rb") as file:
@@ -231,8 +234,10 @@ def _open_source(source: Source) -> Rows:
     if sources.is_dataset(source.path):
         return DatasetRows(source.path)
     path = sources.local_copy(source.path)
+    if os.path.isdir(path):
+        raise InputError(f"{source.path}: a folder without {sources.INFO}; expected {sources.FORMS}")
     if not os.path.isfile(path):
-        raise InputError(f"{source.path}: no such annotations file; expected LLaVA JSON or JSONL")
+        raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
     content = sources.digest(path)
     places = index_file(path, sources.is_lines(source.path), content)
     # As assemble.file_inputs has it, so that a run goes on from a checkpoint that was made by it.

@@ -12,7 +12,11 @@ import json
 import math
 import os
 import re
+import secrets
 import time
+import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,7 +31,7 @@ KEPT_ROWS = 20_000
 KEPT_DAYS = 90
 # A file's content is read in pieces of so many bytes.
 PIECE = 1 << 24
-WEIGHT = re.compile(r"(.+):([0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
+WEIGHT = re.compile(r"(.+):((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ def split_sources(text: str) -> tuple[Source, ...]:
 def _weighted(part: str) -> Source | None:
     """PATH:WEIGHT as a source, None where there is no weight: tfds:name/1.0.0 and gs://a have none."""
     found = WEIGHT.fullmatch(part)
-    if found is None or os.path.exists(part) or found[2].count(".") > 1 or found[1] == TFDS[:-1]:
+    if found is None or os.path.exists(part) or found[1] == TFDS[:-1]:
         return None
     weight = float(found[2])
     if not 0 < weight < math.inf:
@@ -135,7 +139,7 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
             arrays = {key: kept[key] for key in kept.files}
         os.utime(path)
         return arrays
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):  # what damaged files raise
         return None
 
 
@@ -144,20 +148,29 @@ def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
 
     What nobody has asked for in KEPT_DAYS is let go of.
     """
-    path = os.path.join(cache_folder(), f"{name}.npz")
-    temporary = f"{path}.{os.getpid()}.tmp"
     with contextlib.suppress(OSError):
-        os.makedirs(cache_folder(), exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with whole(os.path.join(cache_folder(), f"{name}.npz")) as file:
+            np.savez(file, **arrays)
         for entry in os.scandir(cache_folder()):
             if entry.is_file() and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
                 os.unlink(entry)
+
+
+@contextlib.contextmanager
+def whole(path: str) -> Iterator[BinaryIO]:
+    """A file of the cache that is there once it is whole; of several writers at a time each has its own until then.
+
+    (Hosts may share the folder, and in pods every one of them is process 1.)
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def local_copy(path: str) -> str:
@@ -177,11 +190,8 @@ def local_copy(path: str) -> str:
     suffix = os.path.splitext(path)[1]
     copy = os.path.join(cache_folder(), key_of(path, found.length, found.mtime) + suffix)
     if not os.path.isfile(copy):
-        os.makedirs(cache_folder(), exist_ok=True)
-        temporary = f"{copy}.{os.getpid()}.tmp"
-        with there.open("rb") as source, open(temporary, "wb") as target:
+        with there.open("rb") as source, whole(copy) as target:
             while piece := source.read(PIECE):
                 target.write(piece)
-        os.replace(temporary, copy)
     os.utime(copy)
     return copy

@@ -149,9 +149,11 @@ class Llama(nnx.Module):
         logits_BTV = hidden_BTD @ self.head_kernel(hidden_BTD.dtype)
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
-    def _forward(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool):
+    def _forward(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Hidden states after the last norm, and the keys and values of all layers [L, B, T, K, H] if they are kept."""
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
-
         how = dict(implementation=self.attention, block=self.attention_block, window=self.config.window)
 
         def body(x_BTD: jax.Array, block: Block):

@@ -177,12 +177,3 @@ def _splash_local(
         ids = splash_attention_kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, ids)
     return out_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
-
-
-def reference_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """The definition, term by term in float32; what every other implementation is held against."""
-    group = q_BTNH.shape[2] // k_BSKH.shape[2]
-    k_BSNH, v_BSNH = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k_BSKH, v_BSKH))
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH.astype(jnp.float32), k_BSNH) * q_BTNH.shape[-1] ** -0.5
-    weights_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, -jnp.inf), axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH).astype(q_BTNH.dtype)

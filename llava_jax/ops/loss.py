@@ -158,9 +158,3 @@ def masked_nll_rows(logits_BTV: jax.Array, tokens_BT: jax.Array, targets_BT: jax
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     nll = jnp.where(targets_BT[:, 1:], jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
     return nll.sum(-1), targets_BT[:, 1:].sum(-1, dtype=jnp.int32)
-
-
-def masked_nll(logits_BTV: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sums of `masked_nll_rows` over the batch: (float32[], int32[])."""
-    nll_B, count_B = masked_nll_rows(logits_BTV, tokens_BT, targets_BT)
-    return nll_B.sum(), count_B.sum()

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from llava_jax.chips import chip_of
+from llava_jax.chips import GIB, chip_of
 from llava_jax.chips import compiler_options as tuned_options
 from llava_jax.train.prepare import Run
 from llava_jax.types import InputError
@@ -78,5 +78,5 @@ def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tu
     memory = step.memory_analysis()
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        line += f", {total / 2**30:.2f} GiB a device ({memory.temp_size_in_bytes / 2**30:.2f} of them temporary)"
+        line += f", {total / GIB:.2f} GiB a device ({memory.temp_size_in_bytes / GIB:.2f} of them temporary)"
     return step, seconds, line

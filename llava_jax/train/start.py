@@ -1,6 +1,5 @@
 """What a stage needs before its first update: rows, batches and weights, checked, and said on the screen."""
 
-import math
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from llava_jax.data.checks import check_once, plan_once
 from llava_jax.data.packing import BatchPlan, BatchShape
 from llava_jax.data.pipeline import BatchIterator, Checked, make_pipeline, steps_for
 from llava_jax.data.records import Rows, load_records
+from llava_jax.data.sources import FORMS
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.flops import step_flops
 from llava_jax.settings import STAGES
@@ -39,7 +39,7 @@ from llava_jax.types import InputError, ModelConfig, Settings
 def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Rows, Checked]:
     """All rows, each of which can be trained, and what is known of them; prints what max_length cuts off."""
     if not settings.data.annotations:
-        raise InputError("data.annotations is empty: expected the JSON or JSONL file to train on")
+        raise InputError(f"data.annotations is empty: expected {FORMS}")
     records = load_records(settings.data.annotations)
     checked = check_once(
         records,
@@ -62,10 +62,8 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
 
 
 def total_steps(settings: Settings, rows: int) -> int:
-    """`train.steps`, or what `train.epochs` makes; an epoch is a whole number of steps, as in the original."""
-    if settings.train.steps:
-        return settings.train.steps
-    return math.ceil(settings.train.epochs * steps_for(rows, settings.train.batch_size, 1.0))
+    """`train.steps`, or what `train.epochs` makes."""
+    return settings.train.steps or steps_for(rows, settings.train.batch_size, settings.train.epochs)
 
 
 def plan_data(settings: Settings, mesh: Mesh, records: Rows, checked: Checked, steps: int) -> BatchPlan:

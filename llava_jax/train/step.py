@@ -99,7 +99,10 @@ def loss_and_grads(
     ranks: int,
     **how: Any,
 ) -> tuple[jax.Array, Params, jax.Array]:
-    """(loss, gradients, targets) of the whole batch; numerators and denominators are summed and divided once."""
+    """(loss, gradients, targets) of the whole batch; numerators and denominators are summed and divided once.
+
+    Pictures are normalised already (`train_step` does it), `key` is what the adapters' dropout draws from.
+    """
     grad_fn = jax.value_and_grad(partial(loss_terms, ranks=ranks, **how), has_aux=True)
     if accumulate == 1:
         (total, (weight, targets)), grads = grad_fn(params, frozen, batch, key)

@@ -29,8 +29,9 @@ THEIR_PARTS = {
 def batches(data: DataSettings, folder: str, config: ModelConfig, batch_size: int) -> list[Batch]:
     """The first STEPS batches as our pipeline encodes them."""
     records, tokenizer = load_records(data.annotations), load_tokenizer(folder)
-    lengths_A = check_records(records, data, tokenizer, patches=config.vision.patches).lengths_A
-    plan = plan_batches(records, lengths_A, data, batch_size=batch_size, row_multiple=1, steps=STEPS, seed=3)
+    checked = check_records(records, data, tokenizer, patches=config.vision.patches)
+    sizes = dict(batch_size=batch_size, row_multiple=1, steps=STEPS, seed=3)
+    plan = plan_batches(records, checked.lengths_A, data, slots_A=checked.slots_A, **sizes)
     vision, image_id = config.vision, config.image_token_id
     model = dict(image_size=vision.image_size, patches=vision.patches, image_token_id=image_id)
     stream = make_pipeline(records, data, tokenizer, plan, **model)
@@ -54,6 +55,7 @@ def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) ->
             dtype="float32",
             packed=False,
             loss_norm="global_token",
+            pixels=config.vision.pixels,
             ranks=1,
         )
     )

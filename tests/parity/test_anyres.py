@@ -21,6 +21,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 import llava_jax
 from llava_jax.convert import commands, hf, table
 from llava_jax.data.anyres import Tiling
+from llava_jax.data.image import normalised
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 PUBLISHED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -168,6 +169,6 @@ def test_tiles_of_published_size(size):
     )
     image = picture(size)
     wanted = processor(image, return_tensors="np")["pixel_values"][0]
-    ours = Tiling(336, 24, tuple(map(tuple, PUBLISHED))).cut(image).transpose(0, 3, 1, 2)
+    ours = normalised(Tiling(336, 24, tuple(map(tuple, PUBLISHED))).cut(image)).transpose(0, 3, 1, 2)
     assert ours.shape == wanted.shape
     np.testing.assert_array_equal(ours, wanted)
