@@ -530,7 +530,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, sources):
 
 
 @pytest.mark.parametrize("source, target, says", [
-    ("hf:{llama}", "orbax:{out}", "cannot be written"),
+    ("hf:{llama}", "zip:{out}", "cannot be written"),
     ("hf:{llama}", "{out}", "cannot be written"),
     ("llava:{llama}", "hf:{out}", "holds a config.json without checkpoints"),
     ("orbax:{llama}", "hf:{out}", "checkpoints"),

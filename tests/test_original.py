@@ -18,7 +18,6 @@ from llava_jax.convert.original import Beside
 from llava_jax.data.chat import TEMPLATES, Span, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.source import parse
 from llava_jax.train import assemble
 from llava_jax.train.assemble import fingerprint
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
@@ -206,7 +205,7 @@ REFUSED = {
     "mm_projector_type": "identity",
     "mm_vision_select_feature": "cls_patch",
     "mm_resampler_type": "perceiver",
-    "image_aspect_ratio": "anyres",
+    "image_aspect_ratio": "highres",
     "mm_patch_merge_type": "spatial_unpad",
     "model_type": "llava_mpt",
     "mm_hidden_size": 9,
@@ -443,32 +442,6 @@ def test_convert_refuses(tmp_path, folders):
     commands.convert(folder, to, vision=tower)
     with pytest.raises(InputError, match="holds its whole model"):
         commands.convert(to, f"hf:{tmp_path / 'again'}", vision=tower)
-
-
-# ---- names ------------------------------------------------------------------------------------------------------
-
-
-def test_no_name_is_looked_at(tmp_path, folders):
-    """Every form under a name that lies about it is read as what it is."""
-    folder, tower = folders
-    commands.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
-    commands.convert(folder, f"llava:{tmp_path / 'o'}", vision=tower)
-    lora, _ = lora_folder(tmp_path)
-    beside = Beside(vision=tower, base=folder)
-    cases = (
-        ("h", "hf", Beside()),
-        ("o", "llava", Beside()),
-        ("zq", "llava", Beside(tower)),
-        (lora.name, "llava", beside),
-    )
-    for name, form, given in cases:
-        _, before, _ = hf.read_llava(str(tmp_path / name), beside=given)
-        for lie in ("openai-clip-vicuna", "mpt-lora-projector", "qqq"):
-            os.rename(tmp_path / name, tmp_path / lie)
-            assert parse(str(tmp_path / lie)) == (form, str(tmp_path / lie))
-            moved = Beside(given.vision, str(tmp_path / lie) if given.base == str(tmp_path / name) else given.base)
-            assert_equal(flat(hf.read_llava(str(tmp_path / lie), beside=moved)[1]), flat(before))
-            os.rename(tmp_path / lie, tmp_path / name)
 
 
 def test_bin_stands_wherever_safetensors_do(tmp_path, folders):
