@@ -133,7 +133,7 @@ _UNUSED = {
 
 
 def canonical(name: str, kind: str) -> str:
-    """The table's spelling of a tensor name found in a folder of `kind` (clip, llama, llava, projector)."""
+    """The table's spelling of a tensor name found in a folder of `kind`, one of ALIASES."""
     for pattern, replacement in ALIASES[kind]:
         renamed, hits = re.subn(pattern, replacement, name, count=1)
         if hits:
