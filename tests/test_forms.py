@@ -332,8 +332,7 @@ def test_a_write_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch, weig
     assert sorted(os.listdir(tmp_path)) == ["clip", "llm"]
 
 
-def test_a_projector_alone_and_adapters_read_back(tmp_path, monkeypatch):
-    """The same for one file."""
+def test_a_projector_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch):
     from llava_jax.convert import original_export
 
     folder = hf4(tmp_path)

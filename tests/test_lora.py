@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from configs import llava_v1_5
 from llava_jax.convert import hf
 from llava_jax.convert.commands import convert
+from llava_jax.convert.peft import write_peft
 from llava_jax.flops import adapter_weights, step_flops
 from llava_jax.models import nf4
 from llava_jax.models.llava import build, logical_axes
@@ -26,6 +27,7 @@ from llava_jax.models.lora import join, kept, split
 from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import assemble, checkpoint, loop
 from llava_jax.train.adapters import merge_difference
+from llava_jax.train.whole import read_model
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
 from tests.test_sharding import TINY
 from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics
@@ -242,6 +244,29 @@ def test_adapters_as_peft_saves_them(ran, tmp_path):
     a = seen[3][1][1]["lora"]["layers"]["attn"]["o"]["a"]
     name = "base_model.model.model.language_model.layers.1.self_attn.o_proj.lora_A.weight"
     np.testing.assert_array_equal(tensors[name], a[1].reshape(-1, 4).T)
+
+
+def test_adapters_of_a_next_are_not_written_without_its_newline(tmp_path):
+    config = dataclasses.replace(TINY, lora=LORA, pinpoints=((16, 16),))
+    with pytest.raises(InputError, match="image_newline, which peft's format has no place for"):
+        write_peft(str(tmp_path / "out"), config, {}, {}, "")
+
+
+def test_a_run_under_any_name(ran, tmp_path):
+    """What adapters make, the run itself and the adapters' folder: none is known by its name."""
+    workdir, settings, _, _ = ran
+    config, params, _ = read_model(f"orbax:{workdir}", "model")
+    for name in ("zzz", "openai-clip-vicuna"):
+        shutil.copytree(workdir, tmp_path / name)
+        again, found, _ = read_model(str(tmp_path / name), "model")
+        assert again == config
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+    convert(f"orbax:{tmp_path}/zzz", f"peft:{tmp_path}/clip")
+    convert(f"orbax:{workdir}", f"peft:{tmp_path}/out")
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("clip", "out")]
+    assert all(tensors[0][name].tobytes() == x.tobytes() for name, x in tensors[1].items())
+    with pytest.raises(InputError, match="holds none of them"):
+        read_model(f"{tmp_path}/out", "model")
 
 
 def test_only_a_run_with_adapters_has_some(ran, tmp_path):

@@ -289,6 +289,15 @@ def test_a_run_starts_from_it(tmp_path, folders):
 # ---- LoRA -------------------------------------------------------------------------------------------------------
 
 
+def test_a_head_beside_the_projector(tmp_path, folders):
+    """non_lora_trainables with `base_model.model.lm_head.weight`, whose prefix is shorter than the others'."""
+    folder, tower = folders
+    head = llava_tensors()["lm_head.weight"] + 1
+    lora, _ = lora_folder(tmp_path, others={"base_model.model.lm_head.weight": head})
+    params = hf.read_llava(str(lora), beside=Beside(vision=tower, base=folder))[1]
+    np.testing.assert_array_equal(params["llm"]["head"]["kernel"], head.T)
+
+
 def lora_folder(tmp_path, adapter=None, others=None, **changes):
     folder = tmp_path / "wv"
     write_config(folder, described())
@@ -347,7 +356,13 @@ def test_lora_refusals(tmp_path, folders):
     lora_folder(tmp_path, others={"base_model.model.model.odd": np.ones(1, np.float32)})
     with pytest.raises(InputError, match="unexpected model.odd"):
         hf.read_llava(str(lora), beside=beside)
-    for change in (dict(use_dora=True), dict(bias="all"), dict(peft_type="IA3"), dict(r=0)):
+    for change in (
+        dict(use_dora=True),
+        dict(bias="all"),
+        dict(peft_type="IA3"),
+        dict(r=0),
+        dict(init_lora_weights="pissa"),
+    ):
         lora_folder(tmp_path, **change)
         with pytest.raises(InputError, match=f"{next(iter(change))} is"):
             hf.read_llava(str(lora), beside=beside)

@@ -258,7 +258,7 @@ def place(tree: Any, shardings: Any) -> Any:
 def _streamed(x: Stored, at: jax.sharding.Sharding) -> jax.Array:
     """A stored parameter at its sharding; the host holds one layer, or one parameter that has none."""
     if not x.stacked:
-        return _layer(x.one(0), x, at)
+        return _settled(_layer(x.one(0), x, at))
     at_layer = at
     if isinstance(at, NamedSharding):
         # Stacks are never split along their layers (sharding.spec_of).
@@ -266,11 +266,15 @@ def _streamed(x: Stored, at: jax.sharding.Sharding) -> jax.Array:
     whole = jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=at)()
     write = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=at)
     for layer in range(x.shape[0]):
-        whole = write(whole, _layer(x.one(layer), x, at_layer), layer, 0)
-        # Or the copies of many layers would wait for the device at once; jax lets go of one at the next call into it.
-        whole.block_until_ready()
-        jax.device_put(0)
+        whole = _settled(write(whole, _layer(x.one(layer), x, at_layer), layer, 0))
     return whole
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """The array once it is there and the host's copy is gone, or copies of many would wait for the device at once."""
+    x.block_until_ready()
+    jax.device_put(0)  # jax lets go of a copy at the next call into it
+    return x
 
 
 def _layer(one: np.ndarray, x: Stored, at: jax.sharding.Sharding) -> jax.Array:
