@@ -273,6 +273,8 @@ def test_only_a_run_with_adapters_has_some(ran, tmp_path):
     settings = ran[1]
     with pytest.raises(InputError, match="takes the adapters of a run with stage=lora"):
         convert(settings.init.model, f"peft:{tmp_path}/out")
+    with pytest.raises(InputError, match="--dtype, .* do not go with --to=peft:DIR"):
+        convert(f"orbax:{ran[0]}", f"peft:{tmp_path}/out", dtype="bfloat16")
     other = change(settings, "train", frozen_dtype="float32")
     shutil.copytree(ran[0], tmp_path / "run")
     write_settings(str(tmp_path / "run" / "config.json"), dataclasses.replace(other, stage="finetune"))

@@ -1,5 +1,6 @@
 """Folders of the original LLaVA code, in and out, its LoRA folders, and names that say nothing."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from llava_jax.convert import commands, hf, table
 from llava_jax.convert.config import clip_json, llama_json
 from llava_jax.convert.original import Beside
+from llava_jax.convert.original_export import write_original
 from llava_jax.data.chat import TEMPLATES, Span, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
@@ -379,14 +381,15 @@ def test_lora_refusals(tmp_path, folders):
 
 @pytest.mark.parametrize("dtype, rows", [("float32", 357), ("bfloat16", 357), ("bfloat16", 400)])
 def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
-    """original -> hf -> original -> hf: bit-equal tensors, no row of the vocabulary too many or too few."""
+    """original -> orbax -> hf -> original -> hf: bit-equal tensors, no row of the vocabulary too many or too few."""
     folder, tower = folders
     numpy_dtype = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     tensors = {name: x[:rows] for name, x in llava_tensors(numpy_dtype).items()}
     write_config(folder, described(torch_dtype=dtype, vocab_size=rows))
     write_shards(folder, tensors)
     write_tower(tower, dtype=numpy_dtype)
-    commands.convert(f"llava:{folder}", f"hf:{tmp_path / 'h'}", vision=tower)
+    commands.convert(f"llava:{folder}", f"orbax:{tmp_path / 'w'}", vision=tower)
+    commands.convert(f"orbax:{tmp_path / 'w'}", f"hf:{tmp_path / 'h'}")
     commands.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
     commands.convert(str(tmp_path / "o"), f"hf:{tmp_path / 'again'}")
     said = capsys.readouterr().out
@@ -397,6 +400,21 @@ def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
     assert_equal(one, two)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("h", "again")]
     assert configs[0] == configs[1] and configs[0]["llava_jax"]["aspect"] == "pad"
+
+
+def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
+    folder, tower = folders
+    config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    siglip = dataclasses.replace(config, vision=dataclasses.replace(CLIP, family="siglip"))
+    qwen = dataclasses.replace(config, llm=dataclasses.replace(LLAMA, family="qwen3"))
+    how = dict(source_vision_folder=tower, tokenizer_folder=folder, template="v1", image_position="front")
+    for given, aspect, says in (
+        (siglip, "pad", "not siglip"),
+        (config, "squash", "and squash"),
+        (qwen, "pad", "qwen3"),
+    ):
+        with pytest.raises(InputError, match=says + ".*write hf:DIR"):
+            write_original(str(tmp_path / "o"), given, params, aspect=aspect, **how)
 
 
 def test_what_a_written_folder_says(tmp_path, folders):
