@@ -6,6 +6,7 @@ writes its files; checkpoints are written by all, so the workdir must be a folde
 
 import glob
 import hashlib
+import math
 import os
 import secrets
 import signal
@@ -36,6 +37,8 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 60
 # A network file system shows a new file a moment later.
 VISIBLE_SECONDS = 20.0
+# A stack of layers up to this size is read whole: layer by layer costs a compilation, and a wait for each layer.
+AT_ONCE = 16 * 2**20
 
 
 # ---- start and end ----------------------------------------------------------------------------------------------
@@ -242,14 +245,17 @@ def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays as global ones; each process copies what its devices hold. All must hold the same values.
 
-    What still lies in files (`Stored`) is read on the way, a layer at a time, and never whole in host memory.
+    What still lies in files (`Stored`) is read on the way, a layer at a time, and never whole in host memory; up to
+    AT_ONCE bytes of it at once.
 
     (device_put would first compare the values of all processes, and so send every weight over the network.)
     """
 
     def put(x: np.ndarray | Stored, at: jax.sharding.Sharding) -> jax.Array:
         if isinstance(x, Stored):
-            return _streamed(x, at)
+            if math.prod(x.shape) * x.dtype.itemsize > AT_ONCE:
+                return _streamed(x, at)
+            x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
 
     return jax.tree.map(put, tree, shardings)
