@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import llava_jax
 from llava_jax.convert import commands, hf, table
 from llava_jax.convert.config import clip_json, default_pinpoints, llama_json
+from llava_jax.source import parse
 from llava_jax.train.assemble import fingerprint, plan_model, read_files
 from llava_jax.train.whole import read_model
 from llava_jax.types import InputError
@@ -141,11 +142,11 @@ def test_a_whole_model_under_any_name(tmp_path, kind):
     params = flat(params)
     for name in NONSENSE:
         renamed = folder.rename(tmp_path / name)
-        for source in (str(renamed), f"{form}:{renamed}"):
-            found = read_model(source, "model")
-            said = [(x.template, x.aspect, x.image_position, x.template_assumed) for x in (found[2], extras)]
-            assert found[0] == config and said[0] == said[1]
-            assert_equal(flat(found[1]), params)
+        found = read_model(str(renamed), "model")
+        said = [(x.template, x.aspect, x.image_position, x.template_assumed) for x in (found[2], extras)]
+        assert found[0] == config and said[0] == said[1]
+        assert_equal(flat(found[1]), params)
+        assert parse(f"{form}:{renamed}") == (form, str(renamed))
         for other in {"hf", "llava", "orbax"} - {form}:
             with pytest.raises(InputError, match=f"model={other}:.*the folder holds"):
                 llava_jax.load(f"{other}:{renamed}")

@@ -122,13 +122,13 @@ ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LL
 
 # Tensors that may be present and are not used: buffers, and what of CLIP and SigLIP lies beyond the image features.
 _BEYOND = r"\.position_ids$|\.post_layernorm\.|vision_model\.head\."
+_TEXT_TOWER = r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$"
 _UNUSED = {
-    "clip": _BEYOND + r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$",
+    "clip": _BEYOND + _TEXT_TOWER,
     "llama": r"\.rotary_emb\.inv_freq$",
     "projector": r"$.",
     "llava": _BEYOND + r"|\.rotary_emb\.inv_freq$",
-    "original": _BEYOND
-    + r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$|\.rotary_emb\.inv_freq$",
+    "original": _BEYOND + _TEXT_TOWER + r"|\.rotary_emb\.inv_freq$",
 }
 
 
