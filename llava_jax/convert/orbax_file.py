@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from llava_jax.convert import table
@@ -31,29 +32,31 @@ def files(folder: str) -> list[str]:
 
 
 def save(folder: str, params: Mapping[str, Any], beyond: Mapping[str, np.ndarray]) -> None:
-    """Write both (numpy arrays) into `folder`."""
+    """Write both (numpy arrays) into `folder`, each large layer of a stack as a piece that can be read by itself."""
     import orbax.checkpoint as ocp  # seconds that only who reads or writes such a folder should wait for
 
+    def pieces(path: tuple, leaf: np.ndarray) -> ocp.SaveArgs:
+        row = table.ROWS.get("/".join(key.key for key in path[1:]))
+        layer_bytes = leaf.nbytes // leaf.shape[0] if row and row.stacked else 0
+        return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,)) if layer_bytes >= 2**20 else ocp.SaveArgs()
+
+    item = {PARAMS: params, BEYOND: beyond} if beyond else {PARAMS: params}
+    args = ocp.args.PyTreeSave(item, save_args=jax.tree_util.tree_map_with_path(pieces, item))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        item = {PARAMS: params, BEYOND: beyond} if beyond else {PARAMS: params}
-        checkpointer.save(os.path.abspath(os.path.join(folder, WEIGHTS)), args=ocp.args.PyTreeSave(item))
+        checkpointer.save(os.path.abspath(os.path.join(folder, WEIGHTS)), args=args)
 
 
 class OrbaxFile:
-    """The tensors of such a folder under the hub's names; InputError when it cannot be read.
-
-    A parameter is read when one of its layers is first asked for, and kept until another parameter is.
-    """
+    """The tensors of such a folder under the hub's names; InputError when it cannot be read."""
 
     def __init__(self, folder: str):
         import orbax.checkpoint as ocp
         from etils import epath
 
-        self._path = epath.Path(os.path.abspath(os.path.join(folder, WEIGHTS)))
-        self._handler, self._unreadable = ocp.PyTreeCheckpointHandler(), (ValueError, OSError, KeyError)
+        self._path = os.path.abspath(os.path.join(folder, WEIGHTS))
         try:
-            tree = self._handler.metadata(self._path).tree
-        except self._unreadable as error:
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
+        except (ValueError, OSError, KeyError) as error:
             raise self._broken(error) from error
         self._leaves = {**table.flatten(tree.get(PARAMS, {})), **tree.get(BEYOND, {})}
         # Hub name -> our path or the name again, and the layer where that is a stack.
@@ -62,7 +65,6 @@ class OrbaxFile:
             row = table.ROWS.get(path)
             for layer in range(leaf.shape[0]) if row and row.stacked else (None,):
                 self._place[row.hf.format(layer) if row else path] = path, layer
-        self._read: tuple[str, np.ndarray] | None = None
 
     def keys(self) -> list[str]:
         return list(self._place)
@@ -77,29 +79,18 @@ class OrbaxFile:
         return DTYPES.get(given, given)
 
     def get(self, name: str) -> np.ndarray:
+        """The tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
+        import tensorstore
+
         path, layer = self._place[name]
-        array = self._leaf(path)
-        return table.to_hf(table.ROWS[path], array if layer is None else array[layer]) if path in table.ROWS else array
-
-    def _leaf(self, path: str) -> np.ndarray:
-        import jax
-        import orbax.checkpoint as ocp
-
-        if self._read is None or self._read[0] != path:
-            self._read = None  # the one before goes before the next comes
-            leaf = self._leaves[path]
-            keys = [PARAMS, *path.split("/")] if path in table.ROWS else [BEYOND, path]
-            item: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-            for key in reversed(keys):
-                item, how = {key: item}, {key: how}
-            try:
-                args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-                found = self._handler.restore(self._path, args=args)
-            except self._unreadable as error:
-                raise self._broken(error) from error
-            self._read = path, jax.tree.leaves(found)[0]
-        return self._read[1]
+        files = {"driver": "file", "path": self._path + os.sep}
+        store = {"driver": "ocdbt", "base": files, "path": self._leaves[path].name + "/"}
+        try:
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+            values = (array if layer is None else array[layer]).read().result()
+        except ValueError as error:
+            raise self._broken(error) from error
+        return table.to_hf(table.ROWS[path], values) if path in table.ROWS else values
 
     def _broken(self, error: BaseException) -> InputError:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
