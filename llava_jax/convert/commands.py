@@ -51,7 +51,9 @@ def convert(
         raise InputError(f"--mm_vision_tower={mm_vision_tower}: goes with --to=llava:DIR, which names a tower")
     if kind == "peft":
         if dtype or template or vision or base:
-            raise InputError("--dtype, --template, --vision, --base: do not go with --to=peft:DIR, adapters as trained")
+            raise InputError(
+                "--dtype, --template, --vision and --base do not go with --to=peft:DIR: adapters stay as trained"
+            )
         convert_adapters(source, destination)
         return
     config, params, rules = read_model(source, "--from", dtype=dtype, vision=vision, base=base, check_merge=True)

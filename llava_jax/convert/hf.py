@@ -287,8 +287,9 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
     """
     ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
-    said_by = "image_aspect_ratio" if hf_config.is_original(given) else "model_type"
-    tiled = given.get(said_by) in ("anyres", "llava_next")
+    tiled = given["model_type"] == "llava_next"
+    if hf_config.is_original(given):
+        tiled = given.get("image_aspect_ratio") == "anyres"
     aspects = ("anyres",) if tiled else ASPECTS
     allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"))
     for key, value in ours.items():

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from llava_jax.convert import table
@@ -33,7 +32,9 @@ def files(folder: str) -> list[str]:
 
 def save(folder: str, params: Mapping[str, Any], beyond: Mapping[str, np.ndarray]) -> None:
     """Write both (numpy arrays) into `folder`, each large layer of a stack as a piece that can be read by itself."""
-    import orbax.checkpoint as ocp  # seconds that only who reads or writes such a folder should wait for
+    # Seconds of import that only who reads or writes such a folder should wait for.
+    import jax
+    import orbax.checkpoint as ocp
 
     def pieces(path: tuple, leaf: np.ndarray) -> ocp.SaveArgs:
         row = table.ROWS.get("/".join(key.key for key in path[1:]))

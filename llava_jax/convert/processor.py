@@ -185,7 +185,9 @@ def _check_square(given: Json, path: str, size: int) -> None:
                 f"{path}: {key} is {given[key]}, which is not supported; expected {size}, the tower's image_size"
             )
     if given.get("do_center_crop") is False and not given.get("do_pad") and sides and "height" not in sides:
-        raise InputError(f"{path}: do_center_crop is false and size {given['size']} is no square; expected one of both")
+        raise InputError(
+            f"{path}: do_center_crop is false and size {given['size']} is no square; expected height and width, or true"
+        )
 
 
 def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
