@@ -225,9 +225,11 @@ def test_a_large_layer_is_read_by_itself(tmp_path):
 
 def test_damaged_orbax_is_named(tmp_path, capfd):
     folder = orbax(tmp_path)
-    shutil.rmtree(folder / "weights" / "d")
-    with pytest.raises(InputError, match="weights: cannot be read .*convert the model again"):
-        llava_jax.load(str(folder))
+    for lost in ("d", "manifest.ocdbt"):
+        shutil.move(folder / "weights" / lost, tmp_path / "lost")
+        with pytest.raises(InputError, match="weights: cannot be read .*convert the model again"):
+            llava_jax.load(str(folder))
+        shutil.move(tmp_path / "lost", folder / "weights" / lost)
     assert "Traceback" not in capfd.readouterr().err
     (folder / "weights" / "_METADATA").write_text("{}")
     with pytest.raises(InputError, match="cannot be read|missing "):

@@ -52,10 +52,14 @@ class OrbaxFile:
 
     def __init__(self, folder: str):
         import orbax.checkpoint as ocp
+        import tensorstore
         from etils import epath
 
         self._path = os.path.abspath(os.path.join(folder, WEIGHTS))
+        self._store = {"driver": "ocdbt", "base": {"driver": "file", "path": self._path + os.sep}}
         try:
+            # orbax leaves a traceback behind where this fails.
+            tensorstore.KvStore.open(self._store).result().list().result()
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
         except (ValueError, OSError, KeyError) as error:
             raise self._broken(error) from error
@@ -84,8 +88,7 @@ class OrbaxFile:
         import tensorstore
 
         path, layer = self._place[name]
-        files = {"driver": "file", "path": self._path + os.sep}
-        store = {"driver": "ocdbt", "base": files, "path": self._leaves[path].name + "/"}
+        store = self._store | {"path": self._leaves[path].name + "/"}
         try:
             array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
             values = (array if layer is None else array[layer]).read().result()
