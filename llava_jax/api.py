@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from llava_jax.convert.hf import Beside, LlavaExtras, read_llava, stored_dtype
 from llava_jax.convert.stored import Stored
 from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.chat import Span, Template, find_template, render
@@ -24,9 +23,9 @@ from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_b
 from llava_jax.infer.sample import stop_table, stripped
 from llava_jax.models.llava import build
 from llava_jax.sharding import make_mesh, replicated
-from llava_jax.source import parse
-from llava_jax.train.assemble import load_trained
+from llava_jax.source import split
 from llava_jax.train.hosts import place
+from llava_jax.train.whole import check_vocabulary, read_model
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
@@ -336,24 +335,16 @@ def load(
     that are not here. Over several devices the weights are on each and batches are split. Raises InputError for
     anything else.
     """
-    form, folder = parse(os.fspath(source))
+    source = os.fspath(source)
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
     if template is not None:
         find_template(template)
-    if form == "orbax":
-        plan, params, settings = load_trained(folder, dtype=dtype)
-        config, rules = plan.config, settings.data
-        extras = LlavaExtras(rules.template, rules.aspect, rules.image_position, plan.tokenizer)
-        dtype = dtype or config.dtype
-    else:
-        dtype = dtype or stored_dtype(folder)
-        config, params, extras = read_llava(folder, dtype=dtype, stored=True, beside=Beside(vision, base))
-    config = dataclasses.replace(config, dtype=dtype, remat="none")
-    processor = Processor(
-        load_tokenizer(extras.tokenizer), config, template or extras.template, extras.aspect, extras.image_position
-    )
-    model = assemble(os.path.basename(os.path.abspath(folder)), params, processor)
+    config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base)
+    config, tokenizer = dataclasses.replace(config, remat="none"), load_tokenizer(extras.tokenizer)
+    check_vocabulary(tokenizer, config, extras.tokenizer)
+    processor = Processor(tokenizer, config, template or extras.template, extras.aspect, extras.image_position)
+    model = assemble(os.path.basename(os.path.abspath(split(source)[1])), params, processor)
     return dataclasses.replace(model, template_assumed=template is None and extras.template_assumed)
 
 

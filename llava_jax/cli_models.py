@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from llava_jax.api import Llava
 
 SOURCE = (
-    "hf:DIR (a Hugging Face folder), llava:DIR (an original LLaVA one), orbax:DIR (a workdir of train), or just DIR"
+    "hf:DIR (a Hugging Face folder), llava:DIR (an original LLaVA one), orbax:DIR (a workdir of train, or what convert "
+    "wrote so), or just DIR"
 )
 
 
@@ -144,9 +145,11 @@ def chat(args: argparse.Namespace) -> int:
 
 def convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", required=True, dest="source", metavar="SRC", help=SOURCE)
-    to = "to be written: hf:DIR, llava:DIR (the original's layout), projector:FILE.safetensors, peft:DIR (adapters)"
+    to = "to be written: hf:DIR, orbax:DIR, llava:DIR (the original's layout), projector:FILE.safetensors, peft:DIR"
     parser.add_argument("--to", required=True, dest="target", metavar="DST", help=to)
     parser.add_argument("--dtype", default="", help="float32 or bfloat16; as the source by default")
+    template = "conversation template of the model; the one the source names by default"
+    parser.add_argument("--template", default="", metavar="NAME", help=template)
     beside_flags(parser)
     tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
     parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
@@ -161,11 +164,20 @@ def beside_flags(parser: argparse.ArgumentParser) -> None:
 def convert(args: argparse.Namespace) -> int:
     from llava_jax.convert import commands
 
-    announce("convert", source=args.source, target=args.target, dtype=args.dtype, vision=args.vision, base=args.base)
+    announce(
+        "convert",
+        source=args.source,
+        target=args.target,
+        dtype=args.dtype,
+        template=args.template,
+        vision=args.vision,
+        base=args.base,
+    )
     commands.convert(
         args.source,
         args.target,
         dtype=args.dtype,
+        template=args.template,
         vision=args.vision,
         base=args.base,
         mm_vision_tower=args.mm_vision_tower,

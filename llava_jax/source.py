@@ -3,16 +3,18 @@
 import os
 
 from llava_jax.convert.config import is_original, read_json
+from llava_jax.convert.orbax_file import is_converted
 from llava_jax.types import InputError
 
 FORMS = (
-    "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train), "
-    "or such a DIR alone"
+    "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train, "
+    "or what convert wrote so), or such a DIR alone"
 )
 _HOLDS = {
-    "orbax": "a workdir of train",
+    "run": "a workdir of train",
+    "orbax": "a whole model as orbax",
     "llava": "a config.json of the original LLaVA",
-    "hf": "a config.json without checkpoints/",
+    "hf": "a config.json without checkpoints/ or weights/",
     "": "none of them",
 }
 
@@ -31,7 +33,10 @@ def split(source: str) -> tuple[str, str]:
 
 
 def parse(source: str, name: str = "model") -> tuple[str, str]:
-    """(`hf`, `llava` or `orbax`, folder) of a SRC that is there; `name` is its flag or key, for errors."""
+    """(kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
+
+    The kind is `run` (a workdir of train), `orbax` (a whole model that we wrote so), `hf` or `llava`.
+    """
     form, folder = split(source)
     if form not in ("", "hf", "llava", "orbax"):
         raise InputError(f"{name}={source}: form {form!r} is not read; expected {FORMS}")
@@ -39,12 +44,14 @@ def parse(source: str, name: str = "model") -> tuple[str, str]:
         raise InputError(f"{name}={source}: no folder {folder!r}; expected {FORMS}")
     config = os.path.join(folder, "config.json")
     if is_workdir(folder):
+        found = "run"
+    elif is_converted(folder) and os.path.isfile(config):
         found = "orbax"
     elif os.path.isfile(config):
         found = "llava" if is_original(read_json(config)) else "hf"
     else:
         found = ""
-    if not found or form not in ("", found):
+    if not found or form not in ("", "orbax" if found == "run" else found):
         raise InputError(f"{name}={source}: the folder holds {_HOLDS[found]}; expected {FORMS}")
     return found, folder
 

@@ -206,6 +206,8 @@ def test_sources_that_are_none(tmp_path, workdir, exported):
     ]:
         with pytest.raises(InputError, match=message):
             api.load(source)
+    with pytest.raises(InputError, match="--vision and --base are for original LLaVA folders; .*is a workdir"):
+        api.load(str(workdir), vision=str(tmp_path))
     with pytest.raises(InputError, match="unknown template 'v9'"):
         api.load(str(exported), template="v9")
     with pytest.raises(InputError, match="dtype 'float64' is not known"):

@@ -367,6 +367,7 @@ BAD_LLAVA = {
     "layer": (dict(vision_feature_layer=-9), "outside"),
     "projector": (dict(projector_hidden_act="relu"), "relu"),
     "bias": (dict(multimodal_projector_bias=False), "multimodal_projector_bias"),
+    "quantised": (dict(quantization_config=dict(load_in_4bit=True)), "quantization_config"),
     "image_id": (dict(image_token_index="<image>"), "image_token_index"),
     "ours": (dict(llava_jax=dict(template="v9")), "v9"),
 }
@@ -530,7 +531,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, sources):
 
 
 @pytest.mark.parametrize("source, target, says", [
-    ("hf:{llama}", "orbax:{out}", "cannot be written"),
+    ("hf:{llama}", "zip:{out}", "cannot be written"),
     ("hf:{llama}", "{out}", "cannot be written"),
     ("llava:{llama}", "hf:{out}", "holds a config.json without checkpoints"),
     ("orbax:{llama}", "hf:{out}", "checkpoints"),
@@ -628,3 +629,30 @@ def test_an_end_of_text_only_in_config_json_is_exported(tmp_path, sources):
     write(sources, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, sources, capsys):
+    """`<image>` that swallows the white space before it: no rule of ours gives the pieces' ids."""
+    write(sources, tmp_path / "out")
+    assert "warning" not in capsys.readouterr().out
+    path = tmp_path / "llama" / "tokenizer.json"
+    swallowing = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"][-2] | dict(lstrip=True)
+    assert swallowing["content"] == "<image>"
+    edit(path, lambda value: value["added_tokens"].append(swallowing))
+    write(sources, tmp_path / "again")
+    assert re.search(r"warning: the exported tokenizer reads .A chat .* otherwise than it was", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(size=256), "size is 256"), (dict(size=dict(shortest_edge=9)), "size is .*expected 8, the tower's image_size"),
+    (dict(crop_size=dict(height=8, width=9)), "crop_size is"), (dict(do_center_crop=False, do_pad=False), "no square"),
+    (dict(size=8, crop_size=8), None), (dict(size=None), None),
+], ids=str)  # fmt: skip
+def test_pictures_that_end_as_no_square_of_the_tower_are_refused(tmp_path, sources, change, says):
+    folder = foreign(tmp_path, sources)
+    edit(folder / "preprocessor_config.json", lambda value: value.update(change))
+    if says is None:
+        assert hf.read_llava_config(str(folder))[1].aspect == "pad"
+        return
+    with pytest.raises(InputError, match=says):
+        hf.read_llava_config(str(folder))

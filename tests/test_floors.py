@@ -14,7 +14,7 @@ FLOORS = """
 F0 types convert.table
 F0 convert.stored
 F1 convert.families
-F1 convert.config
+F1 convert.config convert.orbax_file
 F1 source convert.torch_bin files
 F1 data.sources data.mixture
 F1 data.index
@@ -47,6 +47,7 @@ F5 train.checkpoint train.tracing
 F6 train.prepare train.adapters
 F6 train.compiling
 F6 train.assemble infer.chat infer.answers
+F6 train.whole
 F6 train.start
 F6 train.loop plan
 F6 plan_report plan_sweep

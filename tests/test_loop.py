@@ -255,11 +255,16 @@ def test_a_run_that_ends_early_still_writes_its_trace(tmp_path, monkeypatch):
 
 
 def test_a_packed_run_in_bfloat16(inputs, tmp_path, capsys):
-    """Weights in the dtypes asked for, several conversations in a row, and the shape said before the first update."""
+    """Weights in the dtypes asked for, several conversations in a row, and the shape said before the first update.
+
+    So is a template that the tokenizer's own chat template contradicts.
+    """
     dtypes = dict(train__dtype="bfloat16", train__param_dtype="bfloat16", train__frozen_dtype="bfloat16")
-    settings = make_settings(inputs, "finetune", data__pack=True, train__steps=2, **dtypes)
+    how = dict(data__pack=True, data__template="llava_v1", train__steps=2, **dtypes)
+    settings = make_settings(inputs, "finetune", **how)
     loop.train(settings, str(tmp_path))
     said = capsys.readouterr().out
+    assert re.search(r"template llava_v1 writes .*human.* chat template of .*llava writes .*data.template=v1", said)
     shape = re.search(r"batches of (\d+) x (\d+) tokens with (\d+) pictures a row, ([\d.]+)% of the tokens real", said)
     assert shape and int(shape[1]) < 4
     tokens = [row["tokens"] for row in read_metrics(tmp_path)]

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from configs import llava_v1_5
 from llava_jax.convert import hf
 from llava_jax.convert.commands import convert
+from llava_jax.convert.peft import write_peft
 from llava_jax.flops import adapter_weights, step_flops
 from llava_jax.models import nf4
 from llava_jax.models.llava import build, logical_axes
@@ -26,6 +27,7 @@ from llava_jax.models.lora import join, kept, split
 from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import assemble, checkpoint, loop
 from llava_jax.train.adapters import merge_difference
+from llava_jax.train.whole import read_model
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
 from tests.test_sharding import TINY
 from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics
@@ -114,7 +116,8 @@ def test_adapters_are_a_part_of_their_own():
     abstract = build(config)[1]
     parts = split(abstract)
     assert set(parts) == {"vision", "projector", "llm", "lora"}
-    assert jax.tree.structure(split(logical_axes(config)), is_leaf=lambda x: isinstance(x, tuple)).num_leaves
+    axes = split(logical_axes(config))
+    jax.tree.map(lambda leaf, names: leaf.ndim - len(names) in (0, 1) or pytest.fail(str(names)), parts, axes)
     q, o = parts["lora"]["layers"]["attn"]["q"], parts["lora"]["layers"]["attn"]["o"]
     assert (q["a"].shape, q["b"].shape) == ((2, 32, 4), (2, 4, 8, 4))
     assert (o["a"].shape, o["b"].shape) == ((2, 8, 4, 4), (2, 4, 32))
@@ -176,7 +179,7 @@ def test_projector_and_adapters_learn_and_nothing_else_changes_a_bit(ran):
     assert len(seen) == 6
     frozen, learns = zip(seen[0][0], seen[3][1], strict=True)
     assert set(learns[0]) == {"projector", "lora"} and set(frozen[0]) == {"vision", "llm"}
-    jax.tree.map(lambda a, b: (np.testing.assert_array_equal(a, b), a.dtype == b.dtype), *frozen)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8)), *frozen)
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: np.any(a != b), *learns)):
         assert leaf, path
     assert frozen[0]["llm"]["layers"]["attn"]["q"]["kernel"]["codes"].dtype == np.uint8
@@ -244,10 +247,35 @@ def test_adapters_as_peft_saves_them(ran, tmp_path):
     np.testing.assert_array_equal(tensors[name], a[1].reshape(-1, 4).T)
 
 
+def test_adapters_of_a_next_are_not_written_without_its_newline(tmp_path):
+    config = dataclasses.replace(TINY, lora=LORA, pinpoints=((16, 16),))
+    with pytest.raises(InputError, match="image_newline, which peft's format has no place for"):
+        write_peft(str(tmp_path / "out"), config, {}, {}, "")
+
+
+def test_a_run_under_any_name(ran, tmp_path):
+    """What adapters make, the run itself and the adapters' folder: none is known by its name."""
+    workdir, settings, _, _ = ran
+    config, params, _ = read_model(f"orbax:{workdir}", "model")
+    for name in ("zzz", "openai-clip-vicuna"):
+        shutil.copytree(workdir, tmp_path / name)
+        again, found, _ = read_model(str(tmp_path / name), "model")
+        assert again == config
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+    convert(f"orbax:{tmp_path}/zzz", f"peft:{tmp_path}/clip")
+    convert(f"orbax:{workdir}", f"peft:{tmp_path}/out")
+    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("clip", "out")]
+    assert all(tensors[0][name].tobytes() == x.tobytes() for name, x in tensors[1].items())
+    with pytest.raises(InputError, match="holds none of them"):
+        read_model(f"{tmp_path}/out", "model")
+
+
 def test_only_a_run_with_adapters_has_some(ran, tmp_path):
     settings = ran[1]
     with pytest.raises(InputError, match="takes the adapters of a run with stage=lora"):
         convert(settings.init.model, f"peft:{tmp_path}/out")
+    with pytest.raises(InputError, match="--dtype, .* do not go with --to=peft:DIR"):
+        convert(f"orbax:{ran[0]}", f"peft:{tmp_path}/out", dtype="bfloat16")
     other = change(settings, "train", frozen_dtype="float32")
     shutil.copytree(ran[0], tmp_path / "run")
     write_settings(str(tmp_path / "run" / "config.json"), dataclasses.replace(other, stage="finetune"))

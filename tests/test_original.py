@@ -1,5 +1,6 @@
 """Folders of the original LLaVA code, in and out, its LoRA folders, and names that say nothing."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,10 +16,10 @@ from transformers import AutoConfig, AutoTokenizer
 from llava_jax.convert import commands, hf, table
 from llava_jax.convert.config import clip_json, llama_json
 from llava_jax.convert.original import Beside
+from llava_jax.convert.original_export import write_original
 from llava_jax.data.chat import TEMPLATES, Span, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.source import parse
 from llava_jax.train import assemble
 from llava_jax.train.assemble import fingerprint
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
@@ -206,7 +207,7 @@ REFUSED = {
     "mm_projector_type": "identity",
     "mm_vision_select_feature": "cls_patch",
     "mm_resampler_type": "perceiver",
-    "image_aspect_ratio": "anyres",
+    "image_aspect_ratio": "highres",
     "mm_patch_merge_type": "spatial_unpad",
     "model_type": "llava_mpt",
     "mm_hidden_size": 9,
@@ -290,6 +291,15 @@ def test_a_run_starts_from_it(tmp_path, folders):
 # ---- LoRA -------------------------------------------------------------------------------------------------------
 
 
+def test_a_head_beside_the_projector(tmp_path, folders):
+    """non_lora_trainables with `base_model.model.lm_head.weight`, whose prefix is shorter than the others'."""
+    folder, tower = folders
+    head = llava_tensors()["lm_head.weight"] + 1
+    lora, _ = lora_folder(tmp_path, others={"base_model.model.lm_head.weight": head})
+    params = hf.read_llava(str(lora), beside=Beside(vision=tower, base=folder))[1]
+    np.testing.assert_array_equal(params["llm"]["head"]["kernel"], head.T)
+
+
 def lora_folder(tmp_path, adapter=None, others=None, **changes):
     folder = tmp_path / "wv"
     write_config(folder, described())
@@ -348,7 +358,13 @@ def test_lora_refusals(tmp_path, folders):
     lora_folder(tmp_path, others={"base_model.model.model.odd": np.ones(1, np.float32)})
     with pytest.raises(InputError, match="unexpected model.odd"):
         hf.read_llava(str(lora), beside=beside)
-    for change in (dict(use_dora=True), dict(bias="all"), dict(peft_type="IA3"), dict(r=0)):
+    for change in (
+        dict(use_dora=True),
+        dict(bias="all"),
+        dict(peft_type="IA3"),
+        dict(r=0),
+        dict(init_lora_weights="pissa"),
+    ):
         lora_folder(tmp_path, **change)
         with pytest.raises(InputError, match=f"{next(iter(change))} is"):
             hf.read_llava(str(lora), beside=beside)
@@ -365,14 +381,15 @@ def test_lora_refusals(tmp_path, folders):
 
 @pytest.mark.parametrize("dtype, rows", [("float32", 357), ("bfloat16", 357), ("bfloat16", 400)])
 def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
-    """original -> hf -> original -> hf: bit-equal tensors, no row of the vocabulary too many or too few."""
+    """original -> orbax -> hf -> original -> hf: bit-equal tensors, no row of the vocabulary too many or too few."""
     folder, tower = folders
     numpy_dtype = np.dtype(np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     tensors = {name: x[:rows] for name, x in llava_tensors(numpy_dtype).items()}
     write_config(folder, described(torch_dtype=dtype, vocab_size=rows))
     write_shards(folder, tensors)
     write_tower(tower, dtype=numpy_dtype)
-    commands.convert(f"llava:{folder}", f"hf:{tmp_path / 'h'}", vision=tower)
+    commands.convert(f"llava:{folder}", f"orbax:{tmp_path / 'w'}", vision=tower)
+    commands.convert(f"orbax:{tmp_path / 'w'}", f"hf:{tmp_path / 'h'}")
     commands.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
     commands.convert(str(tmp_path / "o"), f"hf:{tmp_path / 'again'}")
     said = capsys.readouterr().out
@@ -383,6 +400,21 @@ def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
     assert_equal(one, two)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("h", "again")]
     assert configs[0] == configs[1] and configs[0]["llava_jax"]["aspect"] == "pad"
+
+
+def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
+    folder, tower = folders
+    config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    siglip = dataclasses.replace(config, vision=dataclasses.replace(CLIP, family="siglip"))
+    qwen = dataclasses.replace(config, llm=dataclasses.replace(LLAMA, family="qwen3"))
+    how = dict(source_vision_folder=tower, tokenizer_folder=folder, template="v1", image_position="front")
+    for given, aspect, says in (
+        (siglip, "pad", "not siglip"),
+        (config, "squash", "and squash"),
+        (qwen, "pad", "qwen3"),
+    ):
+        with pytest.raises(InputError, match=says + ".*write hf:DIR"):
+            write_original(str(tmp_path / "o"), given, params, aspect=aspect, **how)
 
 
 def test_what_a_written_folder_says(tmp_path, folders):
@@ -443,32 +475,6 @@ def test_convert_refuses(tmp_path, folders):
     commands.convert(folder, to, vision=tower)
     with pytest.raises(InputError, match="holds its whole model"):
         commands.convert(to, f"hf:{tmp_path / 'again'}", vision=tower)
-
-
-# ---- names ------------------------------------------------------------------------------------------------------
-
-
-def test_no_name_is_looked_at(tmp_path, folders):
-    """Every form under a name that lies about it is read as what it is."""
-    folder, tower = folders
-    commands.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
-    commands.convert(folder, f"llava:{tmp_path / 'o'}", vision=tower)
-    lora, _ = lora_folder(tmp_path)
-    beside = Beside(vision=tower, base=folder)
-    cases = (
-        ("h", "hf", Beside()),
-        ("o", "llava", Beside()),
-        ("zq", "llava", Beside(tower)),
-        (lora.name, "llava", beside),
-    )
-    for name, form, given in cases:
-        _, before, _ = hf.read_llava(str(tmp_path / name), beside=given)
-        for lie in ("openai-clip-vicuna", "mpt-lora-projector", "qqq"):
-            os.rename(tmp_path / name, tmp_path / lie)
-            assert parse(str(tmp_path / lie)) == (form, str(tmp_path / lie))
-            moved = Beside(given.vision, str(tmp_path / lie) if given.base == str(tmp_path / name) else given.base)
-            assert_equal(flat(hf.read_llava(str(tmp_path / lie), beside=moved)[1]), flat(before))
-            os.rename(tmp_path / lie, tmp_path / name)
 
 
 def test_bin_stands_wherever_safetensors_do(tmp_path, folders):

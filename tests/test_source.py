@@ -10,11 +10,13 @@ from llava_jax.types import InputError
 
 @pytest.fixture
 def folders(tmp_path):
-    for name in ("model", "a:b", "run", "empty"):
+    for name in ("model", "a:b", "run", "whole", "empty"):
         (tmp_path / name).mkdir()
         if name != "empty":
             (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "whole" / "weights").mkdir()
+    (tmp_path / "whole" / "weights" / "_METADATA").touch()
     return tmp_path
 
 
@@ -23,8 +25,10 @@ def folders(tmp_path):
     [
         ("hf:{0}/model", "hf", "model"),
         ("{0}/model", "hf", "model"),
-        ("orbax:{0}/run", "orbax", "run"),
-        ("{0}/run", "orbax", "run"),
+        ("orbax:{0}/run", "run", "run"),
+        ("orbax:{0}/whole", "orbax", "whole"),
+        ("{0}/whole", "orbax", "whole"),
+        ("{0}/run", "run", "run"),
         ("{0}/a:b", "hf", "a:b"),
         ("hf:{0}/a:b", "hf", "a:b"),
     ],
@@ -38,6 +42,7 @@ def test_forms(folders, given, form, name):
     [
         ("zip:{0}/model", "--from=zip:.*: form 'zip' is not read; expected hf:DIR"),
         ("hf:{0}/run", "the folder holds a workdir of train"),
+        ("hf:{0}/whole", "the folder holds a whole model as orbax"),
         ("orbax:{0}/model", "the folder holds a config.json without checkpoints/"),
         ("{0}/empty", "the folder holds none of them"),
         ("{0}/c:d", "no folder '.*/c:d'"),

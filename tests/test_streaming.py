@@ -13,6 +13,7 @@ from llava_jax.convert import hf, table
 from llava_jax.convert.config import llama_json
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.sharding import make_mesh, param_shardings
+from llava_jax.train import hosts
 from llava_jax.train.hosts import place
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
 from tests.test_original import write_config
@@ -23,6 +24,11 @@ LLAMA = LlamaConfig(vocab_size=800, width=128, mlp_width=344, layers=24, heads=8
 CLIP = ClipConfig(width=8, mlp_width=8, layers=2, heads=1, image_size=8, patch_size=8)
 MODEL = ModelConfig(vision=CLIP, llm=LLAMA)
 LARGEST = 800 * 128
+
+
+@pytest.fixture(autouse=True)
+def nothing_at_once(monkeypatch):
+    monkeypatch.setattr(hosts, "AT_ONCE", 0)
 
 
 @pytest.fixture(scope="module")

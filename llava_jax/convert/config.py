@@ -214,6 +214,7 @@ def _window(config: Mapping[str, Any], family: str, layers: int, where: str) -> 
 def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") -> ModelConfig:
     """ModelConfig from a LlavaForConditionalGeneration config; `dtype` is the compute dtype ours will run in."""
     _choice(config, "model_type", ("llava", "llava_next"), where)
+    _choice(config, "quantization_config", (None,), where)
     values = _filled(
         config,
         dict(
@@ -238,7 +239,7 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
         feature_layer=values["vision_feature_layer"],
         image_token_id=values["image_token_index"],
         dtype=dtype,
-        pinpoints=_pinpoints(config, vision, where) if config["model_type"] == "llava_next" else (),
+        pinpoints=_next_pinpoints(config, vision, where) if config["model_type"] == "llava_next" else (),
     )
     check_feature_layer(result.feature_layer, vision, where)
     if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
@@ -251,12 +252,15 @@ def default_pinpoints(vision: ClipConfig) -> tuple[tuple[int, int], ...]:
     return tuple((rows * vision.image_size, columns * vision.image_size) for rows, columns in _GRIDS)
 
 
-def _pinpoints(config: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
-    """The (height, width) of image_grid_pinpoints, whole tiles each."""
+def _next_pinpoints(config: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
     _choice({"use_image_newline_parameter": True} | dict(config), "use_image_newline_parameter", (True,), where)
-    given, size = config.get("image_grid_pinpoints"), vision.image_size
-    if given is None:
-        given = _LLAVA_NEXT_PINPOINTS
+    given = config.get("image_grid_pinpoints")
+    return pinpoints(_LLAVA_NEXT_PINPOINTS if given is None else given, vision, where)
+
+
+def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of an image_grid_pinpoints, whole tiles each."""
+    size = vision.image_size
     pairs = isinstance(given, list) and given and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
     if not pairs or not all(isinstance(side, int) and side > 0 and side % size == 0 for pair in given for side in pair):
         raise InputError(

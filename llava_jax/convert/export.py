@@ -1,4 +1,7 @@
-"""Our parameters to a LlavaForConditionalGeneration folder that transformers 4.46 and 5, vLLM and others load."""
+"""Our parameters to a LlavaForConditionalGeneration folder that transformers 4.46 and 5, vLLM and others load.
+
+Or to the same folder with its weights as orbax.
+"""
 
 import contextlib
 import dataclasses
@@ -6,14 +9,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.convert import config as hf_config
-from llava_jax.convert import table
+from llava_jax.convert import orbax_file, table
 from llava_jax.convert.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
 from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_folder, write_shards
 from llava_jax.types import InputError, ModelConfig
@@ -34,12 +38,14 @@ def write_llava(
     image_position: str,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
+    weights: str = "safetensors",
 ) -> ModelConfig:
     """Write the folder and return the config as exported (image token and vocabulary may have moved).
 
     params                {"vision", "projector", "llm"}, numpy or jax arrays in our layout
     source_vision_folder  the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
                           None (random towers) writes fresh values there, which no LLaVA ever reads
+    weights               safetensors, or orbax: our own parameters, whole in host memory while they are written
     Everything is written beside `folder`, read back and compared, and then renamed. InputError when `folder` is
     already there or the dtype is unknown.
     """
@@ -54,9 +60,13 @@ def write_llava(
         ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
         _write_configs(partial, exported, tokens, dtype, ours)
         check_ids(partial, tokenizer_folder, template, image_position)
-        pieces = all_pieces(exported, params, source_vision_folder, dtype)
-        write_shards(partial, pieces, shard_bytes)
-        check_written(partial, pieces)
+        params = with_vocabulary(params, exported.llm.vocab_size)
+        pieces, beyond = all_pieces(exported, params, source_vision_folder, dtype)
+        if weights == "orbax":
+            _save_orbax(partial, params, beyond, dtype)
+        else:
+            write_shards(partial, [*pieces, *beyond], shard_bytes)
+        check_written(partial, [*pieces, *beyond])
     return exported
 
 
@@ -106,12 +116,31 @@ def _write_configs(
 # ---- tensors ----------------------------------------------------------------------------------------------------
 
 
-def all_pieces(config: ModelConfig, params: Params, source_vision_folder: str | None, dtype: str) -> list[Piece]:
-    """Every tensor of the model in hub layout, what LLaVA does not run of the tower included."""
-    return [*_pieces(config, params, dtype), *_beyond_features(config, source_vision_folder, dtype)]
+def all_pieces(
+    config: ModelConfig, params: Params, source_vision_folder: str | None, dtype: str
+) -> tuple[list[Piece], list[Piece]]:
+    """Every tensor of the model in hub layout: (our parameters, what LLaVA does not run and readers ask for)."""
+    beyond = [*_identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
+    return list(_pieces(params, dtype)), beyond
 
 
-def _pieces(config: ModelConfig, params: Params, dtype: str) -> Iterator[Piece]:
+def with_vocabulary(params: Params, rows: int) -> Params:
+    """The parameters with the first `rows` of their vocabulary; rows that lack are the mean (of untrained tokens)."""
+    flat = table.flatten(params)
+    for path, axis in (("llm/embed/table", 0), ("llm/head/kernel", 1)):
+        if path in flat and flat[path].shape[axis] != rows:
+            flat[path] = np.moveaxis(_with_rows(np.moveaxis(np.asarray(flat[path]), axis, 0), rows), 0, axis)
+    return table.unflatten(flat)
+
+
+def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    if array.shape[0] >= rows:
+        return array[:rows]
+    mean = array.astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
+
+
+def _pieces(params: Params, dtype: str) -> Iterator[Piece]:
     """Every parameter in hub layout, in the table's order, each made when it is written."""
     flat = table.flatten(params)
     unknown = sorted(set(flat) - set(table.ROWS))
@@ -122,31 +151,27 @@ def _pieces(config: ModelConfig, params: Params, dtype: str) -> Iterator[Piece]:
         if row.ours not in flat:
             continue
         array = flat[row.ours]
-        shape = _with_vocabulary(row, table.hf_shape(row, array.shape[1:] if row.stacked else array.shape), config)
+        shape = table.hf_shape(row, array.shape[1:] if row.stacked else array.shape)
         for layer in range(array.shape[0]) if row.stacked else (None,):
 
-            def make(array=array, row=row, layer=layer, rows=shape[0]) -> np.ndarray:
-                one = np.asarray(array if layer is None else array[layer])
-                return _with_rows(table.to_hf(row, one), rows)
+            def make(array=array, row=row, layer=layer) -> np.ndarray:
+                return table.to_hf(row, np.asarray(array if layer is None else array[layer]))
 
             yield Piece(row.hf if layer is None else row.hf.format(layer), shape, numpy_dtype, make)
+
+
+def _identity(config: ModelConfig, dtype: str) -> Iterator[Piece]:
+    """The second layer that theirs always has, of a linear projector."""
     if config.projector == "linear":
-        D = config.llm.width
-        name = table.PROJECTOR + "linear_2."
+        D, name, numpy_dtype = config.llm.width, table.PROJECTOR + "linear_2.", np.dtype(jnp.dtype(dtype))
         yield Piece(name + "weight", (D, D), numpy_dtype, lambda: np.eye(D))
         yield Piece(name + "bias", (D,), numpy_dtype, lambda: np.zeros(D))
 
 
-def _with_vocabulary(row: table.Row, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    return (config.llm.vocab_size, *shape[1:]) if row.ours in ("llm/embed/table", "llm/head/kernel") else shape
-
-
-def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array cut to its first rows, or with rows added that are the mean of those it has (of untrained tokens)."""
-    if array.shape[0] >= rows:
-        return array[:rows]
-    mean = array.astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
-    return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
+def _save_orbax(folder: str, params: Params, beyond: Iterable[Piece], dtype: str) -> None:
+    numpy_dtype = jnp.dtype(dtype)
+    whole = jax.tree.map(lambda x: np.asarray(x, numpy_dtype), params)
+    orbax_file.save(folder, whole, {piece.name: np.asarray(piece.make(), numpy_dtype) for piece in beyond})
 
 
 def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Iterator[Piece]:

@@ -89,6 +89,7 @@ FOREIGN: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (None,),
     "attention_chunk_size": (None,),
     "dual_chunk_attention_config": (None,),
+    "use_mrope": _OFF,
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "quantization_config": (None,),

@@ -51,7 +51,7 @@ _NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, pat
 
 @dataclasses.dataclass(frozen=True)
 class LlavaExtras:
-    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder, `pad_id` None where unsaid.
+    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder.
 
     `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
     that holds the tower's weights, those that LLaVA does not run included.
@@ -61,7 +61,6 @@ class LlavaExtras:
     aspect: str = "crop"
     image_position: str = "front"
     tokenizer: str = ""
-    pad_id: int | None = None
     template_assumed: bool = False
     vision: str = ""
 
@@ -289,6 +288,8 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     """
     ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
     tiled = given["model_type"] == "llava_next"
+    if hf_config.is_original(given):
+        tiled = given.get("image_aspect_ratio") == "anyres"
     aspects = ("anyres",) if tiled else ASPECTS
     allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"))
     for key, value in ours.items():
@@ -296,8 +297,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
             raise InputError(
                 f"{where}: llava_jax.{key} is {value!r}; expected one of {', '.join(allowed.get(key, ()))}"
             )
-    pad_id = given.get("pad_token_id", (given.get("text_config") or {}).get("pad_token_id"))
     template = None if "template" in ours else recognised_template(folder)
     aspect = read_pictures(folder)
     said = {"aspect": "anyres" if tiled else aspect} | ({"template": template} if template else {}) | ours
-    return LlavaExtras(**said, tokenizer=folder, pad_id=pad_id, template_assumed="template" not in said, vision=folder)
+    return LlavaExtras(**said, tokenizer=folder, template_assumed="template" not in said, vision=folder)

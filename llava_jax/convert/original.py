@@ -19,14 +19,14 @@ from llava_jax.convert.processor import TOKENIZER_FILES, with_pixels
 from llava_jax.convert.safetensors_io import FLOATS, File, Tensors, open_file, open_folder
 from llava_jax.data.chat import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
-from llava_jax.types import InputError, ModelConfig
+from llava_jax.types import ClipConfig, InputError, ModelConfig
 
 Json = dict[str, Any]
 
 ADAPTER = "adapter_config.json"
 OTHERS = "non_lora_trainables.bin"
 # What of a picture's key in config.json we do, as data.aspect.
-ASPECTS = {"pad": "pad", "square": "crop", None: "crop"}
+ASPECTS = {"pad": "pad", "square": "crop", None: "crop", "anyres": "anyres"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,11 @@ def read_model_config(original: Original) -> ModelConfig:
     given, where = original.given, original.where
     _one_of(given, "model_type", tuple(ORIGINAL_DECODERS), where)
     _one_of(given, "mm_vision_select_feature", ("patch", None), where)
-    _one_of(given, "mm_patch_merge_type", ("flat", None), where)
-    _one_of(given, "mm_resampler_type", (None,), where)
     _one_of(given, "image_aspect_ratio", tuple(ASPECTS), where)
+    tiled = aspect(original) == "anyres"
+    _one_of(given, "mm_patch_merge_type", ("spatial_unpad",) if tiled else ("flat", None), where)
+    _one_of(given, "mm_resampler_type", (None,), where)
+    _one_of(given, "s2", (None, False), where)
     projector = _one_of(given, "mm_projector_type", ("linear", "mlp2x_gelu", None), where)
     tower = os.path.join(original.tower, "config.json")
     vision = hf_config.clip_config(hf_config.read_json(tower), tower)
@@ -135,11 +137,19 @@ def read_model_config(original: Original) -> ModelConfig:
         projector=projector or "linear",
         feature_layer=layer,
         image_token_id=load_tokenizer(original.tokenizer).image_token_id(llm.vocab_size),
+        pinpoints=_pinpoints(given, vision, where) if tiled else (),
     )
 
 
+def _pinpoints(given: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
+    """The grids of tiles as (height, width); the original has them as [width, height]."""
+    pairs = given.get("image_grid_pinpoints")
+    turned = [pair[::-1] if isinstance(pair, list) else pair for pair in pairs] if isinstance(pairs, list) else pairs
+    return hf_config.pinpoints(turned, vision, where)
+
+
 def aspect(original: Original) -> str:
-    """`pad` or `crop`."""
+    """`pad`, `crop` or `anyres`."""
     return ASPECTS[original.given.get("image_aspect_ratio")]
 
 
@@ -160,7 +170,7 @@ def template(original: Original, name: str) -> str:
 def _one_of(given: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:
     if given.get(key) not in allowed:
         names = ", ".join(repr(value) for value in allowed if value is not None) or "none"
-        raise InputError(f"{where}: {key} is {given[key]!r}, which is not supported; expected {names}")
+        raise InputError(f"{where}: {key} is {given.get(key)!r}, which is not supported; expected {names}")
     return given.get(key)
 
 
@@ -225,8 +235,10 @@ def _adapted(original: Original) -> Tensors:
         return dataclasses.replace(tensors, where=f"{folder} (no {OTHERS}: the projector is the base's)")
     trained = open_file(others)
     spelled = {table.canonical(name, "original"): name for name in tensors.names()}
-    # PeftModel's own prefix, and its model's; a tensor of the base is replaced under the base's spelling.
-    renamed = {re.sub(r"^(?:base_model\.)?(?:model\.(?=model\.))?", "", name): name for name in trained.names()}
+    # PeftModel's own prefix and its model's go; a tensor of the base is replaced under the base's spelling.
+    renamed = {name.removeprefix("base_model."): name for name in trained.names()}
+    if any(name.startswith("model.model.") for name in renamed):
+        renamed = {name.removeprefix("model."): old for name, old in renamed.items()}
     placed = {spelled.get(table.canonical(name, "original"), name): _As(trained, old) for name, old in renamed.items()}
     return dataclasses.replace(tensors.joined(Tensors(others, placed)), where=folder)
 
@@ -257,6 +269,8 @@ def _scale(folder: str) -> float:
     given = hf_config.read_json(where)
     _one_of(given, "peft_type", ("LORA",), where)
     _one_of(given, "bias", ("none", None), where)
+    # Others (pissa, olora, corda …) change the base's own weights.
+    _one_of(given, "init_lora_weights", (True, False, None, "gaussian"), where)
     for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
         if given.get(key):
             raise InputError(f"{where}: {key} is {given[key]!r}, which is not supported; expected it unset")

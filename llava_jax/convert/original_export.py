@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from llava_jax.convert import config as hf_config
 from llava_jax.convert import original, table
-from llava_jax.convert.export import all_pieces, finished_folder
+from llava_jax.convert.export import all_pieces, finished_folder, with_vocabulary
 from llava_jax.convert.processor import TOKENIZER_FILES, own_rows, same_pieces
 from llava_jax.convert.safetensors_io import SHARD_BYTES, Piece, check_written, open_file, write_shards
 from llava_jax.data.chat import IM_START_END, TEMPLATES
@@ -28,6 +28,8 @@ ARCHITECTURES = {
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
 }
+# data.aspect -> image_aspect_ratio.
+ASPECT_KEYS = {"pad": "pad", "crop": "square", "anyres": "anyres"}
 # The folder inside that the tower is written to; SGLang looks for `clip` in the name that mm_vision_tower gives.
 TOWER = "clip-vision-tower"
 
@@ -49,11 +51,14 @@ def write_original(
     """Write the folder as `export.write_llava` does, and return the config as exported.
 
     Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
-    Hugging Face added to the vocabulary are left out again. `tower_name` is what config.json names the tower by; the
-    folder inside by default. InputError when `folder` is already there.
+    Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
+    config.json names the tower by; the folder inside by default. InputError when `folder` is already there.
     """
-    if config.pinpoints or config.vision.family != "clip":
-        raise InputError(f"{folder}: the original's layout is written with a CLIP tower and one square; write hf:DIR")
+    if config.vision.family != "clip" or aspect not in ASPECT_KEYS:
+        raise InputError(
+            f"{folder}: the original's layout knows CLIP towers and pictures {', '.join(ASPECT_KEYS)}, not "
+            f"{config.vision.family} and {aspect}; write hf:DIR"
+        )
     config = _shrunk(config, tokenizer_folder)
     settings = dict(template=template, aspect=aspect, image_position=image_position)
     with finished_folder(folder) as partial:
@@ -64,7 +69,8 @@ def write_original(
         os.mkdir(tower)
         _write_tower_configs(tower, config, dtype)
         _write_configs(partial, config, settings, load_tokenizer(tokenizer_folder), dtype, tower_name)
-        pieces = all_pieces(config, params, source_vision_folder, dtype)
+        params = with_vocabulary(params, config.llm.vocab_size)
+        pieces = sum(all_pieces(config, params, source_vision_folder, dtype), start=[])
         seen = [_renamed(piece, piece.name.removeprefix("vision_tower.")) for piece in pieces if _is_tower(piece)]
         rest = [_renamed(piece, name) for piece in pieces if (name := original_name(piece.name, config.projector))]
         for where, part in ((tower, seen), (partial, rest)):
@@ -184,11 +190,12 @@ def _write_configs(
         mm_projector_type=config.projector,
         mm_vision_select_layer=config.feature_layer,
         mm_vision_select_feature="patch",
-        mm_patch_merge_type="flat",
+        mm_patch_merge_type="spatial_unpad" if config.pinpoints else "flat",
+        image_grid_pinpoints=[[width, height] for height, width in config.pinpoints] or None,
         mm_use_im_start_end=TEMPLATES[settings["template"]].image_tags == IM_START_END,
         mm_use_im_patch_token=False,
         use_mm_proj=True,
-        image_aspect_ratio={"pad": "pad", "crop": "square"}[settings["aspect"]],
+        image_aspect_ratio=ASPECT_KEYS[settings["aspect"]],
         tokenizer_padding_side="right",
         tokenizer_model_max_length=config.llm.max_positions,
         llava_jax=settings,

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from llava_jax.convert import table
 from llava_jax.convert.export import finished_folder
 from llava_jax.convert.safetensors_io import open_file
-from llava_jax.types import LoraConfig, ModelConfig
+from llava_jax.types import InputError, LoraConfig, ModelConfig
 
 Params = dict[str, Any]
 
@@ -25,8 +25,13 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
 
     `lora` and `projector` are parts of a run with the adapters of `config.lora`; `base` names the model they belong to
     ("" where it is not one folder). The projector goes along as peft's modules_to_save. InputError when `folder` is
-    already there.
+    already there, or for a LLaVA-NeXT: peft saves modules, and `image_newline` lies in none.
     """
+    if config.pinpoints:
+        raise InputError(
+            f"--to=peft:{folder}: the run trained image_newline, which peft's format has no place for; write the "
+            "merged model, --to=hf:DIR"
+        )
     tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
     with finished_folder(folder) as partial:
         with open(os.path.join(partial, "adapter_config.json"), "w", encoding="utf-8") as file:

@@ -165,8 +165,29 @@ def _picture_settings(folder: str) -> tuple[Json, str]:
 def read_pictures(folder: str) -> str:
     """`pad`, `crop` or `squash`, as the folder's picture settings say (crop where there are none)."""
     given, _ = _picture_settings(folder)
-    squashed = "height" in (given.get("size") or {}) and not given.get("do_center_crop")
+    squashed = "height" in _sides(given.get("size")) and not given.get("do_center_crop")
     return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
+
+
+def _sides(size: Any) -> Json:
+    """A size of an image processor by the names of its sides; older ones give the shortest as a number."""
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    return {side: pixels for side, pixels in size.items() if pixels is not None}
+
+
+def _check_square(given: Json, path: str, size: int) -> None:
+    """InputError unless pictures end as squares of the tower's `size`, and are resized to nothing else before."""
+    sides = _sides(given.get("size"))
+    keys = ("size",) if given.get("do_center_crop") is False else ("size", "crop_size")
+    for key in keys:
+        if {*_sides(given.get(key)).values()} - {size}:
+            raise InputError(
+                f"{path}: {key} is {given[key]}, which is not supported; expected {size}, the tower's image_size"
+            )
+    if given.get("do_center_crop") is False and not given.get("do_pad") and sides and "height" not in sides:
+        raise InputError(
+            f"{path}: do_center_crop is false and size {given['size']} is no square; expected height and width, or true"
+        )
 
 
 def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
@@ -177,6 +198,7 @@ def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
             raise InputError(f"{path}: {key} is false, which is not supported; expected true")
     if not np.isclose(given.get("rescale_factor") or 1 / 255, 1 / 255, rtol=1e-6, atol=0):
         raise InputError(f"{path}: rescale_factor is {given['rescale_factor']}, not supported; expected 1/255")
+    _check_square(given, path, vision.image_size)
     values = {}
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         numbers = given.get(key)

@@ -1,6 +1,6 @@
 """Model folders of weight files: one file or shards with an index, read tensor by tensor and written in shards.
 
-Read are .safetensors and torch's .bin files; written are .safetensors.
+Read are .safetensors, torch's .bin files and what we wrote as orbax; written are .safetensors.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llava_jax.convert import orbax_file
 from llava_jax.convert.config import read_json
 from llava_jax.convert.torch_bin import DTYPES, TorchFile
 from llava_jax.types import InputError
@@ -114,7 +115,9 @@ def open_file(path: str) -> Tensors:
 
 
 def weight_files(folder: str) -> list[str]:
-    """The files that hold a model folder's tensors, none where it has none: those of safetensors, or else .bin."""
+    """The files that hold a model folder's tensors, none where it has none: orbax, safetensors, or else .bin."""
+    if orbax_file.is_converted(folder):
+        return orbax_file.files(folder)
     index, single = _layout(folder)
     return sorted(set(_indexed(folder, index).values())) if index else [os.path.join(folder, single)] if single else []
 
@@ -130,7 +133,10 @@ def _layout(folder: str) -> tuple[str, str]:
 
 
 def open_folder(folder: str) -> Tensors:
-    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, or of the shards its index names."""
+    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, of an index's shards, or of orbax."""
+    if orbax_file.is_converted(folder):
+        file = orbax_file.OrbaxFile(folder)
+        return Tensors(folder, dict.fromkeys(file.keys(), file))
     index, single = _layout(folder)
     if not index and not single:
         raise InputError(

@@ -122,18 +122,18 @@ ALIASES = {"clip": _CLIP, "llama": _LLAMA, "projector": _PROJECTOR, "llava": _LL
 
 # Tensors that may be present and are not used: buffers, and what of CLIP and SigLIP lies beyond the image features.
 _BEYOND = r"\.position_ids$|\.post_layernorm\.|vision_model\.head\."
+_TEXT_TOWER = r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$"
 _UNUSED = {
-    "clip": _BEYOND + r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$",
+    "clip": _BEYOND + _TEXT_TOWER,
     "llama": r"\.rotary_emb\.inv_freq$",
     "projector": r"$.",
     "llava": _BEYOND + r"|\.rotary_emb\.inv_freq$",
-    "original": _BEYOND
-    + r"|^text_model\.|^(?:text|visual)_projection\.|^logit_(?:scale|bias)$|\.rotary_emb\.inv_freq$",
+    "original": _BEYOND + _TEXT_TOWER + r"|\.rotary_emb\.inv_freq$",
 }
 
 
 def canonical(name: str, kind: str) -> str:
-    """The table's spelling of a tensor name found in a folder of `kind` (clip, llama, llava, projector)."""
+    """The table's spelling of a tensor name found in a folder of `kind`, one of ALIASES."""
     for pattern, replacement in ALIASES[kind]:
         renamed, hits = re.subn(pattern, replacement, name, count=1)
         if hits:

@@ -79,7 +79,7 @@ def plan_model(settings: Settings) -> Plan:
     """Config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
     if settings.init.model:
         form, folder = parse(settings.init.model, "init.model")
-        if form == "orbax":
+        if form == "run":
             plan = plan_model(read_settings(os.path.join(folder, "config.json")))
         else:
             config, extras = hf.read_llava_config(folder)
@@ -210,7 +210,7 @@ def _read_sources(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Par
     left = {part: dtype for part, dtype in dtypes.items() if part not in read}
     if settings.init.model:
         form, folder = parse(settings.init.model, "init.model")
-        whole = _read_run(folder, left)[1] if form == "orbax" else hf.read_llava_parts(folder, left, stored=True)
+        whole = _read_run(folder, left)[1] if form == "run" else hf.read_llava_parts(folder, left, stored=True)
         return read | whole
     if "vision" in left and not settings.model.vision.startswith(RANDOM):
         layer = plan.config.feature_layer
@@ -390,8 +390,8 @@ def fingerprint(source: str) -> str:
 
 
 def _weights(folder: str) -> list[str]:
-    """Weight files of a folder: .safetensors, and .bin unless the model itself lies in the former."""
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
-    if any(path in found for path in weight_files(folder)):
+    """Weight files of a folder: .safetensors, and others unless the model itself lies in the former."""
+    found, own = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))), weight_files(folder)
+    if any(path in found for path in own):
         return found
-    return found + sorted(glob.glob(os.path.join(glob.escape(folder), "*.bin")))
+    return found + sorted({*own, *glob.glob(os.path.join(glob.escape(folder), "*.bin"))})

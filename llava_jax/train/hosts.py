@@ -6,6 +6,7 @@ writes its files; checkpoints are written by all, so the workdir must be a folde
 
 import glob
 import hashlib
+import math
 import os
 import secrets
 import signal
@@ -36,6 +37,8 @@ HEARTBEAT_SECONDS = 30
 SHUTDOWN_SECONDS = 60
 # A network file system shows a new file a moment later.
 VISIBLE_SECONDS = 20.0
+# A stack of layers up to this size is read whole: layer by layer costs a compilation, and a wait for each layer.
+AT_ONCE = 16 * 2**20
 
 
 # ---- start and end ----------------------------------------------------------------------------------------------
@@ -242,14 +245,17 @@ def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays as global ones; each process copies what its devices hold. All must hold the same values.
 
-    What still lies in files (`Stored`) is read on the way, a layer at a time, and never whole in host memory.
+    What still lies in files (`Stored`) is read on the way, a layer at a time, and never whole in host memory; up to
+    AT_ONCE bytes of it at once.
 
     (device_put would first compare the values of all processes, and so send every weight over the network.)
     """
 
     def put(x: np.ndarray | Stored, at: jax.sharding.Sharding) -> jax.Array:
         if isinstance(x, Stored):
-            return _streamed(x, at)
+            if math.prod(x.shape) * x.dtype.itemsize > AT_ONCE:
+                return _streamed(x, at)
+            x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
 
     return jax.tree.map(put, tree, shardings)
@@ -258,7 +264,7 @@ def place(tree: Any, shardings: Any) -> Any:
 def _streamed(x: Stored, at: jax.sharding.Sharding) -> jax.Array:
     """A stored parameter at its sharding; the host holds one layer, or one parameter that has none."""
     if not x.stacked:
-        return _layer(x.one(0), x, at)
+        return _settled(_layer(x.one(0), x, at))
     at_layer = at
     if isinstance(at, NamedSharding):
         # Stacks are never split along their layers (sharding.spec_of).
@@ -266,11 +272,15 @@ def _streamed(x: Stored, at: jax.sharding.Sharding) -> jax.Array:
     whole = jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=at)()
     write = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=at)
     for layer in range(x.shape[0]):
-        whole = write(whole, _layer(x.one(layer), x, at_layer), layer, 0)
-        # Or the copies of many layers would wait for the device at once; jax lets go of one at the next call into it.
-        whole.block_until_ready()
-        jax.device_put(0)
+        whole = _settled(write(whole, _layer(x.one(layer), x, at_layer), layer, 0))
     return whole
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """The array once it is there and the host's copy is gone, or copies of many would wait for the device at once."""
+    x.block_until_ready()
+    jax.device_put(0)  # jax lets go of a copy at the next call into it
+    return x
 
 
 def _layer(one: np.ndarray, x: Stored, at: jax.sharding.Sharding) -> jax.Array:

@@ -23,7 +23,6 @@ from llava_jax.train.compiling import compile_step, compiler_options
 from llava_jax.train.hosts import check_agreed, global_batch, is_first, say, stop_signal
 from llava_jax.train.prepare import Run, prepare
 from llava_jax.train.start import (
-    check_vocabulary,
     ideal_seconds,
     meta_of,
     open_data,
@@ -35,6 +34,7 @@ from llava_jax.train.start import (
 )
 from llava_jax.train.step import TrainState, batch_ranks
 from llava_jax.train.tracing import Tracer, tracing
+from llava_jax.train.whole import check_vocabulary
 from llava_jax.types import Batch, InputError, Record, Settings
 
 STOPPED_EXIT_CODE = 42
@@ -65,7 +65,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     plan = plan_model(settings)
     check_plan(settings, plan)
     tokenizer = load_tokenizer(plan.tokenizer)
-    check_vocabulary(tokenizer, plan)
+    check_vocabulary(tokenizer, plan.config, plan.tokenizer)
     check_end(tokenizer, find_template(settings.data.template))
     records, checked = read_records(settings, plan.config, tokenizer)
     steps = total_steps(settings, len(records))

@@ -139,17 +139,6 @@ def meta_of(settings: Settings, plan: Plan, records: Rows) -> dict:
 # ---- what is checked and said -----------------------------------------------------------------------------------
 
 
-def check_vocabulary(tokenizer: TextTokenizer, plan: Plan) -> None:
-    """InputError when the tokenizer has text tokens without a row in the embedding table."""
-    rows = plan.config.llm.vocab_size
-    outside = {i for i in (plan.config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
-    if tokenizer.size - len(outside) > rows:
-        raise InputError(
-            f"{plan.tokenizer}: the tokenizer has {tokenizer.size} ids and the decoder's embedding {rows} rows: "
-            "expected the tokenizer that belongs to the decoder"
-        )
-
-
 def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
     """Seconds an update would take at the peak of the run's chips; None where that is unknown."""
     chip = chip_of(run.mesh.devices.flat[0].device_kind)

@@ -1,7 +1,7 @@
-"""Every family: a random model of transformers through ours and out again, bit by bit, and read by two transformers.
+"""Every family: a random model of transformers to ours, to orbax and out again, bit by bit; two transformers read it.
 
-`make parity` also sets up .venv-parity-446 with transformers 4.46.3, where peer_446.py runs. Qwen3 does not exist
-there and is left out of that one comparison; SigLIP2 of a fixed resolution is published as SigLIP and does.
+`make parity` also sets up .venv-parity-446 with transformers 4.46.3, where peer_446.py runs; NOT_IN_446 says what that
+version does not know. SigLIP2 of a fixed resolution is published as SigLIP, which it does.
 """
 
 import json
@@ -23,7 +23,7 @@ from llava_jax.convert import commands, hf, table
 from llava_jax.models.llava import build
 from llava_jax.settings import settings_from_dict
 from llava_jax.train.loop import train
-from llava_jax.types import ModelConfig, Pixels
+from llava_jax.types import ClipConfig, ModelConfig, Pixels
 
 PYTHON_446 = pathlib.Path(__file__).parents[2] / ".venv-parity-446" / "bin" / "python"
 ROWS = 192  # of the embedding: more than the tokenizer has, so that <image> and <pad> find room
@@ -33,10 +33,12 @@ HALF = (0.5, 0.5, 0.5)
 
 DECODERS = {
     "llama1": (transformers.LlamaConfig, dict(num_key_value_heads=4, rms_norm_eps=1e-6)),
+    "llama2": (transformers.LlamaConfig, dict(num_key_value_heads=1, rms_norm_eps=1e-5)),
     "vicuna": (transformers.LlamaConfig, dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
     "tinyllama": (transformers.LlamaConfig, dict(rms_norm_eps=1e-5)),
     "smollm2": (transformers.LlamaConfig, dict(rope_parameters=dict(rope_type="default", rope_theta=1e5), tied=True)),
-    "llama3": (transformers.LlamaConfig, dict(rope_parameters=peers.LLAMA3, tied=True, eos_token_id=[2, 60, 61])),
+    "llama3": (transformers.LlamaConfig, dict(rope_parameters=dict(rope_type="default", rope_theta=5e5))),
+    "llama3.2": (transformers.LlamaConfig, dict(rope_parameters=peers.LLAMA3, tied=True, eos_token_id=[2, 60, 61])),
     "mistral_v0.1": (transformers.MistralConfig, dict(sliding_window=9)),
     "mistral_v0.3": (
         transformers.MistralConfig,
@@ -48,8 +50,11 @@ DECODERS = {
     "qwen3": (transformers.Qwen3Config, dict(head_dim=12, tied=True)),
 }
 SIGLIP = dict(image_size=18, layer_norm_eps=1e-6)  # 18 = 4 * 4 + 2, as 384 = 27 * 14 + 6
+# Those that come with a SentencePiece tokenizer; the others' are of bytes.
+SENTENCEPIECE = ("llama1", "llama2", "vicuna", "tinyllama", "mistral_v0.1", "mistral_v0.3")
 TOWERS = {
-    "clip": (transformers.CLIPVisionConfig, {}, "default", -2, Pixels(), "crop"),
+    "clip_l_14": (transformers.CLIPVisionConfig, {}, "default", -2, Pixels(), "crop"),
+    "clip_l_14_336": (transformers.CLIPVisionConfig, dict(image_size=20), "default", -2, Pixels(), "crop"),
     "siglip": (transformers.SiglipVisionConfig, SIGLIP, "full", -2, Pixels(HALF, HALF), "squash"),
     # SigLIP2's filter; the last layer, and no head, as LLaVA-OneVision.
     "siglip2": (
@@ -61,11 +66,13 @@ TOWERS = {
         "squash",
     ),
 }
-FAMILIES = {name: (name, "clip") for name in DECODERS} | {
+FAMILIES = {name: (name, "clip_l_14") for name in DECODERS} | {
+    "clip_l_14_336": ("vicuna", "clip_l_14_336"),
     "siglip": ("vicuna", "siglip"),
     "siglip2": ("qwen2.5", "siglip2"),
 }
-IN_446 = [name for name in FAMILIES if name != "qwen3"]
+NOT_IN_446 = {"qwen3": "came with transformers 4.51"}
+IN_446 = [name for name in FAMILIES if name not in NOT_IN_446]
 WORDS = ["What", "is", "this", "it", "a", "cat", "so", "Because", "Why", "here"]
 
 
@@ -75,19 +82,24 @@ def make(folder: str, decoder: str, tower: str) -> None:
     vision_class, vision, strategy, layer, pixels, aspect = TOWERS[tower]
     text = TEXT | {key: value for key, value in text.items() if key != "tied"}
     text["tie_word_embeddings"] = "tied" in DECODERS[decoder][1]
+    tower_config = vision_class(**peers.VISION | vision)
     config = transformers.LlavaConfig(
-        vision_config=vision_class(**peers.VISION | vision),
+        vision_config=tower_config,
         text_config=text_class(**text),
         image_token_index=IMAGE_ID,
-        image_seq_length=16,
+        image_seq_length=(tower_config.image_size // tower_config.patch_size) ** 2,
         vision_feature_layer=layer,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
-    peers.randomised(transformers.LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    model = peers.randomised(transformers.LlavaForConditionalGeneration(config))
+    with torch.no_grad():
+        # Or many an answer ends before it begins, or is ids without text.
+        model.get_output_embeddings().weight[[2, *range(IMAGE_ID, ROWS)]] *= 0.1
+    model.save_pretrained(folder)
     with open(folder + "/generation_config.json", "w") as file:
         json.dump(dict(bos_token_id=1, eos_token_id=text["eos_token_id"], pad_token_id=0), file)
-    peers.tokenizer(folder, "bytes", image=True)
+    peers.tokenizer(folder, "prepend" if decoder in SENTENCEPIECE else "bytes", image=True)
     size = config.vision_config.image_size
     square = dict(height=size, width=size)
     settings = dict(image_mean=pixels.mean, image_std=pixels.std, resample=2 if pixels.resample == "bilinear" else 3)
@@ -97,12 +109,15 @@ def make(folder: str, decoder: str, tower: str) -> None:
         json.dump(settings, file)
 
 
-def inputs(size: int) -> dict[str, torch.Tensor]:
-    """Two rows of 40 tokens with a picture of 16 each."""
-    tokens, targets, _ = peers.batch()
-    pixels = np.random.default_rng(3).normal(size=(2, 1, size, size, 3)).astype(np.float32)
-    given = peers.torch_inputs(np.where(tokens == peers.IMAGE_ID, IMAGE_ID, tokens), targets, pixels)
-    return {name: value for name, value in given.items() if name != "labels"}
+def inputs(vision: ClipConfig) -> dict[str, torch.Tensor]:
+    """Two rows of 50 tokens with a picture each, at different places."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(3, IMAGE_ID, (2, 50))
+    for row, start in enumerate((1, 6)):
+        tokens[row, start : start + vision.patches] = IMAGE_ID
+    pixels = rng.normal(size=(2, 3, vision.image_size, vision.image_size)).astype(np.float32)
+    given = dict(input_ids=tokens, attention_mask=np.ones_like(tokens), pixel_values=pixels)
+    return {name: torch.from_numpy(value) for name, value in given.items()}
 
 
 def logits_of(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> np.ndarray:
@@ -112,17 +127,18 @@ def logits_of(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> np.ndar
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{family: (folder of transformers, the same through ours)}, and what 4.46.3 makes of the latter, in one go."""
+    """{family: (folder of transformers, as orbax, and out again)}, and what 4.46.3 makes of the last, in one go."""
     made, asked = {}, []
     for name, (decoder, tower) in FAMILIES.items():
         folder = tmp_path_factory.mktemp(name)
-        first, second = str(folder / "theirs"), str(folder / "ours")
+        first, whole, second = (str(folder / part) for part in ("theirs", "orbax", "ours"))
         make(first, decoder, tower)
-        commands.convert(first, "hf:" + second)
-        given = inputs(hf.read_llava_config(first)[0].vision.image_size)
+        commands.convert("hf:" + first, "orbax:" + whole)
+        commands.convert("orbax:" + whole, "hf:" + second)
+        given = inputs(hf.read_llava_config(first)[0].vision)
         np.savez(second + "/inputs.npz", **{key: value.numpy() for key, value in given.items()})
         pathlib.Path(second, "prompt.txt").write_text("USER: <image>\nWhat is this? ASSISTANT:")
-        made[name] = first, second
+        made[name] = first, whole, second
         asked += [second] if name in IN_446 else []
     assert PYTHON_446.exists(), "`make parity` sets up .venv-parity-446"
     command = [PYTHON_446, pathlib.Path(__file__).with_name("peer_446.py"), *asked]
@@ -143,7 +159,7 @@ def check_same_tensors(ours: str, theirs: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_through_ours_bit_by_bit(folders, name):
     """Every tensor and no other; the same decoder and tower in config.json."""
-    first, second = folders[name]
+    first, _, second = folders[name]
     check_same_tensors(second, first)
     configs = [transformers.AutoConfig.from_pretrained(folder) for folder in (first, second)]
     assert type(configs[0].text_config) is type(configs[1].text_config)
@@ -155,9 +171,9 @@ def test_through_ours_bit_by_bit(folders, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_ours_and_of_both_transformers(folders, name):
-    first, second = folders[name]
+    first, _, second = folders[name]
     ours = llava_jax.load("hf:" + first, template="v1")
-    given = inputs(ours.config.vision.image_size)
+    given = inputs(ours.config.vision)
     wanted = logits_of(peers.load_strict(first), given)
     found = ours.logits(given["input_ids"].numpy(), given["pixel_values"].numpy())
     assert peers.relative(found, wanted) <= 1e-4
@@ -169,8 +185,8 @@ def test_logits_of_ours_and_of_both_transformers(folders, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_text_and_what_the_processor_gives(folders, name):
     """Six prompts, every second one about a picture; pixels and ids as transformers 5 and 4.46.3 make them."""
-    _, second = folders[name]
-    ours, theirs = llava_jax.load("hf:" + second), peers.load_strict(second)
+    _, whole, second = folders[name]
+    ours, theirs = llava_jax.load("orbax:" + whole), peers.load_strict(second)
     processor = transformers.AutoProcessor.from_pretrained(second)
     rng = np.random.default_rng(5)
     prompts = [" ".join(rng.choice(WORDS, 4)) + "?" for _ in range(6)]
@@ -189,14 +205,14 @@ def test_greedy_text_and_what_the_processor_gives(folders, name):
         with torch.no_grad():
             ids = theirs.generate(**given, do_sample=False, max_new_tokens=12)[0, given["input_ids"].shape[1] :]
         wanted.append(processor.decode(ids, skip_special_tokens=True).strip())
-    assert len(set(wanted)) > 3
+    assert len(set(wanted)) > 1 and all(wanted)
     assert ours.generate(prompts, images, max_new_tokens=12) == wanted
     if name in IN_446:
         ids = processor(
             images=Image.new("RGB", (20, 30)), text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="np"
         )["input_ids"][0]
         # 4.46.3 knows no tower without a class token and counts one image token too many (mended in 4.49).
-        extra = [] if FAMILIES[name][1] == "clip" else [IMAGE_ID]
+        extra = [] if FAMILIES[name][1].startswith("clip") else [IMAGE_ID]
         assert sorted(np.load(second + "/ids_446.npy").tolist()) == sorted(ids.tolist() + extra)
 
 
@@ -227,7 +243,7 @@ def test_a_siglip_folder_and_a_decoder_folder_become_one(tmp_path, whole):
     source = {name.removeprefix("vision_model."): value for name, value in source.items()}
     for name, value in theirs.model.vision_tower.state_dict().items():
         assert torch.equal(value, source[name.removeprefix("vision_model.")]), name
-    given = inputs(18)
+    given = inputs(tower)
     found = llava_jax.load("hf:" + str(tmp_path / "out")).logits(
         given["input_ids"].numpy(), given["pixel_values"].numpy()
     )
@@ -240,7 +256,7 @@ def test_a_siglip_folder_and_a_decoder_folder_become_one(tmp_path, whole):
 @pytest.mark.parametrize("name", ["mistral_v0.1", "qwen2.5", "qwen3", "siglip2"])
 def test_through_a_training_run(folders, name, tmp_path):
     """One update of finetune that moves nothing, its checkpoint, and the folder written from that: bit-equal."""
-    first, _ = folders[name]
+    first, _, _ = folders[name]
     turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "It is a cat."}]
     (tmp_path / "rows.json").write_text(json.dumps([{"id": "a", "image": "a.png", "conversations": turns}] * 2))
     Image.new("RGB", (20, 30), (10, 200, 90)).save(tmp_path / "a.png")
