@@ -18,7 +18,19 @@ from llava_jax.models import clip
 from llava_jax.types import InputError, Pixels
 
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
-SHAPES = [(640, 480), (480, 640), (427, 640), (101, 100), (48, 48), (1, 1), (7, 901), (901, 7), (1333, 1999)]
+SHAPES = [
+    (640, 480),
+    (480, 640),
+    (427, 640),
+    (375, 500),
+    (101, 100),
+    (100, 101),
+    (48, 48),
+    (1, 1),
+    (7, 901),
+    (901, 7),
+    (1333, 1999),
+]
 
 
 def noise(width: int, height: int) -> Image.Image:

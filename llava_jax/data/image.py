@@ -9,6 +9,7 @@ animation is its first frame.
 
 import functools
 import io
+import math
 import os
 import struct
 import zlib
@@ -185,18 +186,35 @@ def _pad(image: Image.Image, size: int, resample: Image.Resampling, colour: tupl
     """The picture centred on a square of `colour`, resized to `size`; the full square is never made.
 
     Pillow resizes rows first and columns then, rounding to 8 bit between; doing the two one after the other gives the
-    same bytes, skips the rows that are background, and needs no more than STRIP_PIXELS of the square at a time.
+    same bytes, skips what only sees background, and needs no more than STRIP_PIXELS of the square at a time.
     """
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     columns = Image.new("RGB", (size, side), colour)
+    low, high = _seen(left, left + width, side, size)
     rows = max(1, STRIP_PIXELS // side)
     for start in range(0, height, rows):
         stop = min(start + rows, height)
         strip = image if stop - start == height else image.crop((0, start, width, stop))
-        if left:
+        if width < side:
             strip, narrow = Image.new("RGB", (side, stop - start), colour), strip
             strip.paste(narrow, (left, 0))
-        columns.paste(strip.resize((size, stop - start), resample), (0, top + start))
-    return columns.resize((size, size), resample)
+        box = (low * side // size, 0, high * side // size, stop - start)
+        columns.paste(strip.resize((high - low, stop - start), resample, box), (low, top + start))
+    square = Image.new("RGB", (size, size), colour)
+    low, high = _seen(top, top + height, side, size)
+    box = (0, low * side // size, size, high * side // size)
+    square.paste(columns.resize((size, high - low), resample, box), (0, low))
+    return square
+
+
+def _seen(start: int, stop: int, side: int, size: int) -> tuple[int, int]:
+    """Of `size` places that `side` is resized to, a run that holds all which see anything of [start, stop).
+
+    Both ends fall on whole places of the source, so that the filters in between are those of the whole.
+    """
+    unit = size // math.gcd(side, size)
+    reach = 1 + 2 * max(1, math.ceil(side / size))  # of bicubic; bilinear's is shorter
+    low = max(0, (start - reach) * size // side // unit * unit)
+    return low, min(size, -(-(stop + reach) * size // side // unit) * unit)
