@@ -125,7 +125,7 @@ def data(args: argparse.Namespace) -> int:
     print_table(result, ("pictures a CPU second", lambda side: f"{1 / side['picture']:.1f}"))
     ours = result["ours"]
     print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
-    batches = 2 * args.pictures // PICTURE_BATCH
+    batches = args.pictures  # each picture as often as a batch has places
     work = dict(job="scaling", count=args.pictures, size=args.side, batches=batches, core=None)
     scaled = measure(args, work, None)["ours"]
     one, two = (1 / scaled[f"workers_{workers}"] for workers in (1, 2))

@@ -49,6 +49,8 @@ from llava_jax.types import (
 
 # Batches that workers may have ready before they are asked for.
 READ_AHEAD = 6
+# Seconds in which workers have read ahead again.
+SETTLE = 0.5
 # Image tokens of a picture in the data's rows; their number does not matter to the pixels.
 PATCHES = 16
 WORDS = "the a red blue square circle left right of above there is in picture and what how many are".split()
@@ -224,6 +226,7 @@ def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         for workers, batches in readers.items():
             drain(batches, READ_AHEAD, time.perf_counter)  # what was read while the other one's turn was on
             found[f"workers_{workers}"] = drain(batches, work["batches"], time.perf_counter)
+            time.sleep(SETTLE)  # its workers read ahead again, which would slow the other one down
         return {name: spent / (work["batches"] * PICTURE_BATCH) for name, spent in found.items()}
 
     turn()
