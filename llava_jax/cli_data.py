@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_jax.cli_parse import announce
 from llava_jax.cli_train import load_settings
-from llava_jax.data.sources import FORMS
+from llava_jax.data.sources import FORMS, is_dataset
 from llava_jax.types import UNPACKED, DataSettings, InputError
 
 # The flags that a config answers in their place.
@@ -85,7 +85,10 @@ def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any
 
 def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, None]:
     """The same of the single flags, which show each picture as one square."""
-    missing = [f"--{name}" for name in NEEDED if getattr(args, name) is None]
+    # The rows of a data set bring their pictures along.
+    brings = args.annotations is not None and is_dataset(args.annotations)
+    needed = [name for name in NEEDED if name != "images" or not brings]
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         raise InputError(f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} beside the others")
     for name in ("max_length", "patches"):
@@ -95,7 +98,7 @@ def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, N
         raise InputError("--vision and --patches both say what a picture takes; give one of them")
     position, length = args.image_position or "front", args.max_length or 2048
     data = DataSettings(
-        args.annotations, args.images, args.template, position, "pad", length, shuffle=False, **UNPACKED
+        args.annotations, args.images or "", args.template, position, "pad", length, shuffle=False, **UNPACKED
     )
     return data, args.tokenizer, args.patches or patches_of(args.vision), None
 

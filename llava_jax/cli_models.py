@@ -202,4 +202,4 @@ def announce_model(model: "Llava") -> None:
 def need_file(flag: str, path: str | None) -> None:
     """Raises InputError when a flag names a file that is not there: known before a model is read."""
     if path is not None and not os.path.isfile(path):
-        raise InputError(f"{flag}={path}: no such file")
+        raise InputError(f"{flag}={path}: no such file; check the path")

@@ -279,6 +279,9 @@ def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
     rows = pickle.loads(pickle.dumps(load_records(folder)))
     assert [record.turns for record in rows] == [record.turns for record in given]
     assert rows[3].images == (picture,) and rows[10:20][1].id == given[11].id
+    capsys.readouterr()
+    words = ["prepare", "verify", f"--annotations={folder}", "--template=v1", f"--tokenizer={full_size.TOKENIZER}"]
+    assert cli.main(words) == 0 and "60 of 60 rows can be trained" in capsys.readouterr().out
     packed = full_size.settings_of(tmp_path, workers=0, pack=False)
     files, _, _ = full_size.open_batches(packed, 8)
     bytes_, _, _ = full_size.open_batches(full_size.reading(packed, folder), 8)

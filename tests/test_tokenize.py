@@ -1,11 +1,13 @@
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 
 from llava_jax.data.chat import TEMPLATES, Span, find_template, render
 from llava_jax.data.tokenize import StreamDecoder, check_end, cut, encode, expand, load_tokenizer
+from llava_jax.train.assemble import EMBEDDED_TOKENIZER
 from llava_jax.types import Encoded, InputError, Turn
 from tests import make_tokenizers
 
@@ -450,6 +452,15 @@ def test_folder_without_a_tokenizer(tmp_path, files, reason):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=reason):
+        load_tokenizer(str(tmp_path))
+
+
+def test_folder_with_sizes_that_contradict_each_other(tmp_path):
+    """transformers refuses its config.json with an error of its own kind."""
+    shutil.copytree(EMBEDDED_TOKENIZER, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(InputError, match="hidden size .64. is not a multiple"):
         load_tokenizer(str(tmp_path))
 
 

@@ -143,7 +143,9 @@ def _value(decode: Callable[[str, int], tuple], text: _Text, path: str) -> int:
         except ValueError as error:
             if text.whole or len(text.text) - text.place > LONGEST_ROW or not text.more():
                 at = text.before + getattr(error, "pos", text.place)
-                raise InputError(f"{path}: not JSON: {getattr(error, 'msg', error)} at byte {at}") from None
+                raise InputError(
+                    f"{path}: not JSON: {getattr(error, 'msg', error)} at byte {at}; expected a list of rows"
+                ) from None
             continue
         # A number at the end of the window may go on behind it; no row is one, so the next letter tells.
         return end - text.place

@@ -203,9 +203,12 @@ def load_tokenizer(folder: str) -> TextTokenizer:
             f"{folder}: holds no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         )
     _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
+    # Comes with transformers, which raises it for sizes in config.json that contradict each other.
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         source = auto_tokenizer(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
     if not getattr(source, "is_fast", False):
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
