@@ -16,12 +16,16 @@ MESH_AXES = ("data", *FSDP, "tensor")
 
 # Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their
 # width over fsdp (gathered layer by layer) and their heads, mlp and vocabulary over tensor (Megatron's layout). The
-# vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it and never waits for it.
+# vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it, never waits for it, and sees its
+# own pictures where they divide.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP),
+    "pictures": ("data", *FSDP, "tensor"),
     "length": None,
     "embed": FSDP,
     "vision_embed": None,
+    "vision_heads": None,
+    "vision_mlp": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -109,6 +113,11 @@ def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, axes, abstract, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def tensor_ways() -> int:
+    """Devices along the tensor axis of the mesh of `jax.set_mesh`; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -29,11 +29,11 @@ def normalised(pixels_BNXYC: jax.Array, shown_BN: jax.Array, pixels: Pixels) -> 
 class Attention(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         heads = (config.heads, config.width // config.heads)
-        inner = dict(in_axes=("vision_embed",), out_axes=("heads", "head_dim"), bias=True, rngs=rngs)
+        inner = dict(in_axes=("vision_embed",), out_axes=("vision_heads", "head_dim"), bias=True, rngs=rngs)
         self.q = Linear((config.width,), heads, **inner)
         self.k = Linear((config.width,), heads, **inner)
         self.v = Linear((config.width,), heads, **inner)
-        self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("vision_embed",), bias=True, rngs=rngs)
+        self.o = Linear(heads, (config.width,), ("vision_heads", "head_dim"), ("vision_embed",), bias=True, rngs=rngs)
 
     def __call__(self, x_BPE: jax.Array) -> jax.Array:
         return self.o(attention(self.q(x_BPE), self.k(x_BPE), self.v(x_BPE)))
@@ -42,8 +42,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.up = Linear((config.width,), (config.mlp_width,), ("vision_embed",), ("mlp",), bias=True, rngs=rngs)
-        self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("vision_embed",), bias=True, rngs=rngs)
+        how = dict(bias=True, rngs=rngs)
+        self.up = Linear((config.width,), (config.mlp_width,), ("vision_embed",), ("vision_mlp",), **how)
+        self.down = Linear((config.mlp_width,), (config.width,), ("vision_mlp",), ("vision_embed",), **how)
 
     def __call__(self, x_BPE: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x_BPE)))
@@ -97,8 +98,11 @@ class Clip(nnx.Module):
             self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
 
-    def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
-        """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches."""
+    def hidden(self, pixels_BXYC: jax.Array, batch: str = "batch") -> jax.Array:
+        """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches.
+
+        `batch` is the logical axis of B: "pictures" where they also divide over the tensor axis.
+        """
         x_BPE = self.patch(pixels_BXYC)
         if self.class_tokens:
             cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
@@ -106,14 +110,14 @@ class Clip(nnx.Module):
         x_BPE = x_BPE + self.position.astype(x_BPE.dtype)
         if hasattr(self, "pre_norm"):
             x_BPE = self.pre_norm(x_BPE)
-        x_BPE = constrain(x_BPE, "batch", "position", "activation")
+        x_BPE = constrain(x_BPE, batch, "position", "activation")
 
         def body(x_BPE: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return constrain(block(x_BPE), "batch", "position", "activation"), None
+            return constrain(block(x_BPE), batch, "position", "activation"), None
 
         x_BPE, _ = jax.lax.scan(body, x_BPE, self.layers)
         return x_BPE
 
-    def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
+    def __call__(self, pixels_BXYC: jax.Array, batch: str = "batch") -> jax.Array:
         """Patch features [B, P, E] of images float[B, X, Y, 3] (normalised), the class token dropped."""
-        return self.hidden(pixels_BXYC)[:, self.class_tokens :]
+        return self.hidden(pixels_BXYC, batch)[:, self.class_tokens :]

@@ -10,7 +10,7 @@ from llava_jax.layers import Linear, param, torch_uniform
 from llava_jax.models.clip import Clip
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt
-from llava_jax.sharding import constrain
+from llava_jax.sharding import constrain, tensor_ways
 from llava_jax.types import ModelConfig
 
 Params = dict[str, Any]
@@ -80,21 +80,27 @@ class Llava(nnx.Module):
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
         """Projected features [B, N*P, D] of N images a row; image slots are zeros where a row has none.
 
-        The n-th slots of all rows go through the tower together, and not at all where no row has an n-th picture.
+        The n-th slots of all rows go through the tower together, and not at all where no row has an n-th picture. Along
+        the tensor axis of a mesh, whose devices have the same rows, each sees one of as many slots, where they divide.
         """
+        B, N = pixels_BNXYC.shape[:2]
+        together = tensor_ways() if N % tensor_ways() == 0 else 1
+        batch = "pictures" if together > 1 else "batch"
 
         def see(pixels_BXYC: jax.Array) -> jax.Array:
-            return self.vision(pixels_BXYC.astype(self.config.dtype))
+            return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), batch, *("patch",) * 3), batch)
 
-        def see_slot(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
+        def see_slots(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
             like = jax.eval_shape(see, pixels_BXYC)
             blank = lambda pixels: jnp.zeros(like.shape, like.dtype)  # noqa: E731
             return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), see, blank, pixels_BXYC)
 
-        _, seen_NBPE = jax.lax.scan(see_slot, None, pixels_BNXYC.swapaxes(0, 1))
-        B, N = pixels_BNXYC.shape[:2]
-        seen_BPE = constrain(seen_NBPE.swapaxes(0, 1), "batch", "position", "position", "activation")
-        features_BPD = self.projector(seen_BPE.reshape(B, N * seen_BPE.shape[2], seen_BPE.shape[3]))
+        picture = pixels_BNXYC.shape[2:]
+        slots = pixels_BNXYC.reshape(B, N // together, together, *picture).swapaxes(0, 1)
+        _, seen = jax.lax.scan(see_slots, None, slots.reshape(N // together, B * together, *picture))
+        seen_BNPE = seen.reshape(N // together, B, together, *seen.shape[2:]).swapaxes(0, 1)
+        seen_BPE = constrain(seen_BNPE.reshape(B, -1, seen.shape[3]), "batch", "position", "activation")
+        features_BPD = self.projector(seen_BPE)
         return constrain(features_BPD, "batch", "position", "activation")
 
     def embed_and_merge(
