@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from llava_jax.data import sources
 from llava_jax.source import absolute
-from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, DataSettings, InputError, Settings
+from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, WEIGHT_NAMES, DataSettings, InputError, Settings
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
 
@@ -203,9 +203,10 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 def _check_value(key: str, value: Any) -> None:
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"config key {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")
-    if key == "train.remat" and value not in REMATS and not set(value.split("+")) <= set(REMAT_NAMES):
+    names = ("minimal", *REMAT_NAMES, *WEIGHT_NAMES)
+    if key == "train.remat" and value not in REMATS and not set(value.split("+")) <= set(names):
         raise InputError(
-            f"config key {key}: expected one of {', '.join(REMATS)}, or names of {', '.join(REMAT_NAMES)} "
+            f"config key {key}: expected one of {', '.join(REMATS)}, or names of {', '.join(names)} "
             f"joined by '+', got {value!r}"
         )
     if key in RANGES:

@@ -22,6 +22,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP),
     "pictures": ("data", *FSDP, "tensor"),
     "length": None,
+    "split_length": "tensor",
     "embed": FSDP,
     "vision_embed": None,
     "vision_heads": None,
@@ -137,7 +138,12 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
-    """Inside shard_map: the sum of `x` over data and fsdp, of which each device keeps its part along `dimension`.
+    """Inside shard_map: the sum of `x` over data and fsdp, of which each device keeps its part along `dimension`."""
+    return jax.lax.psum(scatter_fsdp(x, dimension), "data")
+
+
+def scatter_fsdp(x: jax.Array, dimension: int) -> jax.Array:
+    """As `scatter_sum`, over fsdp alone.
 
     One axis after the other: along a single axis of a TPU's network this is a true reduce-scatter, over two at once
     the compiler makes an all-reduce of it and cuts the result.
@@ -145,7 +151,7 @@ def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
     for axis in FSDP:
         if jax.sharding.get_abstract_mesh().shape[axis] > 1:
             x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(x, "data")
+    return x
 
 
 def gathered(kernel: jax.Array, *axes: str) -> jax.Array:

@@ -115,17 +115,19 @@ def packed() -> dict[str, Entry]:
     on average, image tokens included, the longest 726 and 2,048.
     """
     found = {}
-    for stage, batch, tokens, length, images, remat in (
-        ("pretrain", 256, 598, 2560, 4, "minimal"),
-        ("finetune", 128, 864, 2048, 3, "kernel+gate+up"),
-        ("finetune", 512, 864, 3584, 4, "kernel"),
-        ("finetune", 1024, 864, 3584, 4, "full"),
+    weights = "minimal+q_weight+k_weight+v_weight+down_weight"
+    for stage, batch, tokens, length, images, remat, mesh in (
+        ("pretrain", 256, 598, 2560, 4, "minimal+down_weight", ""),
+        ("finetune", 128, 864, 3584, 4, weights, "tensor=2"),
+        ("finetune", 512, 864, 3584, 4, "kernel", "fsdp_inner=8"),
+        ("finetune", 1024, 864, 3584, 4, "full", "fsdp_inner=8"),
     ):
         flags = ("--config.data.pack=True", f"--tokens_per_row={tokens}", f"--config.train.batch_size={batch}")
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
-        how, more = tuned(stage, "v5e:8x8")
-        flags += (f"--config.train.remat={remat}", *more)
-        title = f"{stage} of {batch} conversations, packed{how}"
+        flags += (f"--config.train.remat={remat}", "--config.train.compiler_options=tuned")
+        flags += (f"--config.mesh.{mesh}",) * bool(mesh)
+        how = {"": "", "tensor=2": ", tensor 2", "fsdp_inner=8": ", sums in two steps"}[mesh]
+        title = f"{stage} of {batch} conversations, packed, tuned{how}"
         found[f"7b-{stage}-v5e-8x8-packed-{batch}"] = entry(f"7B {title}", "7b", stage, "v5e:8x8", *flags)
     return found
 

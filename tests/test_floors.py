@@ -22,7 +22,7 @@ F1 settings sharding data.chat data.image synthesize.json_stream synthesize.pars
 F1 synthesize.context synthesize.journal synthesize.budget synthesize.endpoint
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
-F2 ops.product
+F2 ops.product ops.ring
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.row convert.chat_jinja convert.safetensors_io
 F2 convert.chat_known
 F2 plan_cost

@@ -40,7 +40,11 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(optim__lr=float("nan")), "config key optim.lr"),
         (dict(train__keep=0), "config key train.keep"),
         (dict(train__steps=0, train__epochs=0.0), "train.steps and train.epochs are both 0"),
-        (dict(train__remat="kernel+z"), "train.remat: expected one of none, dots, minimal, full, or names of kernel"),
+        (
+            dict(train__remat="kernel+z"),
+            "train.remat: expected one of none, dots, minimal, full, or names of minimal, kernel",
+        ),
+        (dict(train__remat="full+down_weight"), "joined by '+', got 'full+down_weight'"),
         (dict(data__pack=True, train__loss_norm="rank_mean"), "expected global_token with data.pack=True"),
         (dict(data__pack_length=512), "set data.pack=True, or both to 0"),
         (dict(data__group_by="modality_length", data__pack=True), "data.pack=True each order the rows"),

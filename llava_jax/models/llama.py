@@ -8,19 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.layers import Linear, RMSNorm, normal, param
+from llava_jax.layers import Linear, RMSNorm, fan_in, fan_out, normal, param
 from llava_jax.ops.attention import attention
+from llava_jax.ops.ring import in_order, pieces_of
 from llava_jax.ops.rope import angles, rotate
-from llava_jax.sharding import constrain, gathered
+from llava_jax.sharding import constrain, gathered, tensor_ways
 from llava_jax.types import REMAT_NAMES, LlamaConfig
 
 
 def remat_policy(remat: str) -> Callable[..., bool]:
-    """What the backward pass finds of a block: the names of REMAT_NAMES in `remat`, joined by '+'; full: nothing."""
+    """What the backward pass finds of a block: the names in `remat`, joined by '+'; minimal: all of REMAT_NAMES."""
     if remat == "dots":
         return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    names = () if remat == "full" else REMAT_NAMES if remat == "minimal" else remat.split("+")
-    return jax.checkpoint_policies.save_only_these_names(*names)
+    names = set() if remat == "full" else set(remat.split("+"))
+    if "minimal" in names:
+        names = names - {"minimal"} | set(REMAT_NAMES)
+    return jax.checkpoint_policies.save_only_these_names(*sorted(names))
 
 
 class Cache(NamedTuple):
@@ -40,35 +43,43 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         heads, kv_heads = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
         inner = dict(bias=config.attention_bias, rngs=rngs)
-        self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), **inner)
-        self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), **inner)
-        self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), **inner)
-        outer = dict(bias=config.output_bias, rngs=rngs)
+        self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), name="q_weight", **inner)
+        self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), name="k_weight", **inner)
+        self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), name="v_weight", **inner)
+        outer = dict(bias=config.output_bias, name="o_weight", rngs=rngs)
         self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **outer)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
 
-    def qkv(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BTNH, k_BTKH = self.q(x_BTD), self.k(x_BTD)
+    def qkv(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], around: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q_BTNH, k_BTKH, v_BTKH = map(in_order, fan_out(x_BTD, (self.q, self.k, self.v), around))
         if hasattr(self, "q_norm"):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = constrain(rotate(q_BTNH, *rope), "batch", "length", "heads", "head_dim")
         k_BTKH = constrain(rotate(k_BTKH, *rope), "batch", "length", "kv_heads", "head_dim")
-        v_BTKH = constrain(self.v(x_BTD), "batch", "length", "kv_heads", "head_dim")
+        v_BTKH = constrain(v_BTKH, "batch", "length", "kv_heads", "head_dim")
         return checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
+
+    def output(self, out_BTNH: jax.Array, around: bool = False) -> jax.Array:
+        return fan_in(pieces_of(out_BTNH) if around else (out_BTNH,), self.o, around)
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         inner = dict(in_axes=("embed",), out_axes=("mlp",), bias=config.mlp_bias, rngs=rngs)
-        self.gate = Linear((config.width,), (config.mlp_width,), **inner)
-        self.up = Linear((config.width,), (config.mlp_width,), **inner)
-        self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("embed",), bias=config.mlp_bias, rngs=rngs)
+        self.gate = Linear((config.width,), (config.mlp_width,), name="gate_weight", **inner)
+        self.up = Linear((config.width,), (config.mlp_width,), name="up_weight", **inner)
+        outer = dict(bias=config.mlp_bias, name="down_weight", rngs=rngs)
+        self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("embed",), **outer)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = checkpoint_name(self.gate(x_BTD), "gate"), checkpoint_name(self.up(x_BTD), "up")
-        return self.down(jax.nn.silu(gate_BTF) * up_BTF)
+    def __call__(self, x_BTD: jax.Array, around: bool = False) -> jax.Array:
+        def hidden(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+            return jax.nn.silu(checkpoint_name(gate_BTF, "gate")) * checkpoint_name(up_BTF, "up")
+
+        return fan_in(tuple(map(hidden, *fan_out(x_BTD, (self.gate, self.up), around))), self.down, around)
 
 
 class Block(nnx.Module):
@@ -85,12 +96,23 @@ class Block(nnx.Module):
 
         `how` is what ops.attention is told beside the arrays: implementation, block, window.
         """
-        x_BTD = constrain(x_BTD, "batch", "length", "activation")
-        q, k, v = self.attn.qkv(self.attn_norm(x_BTD), rope)
+        around = self.goes_around(x_BTD.shape[1])
+        lies = ("batch", "split_length" if around else "length", "activation")
+        x_BTD = constrain(x_BTD, *lies)
+        q, k, v = self.attn.qkv(self.attn_norm(x_BTD), rope, around)
         out_BTNH = attention(q, k, v, causal=True, segment_ids_BT=segment_ids_BT, **how)
-        x_BTD = checkpoint_name(x_BTD + self.attn.o(out_BTNH), "middle")
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, "batch", "length", "activation"), (k, v)
+        x_BTD = checkpoint_name(x_BTD + self.attn.output(out_BTNH, around), "middle")
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), around)
+        return constrain(x_BTD, *lies), (k, v)
+
+    def goes_around(self, length: int) -> bool:
+        """Whether rows of `length` are split along T over the tensor axis and go round it (ops.ring).
+
+        Adapters take whole rows: a decoder that has them gathers and sums instead.
+        """
+        linears = (self.attn.q, self.attn.k, self.attn.v, self.attn.o, self.mlp.gate, self.mlp.up, self.mlp.down)
+        adapted = any(hasattr(linear, "adapter") for linear in linears)
+        return tensor_ways() > 1 and length % tensor_ways() == 0 and not adapted
 
     def decode(
         self, x_B1D: jax.Array, rope: tuple[jax.Array, jax.Array], cache: Cache, layer: jax.Array, seen_BS: jax.Array
@@ -100,7 +122,7 @@ class Block(nnx.Module):
         rows = jnp.arange(x_B1D.shape[0])
         k_LBSKH = cache.k_LBSKH.at[layer, rows, cache.length_B].set(k[:, 0])
         v_LBSKH = cache.v_LBSKH.at[layer, rows, cache.length_B].set(v[:, 0])
-        x_B1D = x_B1D + self.attn.o(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
+        x_B1D = x_B1D + self.attn.output(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
         return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBSKH, v_LBSKH, cache.length_B)
 
 

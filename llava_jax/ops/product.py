@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.sharding import gathered, scatter_sum, spec_of
 
@@ -13,33 +14,35 @@ def sums_in_two_steps() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("fsdp_inner", 1) > 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, name: str) -> jax.Array:
     """x [rows, *in] times kernel [*in, *out] with logical `axes`, of which the first or the last is `embed`.
 
-    The gradient of the kernel is made on each device from its own rows and summed by `scatter_sum` as a matrix
-    [embed, rest]: a reduce-scatter along the first dimension is what libtpu runs beside the products that follow.
+    Whole, the kernel has the `name` that train.remat knows. Its gradient is made on each device from its own rows and
+    summed by `scatter_sum` as a matrix [embed, rest]: a reduce-scatter along the first dimension is what libtpu runs
+    beside the products that follow.
     """
     return jnp.tensordot(x, gathered(kernel, *axes), axes=in_dims)
 
 
 def _forward(
-    x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int
+    x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, name: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # The product itself, not `product`: remat policies that keep matrix products look for it.
-    return jnp.tensordot(x, gathered(kernel, *axes), axes=in_dims), (x, kernel)
+    whole = checkpoint_name(gathered(kernel, *axes), name)
+    return jnp.tensordot(x, whole, axes=in_dims), (x, whole)
 
 
 def _backward(
-    axes: tuple[str, ...], in_dims: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+    axes: tuple[str, ...], in_dims: int, name: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     out_dims = kernel.ndim - in_dims
     over_out = tuple(range(1, 1 + out_dims)), tuple(range(in_dims, kernel.ndim))
-    dx = jnp.tensordot(dy, gathered(kernel, *axes), axes=over_out)
+    dx = jnp.tensordot(dy, kernel, axes=over_out)
 
-    whole = ["activation" if axis == "embed" else axis for axis in axes]
-    rows_in, rows_out = (spec_of(("batch", *of), 1 + len(of)) for of in (whole[:in_dims], whole[in_dims:]))
+    used = ["activation" if axis == "embed" else axis for axis in axes]
+    rows_in, rows_out = (spec_of(("batch", *of), 1 + len(of)) for of in (used[:in_dims], used[in_dims:]))
     local = functools.partial(_local_gradient, embed_first=axes[0] == "embed")
     # check_vma: scatter_sum is what makes the result equal on the mesh.
     dkernel = jax.shard_map(local, in_specs=(rows_in, rows_out), out_specs=spec_of(axes, len(axes)), check_vma=False)
