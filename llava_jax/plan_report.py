@@ -194,8 +194,8 @@ def sweep_line(figures: Figures) -> str:
 
 
 def _row(cells: tuple[str, ...]) -> str:
-    widths = (12, 12, 10, 10, 10, 8, 14, 0)
-    return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    widths = (11, 11, 9, 9, 9, 7, 13, 0)
+    return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def best(plans: list[Figures]) -> Figures | None:

@@ -212,12 +212,11 @@ def row(title: str, figures: dict) -> str:
     gib = {key: figures[key] / 2**30 for key in ("argument_bytes", "temporary_bytes", "peak_bytes", "hbm_bytes")}
     held = f"{gib['argument_bytes']:.1f} + {gib['temporary_bytes']:.1f}"
     memory = f"{held}, {gib['peak_bytes']:.1f} of {gib['hbm_bytes']:.1f}"
-    shards = figures["mesh"]["data"] * figures["mesh"]["fsdp"]
     slices = f"{figures['slices']} x " if figures["slices"] > 1 else ""
     cells = (
         title,
         f"{slices}{figures['topology']}",
-        f"{figures['rows'] / shards:g} x {figures['length']}",
+        f"{figures['rows'] / figures['chips']:g} x {figures['length']}",
         figures["remat"],
         memory,
         f"{1000 * figures['step_seconds']:,.0f} ms",

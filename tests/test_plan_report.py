@@ -99,6 +99,9 @@ def test_the_best_plan_fits_and_is_the_fastest():
     assert plan_report.best([slow, fast, large, unfinished]) is fast
     assert plan_report.best([large]) is None
     assert "does not fit" in plan_report.sweep_line(large)
+    assert " minimal+q_weight+down_weight " in plan_report.sweep_line(
+        {**FIGURES, "remat": "minimal+q_weight+down_weight"}
+    )
     end = plan_report.sweep_end([slow, fast], fast)
     assert "--config.train.batch_size=128 --config.train.remat=none --config.mesh.data=2" in end and "±8 %" in end
     assert "accumulate=1" in end and "pack_length" not in end and "data set" not in end
