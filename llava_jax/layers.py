@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.ops.product import product, sums_in_two_steps
 from llava_jax.ops.ring import Pieces, columns, rows
-from llava_jax.sharding import gathered
+from llava_jax.sharding import gathered, named
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -39,8 +38,8 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequenc
 class Linear(nnx.Module):
     """Affine map from the last `in_shape` dimensions to `out_shape`; kernel [*in_shape, *out_shape].
 
-    models.lora may add an `adapter` and keep the kernel in four bits. Gathered from all devices, the kernel has the
-    `name` that train.remat knows.
+    models.lora may add an `adapter` and keep the kernel in four bits. `remat_name` is what train.remat calls the
+    kernel once it is gathered from all devices.
     """
 
     def __init__(
@@ -54,9 +53,9 @@ class Linear(nnx.Module):
         bias: bool = False,
         init: Initializer = normal,
         bias_init: Initializer = zeros,
-        name: str = "weight",
+        remat_name: str = "",
     ):
-        self.in_dims, self.axes, self.name = len(in_shape), (*in_axes, *out_axes), name
+        self.in_dims, self.axes, self.remat_name = len(in_shape), (*in_axes, *out_axes), remat_name
         self.kernel = param(rngs, init, (*in_shape, *out_shape), self.axes)
         if bias:
             self.bias = param(rngs, bias_init, out_shape, out_axes)
@@ -66,7 +65,7 @@ class Linear(nnx.Module):
         lead, in_shape = x.shape[: x.ndim - self.in_dims], x.shape[x.ndim - self.in_dims :]
         flat = x.reshape(-1, *in_shape)
         if "embed" in self.axes and sums_in_two_steps():
-            y = product(flat, self.kernel.astype(x.dtype), self.axes, self.in_dims, self.name)
+            y = product(flat, self.kernel.astype(x.dtype), self.axes, self.in_dims, self.remat_name)
         else:
             y = jnp.tensordot(flat, self.whole_kernel(x.dtype), axes=self.in_dims)
         if hasattr(self, "adapter"):
@@ -76,13 +75,13 @@ class Linear(nnx.Module):
 
     def whole_kernel(self, dtype: jnp.dtype) -> jax.Array:
         """The kernel whole along `embed`, in the dtype of a product."""
-        return checkpoint_name(gathered(self.kernel.astype(dtype), *self.axes), self.name)
+        return named(gathered(self.kernel.astype(dtype), *self.axes), self.remat_name)
 
     def biased(self, y: jax.Array) -> jax.Array:
         return y + self.bias.astype(y.dtype) if hasattr(self, "bias") else y
 
 
-def fan_out(x_BTD: jax.Array, linears: Sequence[Linear], around: bool) -> tuple[Pieces, ...]:
+def through_columns(x_BTD: jax.Array, linears: Sequence[Linear], around: bool) -> tuple[Pieces, ...]:
     """x times each layer. `around`: x is split along T, and each result is the pieces of ops.ring; else one array."""
     if not around:
         return tuple((linear(x_BTD),) for linear in linears)
@@ -90,12 +89,12 @@ def fan_out(x_BTD: jax.Array, linears: Sequence[Linear], around: bool) -> tuple[
     return tuple(tuple(map(linear.biased, pieces)) for linear, pieces in zip(linears, results, strict=True))
 
 
-def fan_in(pieces: Pieces, linear: Linear, around: bool) -> jax.Array:
-    """What came of `fan_out`, element by element, times a layer [*in, D]: [B, T, D], `around` split along T."""
+def through_rows(pieces: Pieces, linear: Linear, around: bool) -> jax.Array:
+    """Features, in pieces or one array as `through_columns` gives them, times a layer: [B, T, D], `around` along T."""
     if not around:
         return linear(*pieces)
     dtype = pieces[0].dtype
-    return linear.biased(rows(pieces, linear.kernel.astype(dtype), linear.axes, linear.name))
+    return linear.biased(rows(pieces, linear.kernel.astype(dtype), linear.axes, linear.remat_name))
 
 
 class LayerNorm(nnx.Module):

@@ -123,7 +123,10 @@ def communication(collective: Instruction, chip: Chip, layout: Layout) -> tuple[
         "all-to-all": sum(sizes) * others / 4,
     }.get(collective.collective, sum(sizes))
     ways = 2 if layout.rings else 1
-    return wire / (chip.link_bytes_per_second * used * ways) + sum(layout.sizes) / ways * HOP_SECONDS, wire
+    seconds = wire / (chip.link_bytes_per_second * used * ways) + sum(layout.sizes) / ways * HOP_SECONDS
+    # The type of an asynchronous permute has what is sent and what is received: over two axes this is its time on the
+    # one link between neighbours.
+    return seconds, max(sizes, default=0) if collective.collective == "collective-permute" else wire
 
 
 def kernel(call: Instruction, chip: Chip, fused_backward: bool) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from llava_jax.chips import GIB
 from llava_jax.data.pipeline import steps_for
 from llava_jax.settings import REMATS
 from llava_jax.sharding import SIZES
+from llava_jax.types import WEIGHT_NAMES
 
 Figures = dict[str, Any]
 
@@ -132,9 +133,13 @@ def advice(figures: Figures) -> list[str]:
     held = figures["trainable"] / (mesh["fsdp"] * mesh["tensor"])
     micro = figures["rows"] // (mesh["data"] * mesh["fsdp"] * figures["accumulate"])
     lines = []
-    if figures["remat"] != "full":
+    kept = figures["remat"].split("+")
+    without = "+".join(name for name in kept if name not in WEIGHT_NAMES) or "full"
+    if without != figures["remat"]:
+        lines.append(f"--config.train.remat={without} gathers weights again for the way back")
+    if without != "full":
         # What is not in the list keeps some names, and "full" keeps none.
-        after = REMATS[REMATS.index(figures["remat"]) + 1] if figures["remat"] in REMATS else "full"
+        after = REMATS[REMATS.index(without) + 1] if without in REMATS else "full"
         lines.append(f"--config.train.remat={after} keeps less for the way back and computes it again")
     if micro > 1:
         flag = f"--config.train.accumulate={figures['accumulate'] * micro}"

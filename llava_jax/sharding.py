@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -17,7 +18,7 @@ MESH_AXES = ("data", *FSDP, "tensor")
 # Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their
 # width over fsdp (gathered layer by layer) and their heads, mlp and vocabulary over tensor (Megatron's layout). The
 # vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it, never waits for it, and sees its
-# own pictures where they divide.
+# own pictures.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP),
     "pictures": ("data", *FSDP, "tensor"),
@@ -161,3 +162,9 @@ def gathered(kernel: jax.Array, *axes: str) -> jax.Array:
     it does), which takes twice the time.
     """
     return constrain(kernel, *("activation" if axis == "embed" else axis for axis in axes))
+
+
+def named(kernel: jax.Array, name: str) -> jax.Array:
+    """A gathered weight under the name that train.remat may keep it by; where fsdp is 1 nothing was gathered."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return checkpoint_name(kernel, name) if name and any(sizes.get(axis, 1) > 1 for axis in FSDP) else kernel

@@ -125,6 +125,14 @@ def test_a_synchronous_collective_is_exposed_whole(collective, wire):
     assert found.communication_seconds == pytest.approx(seconds)
 
 
+def test_an_asynchronous_permute_takes_one_link_and_sends_its_array_once():
+    start = f"%s = ({MEGABYTE}, {MEGABYTE}, u32[], u32[]) collective-permute-start(%a), channel_id=1"
+    done = f"%x = {MEGABYTE} collective-permute-done(%s), channel_id=1"
+    found = priced("%a = bf16[1000,500]{1,0} parameter(0)", start, done)
+    assert found.wire_bytes == pytest.approx(1e6)
+    assert found.seconds == found.breakdown["communication_exposed"] == pytest.approx(1e6 / LINK + HOPS, rel=1e-4)
+
+
 def test_rings_go_both_ways_and_part_of_the_chips_use_part_of_the_axes():
     line = f"%x = {MEGABYTE} all-gather(%a), replica_groups={{{{0,1,2,3}}}}"
     ring = priced(line, chip=CHIPS["v5p"], layout=Layout((4, 4, 4), rings=True))

@@ -80,6 +80,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change():
     ]
     assert "-1.75 GiB" in advice[2] and f"-{4 * 6.4e9 / 32 / GIB:.2f} GiB" in advice[3]
     assert "remat=full " in plan_report.advice({**LARGE, "remat": "q+k"})[0]
+    weights = plan_report.advice({**LARGE, "remat": "minimal+q_weight+down_weight"})
+    assert "remat=minimal gathers weights again" in weights[0] and "remat=full keeps less" in weights[1]
+    assert "remat=full gathers weights again" in plan_report.advice({**LARGE, "remat": "down_weight"})[0]
     summed = plan_report.advice({**LARGE, "accumulate": 2})[1]
     assert summed.startswith("--config.train.accumulate=1 --config.train.batch_size=64: ") and "0.75 GiB" in summed
     least = {**LARGE, "remat": "full", "rows": 64, "mesh": {"data": 1, "fsdp": 64, "tensor": 1}}

@@ -68,16 +68,19 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 
 TIED = dataclasses.replace(TINY.llm, tied=True, attention_bias=True, mlp_bias=True)
+NORMED = dataclasses.replace(TINY.llm, family="qwen3")
+KEPT = dataclasses.replace(TINY, remat="minimal+q_weight+o_weight+down_weight", llm=NORMED)
 PRESETS = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2), (2, 4, 1, 2))
 
 EIGHT_DEVICES = textwrap.dedent("""
     import dataclasses
     import jax, numpy as np
+    from flax import nnx
     from llava_jax.models import llava
     from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.train.step import batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
-    from tests.test_sharding import PRESETS, TIED, TINY
+    from tests.test_sharding import KEPT, PRESETS, TIED, TINY
 
     graphdef, abstract = llava.build(TINY)
     params = llava.init(TINY, 0)
@@ -151,15 +154,31 @@ EIGHT_DEVICES = textwrap.dedent("""
 
     # Forward: x to q, k, v; o; x to gate and up; down. Backward: the same, and x again for the gradients of columns.
     assert count(" ppermute", (1, 4, 2), "minimal") == 4 + 6, count(" ppermute", (1, 4, 2), "minimal")
+    assert count("dot_general", (1, 4, 2), "dots") == count("dot_general", (1, 4, 2), "full") - 12
     assert count(" all_gather[", (1, 4, 2), "full") == 4
     assert count(" all_gather[", (1, 4, 2), "o_weight+down_weight") == 2
     for mesh in ((1, 4, 2), (1, 8, 1), (1, 8, 1, 4)):
         none, two = (count("sharding_constraint", mesh, remat) for remat in ("full", "q_weight+up_weight"))
         assert two == none - 2, (mesh, none, two)
+    assert count("name=down_weight", (8, 1, 1), "full") == 0 < count("name=down_weight", (1, 8, 1), "full")
     odd = batch._replace(**{name: getattr(batch, name)[:, :-1] for name in (
         "tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT")})
     assert " ppermute" not in traced((1, 4, 2), "full", odd)
     print("equal rings")
+
+    # Devices along tensor divide the pictures: of two rows a shard; two slots of its one row; three, made four.
+    graphdef, abstract = llava.build(TINY)
+    mesh = make_mesh(MeshSettings(1, 4, 2))
+    for rows, slots in ((8, 2), (4, 2), (4, 3)):
+        shown = rng.normal(size=(rows, slots, 16, 16, 3)).astype(np.float32)
+        see = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).image_features(pixels))
+        want = see(params, shown)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
+            compiled = see.lower(placed, jax.device_put(shown, batch_sharding(mesh))).compile()
+            close(compiled(placed, jax.device_put(shown, batch_sharding(mesh))), want)
+        assert "f32[1,5,32]" in compiled.as_text() and "f32[2,5,32]" not in compiled.as_text(), (rows, slots)
+    print("equal pictures")
 
     # The frozen head, no pictures, and a head that is the embedding, where every axis is used.
     plain = dict(accumulate=1, loss_norm="global_token")
@@ -168,6 +187,7 @@ EIGHT_DEVICES = textwrap.dedent("""
         ("pretrain", TINY, batch, "pretrain"),
         ("text", TINY, text, "finetune"),
         ("tied", dataclasses.replace(TINY, llm=TIED), batch, "finetune"),
+        ("kept", KEPT, batch._replace(pixels_BNXYC=pixels[:, [0, 1, 0]]), "finetune"),
     ):
         how["graphdef"], abstract = llava.build(config)
         params = llava.init(config, 0)
@@ -187,4 +207,4 @@ def test_sharded_loss_and_gradient_equal_the_single_device_ones():
     env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == len(PRESETS) + 5
+    assert done.stdout.count("equal") == len(PRESETS) + 7

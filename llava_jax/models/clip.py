@@ -98,10 +98,10 @@ class Clip(nnx.Module):
             self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
 
-    def hidden(self, pixels_BXYC: jax.Array, batch: str = "batch") -> jax.Array:
+    def hidden(self, pixels_BXYC: jax.Array, axis: str = "batch") -> jax.Array:
         """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches.
 
-        `batch` is the logical axis of B: "pictures" where they also divide over the tensor axis.
+        `axis` is the logical axis of B: "pictures" where they also lie split over the tensor axis.
         """
         x_BPE = self.patch(pixels_BXYC)
         if self.class_tokens:
@@ -110,14 +110,14 @@ class Clip(nnx.Module):
         x_BPE = x_BPE + self.position.astype(x_BPE.dtype)
         if hasattr(self, "pre_norm"):
             x_BPE = self.pre_norm(x_BPE)
-        x_BPE = constrain(x_BPE, batch, "position", "activation")
+        x_BPE = constrain(x_BPE, axis, "position", "activation")
 
         def body(x_BPE: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return constrain(block(x_BPE), batch, "position", "activation"), None
+            return constrain(block(x_BPE), axis, "position", "activation"), None
 
         x_BPE, _ = jax.lax.scan(body, x_BPE, self.layers)
         return x_BPE
 
-    def __call__(self, pixels_BXYC: jax.Array, batch: str = "batch") -> jax.Array:
+    def __call__(self, pixels_BXYC: jax.Array, axis: str = "batch") -> jax.Array:
         """Patch features [B, P, E] of images float[B, X, Y, 3] (normalised), the class token dropped."""
-        return self.hidden(pixels_BXYC, batch)[:, self.class_tokens :]
+        return self.hidden(pixels_BXYC, axis)[:, self.class_tokens :]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.layers import Linear, RMSNorm, fan_in, fan_out, normal, param
+from llava_jax.layers import Linear, RMSNorm, normal, param, through_columns, through_rows
 from llava_jax.ops.attention import attention
 from llava_jax.ops.ring import in_order, pieces_of
 from llava_jax.ops.rope import angles, rotate
@@ -43,10 +43,10 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         heads, kv_heads = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
         inner = dict(bias=config.attention_bias, rngs=rngs)
-        self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), name="q_weight", **inner)
-        self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), name="k_weight", **inner)
-        self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), name="v_weight", **inner)
-        outer = dict(bias=config.output_bias, name="o_weight", rngs=rngs)
+        self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), remat_name="q_weight", **inner)
+        self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), remat_name="k_weight", **inner)
+        self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), remat_name="v_weight", **inner)
+        outer = dict(bias=config.output_bias, remat_name="o_weight", rngs=rngs)
         self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **outer)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     def qkv(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], around: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BTNH, k_BTKH, v_BTKH = map(in_order, fan_out(x_BTD, (self.q, self.k, self.v), around))
+        q_BTNH, k_BTKH, v_BTKH = map(in_order, through_columns(x_BTD, (self.q, self.k, self.v), around))
         if hasattr(self, "q_norm"):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = constrain(rotate(q_BTNH, *rope), "batch", "length", "heads", "head_dim")
@@ -64,22 +64,24 @@ class Attention(nnx.Module):
         return checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
 
     def output(self, out_BTNH: jax.Array, around: bool = False) -> jax.Array:
-        return fan_in(pieces_of(out_BTNH) if around else (out_BTNH,), self.o, around)
+        return through_rows(pieces_of(out_BTNH) if around else (out_BTNH,), self.o, around)
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         inner = dict(in_axes=("embed",), out_axes=("mlp",), bias=config.mlp_bias, rngs=rngs)
-        self.gate = Linear((config.width,), (config.mlp_width,), name="gate_weight", **inner)
-        self.up = Linear((config.width,), (config.mlp_width,), name="up_weight", **inner)
-        outer = dict(bias=config.mlp_bias, name="down_weight", rngs=rngs)
+        self.gate = Linear((config.width,), (config.mlp_width,), remat_name="gate_weight", **inner)
+        self.up = Linear((config.width,), (config.mlp_width,), remat_name="up_weight", **inner)
+        outer = dict(bias=config.mlp_bias, remat_name="down_weight", rngs=rngs)
         self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("embed",), **outer)
 
     def __call__(self, x_BTD: jax.Array, around: bool = False) -> jax.Array:
         def hidden(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
             return jax.nn.silu(checkpoint_name(gate_BTF, "gate")) * checkpoint_name(up_BTF, "up")
 
-        return fan_in(tuple(map(hidden, *fan_out(x_BTD, (self.gate, self.up), around))), self.down, around)
+        return through_rows(
+            tuple(map(hidden, *through_columns(x_BTD, (self.gate, self.up), around))), self.down, around
+        )
 
 
 class Block(nnx.Module):
@@ -110,8 +112,8 @@ class Block(nnx.Module):
 
         Adapters take whole rows: a decoder that has them gathers and sums instead.
         """
-        linears = (self.attn.q, self.attn.k, self.attn.v, self.attn.o, self.mlp.gate, self.mlp.up, self.mlp.down)
-        adapted = any(hasattr(linear, "adapter") for linear in linears)
+        layers = (*vars(self.attn).values(), *vars(self.mlp).values())
+        adapted = any(hasattr(layer, "adapter") for layer in layers)
         return tensor_ways() > 1 and length % tensor_ways() == 0 and not adapted
 
     def decode(

@@ -1,5 +1,6 @@
 """LLaVA: CLIP sees, a projector translates, image features take the place of image tokens, LLaMA answers."""
 
+import math
 from typing import Any
 
 import jax
@@ -62,6 +63,12 @@ def merge(
     return jnp.where(is_image_BT[..., None], taken_BTD.astype(x_BTD.dtype), x_BTD)
 
 
+def slots_together(rows: int) -> int:
+    """Picture slots of each of `rows` rows that together divide over all devices; 1 without a tensor axis."""
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
+    return devices // math.gcd(devices, rows) if tensor_ways() > 1 else 1
+
+
 class Llava(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -80,26 +87,32 @@ class Llava(nnx.Module):
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
         """Projected features [B, N*P, D] of N images a row; image slots are zeros where a row has none.
 
-        The n-th slots of all rows go through the tower together, and not at all where no row has an n-th picture. Along
-        the tensor axis of a mesh, whose devices have the same rows, each sees one of as many slots, where they divide.
+        Slots go through the tower one after the other, those of all rows together, and not at all where no row has a
+        picture in it. Devices along the tensor axis of a mesh have the same rows, and divide the pictures: where the
+        rows do not divide, as many slots go together as make them, blank ones at the end among them.
         """
         B, N = pixels_BNXYC.shape[:2]
-        together = tensor_ways() if N % tensor_ways() == 0 else 1
-        batch = "pictures" if together > 1 else "batch"
+        together = slots_together(B)
+        axis = "pictures" if tensor_ways() > 1 else "batch"
+        if N % together:
+            pixels_BNXYC = jnp.pad(pixels_BNXYC, ((0, 0), (0, -N % together), (0, 0), (0, 0), (0, 0)))
 
         def see(pixels_BXYC: jax.Array) -> jax.Array:
-            return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), batch, *("patch",) * 3), batch)
+            return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), axis, *("patch",) * 3), axis)
 
         def see_slots(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
             like = jax.eval_shape(see, pixels_BXYC)
             blank = lambda pixels: jnp.zeros(like.shape, like.dtype)  # noqa: E731
             return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), see, blank, pixels_BXYC)
 
-        picture = pixels_BNXYC.shape[2:]
-        slots = pixels_BNXYC.reshape(B, N // together, together, *picture).swapaxes(0, 1)
-        _, seen = jax.lax.scan(see_slots, None, slots.reshape(N // together, B * together, *picture))
-        seen_BNPE = seen.reshape(N // together, B, together, *seen.shape[2:]).swapaxes(0, 1)
-        seen_BPE = constrain(seen_BNPE.reshape(B, -1, seen.shape[3]), "batch", "position", "activation")
+        turns, picture = pixels_BNXYC.shape[1] // together, pixels_BNXYC.shape[2:]
+        slots = pixels_BNXYC.reshape(B, turns, together, *picture).swapaxes(0, 1)
+        _, seen = jax.lax.scan(see_slots, None, slots.reshape(turns, B * together, *picture))
+        seen_BNPE = seen.reshape(turns, B, together, *seen.shape[2:]).swapaxes(0, 1)
+        seen_BPE = seen_BNPE.reshape(B, -1, seen.shape[3])
+        if N % together:
+            seen_BPE = seen_BPE[:, : N * seen.shape[2]]
+        seen_BPE = constrain(seen_BPE, "batch", "position", "activation")
         features_BPD = self.projector(seen_BPE)
         return constrain(features_BPD, "batch", "position", "activation")
 

@@ -4,13 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.sharding import gathered, scatter_sum, spec_of
+from llava_jax.sharding import gathered, named, scatter_sum, spec_of
 
 
 def sums_in_two_steps() -> bool:
-    """Whether the mesh of `jax.set_mesh` has two fsdp axes (mesh.fsdp_inner > 1)."""
+    """Whether the mesh of `jax.set_mesh` has two fsdp axes (mesh.fsdp_inner > 1).
+
+    Round the tensor axis (ops.ring) only o and down are summed along one after the other.
+    """
     return jax.sharding.get_abstract_mesh().shape.get("fsdp_inner", 1) > 1
 
 
@@ -29,7 +31,7 @@ def _forward(
     x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, name: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # The product itself, not `product`: remat policies that keep matrix products look for it.
-    whole = checkpoint_name(gathered(kernel, *axes), name)
+    whole = named(gathered(kernel, *axes), name)
     return jnp.tensordot(x, whole, axes=in_dims), (x, whole)
 
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from llava_jax.sharding import FSDP, RULES, scatter_fsdp, spec_of, tensor_ways
+from llava_jax.sharding import FSDP, RULES, named, scatter_fsdp, spec_of, tensor_ways
 
 Pieces = tuple[jax.Array, ...]
 
@@ -56,25 +55,12 @@ def in_order(pieces: Sequence[jax.Array]) -> jax.Array:
     """[B, T, *features] of its pieces; one piece is all of it."""
     if len(pieces) == 1:
         return pieces[0]
-
-    def put(pieces: Pieces) -> jax.Array:
-        B, t, *features = pieces[0].shape
-        whole = jax.lax.empty((B, len(pieces) * t, *features), pieces[0].dtype)
-        for place, piece in zip(_places(t), pieces, strict=True):
-            whole = jax.lax.dynamic_update_slice_in_dim(whole, piece, place, axis=1)
-        return whole
-
-    return _around(put, ((FEATURES,) * len(pieces),), FEATURES)(tuple(pieces))
+    return _around(_put, ((FEATURES,) * len(pieces),), FEATURES)(tuple(pieces))
 
 
 def pieces_of(h: jax.Array) -> Pieces:
     """The pieces of h [B, T, *features]."""
-
-    def take(h: jax.Array) -> Pieces:
-        t = h.shape[1] // tensor_ways()
-        return tuple(jax.lax.dynamic_slice_in_dim(h, place, t, axis=1) for place in _places(t))
-
-    return _around(take, (FEATURES,), (FEATURES,) * tensor_ways())(h)
+    return _around(_take, (FEATURES,), (FEATURES,) * tensor_ways())(h)
 
 
 # ---- on one device ----------------------------------------------------------------------------------------------
@@ -90,6 +76,26 @@ def _places(t: int) -> list[jax.Array]:
     """Where in T the pieces of this device begin."""
     ways, own = tensor_ways(), jax.lax.axis_index("tensor")
     return [(own + i) % ways * t for i in range(ways)]
+
+
+@jax.custom_vjp
+def _put(pieces: Pieces) -> jax.Array:
+    B, t, *features = pieces[0].shape
+    h = jax.lax.empty((B, len(pieces) * t, *features), pieces[0].dtype)
+    for place, piece in zip(_places(t), pieces, strict=True):
+        h = jax.lax.dynamic_update_slice_in_dim(h, piece, place, axis=1)
+    return h
+
+
+@jax.custom_vjp
+def _take(h: jax.Array) -> Pieces:
+    t = h.shape[1] // tensor_ways()
+    return tuple(jax.lax.dynamic_slice_in_dim(h, place, t, axis=1) for place in _places(t))
+
+
+# Each is the other's way back; left to find that, jax adds up arrays that are zero but for a piece.
+_put.defvjp(lambda pieces: (_put(pieces), None), lambda _, dh: (_take(dh),))
+_take.defvjp(lambda h: (_take(h), None), lambda _, dpieces: (_put(dpieces),))
 
 
 def _received(x_BtD: jax.Array) -> list[jax.Array]:
@@ -122,12 +128,13 @@ def _gradient(inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> jax.
 
 @jax.custom_vjp
 def _columns(x_BtD: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[Pieces, ...]:
-    held = _received(x_BtD)
-    return tuple(tuple(jnp.tensordot(x, kernel, axes=1) for x in held) for kernel in kernels)
+    return _columns_forward(x_BtD, kernels)[0]
 
 
 def _columns_forward(x_BtD: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[tuple[Pieces, ...], tuple]:
-    return _columns(x_BtD, kernels), (x_BtD, kernels)
+    # The products themselves, not `_columns`: remat policies that keep matrix products look for them.
+    held = _received(x_BtD)
+    return tuple(tuple(jnp.tensordot(x, kernel, axes=1) for x in held) for kernel in kernels), (x_BtD, kernels)
 
 
 def _columns_backward(kept: tuple, dys: tuple[Pieces, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -146,7 +153,7 @@ def _rows(pieces: Pieces, kernel: jax.Array, name: str) -> jax.Array:
 
 
 def _rows_forward(pieces: Pieces, kernel: jax.Array, name: str) -> tuple[jax.Array, tuple[Pieces, jax.Array]]:
-    whole = checkpoint_name(jax.lax.all_gather(kernel, FSDP, axis=kernel.ndim - 1, tiled=True), name)
+    whole = named(jax.lax.all_gather(kernel, FSDP, axis=kernel.ndim - 1, tiled=True), name)
     return _sum_at_home((pieces,), (whole,)), (pieces, whole)
 
 
