@@ -79,9 +79,8 @@ class Mlp(nnx.Module):
         def hidden(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
             return jax.nn.silu(checkpoint_name(gate_BTF, "gate")) * checkpoint_name(up_BTF, "up")
 
-        return through_rows(
-            tuple(map(hidden, *through_columns(x_BTD, (self.gate, self.up), around))), self.down, around
-        )
+        pieces = tuple(map(hidden, *through_columns(x_BTD, (self.gate, self.up), around)))
+        return through_rows(pieces, self.down, around)
 
 
 class Block(nnx.Module):

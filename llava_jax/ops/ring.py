@@ -10,7 +10,8 @@ device, and nothing but elementwise functions and this module may take it.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def pieces_of(h: jax.Array) -> Pieces:
 # ---- on one device ----------------------------------------------------------------------------------------------
 
 
-def _around(function, in_specs, out_specs):  # noqa: ANN001, ANN202
+def _around(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`function` on each device of the tensor axis; along the other axes the compiler splits it."""
     how = dict(axis_names={"tensor"}, check_vma=False)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **how)
