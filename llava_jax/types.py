@@ -15,10 +15,10 @@ import numpy as np
 IMAGE_PLACEHOLDER = "<image>"
 # What the backward pass may keep of a decoder block, so as not to compute it again: `train.remat`.
 REMAT_NAMES = ("kernel", "q", "k", "v", "middle", "gate", "up")
-# And of its weights, which are gathered from all devices for it, so as not to gather them again.
-WEIGHT_NAMES = tuple(f"{name}_weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 # The linear layers of a decoder block: what an adapter can be added to, and what is stored in four bits.
 DECODER_LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
+# As REMAT_NAMES, of their kernels, which are gathered from all devices, so as not to gather them again.
+WEIGHT_NAMES = tuple(f"{linear.split('/')[1]}_weight" for linear in DECODER_LINEARS)
 # One image in a tokenised conversation, before it is expanded to its P image tokens (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_MARK = -200
 

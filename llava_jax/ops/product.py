@@ -38,10 +38,10 @@ def _forward(
 def _backward(
     axes: tuple[str, ...], in_dims: int, name: str, kept: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    out_dims = kernel.ndim - in_dims
-    over_out = tuple(range(1, 1 + out_dims)), tuple(range(in_dims, kernel.ndim))
-    dx = jnp.tensordot(dy, kernel, axes=over_out)
+    x, whole = kept
+    out_dims = whole.ndim - in_dims
+    over_out = tuple(range(1, 1 + out_dims)), tuple(range(in_dims, whole.ndim))
+    dx = jnp.tensordot(dy, whole, axes=over_out)
 
     used = ["activation" if axis == "embed" else axis for axis in axes]
     rows_in, rows_out = (spec_of(("batch", *of), 1 + len(of)) for of in (used[:in_dims], used[in_dims:]))
