@@ -3,7 +3,7 @@
 from typing import Any
 
 from llava_jax.chips import GIB
-from llava_jax.data.pipeline import steps_for
+from llava_jax.data.packing import steps_for
 from llava_jax.settings import REMATS
 from llava_jax.sharding import SIZES
 from llava_jax.types import WEIGHT_NAMES

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -25,10 +26,12 @@ from PIL import Image
 
 from llava_jax.data.checks import check_once, plan_once
 from llava_jax.data.packing import BatchPlan
-from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.types import UNPACKED, DataSettings
+
+if TYPE_CHECKING:
+    from llava_jax.data.pipeline import BatchIterator
 
 TOKENIZER = str(pathlib.Path(__file__).parent.parent / "llava_jax" / "demo" / "backbones" / "llama")
 WORDS = (
@@ -74,8 +77,11 @@ def reading(settings: DataSettings, annotations: str) -> DataSettings:
     return dataclasses.replace(settings, annotations=annotations)
 
 
-def open_batches(settings: DataSettings, batch: int) -> tuple[BatchIterator, BatchPlan, dict[str, float]]:
+def open_batches(settings: DataSettings, batch: int) -> tuple["BatchIterator", BatchPlan, dict[str, float]]:
     """What `train` does with its data before the first batch, and the seconds of each part."""
+    # The processes that check rows import this file, and have no use for what reads batches.
+    from llava_jax.data.pipeline import make_pipeline
+
     seconds, began = {}, time.monotonic()
 
     def done(name: str) -> None:

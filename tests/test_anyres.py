@@ -21,9 +21,10 @@ from llava_jax.convert import hf, table
 from llava_jax.convert.config import default_pinpoints, llava_config, llava_json
 from llava_jax.data import checks
 from llava_jax.data.anyres import NEWLINE, Tiling, rows_of_tiles, tiling
+from llava_jax.data.checks import check_records
 from llava_jax.data.image import image_size
 from llava_jax.data.packing import plan_batches
-from llava_jax.data.pipeline import check_records, make_pipeline
+from llava_jax.data.pipeline import make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.verify import verify

@@ -23,6 +23,7 @@ F1 synthesize.context synthesize.journal synthesize.budget synthesize.endpoint
 F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product ops.ring
+F0 data.workers
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.row convert.chat_jinja convert.safetensors_io
 F2 convert.chat_known
 F2 plan_cost
@@ -36,8 +37,8 @@ F2 prepare.output prepare.phrases
 F3 prepare.arrayrecord prepare.captions prepare.concepts prepare.scienceqa
 F3 plan_target
 F3 models.nf4
-F3 data.pipeline
-F3 models.lora models.clip models.llama data.checks data.verify convert.processor
+F3 data.checks data.pipeline
+F3 models.lora models.clip models.llama data.verify convert.processor
 F3 convert.original
 F4 models.llava train.optim train.metrics convert.export
 F5 train.step train.hosts convert.hf convert.peft infer.sample

@@ -19,11 +19,12 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava_jax.data import pipeline
+from llava_jax.data import checks
+from llava_jax.data.checks import check_records
 from llava_jax.data.example import encode_record
 from llava_jax.data.image import load_image
-from llava_jax.data.packing import plan_batches
-from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline, steps_for
+from llava_jax.data.packing import plan_batches, steps_for
+from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.types import UNPACKED, Batch, DataSettings, InputError, Record, Turn
 
@@ -82,7 +83,7 @@ def take(data: BatchIterator, count: int) -> list[Batch]:
     return [next(data) for _ in range(count)]
 
 
-def check(records: list[Record], **changes) -> pipeline.Checked:
+def check(records: list[Record], **changes) -> checks.Checked:
     settings = dataclasses.replace(SETTINGS, **changes)
     return check_records(records, settings, TOKENIZER, patches=PATCHES)
 
@@ -302,7 +303,7 @@ def test_counts_are_what_is_trained(reference):
 def test_checking_in_processes_finds_the_same(monkeypatch):
     records = [*RECORDS, dataclasses.replace(RECORDS[2], id="gone", images=("none.jpg", "wide.jpg"))]
     alone = check(records)
-    monkeypatch.setattr(pipeline, "PARALLEL_CHECK_ROWS", 1)
+    monkeypatch.setattr(checks, "PARALLEL_CHECK_ROWS", 1)
     assert check(records, workers=1) == alone
     assert check(records, workers=1).lengths_A.tolist() == alone.lengths_A.tolist()
     assert alone.lengths_A[-1] == 0 and np.count_nonzero(alone.lengths_A) == len(RECORDS)

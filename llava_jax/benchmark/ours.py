@@ -17,9 +17,10 @@ import numpy as np
 
 from llava_jax.benchmark.turns import PICTURE_BATCH, ROW_BATCH, Figures, Turn, clock, fingerprint, serve
 from llava_jax.convert import hf
+from llava_jax.data.checks import check_records
 from llava_jax.data.image import normalised
 from llava_jax.data.packing import plan_batches
-from llava_jax.data.pipeline import BatchIterator, check_records, make_pipeline
+from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.row import parse_row
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.flops import step_flops

@@ -1,22 +1,164 @@
-"""What a start finds out about its rows, kept: a restart need not tokenise, or plan, again what has not changed."""
+"""Every row checked before the run, and what that and the plan found kept: a restart need not tokenise, or plan, again
+what has not changed.
+"""
 
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
+import multiprocessing
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from llava_jax.data.anyres import Tiling
+from llava_jax.data.chat import find_template
+from llava_jax.data.example import encode_turns, full_length, image_sizes, require_images
+from llava_jax.data.grouping import count_words
 from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
-from llava_jax.data.pipeline import Checked, check_records, summarise
-from llava_jax.data.records import Rows
+from llava_jax.data.records import Rejected, Rows
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
-from llava_jax.data.tokenize import TextTokenizer
-from llava_jax.types import DataSettings
+from llava_jax.data.tokenize import TextTokenizer, cut
+from llava_jax.data.workers import exit_with_parent
+from llava_jax.types import DataSettings, InputError, Record
 
 # Settings that say where a row stands or who reads it, not what it becomes.
 ORDER = ("annotations", "shuffle", "group_by", "pack", "pack_length", "pack_images", "workers")
+# Below this many records, starting processes takes longer than checking them here.
+PARALLEL_CHECK_ROWS = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
+
+    `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
+    `cut_tokens` tokens to max_length. `counts_AF` (int32) are the five figures of each row that `_check_row` counts, 0
+    where it cannot be trained, and `pictures` the different paths among all rows.
+    """
+
+    rows: int
+    problems: tuple[Rejected, ...]
+    tokens: int
+    targets: int
+    longest: int
+    cut_rows: int
+    cut_tokens: int
+    counts_AF: np.ndarray = dataclasses.field(compare=False, repr=False)
+    pictures: frozenset[str] = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def lengths_A(self) -> np.ndarray:
+        """Tokens trained of each row."""
+        return self.counts_AF[:, 0].copy()
+
+    @property
+    def slots_A(self) -> np.ndarray:
+        """Pictures (anyres: tiles) that each row shows."""
+        return self.counts_AF[:, 3].copy()
+
+    @property
+    def words_A(self) -> np.ndarray:
+        """Words of the turns of each row."""
+        return self.counts_AF[:, 4].copy()
+
+    def require_clean(self, shown: int = 3) -> None:
+        """Raise InputError with the number of bad rows and the first of them, if there are any."""
+        if self.problems:
+            count = len(self.problems)
+            first = "; ".join(map(str, self.problems[:shown]))
+            more = f"; and {count - shown} more" if count > shown else ""
+            raise InputError(
+                f"{count} of {self.rows} rows cannot be trained (`prepare verify` lists them): {first}{more}"
+            )
+
+
+def check_records(
+    records: Sequence[Record],
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    *,
+    patches: int,
+    tiling: Tiling | None = None,
+) -> Checked:
+    """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes.
+
+    With `tiling` (data.anyres) each picture's header says how many tokens it takes.
+    """
+    if not records:
+        raise InputError(f"{settings.annotations}: no rows; expected at least one")
+    find_template(settings.template)  # an unknown one is one error, not one a row
+    check = functools.partial(
+        _check_part,
+        settings=settings,
+        tokenizer=tokenizer,
+        patches=patches,
+        tiling=tiling,
+    )
+    if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
+        # Rows on disk stay there: a worker gets their places, and reads them itself.
+        starts = range(0, len(records), -(-len(records) // (8 * settings.workers)))
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(settings.workers, context, exit_with_parent) as pool:
+            results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
+    else:
+        results = [check(0, records)]
+    counts, problems, pictures = zip(*results, strict=True)
+    return summarise(np.concatenate(counts), sum(problems, ()), frozenset().union(*pictures))
+
+
+def summarise(counts_AF: np.ndarray, problems: tuple[Rejected, ...], pictures: frozenset[str]) -> Checked:
+    """What was seen, from the five figures of each row (`_check_row`; zeros for a row that cannot be trained)."""
+    lengths_A, targets_A, cut_A = counts_AF.T[:3]
+    tokens, targets, cut_tokens = (int(figure_A.sum(dtype=np.int64)) for figure_A in (lengths_A, targets_A, cut_A))
+    longest, cut_rows = int(lengths_A.max(initial=0)), int(np.count_nonzero(cut_A))
+    return Checked(len(counts_AF), problems, tokens, targets, longest, cut_rows, cut_tokens, counts_AF, pictures)
+
+
+def _check_part(
+    start: int, records: Sequence[Record], **check: Any
+) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
+    """Five figures of each row as int32, those that cannot be trained, paths of pictures; the first row is `start`."""
+    counts_AF, problems, pictures = np.zeros((len(records), 5), np.int32), [], set()
+    for row in range(len(records)):
+        record = records.entry(row) if isinstance(records, Rows) else records[row]
+        if isinstance(record, Record):
+            result = _check_row(record, **check)
+            if not isinstance(result, str):
+                counts_AF[row] = result
+                pictures.update(image for image in record.images if isinstance(image, str))
+                continue
+            record = Rejected(row, record.id, result)
+        problems.append(dataclasses.replace(record, row=start + row))
+    return counts_AF, tuple(problems), pictures
+
+
+def _check_row(
+    record: Record,
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    patches: int,
+    tiling: Tiling | None,
+) -> tuple[int, int, int, int, int] | str:
+    """Tokens, targets, tokens cut off, pictures or tiles, and words; or the reason why the row cannot be trained."""
+    try:
+        require_images(record, settings)
+        encoded = encode_turns(record, settings, tokenizer)
+        counts, slots = patches, len(record.images)
+        if tiling is not None:
+            sizes = image_sizes(record, settings)
+            counts, slots = tiling.tokens(sizes), sum(tiling.tiles(sizes))
+        trained = cut(encoded, counts, settings.max_length)
+    except InputError as error:
+        return str(error)
+    length = full_length(trained, counts)
+    lost = 0 if trained is encoded else full_length(encoded, counts) - length
+    return length, int(trained.targets.sum()), lost, slots, count_words(record)
+
+
+# ---- what is kept of it -------------------------------------------------------------------------------------------
 
 
 def check_once(

@@ -82,6 +82,12 @@ def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:
         )
 
 
+def steps_for(rows: int, batch_size: int, epochs: float) -> int:
+    """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
+    # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
+    return math.ceil(round(epochs * math.ceil(rows / batch_size), 6))
+
+
 def plan_batches(
     records: Sequence[Record],
     lengths_A: np.ndarray,

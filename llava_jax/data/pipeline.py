@@ -8,13 +8,7 @@ batches delivered, and that is the iterator's whole state.
 Worker processes are spawned: they import the main module again, so that must do nothing when imported.
 """
 
-import concurrent.futures
-import dataclasses
 import functools
-import math
-import multiprocessing
-import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,164 +17,13 @@ import numpy as np
 from absl import flags
 
 from llava_jax.data.anyres import Tiling, load_tiles, spread
-from llava_jax.data.chat import find_template
-from llava_jax.data.example import (
-    encode_record,
-    encode_turns,
-    full_length,
-    image_paths,
-    image_sizes,
-    require_images,
-)
-from llava_jax.data.grouping import count_words
+from llava_jax.data.example import encode_record, image_paths, image_sizes
 from llava_jax.data.image import CLIP
 from llava_jax.data.packing import BatchPlan
-from llava_jax.data.records import Rejected, Rows
-from llava_jax.data.tokenize import TextTokenizer, cut
+from llava_jax.data.records import Rejected
+from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.data.workers import exit_with_parent
 from llava_jax.types import Batch, DataSettings, InputError, Pixels, Record
-
-# Below this many records, starting processes takes longer than checking them here.
-PARALLEL_CHECK_ROWS = 20_000
-
-
-# ---- before the run ---------------------------------------------------------------------------------------------
-
-
-def steps_for(rows: int, batch_size: int, epochs: float) -> int:
-    """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
-    # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
-    return math.ceil(round(epochs * math.ceil(rows / batch_size), 6))
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
-
-    `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
-    `cut_tokens` tokens to max_length. `counts_AF` (int32) are the five figures of each row that `_check_row` counts, 0
-    where it cannot be trained, and `pictures` the different paths among all rows.
-    """
-
-    rows: int
-    problems: tuple[Rejected, ...]
-    tokens: int
-    targets: int
-    longest: int
-    cut_rows: int
-    cut_tokens: int
-    counts_AF: np.ndarray = dataclasses.field(compare=False, repr=False)
-    pictures: frozenset[str] = dataclasses.field(compare=False, repr=False)
-
-    @property
-    def lengths_A(self) -> np.ndarray:
-        """Tokens trained of each row."""
-        return self.counts_AF[:, 0].copy()
-
-    @property
-    def slots_A(self) -> np.ndarray:
-        """Pictures (anyres: tiles) that each row shows."""
-        return self.counts_AF[:, 3].copy()
-
-    @property
-    def words_A(self) -> np.ndarray:
-        """Words of the turns of each row."""
-        return self.counts_AF[:, 4].copy()
-
-    def require_clean(self, shown: int = 3) -> None:
-        """Raise InputError with the number of bad rows and the first of them, if there are any."""
-        if self.problems:
-            count = len(self.problems)
-            first = "; ".join(map(str, self.problems[:shown]))
-            more = f"; and {count - shown} more" if count > shown else ""
-            raise InputError(
-                f"{count} of {self.rows} rows cannot be trained (`prepare verify` lists them): {first}{more}"
-            )
-
-
-def check_records(
-    records: Sequence[Record],
-    settings: DataSettings,
-    tokenizer: TextTokenizer,
-    *,
-    patches: int,
-    tiling: Tiling | None = None,
-) -> Checked:
-    """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes.
-
-    With `tiling` (data.anyres) each picture's header says how many tokens it takes.
-    """
-    if not records:
-        raise InputError(f"{settings.annotations}: no rows; expected at least one")
-    find_template(settings.template)  # an unknown one is one error, not one a row
-    check = functools.partial(
-        _check_part,
-        settings=settings,
-        tokenizer=tokenizer,
-        patches=patches,
-        tiling=tiling,
-    )
-    if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
-        # Rows on disk stay there: a worker gets their places, and reads them itself.
-        starts = range(0, len(records), -(-len(records) // (8 * settings.workers)))
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(settings.workers, context, exit_with_parent) as pool:
-            results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
-    else:
-        results = [check(0, records)]
-    counts, problems, pictures = zip(*results, strict=True)
-    return summarise(np.concatenate(counts), sum(problems, ()), frozenset().union(*pictures))
-
-
-def summarise(counts_AF: np.ndarray, problems: tuple[Rejected, ...], pictures: frozenset[str]) -> Checked:
-    """What was seen, from the five figures of each row (`_check_row`; zeros for a row that cannot be trained)."""
-    lengths_A, targets_A, cut_A = counts_AF.T[:3]
-    tokens, targets, cut_tokens = (int(figure_A.sum(dtype=np.int64)) for figure_A in (lengths_A, targets_A, cut_A))
-    longest, cut_rows = int(lengths_A.max(initial=0)), int(np.count_nonzero(cut_A))
-    return Checked(len(counts_AF), problems, tokens, targets, longest, cut_rows, cut_tokens, counts_AF, pictures)
-
-
-def _check_part(
-    start: int, records: Sequence[Record], **check: Any
-) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
-    """Five figures of each row as int32, those that cannot be trained, paths of pictures; the first row is `start`."""
-    counts_AF, problems, pictures = np.zeros((len(records), 5), np.int32), [], set()
-    for row in range(len(records)):
-        record = records.entry(row) if isinstance(records, Rows) else records[row]
-        if isinstance(record, Record):
-            result = _check_row(record, **check)
-            if not isinstance(result, str):
-                counts_AF[row] = result
-                pictures.update(image for image in record.images if isinstance(image, str))
-                continue
-            record = Rejected(row, record.id, result)
-        problems.append(dataclasses.replace(record, row=start + row))
-    return counts_AF, tuple(problems), pictures
-
-
-def _check_row(
-    record: Record,
-    settings: DataSettings,
-    tokenizer: TextTokenizer,
-    patches: int,
-    tiling: Tiling | None,
-) -> tuple[int, int, int, int, int] | str:
-    """Tokens, targets, tokens cut off, pictures or tiles, and words; or the reason why the row cannot be trained."""
-    try:
-        require_images(record, settings)
-        encoded = encode_turns(record, settings, tokenizer)
-        counts, slots = patches, len(record.images)
-        if tiling is not None:
-            sizes = image_sizes(record, settings)
-            counts, slots = tiling.tokens(sizes), sum(tiling.tiles(sizes))
-        trained = cut(encoded, counts, settings.max_length)
-    except InputError as error:
-        return str(error)
-    length = full_length(trained, counts)
-    lost = 0 if trained is encoded else full_length(encoded, counts) - length
-    return length, int(trained.targets.sum()), lost, slots, count_words(record)
-
-
-# ---- the stream -------------------------------------------------------------------------------------------------
 
 
 def make_pipeline(
@@ -327,17 +170,3 @@ def _reader(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
     in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     return in_worker.mp_prefetch(options, worker_init_fn=exit_with_parent)
-
-
-def exit_with_parent(*_: int) -> None:
-    """In a worker process: end as soon as the parent is gone, however it ended.
-
-    Without it a killed trainer leaves its workers behind. (PR_SET_PDEATHSIG would do the same on Linux only, and fires
-    already when the parent's thread that started the worker ends.)
-    """
-
-    def wait_for_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait_for_parent, name="exit-with-parent", daemon=True).start()

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from llava_jax.chips import chip_of
 from llava_jax.convert.chat_known import chat_template_note
 from llava_jax.data.anyres import tiling
-from llava_jax.data.checks import check_once, plan_once
-from llava_jax.data.packing import BatchPlan, BatchShape
-from llava_jax.data.pipeline import BatchIterator, Checked, make_pipeline, steps_for
+from llava_jax.data.checks import Checked, check_once, plan_once
+from llava_jax.data.packing import BatchPlan, BatchShape, steps_for
+from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.records import Rows, load_records
 from llava_jax.data.sources import FORMS
 from llava_jax.data.tokenize import TextTokenizer

@@ -10,9 +10,10 @@ import peers
 import torch
 
 from llava_jax.convert import hf
+from llava_jax.data.checks import check_records
 from llava_jax.data.image import normalised
 from llava_jax.data.packing import plan_batches
-from llava_jax.data.pipeline import check_records, make_pipeline
+from llava_jax.data.pipeline import make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
