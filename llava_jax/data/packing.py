@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from llava_jax.data.grouping import grouped_order, modality_lengths
@@ -177,8 +176,8 @@ def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture 
         return np.concatenate(epochs)[:places]
     if not shuffle:
         return np.arange(places) % count
-    stream = grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-    return np.fromiter((stream[place] for place in range(places)), np.int64, places)
+    epochs = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(math.ceil(places / count))]
+    return np.concatenate(epochs)[:places]
 
 
 def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
