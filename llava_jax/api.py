@@ -18,9 +18,10 @@ from llava_jax.convert.stored import Stored
 from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.chat import Span, Template, find_template, render
 from llava_jax.data.image import image_size, normalised
-from llava_jax.data.tokenize import StreamDecoder, TextTokenizer, encode, expand, load_tokenizer
+from llava_jax.data.tokenize import TextTokenizer, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
 from llava_jax.infer.sample import stop_table, stripped
+from llava_jax.infer.stream import StreamDecoder
 from llava_jax.models.llava import build
 from llava_jax.sharding import make_mesh, replicated
 from llava_jax.source import split

@@ -38,6 +38,7 @@ F3 prepare.arrayrecord prepare.captions prepare.concepts prepare.scienceqa
 F3 plan_target
 F3 models.nf4
 F3 data.checks data.pipeline
+F3 infer.stream
 F3 models.lora models.clip models.llama data.verify convert.processor
 F3 convert.original
 F4 models.llava train.optim train.metrics convert.export
