@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_jax.convert.stored import Stored
 from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
-from llava_jax.data.chat import Span, Template, find_template, render
+from llava_jax.data.chat import Template, find_template, render
 from llava_jax.data.image import image_size, normalised
 from llava_jax.data.tokenize import TextTokenizer, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
@@ -114,7 +114,7 @@ def _sizes(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
 
 def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
     """What each id below `size` adds to a text (a leading space counts, so it is read after another token)."""
-    before = int(tokenizer.encode_chunk([Span("a")])[0][-1])
+    before = tokenizer.encode_text("a")[-1]
     start = len(tokenizer.decode([before]))
     return [tokenizer.decode([before, token])[start:] for token in range(size)]
 

@@ -8,6 +8,7 @@ L layers · X image height · Y image width · C channels
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +35,7 @@ class InputError(Exception):
 # ---- one training row -------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One message: `speaker` is 'human' or 'gpt'."""
 
     speaker: str
@@ -59,6 +59,11 @@ class Encoded:
 
     tokens: np.ndarray
     targets: np.ndarray
+
+    @functools.cached_property
+    def images(self) -> int:
+        """Image marks among the tokens."""
+        return int(np.count_nonzero(self.tokens == IMAGE_MARK))
 
 
 class Batch(NamedTuple):

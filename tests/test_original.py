@@ -17,7 +17,7 @@ from llava_jax.convert import commands, hf, table
 from llava_jax.convert.config import clip_json, llama_json
 from llava_jax.convert.original import Beside
 from llava_jax.convert.original_export import write_original
-from llava_jax.data.chat import TEMPLATES, Span, render
+from llava_jax.data.chat import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.train import assemble
@@ -271,7 +271,7 @@ def test_the_tokenizer_is_the_decoders(tmp_path, kind, caplog):
         write_config(tmp_path / name, config)
         (tmp_path / name / "tokenizer.model").write_bytes(written.getvalue())
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer")))
-        ids.append(load_tokenizer(str(tmp_path / name)).encode_chunk([Span("What is this?")])[0].tolist())
+        ids.append(load_tokenizer(str(tmp_path / name)).encode_text("What is this?"))
     assert ids[0] == ids[1] and "llava" not in caplog.text
 
 

@@ -12,15 +12,16 @@ Text that looks like a role, a header or a stop is ordinary text.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
 IMAGE_POSITIONS = ("front", "keep")
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A piece of the prompt: `special` is a token spelled so (or `<image>`) and never comes from a conversation."""
 
     text: str
@@ -97,9 +98,9 @@ def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool =
         if IMAGE_PLACEHOLDER in kept[-1].text:
             raise InputError("the last turn shows a picture but has no answer; answer it or remove it")
         kept = kept[:-1]
-    for index in range(1, len(kept)):
-        if kept[index].speaker == kept[index - 1].speaker:
-            raise InputError(f"two {kept[index].speaker} turns in a row; expected human and gpt in turn")
+    for before, turn in itertools.pairwise(kept):
+        if turn.speaker == before.speaker:
+            raise InputError(f"two {turn.speaker} turns in a row; expected human and gpt in turn")
     last = "human" if open_turn else "gpt"
     if not kept or kept[-1].speaker != last:
         raise InputError("no question to answer" if open_turn else "no answer to train on")
@@ -124,6 +125,8 @@ def _check_caption(turns: Sequence[Turn], open_turn: bool) -> None:
 
 def _question_spans(text: str, template: Template, image_position: str) -> list[Span]:
     pieces = text.split(IMAGE_PLACEHOLDER)
+    if len(pieces) == 1 and not template.caption_only:
+        return [Span(text)] if text else []
     if template.caption_only:
         pieces = [""] * len(pieces)
     elif image_position == "front" and len(pieces) == 2:
@@ -219,7 +222,7 @@ def _chatml(system: str) -> Template:
         question=(start, Span("user\n")),
         after_question=(end,),
         cue=(start, Span("assistant\n")),
-        end_of_answer=(dataclasses.replace(end, is_target=True),),
+        end_of_answer=(end._replace(is_target=True),),
         stop=("<|im_end|>",),
     )
 

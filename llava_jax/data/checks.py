@@ -15,12 +15,12 @@ import numpy as np
 
 from llava_jax.data.anyres import Tiling
 from llava_jax.data.chat import find_template
-from llava_jax.data.example import encode_turns, full_length, image_sizes, require_images
+from llava_jax.data.example import encode_turns, image_sizes, require_images
 from llava_jax.data.grouping import count_words
 from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
 from llava_jax.data.records import Rejected, Rows
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
-from llava_jax.data.tokenize import TextTokenizer, cut
+from llava_jax.data.tokenize import TextTokenizer, cut, full_length
 from llava_jax.data.workers import exit_with_parent
 from llava_jax.types import DataSettings, InputError, Record
 
@@ -28,6 +28,8 @@ from llava_jax.types import DataSettings, InputError, Record
 ORDER = ("annotations", "shuffle", "group_by", "pack", "pack_length", "pack_images", "workers")
 # Below this many records, starting processes takes longer than checking them here.
 PARALLEL_CHECK_ROWS = 20_000
+# Figures of a row that `_check_row` counts.
+FIGURES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,30 +123,37 @@ def _check_part(
     start: int, records: Sequence[Record], **check: Any
 ) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
     """Five figures of each row as int32, those that cannot be trained, paths of pictures; the first row is `start`."""
-    counts_AF, problems, pictures = np.zeros((len(records), 5), np.int32), [], set()
+    counts, problems, pictures = [], [], set()
     for row in range(len(records)):
         record = records.entry(row) if isinstance(records, Rows) else records[row]
         if isinstance(record, Record):
-            result = _check_row(record, **check)
+            result = _check_row(record, pictures, **check)
             if not isinstance(result, str):
-                counts_AF[row] = result
-                pictures.update(image for image in record.images if isinstance(image, str))
+                counts.append(result)
                 continue
             record = Rejected(row, record.id, result)
+        counts.append((0,) * FIGURES)
         problems.append(dataclasses.replace(record, row=start + row))
-    return counts_AF, tuple(problems), pictures
+    return np.array(counts, np.int32).reshape(-1, FIGURES), tuple(problems), pictures
 
 
 def _check_row(
     record: Record,
+    pictures: set[str],
     settings: DataSettings,
     tokenizer: TextTokenizer,
     patches: int,
     tiling: Tiling | None,
 ) -> tuple[int, int, int, int, int] | str:
-    """Tokens, targets, tokens cut off, pictures or tiles, and words; or the reason why the row cannot be trained."""
+    """Tokens, targets, tokens cut off, pictures or tiles, and words; or the reason why the row cannot be trained.
+
+    `pictures` are those that are known to be there; the row's are added.
+    """
     try:
-        require_images(record, settings)
+        fresh = [image for image in record.images if isinstance(image, str) and image not in pictures]
+        if fresh:
+            require_images(fresh, settings)
+            pictures.update(fresh)
         encoded = encode_turns(record, settings, tokenizer)
         counts, slots = patches, len(record.images)
         if tiling is not None:
@@ -153,9 +162,9 @@ def _check_row(
         trained = cut(encoded, counts, settings.max_length)
     except InputError as error:
         return str(error)
-    length = full_length(trained, counts)
-    lost = 0 if trained is encoded else full_length(encoded, counts) - length
-    return length, int(trained.targets.sum()), lost, slots, count_words(record)
+    full = full_length(encoded, counts)
+    length = full if trained is encoded else full_length(trained, counts)
+    return length, int(np.count_nonzero(trained.targets)), full - length, slots, count_words(record)
 
 
 # ---- what is kept of it -------------------------------------------------------------------------------------------

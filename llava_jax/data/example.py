@@ -5,14 +5,14 @@ trained.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from llava_jax.data.chat import find_template, render
 from llava_jax.data.image import image_size
-from llava_jax.data.tokenize import TextTokenizer, encode, expand, widths
-from llava_jax.types import IMAGE_MARK, DataSettings, Encoded, InputError, Record
+from llava_jax.data.tokenize import TextTokenizer, encode, expand
+from llava_jax.types import DataSettings, Encoded, InputError, Record
 
 
 def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenizer) -> Encoded:
@@ -23,9 +23,10 @@ def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenize
     """
     spans = render(record.turns, find_template(settings.template), image_position=settings.image_position)
     encoded = encode(spans, tokenizer)
-    marks = count_images(encoded)
-    if marks != len(record.images):
-        raise InputError(f"{marks} <image> placeholders for {len(record.images)} images; make them the same number")
+    if encoded.images != len(record.images):
+        raise InputError(
+            f"{encoded.images} <image> placeholders for {len(record.images)} images; make them the same number"
+        )
     return encoded
 
 
@@ -44,16 +45,6 @@ def encode_record(
     return expand(encoded.tokens, encoded.targets, image_token_id, patches, settings.max_length)
 
 
-def count_images(encoded: Encoded) -> int:
-    """Image marks in a tokenised conversation."""
-    return int(np.count_nonzero(encoded.tokens == IMAGE_MARK))
-
-
-def full_length(encoded: Encoded, patches: int | Sequence[int]) -> int:
-    """Tokens of the row with its images expanded, before max_length cuts it."""
-    return int(widths(encoded.tokens, patches).sum())
-
-
 def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]:
     """(width, height) of the record's pictures, from their headers."""
     return [image_size(path) for path in image_paths(record, settings)]
@@ -64,8 +55,9 @@ def image_paths(record: Record, settings: DataSettings) -> list[str | bytes]:
     return [image if isinstance(image, bytes) else os.path.join(settings.images, image) for image in record.images]
 
 
-def require_images(record: Record, settings: DataSettings) -> None:
-    """Raise InputError naming the first picture of the record that does not exist (nothing is decoded)."""
-    for path in image_paths(record, settings):
-        if isinstance(path, str) and not os.path.isfile(path):
+def require_images(images: Iterable[str], settings: DataSettings) -> None:
+    """Raise InputError naming the first of these pictures that does not exist (nothing is decoded)."""
+    for image in images:
+        path = os.path.join(settings.images, image)
+        if not os.path.isfile(path):
             raise InputError(f"image {path}: no such file; check the path, or data.images")

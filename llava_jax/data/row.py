@@ -6,11 +6,14 @@ human turns as it names or brings pictures. Ids need not be unique.
 
 import dataclasses
 import ntpath
+import re
 from typing import Any
 
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Record, Turn
 
 SPEAKERS = ("human", "gpt")
+# Most paths; what else a path may be is looked at more closely.
+PLAIN_PATH = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*(?:/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,15 @@ def _parse(row: Any) -> Record:
         raise row
     if not isinstance(row, dict):
         raise InputError(f"expected an object with id and conversations, found {_kind(row)}")
-    if not isinstance(row.get("id", ""), str | int):
-        raise InputError(f"id is {_kind(row['id'])}, expected text")
-    _check_unicode(_row_id(row), "id")
+    name = row.get("id", "")
+    if not isinstance(name, (str, int)):
+        raise InputError(f"id is {_kind(name)}, expected text")
+    name = str(name)
+    _check_unicode(name, "id")
     turns = _parse_turns(row)
     images = _parse_images(row)
     _check_placeholders(turns, images)
-    return Record(_row_id(row), images, turns)
+    return Record(name, images, turns)
 
 
 def _row_id(row: Any) -> str:
@@ -67,22 +72,23 @@ def _parse_turns(row: dict[str, Any]) -> tuple[Turn, ...]:
         raise InputError(f"conversations is {_kind(conversation)}, expected a list of turns")
     if not conversation:
         raise InputError("empty conversation; expected at least one human and one gpt turn")
-    return tuple(_parse_turn(turn, f"conversations[{index}]") for index, turn in enumerate(conversation))
+    return tuple([_parse_turn(turn, index) for index, turn in enumerate(conversation)])
 
 
-def _parse_turn(turn: Any, where: str) -> Turn:
+def _parse_turn(turn: Any, index: int) -> Turn:
     if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_kind(turn)}, expected an object with from and value")
+        raise InputError(f"conversations[{index}] is {_kind(turn)}, expected an object with from and value")
     speaker, text = turn.get("from"), turn.get("value")
     if speaker not in SPEAKERS:
-        raise InputError(f"{where}: unknown role {speaker!r} in from, expected human or gpt")
+        raise InputError(f"conversations[{index}]: unknown role {speaker!r} in from, expected human or gpt")
     if not isinstance(text, str):
         problem = "missing value" if "value" not in turn else f"value is {_kind(text)}"
-        raise InputError(f"{where}: {problem}, expected text")
-    _check_unicode(text, where)
+        raise InputError(f"conversations[{index}]: {problem}, expected text")
+    _check_unicode(text, "conversations", index)
     # The original writes an empty turn without its separator and then masks the whole row; here it is named instead.
-    if not (text.strip() if speaker == "gpt" else text):
-        raise InputError(f"{where}: empty {'answer' if speaker == 'gpt' else 'question'}; remove the turn or fill it")
+    if not text or (speaker == "gpt" and text.isspace()):
+        what = "answer" if speaker == "gpt" else "question"
+        raise InputError(f"conversations[{index}]: empty {what}; remove the turn or fill it")
     return Turn(speaker, text)
 
 
@@ -106,6 +112,8 @@ def _check_path(image: Any, where: str) -> None:
         return
     if not isinstance(image, str) or not image.strip():
         raise InputError(f"{where}: {image!r} is no path; expected one below the images folder")
+    if PLAIN_PATH.fullmatch(image):
+        return
     _check_unicode(image, where)
     parts = image.replace("\\", "/").split("/")
     absolute = image.startswith(("/", "\\")) or ntpath.splitdrive(image)[0] != ""
@@ -127,7 +135,10 @@ def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str | bytes, ...]
         )
 
 
-def _check_unicode(text: str, where: str) -> None:
+def _check_unicode(text: str, where: str, index: int | None = None) -> None:
+    if text.isascii():
+        return
+    where = where if index is None else f"{where}[{index}]"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

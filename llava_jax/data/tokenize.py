@@ -12,12 +12,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
 from llava_jax.data.chat import SPECIAL_STRINGS, Span, Template
+from llava_jax.data.words import Words, can_split, packed
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
 
 # A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
@@ -31,6 +32,19 @@ KNOWN = 16
 # model_type of the original code's folders -> that of the decoder inside.
 ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+
+
+class Chunk(NamedTuple):
+    """Text that is tokenised at once: the bytes of `ids` int32[t] and of `targets` bool[t]."""
+
+    ids: bytes
+    targets: bytes
+
+
+ID_BYTES = np.dtype(np.int32).itemsize
+# One token that is none, or one, to be predicted.
+FLAGS = (b"\x00", b"\x01")
+IMAGE = Chunk(packed([IMAGE_MARK]), FLAGS[False])
 
 
 class TextTokenizer:
@@ -59,11 +73,15 @@ class TextTokenizer:
             self._special[END] = self.eos_id
         if "<s>" not in self._special and source.bos_token_id is not None:
             self._special["<s>"] = source.bos_token_id
-        self._known: dict[tuple[Span, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[tuple[Span, ...], Chunk] = {}
         self._mark_ids = np.array([self._special.get(text, -1) for text in SPECIAL_STRINGS], np.int32)
         added = {i for i, token in source.added_tokens_decoder.items() if token.special}
         reserved = (added | {*source.all_special_ids, self.eos_id}) - {source.unk_token_id, None}
         self._reserved = np.isin(np.arange(self.size), sorted(reserved))
+        plain = [token.content for token in source.added_tokens_decoder.values() if not token.special]
+        self._words = (
+            Words(self._plain_ids, self._check_reserved, _MARKS["<s>"], plain) if can_split(self._splitter) else None
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -95,23 +113,62 @@ class TextTokenizer:
         """The text of generated ids; ids outside the vocabulary have none."""
         return self._codec.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def encode_chunk(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """Spans without images -> (ids int32[t], targets bool[t]), without BOS; not to be written to."""
-        if any(span.is_target for span in spans):
-            return self._encode_chunk(spans)
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, without BOS."""
+        return np.frombuffer(self.encode_chunk([Span(text)]).ids, np.int32).tolist()
+
+    def encode_chunk(self, spans: Sequence[Span]) -> Chunk:
+        """Spans without images, without BOS."""
+        for span in spans:
+            if span.is_target:
+                return self._encode_chunk(spans)
         key = tuple(spans)
         if key not in self._known and len(self._known) < KNOWN:
             self._known[key] = self._encode_chunk(key)
         return self._known[key] if key in self._known else self._encode_chunk(key)
 
-    def _encode_chunk(self, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_chunk(self, spans: Sequence[Span]) -> Chunk:
+        if self._words is not None:
+            runs, is_target = self._runs(spans)
+            found = self._words.encode(runs)
+            if found is not None:
+                flags = [FLAGS[flag] * (len(ids) // ID_BYTES) for flag, ids in zip(is_target, found, strict=True)]
+                return Chunk(b"".join(found), b"".join(flags))
+        return self._encode_whole(spans)
+
+    def _runs(self, spans: Sequence[Span]) -> tuple[list[str | int], list[bool]]:
+        """Text that is trained or not as one piece, and ids of special spans; whether each is a target."""
+        runs, flags, open_flag = [], [], None
+        for text, is_target, special in spans:
+            if special and text in self._special:
+                runs.append(self._special[text])
+                flags.append(is_target)
+                open_flag = None
+            elif is_target is open_flag:
+                runs[-1] += text
+            elif text:
+                runs.append(text)
+                flags.append(is_target)
+                open_flag = is_target
+        for run in runs:
+            if isinstance(run, str):
+                _check_characters(run)
+        return runs, flags
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._split(text).ids
+
+    def _split(self, text: str) -> tokenizers.Encoding:
+        # Pickling forgets this switch, which keeps special tokens in the text from becoming ids.
+        self._splitter.encode_special_tokens = True
+        return self._splitter.encode(text, add_special_tokens=False)
+
+    def _encode_whole(self, spans: Sequence[Span]) -> Chunk:
         pieces = [self._piece(span) for span in spans]
         text = "".join(pieces)
         if not text:
-            return np.zeros(0, np.int32), np.zeros(0, bool)
-        # Pickling forgets this switch, which keeps special tokens in the text from becoming ids.
-        self._splitter.encode_special_tokens = True
-        encoding = self._splitter.encode(text, add_special_tokens=False)
+            return Chunk(b"", b"")
+        encoding = self._split(text)
         ids = np.array(encoding.ids, np.int32)
         offsets = itertools.chain.from_iterable(encoding.offsets)
         starts, ends = np.fromiter(offsets, np.int64, 2 * len(ids)).reshape(-1, 2).T
@@ -126,18 +183,17 @@ class TextTokenizer:
         is_mark = (mark_T >= 0) & (mark_T < len(_MARKS))
         self._check_reserved(ids[~is_mark])
         ids[is_mark] = self._mark_ids[mark_T[is_mark]]
-        return ids, targets
+        return Chunk(ids.tobytes(), targets.tobytes())
 
     def _piece(self, span: Span) -> str:
         if span.special and span.text in self._special:
             return _MARKS[span.text]
-        found = _NONCHARACTER.search(span.text)
-        if found:
-            raise InputError(f"the text holds the Unicode noncharacter U+{ord(found[0]):04X}; remove it")
+        _check_characters(span.text)
         return span.text
 
-    def _check_reserved(self, ids: np.ndarray) -> None:
-        leaked = ids[self._reserved[ids]]
+    def _check_reserved(self, ids: Sequence[int] | np.ndarray) -> None:
+        leaked = np.asarray(ids, np.int32)
+        leaked = leaked[self._reserved[leaked]]
         if leaked.size:
             raise InputError(
                 f"the text spells the special token {self._codec.id_to_token(int(leaked.min()))!r} and this "
@@ -195,23 +251,16 @@ def check_end(tokenizer: TextTokenizer, template: Template) -> None:
 
 
 def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
-    """Ids and targets of a rendered conversation, each image once as IMAGE_MARK."""
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = [np.array(bos, np.int32)]
-    targets = [np.zeros(len(bos), bool)]
-    chunk: list[Span] = []
-    for span in [*spans, None]:
-        if span is not None and not _is_image(span):
-            chunk.append(span)
-            continue
-        chunk_ids, chunk_targets = tokenizer.encode_chunk(chunk)
-        ids.append(chunk_ids)
-        targets.append(chunk_targets)
-        chunk = []
-        if span is not None:
-            ids.append(np.array([IMAGE_MARK], np.int32))
-            targets.append(np.zeros(1, bool))
-    return Encoded(np.concatenate(ids), np.concatenate(targets))
+    """Ids and targets of a rendered conversation, each image once as IMAGE_MARK; not to be written to."""
+    chunks = [] if tokenizer.bos_id is None else [Chunk(packed([tokenizer.bos_id]), FLAGS[False])]
+    images = [place for place, span in enumerate(spans) if span.special and span.text == IMAGE_PLACEHOLDER]
+    start = 0
+    for end in images:
+        chunks += [tokenizer.encode_chunk(spans[start:end]), IMAGE]
+        start = end + 1
+    chunks.append(tokenizer.encode_chunk(spans[start:]))
+    ids, targets = map(b"".join, zip(*chunks, strict=True))
+    return Encoded(np.frombuffer(ids, np.int32), np.frombuffer(targets, bool))
 
 
 def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
@@ -222,14 +271,20 @@ def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
     return counts
 
 
+def full_length(encoded: Encoded, patches: int | Sequence[int]) -> int:
+    """Tokens of the row with its images expanded, before max_length cuts it."""
+    expanded = encoded.images * patches if isinstance(patches, int) else sum(patches)
+    return len(encoded.tokens) - encoded.images + expanded
+
+
 def cut(encoded: Encoded, patches: int | Sequence[int], max_length: int) -> Encoded:
     """The row cut on the right so that it fits `max_length` with every image expanded to `patches` tokens.
 
     Never through an image: a row whose last image does not fit is refused, and so is one that keeps no target.
     """
-    counts = widths(encoded.tokens, patches)
-    if counts.sum() <= max_length and encoded.targets.any():
+    if full_length(encoded, patches) <= max_length and encoded.targets.any():
         return encoded
+    counts = widths(encoded.tokens, patches)
     ends = np.cumsum(counts)
     length = int(np.sum(ends <= max_length))
     images = np.flatnonzero(encoded.tokens == IMAGE_MARK)
@@ -287,8 +342,10 @@ def _whole_text(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return codec
 
 
-def _is_image(span: Span) -> bool:
-    return span.special and span.text == IMAGE_PLACEHOLDER
+def _check_characters(text: str) -> None:
+    found = None if text.isascii() else _NONCHARACTER.search(text)
+    if found:
+        raise InputError(f"the text holds the Unicode noncharacter U+{ord(found[0]):04X}; remove it")
 
 
 def _read_json(path: str, mend: str) -> Any:

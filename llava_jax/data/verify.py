@@ -15,9 +15,9 @@ import numpy as np
 from llava_jax.data import image
 from llava_jax.data.anyres import Tiling
 from llava_jax.data.chat import check_image_position, find_template
-from llava_jax.data.example import encode_turns, full_length, image_paths, image_sizes
+from llava_jax.data.example import encode_turns, image_paths, image_sizes
 from llava_jax.data.records import Rejected, parse_records
-from llava_jax.data.tokenize import TextTokenizer, check_end, cut
+from llava_jax.data.tokenize import TextTokenizer, check_end, cut, full_length
 from llava_jax.types import UNPACKED, DataSettings, Encoded, InputError, Record
 
 
