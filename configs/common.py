@@ -31,7 +31,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.pack = False  # several conversations in a row
     c.data.pack_length = 0  # tokens in a packed row; 0: what leaves the least padding
     c.data.pack_images = 0  # pictures in a packed row; 0: what is needed
-    c.data.workers = 0  # processes that read rows and pictures; 0: in this one
+    c.data.workers = 0  # threads that make batches, and processes that check rows before the run; 0: one, and none
 
     c.optim = ml_collections.ConfigDict()
     c.optim.lr = 2e-5

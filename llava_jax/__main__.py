@@ -4,6 +4,6 @@ import sys
 
 from llava_jax.cli import main
 
-# Data workers are spawned processes that import this file again under another name.
+# Processes that check rows are spawned: they import this file again under another name.
 if __name__ == "__main__":
     sys.exit(main())

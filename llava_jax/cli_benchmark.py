@@ -129,9 +129,7 @@ def data(args: argparse.Namespace) -> int:
     work = dict(job="scaling", count=args.pictures, size=args.side, batches=batches, core=None)
     scaled = measure(args, work, None)["ours"]
     one, two = (1 / scaled[f"workers_{workers}"] for workers in (1, 2))
-    print(
-        f"  worker processes: {one:.1f} pictures a second from one, {two:.1f} from two, {two / one:.2f} times as many"
-    )
+    print(f"  workers: {one:.1f} pictures a second from one, {two:.1f} from two, {two / one:.2f} times as many")
     scaling = {"one": one, "two": two, "ratio": two / one, "load": os.getloadavg()[0]}
     return write_json(args, {"command": "data", **result, "scaling": scaling}, [result])
 

@@ -9,7 +9,6 @@ SIGKILL after `--batches` batches, the next one goes on from there, and their ro
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import pathlib
 import random
@@ -21,7 +20,6 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from llava_jax.data.checks import check_once, plan_once
@@ -104,9 +102,9 @@ def open_batches(settings: DataSettings, batch: int) -> tuple["BatchIterator", B
     return make_pipeline(records, settings, tokenizer, plan, **model), plan, seconds
 
 
-def resident(field: str, process: int | str = "self") -> float:
-    """VmRSS or VmHWM of a process in GB."""
-    with open(f"/proc/{process}/status", encoding="ascii") as file:
+def resident(field: str) -> float:
+    """VmRSS or VmHWM of this process in GB."""
+    with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) / 1e6 for line in file if line.startswith(field))
 
 
@@ -120,9 +118,7 @@ def start(args: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = [next(data).rows_BM]
     seconds["first batch"] = round(time.monotonic() - began, 2)
-    workers = [resident("VmRSS", child.pid) for child in multiprocessing.active_children()]
-    memory = {"peak_gb": resident("VmHWM"), "workers_gb": workers}
-    print(json.dumps({"seconds": seconds, **memory}), flush=True)
+    print(json.dumps({"seconds": seconds, "peak_gb": resident("VmHWM")}), flush=True)
     expected = sorted(np.concatenate([plan.order_UC[args.start_at]]).tolist())
     print(json.dumps({"rows": sorted(rows[0][rows[0] >= 0].tolist()), "expected": expected}), flush=True)
     for delivered in range(args.start_at + 2, args.start_at + args.batches + 1):
@@ -183,7 +179,6 @@ def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()
     given = flags_of()
     if given.inside:
         start(given)

@@ -8,8 +8,6 @@ import json
 import sys
 import time
 
-from absl import flags
-
 from llava_jax.settings import read_settings
 from llava_jax.sharding import make_mesh
 from llava_jax.train import hosts, loop
@@ -24,7 +22,6 @@ def slow_report(*args, inner=loop.report, **how):
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()
     hosts.HEARTBEAT_SECONDS, hosts.VISIBLE_SECONDS = 10, 2.0
     loop.report = slow_report
     with hosts.connected():

@@ -24,7 +24,6 @@ F1 evaluate.exact_match data.grouping
 F1 chips flops plan_hlo
 F2 ops.product ops.ring
 F1 data.words
-F0 data.workers
 F2 layers ops.attention ops.loss ops.rope data.tokenize data.row convert.chat_jinja convert.safetensors_io
 F2 convert.chat_known
 F2 plan_cost

@@ -1,6 +1,7 @@
 """The input pipeline: right rows, in an order that only the seed decides, from any point on, with any workers; packed
 rows hold the same conversations."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 
 import grain
@@ -19,7 +21,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava_jax.data import checks
+from llava_jax.data import checks, pipeline
 from llava_jax.data.checks import check_records
 from llava_jax.data.example import encode_record
 from llava_jax.data.image import load_image
@@ -212,9 +214,25 @@ def test_workers_change_neither_the_stream_nor_the_state(packed):
     take(alone, 7)
     data.set_state(json.loads(json.dumps(alone.get_state())))
     assert_equal(take(data, 5), packed[7:12])
-    assert type(next(data).pixels_BNXYC) is np.ndarray
     data.close()
     assert not multiprocessing.active_children()
+
+
+def test_threads_make_batches_side_by_side(monkeypatch, reference):
+    """Each picture waits until another thread has come to one as well."""
+    meeting, load = threading.Barrier(2, timeout=60), pipeline.load_tiles
+
+    def load_together(*args):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait()
+        return load(*args)
+
+    monkeypatch.setattr(pipeline, "load_tiles", load_together)
+    data = stream(workers=2)
+    assert_equal(take(data, 3), reference[:3])
+    assert not meeting.broken
+    meeting.abort()
+    data.close()
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -330,18 +348,21 @@ def test_a_picture_that_breaks_during_the_run_is_named(tmp_path, workers):
 
 
 ORPHANS = """
-import multiprocessing, time
+import multiprocessing, threading
 
 if __name__ == "__main__":
     import test_pipeline
-    data = test_pipeline.stream(workers=2)
-    next(data)
+    rows = test_pipeline.RECORDS * 20_000
+    checking = threading.Thread(target=test_pipeline.check, args=(rows,), kwargs={"workers": 2})
+    checking.start()
+    while len(multiprocessing.active_children()) < 2:
+        pass
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    time.sleep(100)
+    checking.join()
 """
 
 
-def test_workers_end_with_a_killed_trainer(tmp_path):
+def test_processes_that_check_rows_end_with_a_killed_trainer(tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(ORPHANS)
     here = pathlib.Path(__file__).parent

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from absl import flags
 from etils import epath
 
 from llava_jax import cli
@@ -260,7 +259,6 @@ def test_writers_do_not_meet(cache):
 
 
 def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
-    flags.FLAGS.mark_as_parsed()
     path = full_size.make_rows(tmp_path, 60)
     words = ["prepare", "arrayrecord", f"--annotations={path}", f"--images={tmp_path}/images", f"--output={tmp_path}/o"]
     assert cli.main([*words, "--shards=2"]) == 0

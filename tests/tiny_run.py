@@ -11,7 +11,6 @@ import sys
 
 import jax
 import numpy as np
-from absl import flags
 from PIL import Image
 
 from configs import tiny
@@ -119,7 +118,6 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()
     with connected():
         for config, workdir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
             train(read_settings(config), workdir)

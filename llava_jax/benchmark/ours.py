@@ -216,7 +216,7 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: batches of pictures from one worker process, then from two; wall seconds a picture of each."""
+    """One turn: batches of pictures from one worker, then from two; wall seconds a picture of each."""
     tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
     folder = os.path.dirname(work["pictures"][0])
     how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)

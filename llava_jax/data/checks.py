@@ -8,6 +8,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
 from llava_jax.data.records import Rejected, Rows
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
 from llava_jax.data.tokenize import TextTokenizer, cut, full_length
-from llava_jax.data.workers import exit_with_parent
 from llava_jax.types import DataSettings, InputError, Record
 
 # Settings that say where a row stands or who reads it, not what it becomes.
@@ -87,6 +87,8 @@ def check_records(
 ) -> Checked:
     """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes.
 
+    They are spawned: they import the main module again, so that must do nothing when imported.
+
     With `tiling` (data.anyres) each picture's header says how many tokens it takes.
     """
     if not records:
@@ -103,7 +105,7 @@ def check_records(
         # Rows on disk stay there: a worker gets their places, and reads them itself.
         starts = range(0, len(records), -(-len(records) // (8 * settings.workers)))
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(settings.workers, context, exit_with_parent) as pool:
+        with concurrent.futures.ProcessPoolExecutor(settings.workers, context, _exit_with_parent) as pool:
             results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
     else:
         results = [check(0, records)]
@@ -165,6 +167,20 @@ def _check_row(
     full = full_length(encoded, counts)
     length = full if trained is encoded else full_length(trained, counts)
     return length, int(np.count_nonzero(trained.targets)), full - length, slots, count_words(record)
+
+
+def _exit_with_parent(*_: int) -> None:
+    """In a worker process: end as soon as the parent is gone, however it ended.
+
+    Without it a trainer that is killed while it starts leaves its workers behind. (PR_SET_PDEATHSIG would do the same
+    on Linux only, and fires already when the parent's thread that started the worker ends.)
+    """
+
+    def wait_for_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, name="exit-with-parent", daemon=True).start()
 
 
 # ---- what is kept of it -------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ through the records epoch after epoch, shuffled anew in each, of which every upd
 a row, and which host, changes neither the order nor the content; where a run stands is therefore one number, the
 batches delivered, and that is the iterator's whole state.
 
-Worker processes are spawned: they import the main module again, so that must do nothing when imported.
+Rows are read by threads: Pillow lets go of Python's lock while it decodes and resizes, which is nearly all of the work,
+and a batch need not be carried from one process to another (docs/results.md has the figures of both).
 """
 
 import functools
@@ -14,7 +15,6 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from llava_jax.data.anyres import Tiling, load_tiles, spread
 from llava_jax.data.example import encode_record, image_paths, image_sizes
@@ -22,7 +22,6 @@ from llava_jax.data.image import CLIP
 from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import Rejected
 from llava_jax.data.tokenize import TextTokenizer
-from llava_jax.data.workers import exit_with_parent
 from llava_jax.types import Batch, DataSettings, InputError, Pixels, Record
 
 
@@ -58,7 +57,7 @@ def make_pipeline(
         tiling=tiling,
     )
     places = grain.MapDataset.range(plan.steps * len(rows))
-    return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), settings.workers)
+    return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), max(settings.workers, 1))
 
 
 def _make_row(
@@ -112,16 +111,17 @@ def _stack(rows: Sequence[Batch]) -> Batch:
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Batches from `batches`, read ahead by `workers` processes, or by a thread when there are none.
+    """Batches from `batches`, read ahead by so many threads: each makes whole batches, and they come in order.
 
-    The state is `{"batches": k}`, the number delivered: it does not know workers or hosts, so a run may go on with
+    The state is `{"batches": k}`, the number delivered: it does not know threads or hosts, so a run may go on with
     others. A fresh reader is made where the state is set.
     """
 
-    def __init__(self, batches: grain.MapDataset, workers: int):
+    def __init__(self, batches: grain.MapDataset, threads: int):
         super().__init__()
         self._batches = batches
-        self._workers = workers
+        # One batch is made and one is ready for each thread.
+        self._how = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         self._delivered = 0
         self._reader: grain.DatasetIterator | None = None
 
@@ -133,13 +133,12 @@ class BatchIterator(grain.DatasetIterator):
             # Grain appends lines about its own traceback to the message.
             raise InputError(str(error).split("\n")[0]) from None
         self._delivered += 1
-        # Workers hand arrays over in shared memory; the copy lets go of it before the next batch.
-        return Batch(*(None if x is None else np.array(x) for x in batch)) if self._workers else batch
+        return batch
 
     def start_prefetch(self) -> None:
         """Begin to read ahead."""
         if self._reader is None:
-            self._reader = iter(_reader(self._batches[self._delivered :], self._workers))
+            self._reader = iter(self._batches[self._delivered :].to_iter_dataset(self._how))
             self._reader.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
@@ -150,7 +149,7 @@ class BatchIterator(grain.DatasetIterator):
         self._delivered = state["batches"]
 
     def close(self) -> None:
-        """Stop reading ahead; worker processes end."""
+        """Stop reading ahead."""
         self._stop_reader()
         super().close()
 
@@ -158,15 +157,3 @@ class BatchIterator(grain.DatasetIterator):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
-
-
-def _reader(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
-    """Whole batches are made side by side, and come in order: a worker makes every `workers`-th one."""
-    if workers == 0:
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    # Grain reads its own absl flags, which only a program that starts with absl's app.run has parsed.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-    in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return in_worker.mp_prefetch(options, worker_init_fn=exit_with_parent)

@@ -51,7 +51,7 @@ class TextTokenizer:
     """A Hugging Face tokenizer as LLaVA uses it: `bos_id` (None when it adds none), `eos_id`, `pad_id`, `size`.
 
     `ends` are the ids that end an answer whatever the template, `eos_id` first; `size` is one more than the largest
-    id. Picklable, so data workers can take it along.
+    id. Picklable, so that processes can take it along, and threads may share it.
     """
 
     def __init__(self, source: Any, ends: Sequence[int] = ()):
@@ -82,6 +82,10 @@ class TextTokenizer:
         self._words = (
             Words(self._plain_ids, self._check_reserved, _MARKS["<s>"], plain) if can_split(self._splitter) else None
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._splitter.encode_special_tokens = True  # which pickling forgets
 
     @property
     def fingerprint(self) -> str:
@@ -159,8 +163,6 @@ class TextTokenizer:
         return self._split(text).ids
 
     def _split(self, text: str) -> tokenizers.Encoding:
-        # Pickling forgets this switch, which keeps special tokens in the text from becoming ids.
-        self._splitter.encode_special_tokens = True
         return self._splitter.encode(text, add_special_tokens=False)
 
     def _encode_whole(self, spans: Sequence[Span]) -> Chunk:
@@ -331,6 +333,8 @@ def _make_splitter(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     splitter = _whole_text(tokenizers.Tokenizer.from_str(codec.to_str()))
     # Post-processors add BOS, which is ours to place, and byte-level ones trim spaces off the offsets.
     splitter.post_processor = None
+    # Special tokens in the text stay text.
+    splitter.encode_special_tokens = True
     splitter.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in _MARKS.values()])
     return splitter
 
