@@ -128,9 +128,9 @@ def data(args: argparse.Namespace) -> int:
     batches = args.pictures  # each picture as often as a batch has places
     work = dict(job="scaling", count=args.pictures, size=args.side, batches=batches, core=None)
     scaled = measure(args, work, None)["ours"]
-    one, two = (1 / scaled[f"workers_{workers}"] for workers in (1, 2))
-    print(f"  workers: {one:.1f} pictures a second from one, {two:.1f} from two, {two / one:.2f} times as many")
-    scaling = {"one": one, "two": two, "ratio": two / one, "load": os.getloadavg()[0]}
+    one, two, ratio = 1 / scaled["workers_1"], 1 / scaled["workers_2"], scaled["ratio"]
+    print(f"  workers: {one:.1f} pictures a second from one, {two:.1f} from two, {ratio:.2f} times as many")
+    scaling = {"one": one, "two": two, "ratio": ratio, "load": os.getloadavg()[0]}
     return write_json(args, {"command": "data", **result, "scaling": scaling}, [result])
 
 

@@ -216,7 +216,7 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: batches of pictures from one worker, then from two; wall seconds a picture of each."""
+    """One turn: batches of pictures from one worker, then from two; wall seconds a picture of each, and their ratio."""
     tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
     folder = os.path.dirname(work["pictures"][0])
     how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
@@ -228,7 +228,8 @@ def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
             drain(batches, READ_AHEAD, time.perf_counter)  # what was read while the other one's turn was on
             found[f"workers_{workers}"] = drain(batches, work["batches"], time.perf_counter)
             time.sleep(SETTLE)  # its workers read ahead again, which would slow the other one down
-        return {name: spent / (work["batches"] * PICTURE_BATCH) for name, spent in found.items()}
+        seconds = {name: spent / (work["batches"] * PICTURE_BATCH) for name, spent in found.items()}
+        return seconds | {"ratio": found["workers_1"] / found["workers_2"]}
 
     turn()
     return {"device": "cpu"}, turn
