@@ -7,6 +7,7 @@ annotations, C conversations of an update.
 
 import dataclasses
 import functools
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 
@@ -307,9 +308,11 @@ def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: 
     rng = np.random.default_rng(0)
     for attempt in range(TRIES):
         weights_C = lengths_C if attempt < 2 else lengths_C * rng.uniform(0.8, 1.25, len(lengths_C))
-        limit = length if attempt % 2 else 0
         first = np.argsort(-weights_C, kind="stable")
-        packed = _place(lengths_C, images_C, first, rows, limit, images)
+        if attempt % 2:
+            packed = _place_into_fullest(lengths_C, images_C, first, rows, length, images)
+        else:
+            packed = _place_into_emptiest(lengths_C, images_C, first, rows, images)
         if packed is not None and _relieve(lengths_C, images_C, *packed, length, images):
             return packed[0]
     return None
@@ -318,7 +321,28 @@ def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # row of each conversation; tokens and pictures of each row
 
 
-def _place(
+def _place_into_emptiest(
+    lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, images: int
+) -> Packed | None:
+    """Each conversation into the row with the fewest tokens of those with slots for its pictures; None without one."""
+    rows_C = np.empty(len(order), np.int64)
+    tokens_R, images_R, emptiest = [0] * rows, [0] * rows, [(0, row) for row in range(rows)]
+    for c, tokens, pictures in zip(*(x.tolist() for x in (order, lengths_C[order], images_C[order])), strict=True):
+        full = []
+        while emptiest and images_R[emptiest[0][1]] + pictures > images:
+            full.append(heapq.heappop(emptiest))
+        if not emptiest:
+            return None
+        rows_C[c] = row = emptiest[0][1]
+        tokens_R[row] += tokens
+        images_R[row] += pictures
+        heapq.heapreplace(emptiest, (tokens_R[row], row))
+        for entry in full:
+            heapq.heappush(emptiest, entry)
+    return rows_C, np.array(tokens_R, np.int64), np.array(images_R, np.int64)
+
+
+def _place_into_fullest(
     lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, limit: int, images: int
 ) -> Packed | None:
     """Each conversation into the fullest row that stays within `limit`, else into the emptiest; None without slots."""
