@@ -195,7 +195,6 @@ def test_jobset_has_a_process_per_machine(stage, topology, spot):
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
-    assert volumes[mounts["/dev/shm"]] == {"emptyDir": {"medium": "Memory"}}
     assert volumes[mounts["/data"]] == {"persistentVolumeClaim": {"claimName": "data"}}
 
 

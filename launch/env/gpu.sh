@@ -37,6 +37,3 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
 export HF_HUB_OFFLINE=1
-
-# The data workers are processes already; threads of the tokenizer below them only take their cores.
-export TOKENIZERS_PARALLELISM=false

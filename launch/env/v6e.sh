@@ -20,9 +20,5 @@ export TPU_STDERR_LOG_LEVEL=1
 # Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
 export HF_HUB_OFFLINE=1
 
-# The data workers are processes already; threads of the tokenizer below them only take their cores. Documented by
-# tokenizers, which also warns without it when a process forks.
-export TOKENIZERS_PARALLELISM=false
-
 # What `tuned` holds for this chip: a larger share of VMEM for matrix products, and collectives handed to the SparseCore,
 # from the compiler model only. libtpu refuses v5e's flags of asynchronous collectives (FAILED_PRECONDITION).
