@@ -11,7 +11,7 @@ import pytest
 
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.train import assemble, checkpoint, loop, tracing
+from llava_jax.train import assemble, checkpoint, loop, start, tracing
 from llava_jax.types import Batch, InputError
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
 
@@ -127,6 +127,18 @@ def test_starting_again_when_done_changes_nothing(runs, capsys):
     loop.train(ran.settings, str(ran.workdir))
     assert "4/4 steps done" in capsys.readouterr().out
     assert files == {p: p.read_bytes() for p in files}
+
+
+def test_a_run_does_not_go_on_with_its_rows_in_another_order(runs, monkeypatch):
+    ran = runs("finetune")
+
+    def turned(*args):
+        plan = start.plan_data(*args)
+        return dataclasses.replace(plan, order_UC=plan.order_UC[::-1].copy())
+
+    monkeypatch.setattr(loop, "plan_data", turned)
+    with pytest.raises(InputError, match="the order of rows in .* is not the one this run was trained with"):
+        loop.train(ran.settings, str(ran.workdir))
 
 
 def test_other_frozen_weights_under_a_run_are_refused(runs, inputs, tmp_path):

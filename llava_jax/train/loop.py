@@ -71,7 +71,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     steps = total_steps(settings, len(records))
     batches = plan_data(settings, mesh, records, checked, steps)
     run = prepare(settings, plan.config, mesh, steps, batches.shape.length)
-    meta = meta_of(settings, plan, records)
+    meta = meta_of(settings, plan, records, batches)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
         jax.set_mesh(mesh),

@@ -1,5 +1,6 @@
 """What a stage needs before its first update: rows, batches and weights, checked, and said on the screen."""
 
+import hashlib
 from typing import Any
 
 import jax
@@ -125,14 +126,17 @@ def restore_or_start(
     return TrainState(place(np.zeros((), np.int32), at.step), params, opt_state), frozen
 
 
-def meta_of(settings: Settings, plan: Plan, records: Rows) -> dict:
+def meta_of(settings: Settings, plan: Plan, records: Rows, batches: BatchPlan) -> dict:
     """What a checkpoint says about itself."""
-    rows = {"source": settings.data.annotations, "fingerprint": records.fingerprint}
+    source = settings.data.annotations
+    rows = {"source": source, "fingerprint": records.fingerprint}
+    # A run that goes on counts batches: with the rows in another order some would come twice and some never.
+    order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC, digest_size=16).hexdigest()}
     return {
         "stage": settings.stage,
         "trainable": list(STAGES[settings.stage]),
         "frozen": frozen_sources(settings),
-        "inputs": model_inputs(plan) | {"data.annotations": rows},
+        "inputs": model_inputs(plan) | {"data.annotations": rows, "the order of rows": order},
     }
 
 
