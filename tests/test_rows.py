@@ -67,6 +67,9 @@ def test_rows_of_several_sources_stand_one_after_another(tmp_path):
     bad = rows.entry(3)
     assert isinstance(bad, Rejected) and bad.row == 3 and "(row 1 of" in bad.reason and "b.json" in bad.reason
     assert [rows[1:3][n].id for n in range(2)] == ["a1", "b0"]
+    # Processes check parts of the rows, and parts of those.
+    for part, at in ((rows[1:], 2), (rows[3:], 0), (rows[1:][1:][1:], 0)):
+        assert part.entry(at) == Rejected(at, "b1", bad.reason)
     assert rows.fingerprint != load_records(f"{second},{first}").fingerprint
     assert load_records(f"{first}:1,{second}:2").mixture == Mixture((2, 2), (1.0, 2.0))
 

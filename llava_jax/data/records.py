@@ -181,8 +181,16 @@ class DatasetRows(Rows):
 class JoinedRows(Rows):
     """Rows of several sources, one source after another."""
 
-    def __init__(self, parts: Sequence[Rows], names: Sequence[str], weights: Sequence[float] | None):
+    def __init__(
+        self,
+        parts: Sequence[Rows],
+        names: Sequence[str],
+        weights: Sequence[float] | None,
+        begins: Sequence[int] | None = None,
+    ):
+        """`begins`: the rows of each source in front of those that are its part."""
         self.parts, self.names = list(parts), list(names)
+        self.begins = [0] * len(self.parts) if begins is None else list(begins)
         self.ends = np.cumsum([len(part) for part in parts])
         self.fingerprint = sources.key_of([part.fingerprint for part in parts])
         self.mixture = None if weights is None else Mixture(tuple(len(part) for part in parts), tuple(weights))
@@ -191,19 +199,18 @@ class JoinedRows(Rows):
         return int(self.ends[-1])
 
     def part(self, start: int, stop: int) -> "JoinedRows":
-        begins = self.ends - [len(part) for part in self.parts]
-        inside = [
-            part[max(0, start - begin) : max(0, stop - begin)]
-            for part, begin in zip(self.parts, begins.tolist(), strict=True)
-        ]
-        return JoinedRows(inside, self.names, None)
+        counts = [len(part) for part in self.parts]
+        firsts = np.clip(start - (self.ends - counts), 0, counts).tolist()
+        lasts = np.clip(stop - (self.ends - counts), 0, counts).tolist()
+        inside = [part[first:last] for part, first, last in zip(self.parts, firsts, lasts, strict=True)]
+        return JoinedRows(inside, self.names, None, np.add(self.begins, firsts).tolist())
 
     def entry(self, row: int) -> Record | Rejected:
         which, inside = self._place(row)
         entry = self.parts[which].entry(inside)
         if isinstance(entry, Record):
             return entry
-        return Rejected(row, entry.id, f"{entry.reason} (row {inside} of {self.names[which]})")
+        return Rejected(row, entry.id, f"{entry.reason} (row {self.begins[which] + inside} of {self.names[which]})")
 
     def decoded(self, row: int) -> Any:
         which, inside = self._place(row)
