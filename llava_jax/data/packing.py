@@ -172,13 +172,12 @@ def plan_packed(
 
 def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture | None) -> np.ndarray:
     """The first `places` of the endless stream of rows: epoch after epoch, shuffled anew in each."""
-    if mixture is not None:
-        epochs = [mixture.epoch(epoch, seed, shuffle) for epoch in range(math.ceil(places / count))]
-        return np.concatenate(epochs)[:places]
-    if not shuffle:
+    if mixture is None and not shuffle:
         return np.arange(places) % count
-    epochs = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(math.ceil(places / count))]
-    return np.concatenate(epochs)[:places]
+    epochs = range(math.ceil(places / count))
+    if mixture is not None:
+        return np.concatenate([mixture.epoch(epoch, seed, shuffle) for epoch in epochs])[:places]
+    return np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])[:places]
 
 
 def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
@@ -309,10 +308,8 @@ def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: 
     for attempt in range(TRIES):
         weights_C = lengths_C if attempt < 2 else lengths_C * rng.uniform(0.8, 1.25, len(lengths_C))
         first = np.argsort(-weights_C, kind="stable")
-        if attempt % 2:
-            packed = _place_into_fullest(lengths_C, images_C, first, rows, length, images)
-        else:
-            packed = _place_into_emptiest(lengths_C, images_C, first, rows, images)
+        given = (lengths_C, images_C, first, rows, images)
+        packed = _place_into_fullest(*given, length) if attempt % 2 else _place_into_emptiest(*given)
         if packed is not None and _relieve(lengths_C, images_C, *packed, length, images):
             return packed[0]
     return None
@@ -343,7 +340,7 @@ def _place_into_emptiest(
 
 
 def _place_into_fullest(
-    lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, limit: int, images: int
+    lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, images: int, limit: int
 ) -> Packed | None:
     """Each conversation into the fullest row that stays within `limit`, else into the emptiest; None without slots."""
     rows_C = np.empty(len(order), np.int64)
