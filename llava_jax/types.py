@@ -284,7 +284,7 @@ class DataSettings:
     workers: int
 
 
-# A conversation a row, read in this process: the rest of DataSettings where there is no config.
+# A conversation a row, read by one thread: the rest of DataSettings where there is no config.
 UNPACKED = dict(group_by="none", pack=False, pack_length=0, pack_images=0, workers=0)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -102,10 +103,9 @@ def open_batches(settings: DataSettings, batch: int) -> tuple["BatchIterator", B
     return make_pipeline(records, settings, tokenizer, plan, **model), plan, seconds
 
 
-def resident(field: str) -> float:
-    """VmRSS or VmHWM of this process in GB."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 1e6 for line in file if line.startswith(field))
+def peak(who: int) -> float:
+    """Most memory that this process, or the largest of those it has started, ever had resident, in GB."""
+    return resource.getrusage(who).ru_maxrss / 1e6
 
 
 def start(args: argparse.Namespace) -> None:
@@ -118,7 +118,8 @@ def start(args: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = [next(data).rows_BM]
     seconds["first batch"] = round(time.monotonic() - began, 2)
-    print(json.dumps({"seconds": seconds, "peak_gb": resident("VmHWM")}), flush=True)
+    memory = {"peak_gb": peak(resource.RUSAGE_SELF), "largest_checker_gb": peak(resource.RUSAGE_CHILDREN)}
+    print(json.dumps({"seconds": seconds, **memory}), flush=True)
     expected = sorted(np.concatenate([plan.order_UC[args.start_at]]).tolist())
     print(json.dumps({"rows": sorted(rows[0][rows[0] >= 0].tolist()), "expected": expected}), flush=True)
     for delivered in range(args.start_at + 2, args.start_at + args.batches + 1):

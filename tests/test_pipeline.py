@@ -4,7 +4,6 @@ rows hold the same conversations."""
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 import grain
@@ -208,14 +208,19 @@ def test_without_shuffle_the_order_is_the_file():
 
 
 def test_workers_change_neither_the_stream_nor_the_state(packed):
+    before = set(threading.enumerate())
     data, alone = stream(workers=2, pack=True), stream(pack=True)
     assert_equal(take(data, 16), packed)
     assert data.get_state() == {"batches": 16}
     take(alone, 7)
     data.set_state(json.loads(json.dumps(alone.get_state())))
     assert_equal(take(data, 5), packed[7:12])
+    assert any(thread.name.startswith("grain-prefetch") for thread in {*threading.enumerate()} - before)
     data.close()
-    assert not multiprocessing.active_children()
+    alone.close()
+    deadline = time.monotonic() + 30
+    while any(thread.name.startswith("grain-prefetch") for thread in {*threading.enumerate()} - before):
+        assert time.monotonic() < deadline
 
 
 def test_threads_make_batches_side_by_side(monkeypatch, reference):
@@ -355,7 +360,7 @@ if __name__ == "__main__":
     rows = test_pipeline.RECORDS * 20_000
     checking = threading.Thread(target=test_pipeline.check, args=(rows,), kwargs={"workers": 2})
     checking.start()
-    while len(multiprocessing.active_children()) < 2:
+    while checking.is_alive() and len(multiprocessing.active_children()) < 2:
         pass
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     checking.join()

@@ -2,11 +2,14 @@
 
 import json
 import pathlib
+import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from llava_jax.data import words
 from llava_jax.data.chat import Span
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.words import BLANK, can_split
@@ -102,27 +105,34 @@ def test_a_conversation_needs_no_tokenizer_once_its_words_are_known(folder, monk
 
 def test_vocabularies_whose_merges_may_cross_blanks(folder):
     content = json.loads((pathlib.Path(folder) / "tokenizer.json").read_text())
-    splitter = load_tokenizer(folder)._splitter
-    assert can_split(splitter)
+    codec = load_tokenizer(folder)._codec
+    assert can_split(codec)
     crossing = json.loads(json.dumps(content))
     vocabulary = crossing["model"]["vocab"]
     vocabulary["a" + BLANK] = max(vocabulary.values()) + 1
     crossing["model"]["merges"].append(["a", BLANK])
     changes = {
         "crossing": crossing,
-        "dropout": content | {"model": content["model"] | {"dropout": 0.1}},
         "lower": content | {"normalizer": {"type": "Lowercase"}},
         "bytes": content | {"pre_tokenizer": {"type": "Whitespace"}, "normalizer": None},
+        # A character without an entry would be left out, and all offsets behind it be wrong.
+        "drops": content | {"model": content["model"] | {"byte_fallback": False, "unk_token": None}},
     }
+    for key, value in dict(dropout=0.1, ignore_merges=True, end_of_word_suffix="</w>").items():
+        changes[key] = content | {"model": content["model"] | {key: value}}
+    model = {"continuing_subword_prefix": "##", "merges": []}
+    changes["continuing_subword_prefix"] = content | {"model": content["model"] | model}
+    word_level = {"type": "WordLevel", "vocab": {BLANK: 0, "<unk>": 1}, "unk_token": "<unk>"}
+    changes["no BPE"] = content | {"model": word_level, "added_tokens": []}
     for name, changed in changes.items():
-        assert not can_split(type(splitter).from_str(json.dumps(changed))), name
+        assert not can_split(type(codec).from_str(json.dumps(changed))), name
 
 
 def test_byte_level_tokenizers_are_given_the_whole_text(tmp_path):
     assert load_tokenizer(make_tokenizers.byte_bpe(tmp_path))._words is None
 
 
-@pytest.mark.parametrize("added", ["red square", "square", "US"])
+@pytest.mark.parametrize("added", ["red square", "square", "US", "a"])
 def test_an_added_entry_is_found_across_words(tmp_path, added):
     folder = make_tokenizers.trained_llama(tmp_path, legacy=False)
     path = tmp_path / "tokenizer.json"
@@ -131,6 +141,7 @@ def test_an_added_entry_is_found_across_words(tmp_path, added):
     content["added_tokens"].append(entry)
     path.write_text(json.dumps(content))
     tokenizer, reference = load_tokenizer(folder), whole(folder)
+    assert tokenizer._words is None
     for spans in (
         [Span("USER: a red square")],
         [Span("USER: a red"), Span(" square is", is_target=True)],
@@ -138,7 +149,7 @@ def test_an_added_entry_is_found_across_words(tmp_path, added):
     ):
         assert tokenizer.encode_chunk(spans) == reference.encode_chunk(spans)
     found = np.frombuffer(tokenizer.encode_chunk([Span("USER: a red square")]).ids, np.int32)
-    assert entry["id"] in found
+    assert tokenizer._codec.token_to_id(added) in found
 
 
 def test_a_reserved_id_is_named_each_time(folder):
@@ -149,3 +160,31 @@ def test_a_reserved_id_is_named_each_time(folder):
     for _ in range(2):
         with pytest.raises(InputError, match="spells the special token"):
             again.encode_chunk([Span("a red")])
+
+
+def test_few_words_are_kept_and_none_that_is_long(folder, monkeypatch):
+    monkeypatch.setattr(words, "KEPT_WORDS", 3)
+    monkeypatch.setattr(words, "LONGEST_WORD", 4)
+    tokenizer, reference = load_tokenizer(folder), whole(folder)
+    for text in ("USER: one two three four five six", "USER: one concatenated two"):
+        assert tokenizer.encode_text(text) == reference.encode_text(text)
+    assert list(tokenizer._words._inside) == ["one", "two", "four"]
+
+
+def test_threads_share_a_tokenizer(folder):
+    shared, reference = load_tokenizer(folder), whole(folder)
+    draw = random.Random(1)
+    given = [random_spans(draw) for _ in range(500)]
+    expected = [reference.encode_chunk(spans) for spans in given]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [shared.encode_chunk(spans) for spans in given], range(4)))
+    assert found == [expected] * 4
+
+
+def test_words_go_along_into_another_process(folder):
+    tokenizer = load_tokenizer(folder)
+    spans = [Span("USER: Is </s> it red? ASSISTANT:"), Span(" It is.", is_target=True), Span("</s>", True, True)]
+    expected = tokenizer.encode_chunk(spans)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode_chunk(spans) == expected and again._words._inside._encode.__self__ is again
+    assert again.encode_chunk([Span("Another </s> word")]) == whole(folder).encode_chunk([Span("Another </s> word")])

@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,8 +103,8 @@ def check_records(
         tiling=tiling,
     )
     if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
-        # Rows on disk stay there: a worker gets their places, and reads them itself.
-        starts = range(0, len(records), -(-len(records) // (8 * settings.workers)))
+        # Rows on disk stay there: a worker gets their places, and reads them itself. A part starts with no word known.
+        starts = range(0, len(records), -(-len(records) // (2 * settings.workers)))
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(settings.workers, context, _exit_with_parent) as pool:
             results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
@@ -125,16 +126,16 @@ def _check_part(
     start: int, records: Sequence[Record], **check: Any
 ) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
     """Five figures of each row as int32, those that cannot be trained, paths of pictures; the first row is `start`."""
-    counts, problems, pictures = [], [], set()
+    counts, problems, pictures = array("i"), [], set()
     for row in range(len(records)):
         record = records.entry(row) if isinstance(records, Rows) else records[row]
         if isinstance(record, Record):
             result = _check_row(record, pictures, **check)
             if not isinstance(result, str):
-                counts.append(result)
+                counts.extend(result)
                 continue
             record = Rejected(row, record.id, result)
-        counts.append((0,) * FIGURES)
+        counts.extend((0,) * FIGURES)
         problems.append(dataclasses.replace(record, row=start + row))
     return np.array(counts, np.int32).reshape(-1, FIGURES), tuple(problems), pictures
 

@@ -5,8 +5,9 @@ through the records epoch after epoch, shuffled anew in each, of which every upd
 a row, and which host, changes neither the order nor the content; where a run stands is therefore one number, the
 batches delivered, and that is the iterator's whole state.
 
-Rows are read by threads: Pillow lets go of Python's lock while it decodes and resizes, which is nearly all of the work,
-and a batch need not be carried from one process to another (docs/results.md has the figures of both).
+Rows are read by threads: Pillow lets go of Python's lock while it decodes and resizes, which is nearly all of the work
+on a row with a picture, and a batch need not be carried from one process to another. Rows of text alone gain nothing
+from a second thread; one makes thousands of them a second (docs/results.md has the figures).
 """
 
 import functools
@@ -149,7 +150,7 @@ class BatchIterator(grain.DatasetIterator):
         self._delivered = state["batches"]
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead; nothing waits for the batches that are being made."""
         self._stop_reader()
         super().close()
 

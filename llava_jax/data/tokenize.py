@@ -1,9 +1,9 @@
 """Ids and targets together, by character spans; back from ids to text.
 
 LLaVA tokenises the text between two images by itself (each piece as if it began the prompt, BOS once at the front);
-within such a piece the whole text is tokenised at once. A token is a target when every character it covers is one:
-offsets decide, tokens are never counted. (A token that joins the end of a header with the beginning of an answer, such
-as a byte-level tokenizer's double newline, is therefore none.)
+the ids of such a piece are those of its whole text. A token is a target when every character it covers is one: offsets
+decide, or a word does, where each lies on one side (`words.py`). (A token that joins the end of a header with the
+beginning of an answer, such as a byte-level tokenizer's double newline, is therefore none.)
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "m
 
 
 class Chunk(NamedTuple):
-    """Text that is tokenised at once: the bytes of `ids` int32[t] and of `targets` bool[t]."""
+    """Text between two images: the bytes of `ids` int32[t] and of `targets` bool[t]."""
 
     ids: bytes
     targets: bytes
@@ -78,10 +78,8 @@ class TextTokenizer:
         added = {i for i, token in source.added_tokens_decoder.items() if token.special}
         reserved = (added | {*source.all_special_ids, self.eos_id}) - {source.unk_token_id, None}
         self._reserved = np.isin(np.arange(self.size), sorted(reserved))
-        plain = [token.content for token in source.added_tokens_decoder.values() if not token.special]
-        self._words = (
-            Words(self._plain_ids, self._check_reserved, _MARKS["<s>"], plain) if can_split(self._splitter) else None
-        )
+        mark = _MARKS["<s>"]
+        self._words = Words(self._plain_ids, self._check_reserved, mark) if can_split(self._codec) else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -316,7 +314,8 @@ def expand(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each IMAGE_MARK becomes `patches` times `image_token_id`: (tokens int32[T], targets bool[T]).
 
-    `max_length` cuts and checks as `cut` does; None (a prompt, which has no targets) does neither.
+    `max_length` cuts and checks as `cut` does; None (a prompt, which has no targets) does neither. The
+    arrays are not to be written to: without an image they are those given.
     """
     if max_length is not None:
         fitting = cut(Encoded(tokens, targets), patches, max_length)

@@ -1,9 +1,9 @@
 """Ids of text a word at a time: what a word becomes is asked of the tokenizer once, and most words come again.
 
 That gives the ids of the whole text wherever blanks become "▁" and no entry of the vocabulary has a "▁" behind another
-character, as in SentencePiece's BPE of LLaMA and Mistral: no merge then goes from one word on into the next. What is
-asked for is the tokenizer's own description (`can_split`); where it does not hold, and for two blanks in a row, the
-tokenizer is given the whole text.
+character, as in SentencePiece's BPE of LLaMA and Mistral: no merge then goes from one word on into the next.
+`can_split` asks the tokenizer's own description; where it does not hold, and for two blanks in a row, the tokenizer is
+given the whole text.
 """
 
 import json
@@ -15,24 +15,31 @@ import tokenizers
 BLANK = "▁"
 PREPEND = {"type": "Prepend", "prepend": BLANK}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
-# Words that are kept, and the most letters of one: about 40 MB in all.
-KEPT_WORDS, LONGEST_WORD = 200_000, 24
+# Words that each dictionary keeps, and the most characters of one: 15 MB of English, at most 35 MB.
+KEPT_WORDS, LONGEST_WORD = 100_000, 16
+# What a BPE model may have that makes the ids of a word depend on where it stands, or drops characters.
+EXCLUDED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 
 Ids = Callable[[str], Sequence[int]]
 
 
 def can_split(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether the ids of a text are those of its words, each with the blank in front of it."""
+    """Whether the ids of a text are those of its words, each with the blank in front of it.
+
+    Added entries that are not special are found in any text before words are looked at, and may lie across them.
+    """
     described = json.loads(tokenizer.to_str())
     model, steps = described["model"], _steps(described["normalizer"])
     cutter = described["pre_tokenizer"]
     return (
         model.get("type") == "BPE"
-        and not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        and not any(model.get(key) for key in EXCLUDED)
+        and bool(model.get("byte_fallback") or model.get("unk_token"))
         and BLANK in model["vocab"]
         and not any(BLANK in piece.lstrip(BLANK) for piece in model["vocab"])
         and all(step in (PREPEND, REPLACE) for step in steps)
         and (REPLACE in steps if cutter is None else _is_metaspace(cutter))
+        and all(entry["special"] for entry in described["added_tokens"])
     )
 
 
@@ -70,22 +77,20 @@ class _Known(dict[str, bytes]):
 class Words:
     """Ids of runs of text, which special tokens may stand between."""
 
-    def __init__(self, encode: Ids, check: Callable[[Sequence[int]], None], mark: str, added: Sequence[str]):
+    def __init__(self, encode: Ids, check: Callable[[Sequence[int]], None], mark: str):
         """`encode` gives the ids of a text, `check` raises InputError for ids that no text may have; `mark` is a text
-        that becomes one token, `added` are entries that the tokenizer finds in any text before it looks at words.
+        that becomes one token.
         """
         self._first = _Known(encode, check, "", 0)
         self._behind_special = _Known(encode, check, mark, 1)
         self._inside = _Known(encode, check, "a ", len(encode("a")))
-        self._no_words = ("  ", BLANK, *added)
 
     def encode(self, runs: Sequence[str | int]) -> list[bytes] | None:
         """Packed ids of each run; an int is a special token's id, texts are not empty.
 
         None where the text has to be taken as a whole: blanks stand side by side, or a run ends within a word.
         """
-        text = "".join([run if isinstance(run, str) else "\0" for run in runs])
-        if any(map(text.__contains__, self._no_words)):
+        if not _are_words(runs):
             return None
         ids, opening = [], self._first
         for run in runs:
@@ -94,9 +99,21 @@ class Words:
                 opening = self._behind_special
                 continue
             first, *words = run.split(" ")
-            if bool(first) != (opening is not None):
-                return None
             inside = b"".join(map(self._inside.__getitem__, words))
             ids.append(inside if opening is None else opening[first] + inside)
             opening = None
         return ids
+
+
+def _are_words(runs: Sequence[str | int]) -> bool:
+    """Whether each text begins with a word where it stands alone, and with a blank where it goes on from another."""
+    alone = True
+    for run in runs:
+        if isinstance(run, str):
+            if run.startswith(" ") == alone:
+                return False
+            alone = False
+        else:
+            alone = True
+    text = "".join([run if isinstance(run, str) else "\0" for run in runs])
+    return "  " not in text and BLANK not in text
