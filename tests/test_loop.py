@@ -141,6 +141,24 @@ def test_a_run_does_not_go_on_with_its_rows_in_another_order(runs, monkeypatch):
         loop.train(ran.settings, str(ran.workdir))
 
 
+def test_a_picture_that_breaks_during_the_run_loses_no_update(tmp_path):
+    """Which pictures are whole is seen only when they are decoded; mended, the run goes on where it was."""
+    make_inputs(tmp_path)
+    settings = make_settings(
+        tmp_path, "pretrain", data__shuffle=False, train__batch_size=2, train__checkpoint_every=100
+    )
+    loop.train(settings, str(tmp_path / "whole"))
+    picture = tmp_path / "images" / "3.png"  # of the second update
+    content = picture.read_bytes()
+    picture.write_bytes(content[:-30])
+    with pytest.raises(InputError, match=r"row 3 .*3\.png: truncated"):
+        loop.train(settings, str(tmp_path / "broken"))
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["1"]
+    picture.write_bytes(content)
+    loop.train(settings, str(tmp_path / "broken"))
+    assert read_metrics(tmp_path / "broken") == read_metrics(tmp_path / "whole")
+
+
 def test_other_frozen_weights_under_a_run_are_refused(runs, inputs, tmp_path):
     ran = runs("pretrain")
     path = inputs / "llava" / "model.safetensors"

@@ -93,7 +93,8 @@ def test_every_bad_row_is_collected(tmp_path):
     path = _write(tmp_path / "a.jsonl", lines)
     good, broken, unequal = parse_records(path)
     assert good.id == "r1"
-    assert (broken.row, broken.id) == (1, "") and broken.reason.startswith("line 2 is not JSON")
+    assert (broken.row, broken.id) == (1, "") and broken.reason.startswith("line 2 is not JSON: Expecting")
+    assert broken.reason.endswith(", column 2")
     assert isinstance(unequal, Rejected) and (unequal.row, unequal.id) == (2, "r9")
     with pytest.raises(InputError, match=r"^row 1: line 2 is not JSON"):
         load_records(path)[1]

@@ -107,10 +107,11 @@ def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
         again = pickle.loads(pickle.dumps(found))
         assert list(again[1:3]) == list(found)[1:3]
     for text, reason in (
-        ('[{"a": 1} {"b": 2}]', "expected ',' or ']' at byte 10"),
-        ('[{"a": 1}', "expected ',' or ']' at byte 9"),
-        ('[{"a": 1}] x', "extra data at byte 11"),
-        ('[{"a": tru}]', "not JSON: .* at byte 7"),
+        ('[{"a": 1} {"b": 2}]', r"expected ',' or '\]', line 1 \(byte 10\)"),
+        ('[{"a": 1}\n,\n{"a": 2}', r"expected ',' or '\]', line 3 \(byte 20\); expected a list of rows"),
+        ('[{"a": 1}]\nx', r"more behind the list, line 2 \(byte 11\)"),
+        ('[{"a": "b', r"not JSON: Unterminated string starting, line 1 \(byte 7\)"),
+        ('[{"a": tru}]', r"not JSON: .*, line 1 \(byte 7\)"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InputError, match=reason):

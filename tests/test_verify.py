@@ -161,7 +161,7 @@ def test_what_spoils_all_rows_is_an_error(tmp_path, images, tokenizer):
         _verify(tmp_path, images, endless, [GOOD])
     with pytest.raises(InputError, match="unknown image_position 'back'"):
         _verify(tmp_path, images, tokenizer, [GOOD], image_position="back")
-    with pytest.raises(InputError, match="no such images folder"):
+    with pytest.raises(InputError, match="no such folder; expected the folder that image paths start from"):
         _verify(tmp_path, str(tmp_path / "nowhere"), tokenizer, [GOOD])
     with pytest.raises(InputError, match="no such annotations file"):
         verify(str(tmp_path / "none.json"), images, tokenizer, "v1")

@@ -123,12 +123,25 @@ def _elements(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
         text.place += length
         after = text.next_letter()
         if after not in (",", "]"):
-            raise InputError(f"{path}: not JSON: expected ',' or ']' at byte {text.before + text.place}")
+            raise _broken(path, "expected ',' or ']'", text.before + text.place)
         text.place += 1
         if after == "]":
             break
     if text.next_letter():
-        raise InputError(f"{path}: not JSON: extra data at byte {text.before + text.place}")
+        raise _broken(path, "more behind the list", text.before + text.place)
+
+
+def line_of(path: str, at: int) -> int:
+    """The line of a file, counted from 1, in which byte `at` stands."""
+    line, left = 1, at
+    with open(path, "rb") as file:
+        while piece := file.read(min(left, PIECE)):
+            line, left = line + piece.count(b"\n"), left - len(piece)
+    return line
+
+
+def _broken(path: str, what: str, at: int) -> InputError:
+    return InputError(f"{path}: not JSON: {what}, line {line_of(path, at)} (byte {at}); expected a list of rows")
 
 
 def _value(decode: Callable[[str, int], tuple], text: _Text, path: str) -> int:
@@ -143,9 +156,7 @@ def _value(decode: Callable[[str, int], tuple], text: _Text, path: str) -> int:
         except ValueError as error:
             if text.whole or len(text.text) - text.place > LONGEST_ROW or not text.more():
                 at = text.before + getattr(error, "pos", text.place)
-                raise InputError(
-                    f"{path}: not JSON: {getattr(error, 'msg', error)} at byte {at}; expected a list of rows"
-                ) from None
+                raise _broken(path, str(getattr(error, "msg", error)).removesuffix(" at"), at) from None
             continue
         # A number at the end of the window may go on behind it; no row is one, so the next letter tells.
         return end - text.place

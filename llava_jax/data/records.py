@@ -14,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from llava_jax.data import sources
-from llava_jax.data.index import index_file
+from llava_jax.data.index import index_file, line_of
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.row import Rejected, parse_or_reject, parse_row
 from llava_jax.data.sources import Source, split_sources
@@ -85,8 +85,10 @@ class FileRows(Rows):
         start, length = self.places[row].tolist()
         try:
             return json.loads(self._read(start, length))
+        except json.JSONDecodeError as error:
+            return InputError(f"line {line_of(self.path, start)} is not JSON: {error.msg}, column {error.colno}")
         except (ValueError, RecursionError) as error:
-            return InputError(f"line {self._line(start)} is not JSON: {error}")
+            return InputError(f"line {line_of(self.path, start)} is not JSON: {error}")
 
     def _read(self, start: int, length: int) -> bytes:
         """Bytes of the file; rows that are read one after another come from larger pieces, which saves system calls."""
@@ -102,10 +104,6 @@ class FileRows(Rows):
                 return os.pread(file.fileno(), length, start)
             first, piece = self._piece = start, os.pread(file.fileno(), max(length, SEVERAL_ROWS), start)
         return piece[start - first : end - first]
-
-    def _line(self, start: int) -> int:
-        with open(self.path, "rb") as file:
-            return file.read(start).count(b"\n") + 1
 
 
 class DatasetRows(Rows):

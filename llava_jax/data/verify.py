@@ -84,7 +84,8 @@ def verify(
                 rejected.append(record)
                 continue
             if not has_folder and any(isinstance(image, str) for image in record.images):
-                raise InputError(f"{images}: no such images folder; expected the one that image paths start from")
+                found = f"{images}: no such folder" if images else "data.images is empty"
+                raise InputError(f"{found}; expected the folder that image paths start from")
             try:
                 encoded = encode_turns(record, settings, tokenizer)
                 counts = patches if tiling is None else tiling.tokens(image_sizes(record, settings))

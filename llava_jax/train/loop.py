@@ -131,12 +131,19 @@ def update(
 
     The device never waits for the host: while an update runs, the metrics of the one before are read, and the next
     batch is fetched and copied. Before a save the last metrics are read too: what follows an update that failed is
-    never saved.
+    never saved. A row that cannot be read ends the run with what was done until then saved, where one process trains;
+    of several, the others are in the next update already.
     """
     pending = None
     for n in steps:
         before = time.monotonic()
-        batch = next(data)
+        try:
+            batch = next(data)
+        except InputError:
+            if pending is not None and jax.process_count() == 1:
+                report(*pending)
+                save(state)
+            raise
         waited = time.monotonic() - before
         arrays = global_batch(batch, run.mesh, rows)
         if n == steps.start:
