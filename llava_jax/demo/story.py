@@ -37,14 +37,14 @@ class Sizes:
     detail_rows: int = 400
     reasoning_rows: int = 400
     pretrain: tuple[str, ...] = (
-        "train.steps=500",
+        "train.steps=800",
         "train.batch_size=16",
         "data.max_length=72",
         "optim.lr=1e-2",
         "train.checkpoint_every=200",
     )
     finetune: tuple[str, ...] = (
-        "train.steps=650",
+        "train.steps=800",
         "train.batch_size=16",
         "data.max_length=128",
         "optim.lr=1e-3",
