@@ -16,6 +16,7 @@ from llava_jax.prepare.concepts import Rule, select
 from llava_jax.prepare.phrases import builtin_phrases, normalise, spacy_phrases
 from llava_jax.prepare.scienceqa import INPUTS, OUTPUTS, convert
 from llava_jax.types import InputError
+from tests import show_scienceqa
 
 
 def write(path, content):
@@ -267,6 +268,13 @@ def test_scienceqa_formats(problems):
     for given in INPUTS:
         for asked in OUTPUTS:
             assert all(parse_row(row, "row") for row in convert(problems, "train", f"{given}-{asked}"))
+
+
+def test_scienceqa_equals_the_rule_written_anew(problems, monkeypatch, capsys):
+    assert show_scienceqa.show(problems, "train") == 0
+    assert "QCM-LEPA: 2 rows, 0 different" in capsys.readouterr().out
+    monkeypatch.setattr(show_scienceqa, "expected", lambda problem, _: [problem["question"], "The answer is C."])
+    assert show_scienceqa.show(problems, "train") == 6
 
 
 def test_scienceqa_subsets_and_what_is_refused(problems, tmp_path, capsys):
