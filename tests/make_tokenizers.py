@@ -156,6 +156,16 @@ def prepending_llama(folder: pathlib.Path) -> str:
     return str(folder)
 
 
+# Name -> what makes a LLaMA tokenizer in a folder and returns its path.
+LLAMAS = {
+    "golden_legacy": lambda folder: golden_llama(folder, legacy=True),
+    "golden": lambda folder: golden_llama(folder, legacy=False),
+    "llama_legacy": lambda folder: trained_llama(folder, legacy=True),
+    "llama": lambda folder: trained_llama(folder, legacy=False),
+    "llama_prepend": prepending_llama,
+}
+
+
 def byte_bpe(folder: pathlib.Path, size: int = 500) -> str:
     """A byte-level BPE without BOS, with ChatML's tokens (and post-processing that trims offsets, as GPT-2's does)."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -18,14 +18,7 @@ SAMPLE = [
     Turn("human", "Color?"),
     Turn("gpt", "Black."),
 ]
-MAKERS = {
-    "golden_legacy": lambda folder: make_tokenizers.golden_llama(folder, legacy=True),
-    "golden": lambda folder: make_tokenizers.golden_llama(folder, legacy=False),
-    "llama_legacy": lambda folder: make_tokenizers.trained_llama(folder, legacy=True),
-    "llama": lambda folder: make_tokenizers.trained_llama(folder, legacy=False),
-    "llama_prepend": make_tokenizers.prepending_llama,
-    "byte_bpe": make_tokenizers.byte_bpe,
-}
+MAKERS = {**make_tokenizers.LLAMAS, "byte_bpe": make_tokenizers.byte_bpe}
 
 
 @pytest.fixture(scope="module")

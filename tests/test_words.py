@@ -29,15 +29,7 @@ def joining_blanks(folder: pathlib.Path) -> str:
     return str(folder)
 
 
-MAKERS = {
-    "golden_legacy": lambda folder: make_tokenizers.golden_llama(folder, legacy=True),
-    "golden": lambda folder: make_tokenizers.golden_llama(folder, legacy=False),
-    "llama_legacy": lambda folder: make_tokenizers.trained_llama(folder, legacy=True),
-    "llama": lambda folder: make_tokenizers.trained_llama(folder, legacy=False),
-    "prepend": make_tokenizers.prepending_llama,
-    "joining_blanks": joining_blanks,
-    "demo": lambda folder: EMBEDDED_TOKENIZER,
-}
+MAKERS = {**make_tokenizers.LLAMAS, "joining_blanks": joining_blanks, "demo": lambda folder: EMBEDDED_TOKENIZER}
 PIECES = [
     *(
         "USER: ",

@@ -95,13 +95,7 @@ def check_records(
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
     find_template(settings.template)  # an unknown one is one error, not one a row
-    check = functools.partial(
-        _check_part,
-        settings=settings,
-        tokenizer=tokenizer,
-        patches=patches,
-        tiling=tiling,
-    )
+    check = functools.partial(_check_part, settings=settings, tokenizer=tokenizer, patches=patches, tiling=tiling)
     if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
         # Rows on disk stay there: a worker gets their places, and reads them itself. A part starts with no word known.
         starts = range(0, len(records), -(-len(records) // (2 * settings.workers)))
