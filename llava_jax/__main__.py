@@ -2,7 +2,7 @@
 
 import sys
 
-from llava_jax.cli import main
+from llava_jax.cli.main import main
 
 # Processes that check rows are spawned: they import this file again under another name.
 if __name__ == "__main__":

@@ -14,20 +14,20 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from llava_jax.convert.stored import Stored
-from llava_jax.data.anyres import load_tiles, rows_of_tiles, spread, tiling
-from llava_jax.data.chat import Template, find_template, render
-from llava_jax.data.image import image_size, normalised
+from llava_jax.data.images import image_size, normalised
+from llava_jax.data.templates import Template, find_template, render
+from llava_jax.data.tiles import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
 from llava_jax.infer.sample import stop_table, stripped
 from llava_jax.infer.stream import StreamDecoder
 from llava_jax.models.llava import build
-from llava_jax.sharding import make_mesh, replicated
-from llava_jax.source import split
-from llava_jax.train.hosts import place
-from llava_jax.train.whole import check_vocabulary, read_model
+from llava_jax.parallel.distributed import place
+from llava_jax.parallel.placement import Stored
+from llava_jax.parallel.sharding import make_mesh, replicated
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
+from llava_jax.weights.load import check_vocabulary, read_model
+from llava_jax.weights.source import split
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from llava_jax.data import sources
-from llava_jax.source import absolute
 from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, WEIGHT_NAMES, DataSettings, InputError, Settings
+from llava_jax.weights.source import absolute
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from llava_jax.data.checks import check_once, plan_once
 from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.validate import check_once, plan_once
 from llava_jax.types import UNPACKED, DataSettings
 
 if TYPE_CHECKING:

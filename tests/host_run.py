@@ -8,9 +8,10 @@ import json
 import sys
 import time
 
+from llava_jax.parallel import distributed
+from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import read_settings
-from llava_jax.sharding import make_mesh
-from llava_jax.train import hosts, loop
+from llava_jax.train import loop
 from llava_jax.types import MeshSettings
 
 MESHES = {"fsdp": MeshSettings(1, -1, 1), "mixed": MeshSettings(2, -1, 2), "tensor": MeshSettings(1, 1, -1)}
@@ -22,10 +23,10 @@ def slow_report(*args, inner=loop.report, **how):
 
 
 if __name__ == "__main__":
-    hosts.HEARTBEAT_SECONDS, hosts.VISIBLE_SECONDS = 10, 2.0
+    distributed.HEARTBEAT_SECONDS, distributed.VISIBLE_SECONDS = 10, 2.0
     loop.report = slow_report
-    with hosts.connected():
+    with distributed.connected():
         for config, workdir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
             loop.train(read_settings(config), workdir)
-        rows = {name: hosts.local_rows(make_mesh(mesh), 8) for name, mesh in MESHES.items()}
+        rows = {name: distributed.local_rows(make_mesh(mesh), 8) for name, mesh in MESHES.items()}
         print(json.dumps(rows), flush=True)

@@ -10,7 +10,7 @@ import pathlib
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from llava_jax.data.chat import TEMPLATES
+from llava_jax.data.templates import TEMPLATES
 
 CORPUS = [
     "A red square stands left of a blue circle. What is the position of the skateboard in the image?",

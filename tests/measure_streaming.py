@@ -15,13 +15,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from llava_jax.convert import hf, table
-from llava_jax.convert.config import llama_json
-from llava_jax.convert.safetensors_io import Piece, write_shards
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.sharding import make_mesh, param_shardings
-from llava_jax.train.hosts import place
+from llava_jax.parallel.distributed import place
+from llava_jax.parallel.sharding import make_mesh, param_shardings
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
+from llava_jax.weights import hf, name_table
+from llava_jax.weights.hf_config import llama_json
+from llava_jax.weights.tensors import Piece, write_shards
 from tests.test_original import write_config
 from tests.torch_files import write_bin
 
@@ -36,9 +36,9 @@ def write(folder: pathlib.Path, config: LlamaConfig, form: str) -> None:
     """The decoder in bfloat16, random bits, in shards of 5 GB or one .bin."""
     rng = np.random.default_rng(0)
     pieces = []
-    for path, leaf in table.flatten(build(ModelConfig(CLIP, config))[1]["llm"]).items():
-        row = table.ROWS["llm/" + path]
-        shape = table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
+    for path, leaf in name_table.flatten(build(ModelConfig(CLIP, config))[1]["llm"]).items():
+        row = name_table.ROWS["llm/" + path]
+        shape = name_table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
         for layer in range(config.layers if row.stacked else 1):
             name = row.hf.format(layer).removeprefix("language_model.")
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 
-from llava_jax.cli_plan import ENVIRONMENT
+from llava_jax.cli.compile import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parent.parent
 STORED = ROOT / "tests" / "data" / "plan"
@@ -148,7 +148,7 @@ def stored(name: str) -> dict | None:
 def make(name: str) -> None:
     """Compiles one plan with the command itself and stores its figures. CalledProcessError when it does not fit."""
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "plan.json"
+        path = pathlib.Path(folder) / "compile.json"
         argv = [sys.executable, "-m", "llava_jax", "compile", *ENTRIES[name].argv, f"--json={path}"]
         subprocess.run(argv, cwd=ROOT, check=True)
         store(name, json.loads(path.read_text(encoding="utf-8")))
@@ -177,18 +177,19 @@ def grown(figures: dict, before: dict) -> list[str]:
 
 def check(name: str) -> list[str]:
     """Lines about what grew; compiles only when the lowered program is not the stored one. Run in ENVIRONMENT."""
-    from llava_jax import cli, plan, plan_target
-    from llava_jax.cli_train import load_settings
+    from llava_jax.aot import compile, target
+    from llava_jax.cli.main import main
+    from llava_jax.cli.train import load_settings
 
     before = stored(name)
     if before is None:
         return [f"{name}: nothing stored, run python -m tests.plan_baseline {name}"]
-    passed, _ = cli.split_passed(ENTRIES[name].argv, "--config")
-    lowered = plan.lower(load_settings(passed), plan_target.named_target(before["topology"]))
+    passed, _ = main.split_passed(ENTRIES[name].argv, "--config")
+    lowered = compile.lower(load_settings(passed), target.named_target(before["topology"]))
     if lowered.hash == before["program_sha256"]:
         print(f"{name}: program unchanged")
         return []
-    figures, _ = plan.compile_plan(lowered)
+    figures, _ = compile.compile_plan(lowered)
     seconds = figures["compile_seconds"]
     print(f"{name}: program changed, compiled in {seconds:.0f} s; python -m tests.plan_baseline {name} stores it")
     return [f"{name}: {line}" for line in grown(figures, before)]

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 
-from llava_jax import cli
+from llava_jax.cli import main as cli
 from tests.teacher_server import Faults, TeacherServer, good_answer
 
 RATES = Faults(delay=0.05, busy=0.05, broken=0.05, cut=0.05, garbage=0.05, wrong=0.1, retry_after=0.5)
@@ -39,7 +39,9 @@ def write_contexts(path, count):
 
 # Processes of the command, forked from one that has imported what it needs and done nothing else.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["openai", "llava_jax.cli", "llava_jax.synthesize.batch", "llava_jax.synthesize.write"])
+FRESH.set_forkserver_preload(
+    ["openai", "llava_jax.cli.main", "llava_jax.synthesize.batch", "llava_jax.synthesize.write"]
+)
 
 
 def run_command(words, said):

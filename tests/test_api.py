@@ -13,14 +13,14 @@ from flax import nnx
 
 import llava_jax
 from llava_jax import api
-from llava_jax.convert import hf
-from llava_jax.convert.export import write_llava
-from llava_jax.data.chat import TEMPLATES, render
-from llava_jax.data.image import preprocess
+from llava_jax.data.images import preprocess
+from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode
 from llava_jax.infer.generate import stream_ids
 from llava_jax.train.loop import train
 from llava_jax.types import IMAGE_MARK, InputError, Sampling, Turn
+from llava_jax.weights import hf
+from llava_jax.weights.hf_export import write_llava
 from tests.tiny_llava import VOCAB, model, picture
 from tests.tiny_run import make_inputs, make_settings
 
@@ -222,7 +222,7 @@ def test_float16_folders_compute_in_bfloat16(exported, tmp_path):
 
 
 def test_the_package_is_imported_without_jax():
-    code = "import sys, llava_jax, llava_jax.data.chat; llava_jax.Sampling; assert 'jax' not in sys.modules"
+    code = "import sys, llava_jax, llava_jax.data.templates; llava_jax.Sampling; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llava_jax.nothing

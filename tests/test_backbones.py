@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_jax.convert import hf
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.demo import backbones, reading, world
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import build
-from llava_jax.ops.rope import angles, rotate
+from llava_jax.models.rope import angles, rotate
 from llava_jax.types import ModelConfig
+from llava_jax.weights import hf
 
 SHIPPED = os.path.join(os.path.dirname(backbones.__file__), "backbones")
 

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from llava_jax import cli, cli_benchmark
-from llava_jax.benchmark import compare, making, turns
+from llava_jax.benchmark import compare, fixtures, worker
+from llava_jax.cli import benchmark, main
 from llava_jax.types import InputError
 
 # A side that stands in for PyTorch's: it speaks the protocol, and its turns take what it is told.
@@ -16,7 +16,7 @@ import json, sys
 sys.path.insert(0, {folder!r})
 import turns
 seconds = iter({seconds})
-turns.serve(lambda work: (json.loads(work["found"]), lambda: {{"step": next(seconds)}}))
+worker.serve(lambda work: (json.loads(work["found"]), lambda: {{"step": next(seconds)}}))
 """
 FOLDER = compare.HERE
 
@@ -80,9 +80,9 @@ def test_different_work_is_refused(work, ours, theirs, says):
 def test_a_fingerprint_sees_where_a_value_stands():
     pixels_XYC = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
     others = (pixels_XYC[::-1], pixels_XYC[:, ::-1], pixels_XYC[..., ::-1], np.nextafter(pixels_XYC, 9))
-    found = turns.fingerprint(pixels_XYC)
-    assert found == turns.fingerprint(pixels_XYC.copy())
-    assert all(turns.fingerprint(other) != found for other in others)
+    found = worker.fingerprint(pixels_XYC)
+    assert found == worker.fingerprint(pixels_XYC.copy())
+    assert all(worker.fingerprint(other) != found for other in others)
 
 
 def test_same_ids_are_counted():
@@ -98,18 +98,18 @@ def test_a_side_that_ends_says_why(tmp_path):
 
 
 def test_peak_memory_sees_what_was_held():
-    turns.forget_peak()
-    before = turns.peak_bytes()
+    worker.forget_peak()
+    before = worker.peak_bytes()
     held = bytearray(64 * 2**20)
-    assert turns.peak_bytes() - before > 32 * 2**20 and held[0] == 0
+    assert worker.peak_bytes() - before > 32 * 2**20 and held[0] == 0
 
 
 def test_the_commands_know_what_a_picture_takes():
-    assert {size: config.vision.patches for size, config in making.MODELS.items()} == cli_benchmark.PATCHES
+    assert {size: config.vision.patches for size, config in fixtures.MODELS.items()} == benchmark.PATCHES
 
 
 def refused(words: list[str], capsys) -> str:
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
@@ -138,7 +138,7 @@ def test_train_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     path = tmp_path / "train.json"
     words = ["benchmark", "train", "--size=tiny", "--stage=finetune", "--rounds=3", "--steps=1", f"--json={path}"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     written = json.loads(path.read_text())
     assert written["ratio"] is None and list(written["stages"]) == ["finetune"]
     figures = written["stages"]["finetune"]["ours"]
@@ -151,9 +151,9 @@ def test_train_measures(tmp_path, monkeypatch, capsys):
 def test_generate_and_data_measure(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     answers, pictures = tmp_path / "generate.json", tmp_path / "data.json"
-    assert cli.main(["benchmark", "generate", "--size=tiny", "--new_tokens=4", "--rounds=1", f"--json={answers}"]) == 0
+    assert main.main(["benchmark", "generate", "--size=tiny", "--new_tokens=4", "--rounds=1", f"--json={answers}"]) == 0
     assert (
-        cli.main(["benchmark", "data", "--pictures=8", "--side=32", "--rows=128", "--rounds=1", f"--json={pictures}"])
+        main.main(["benchmark", "data", "--pictures=8", "--side=32", "--rows=128", "--rounds=1", f"--json={pictures}"])
         == 0
     )
     assert json.loads(answers.read_text())["ours"]["first_token"] > 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_jax.chips import CHIPS, KINDS, chip_of, compiler_options
+from llava_jax.parallel.chips import CHIPS, KINDS, chip_of, compiler_options
 
 
 def test_every_kind_is_a_chip():

@@ -12,7 +12,7 @@ import sys
 import pytest
 from PIL import Image
 
-from llava_jax import cli, cli_train
+from llava_jax.cli import main, train
 from llava_jax.settings import settings_from_dict
 from tests.tiny_llava import write_tokenizer
 
@@ -73,7 +73,7 @@ def train_words(
 
 def refused(words: list[str], capsys) -> str:
     """The one line that a command line is refused with."""
-    assert cli.main([str(word) for word in words]) == 2
+    assert main.main([str(word) for word in words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -83,23 +83,23 @@ def refused(words: list[str], capsys) -> str:
 
 
 def test_alone_lists_every_command(capsys):
-    assert cli.main([]) == 0
+    assert main.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.strip() for line in lines[2:-2]] == [
-        f"{name:<22}{command.summary}" for name, command in cli.COMMANDS.items()
+        f"{name:<22}{command.summary}" for name, command in main.COMMANDS.items()
     ]
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([*name.split(), "--help"])
+        main.main([*name.split(), "--help"])
     assert stopped.value.code == 0
     assert f"example:\n  llava-jax {name} " in capsys.readouterr().out
 
 
 def test_help_imports_no_jax():
-    code = "import sys; from llava_jax import cli; cli.main(['--help']); sys.exit('jax' in sys.modules)"
+    code = "import sys; from llava_jax.cli import main; main.main(['--help']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -113,14 +113,14 @@ def test_module_is_the_command():
 
 def test_both_forms_of_a_flag():
     words = ["--config", "f.py:size=7b", "--workdir", "w", "--config.model.feature_layer", "-3", "--config.seed=1"]
-    passed, ours = cli.split_passed(words, "--config")
+    passed, ours = main.split_passed(words, "--config")
     assert passed == ["--config=f.py:size=7b", "--config.model.feature_layer=-3", "--config.seed=1"]
     assert ours == ["--workdir", "w"]
 
 
 def test_overrides_reach_the_settings():
     words = ["--config.optim.lr=1", "--config.train.epochs=3", "--config.data.shuffle=false", "--config.seed=7"]
-    config = cli_train.load_config([*words, f"--config={ROOT}/configs/llava_v1_5.py:stage=pretrain"])
+    config = train.load_config([*words, f"--config={ROOT}/configs/llava_v1_5.py:stage=pretrain"])
     settings = settings_from_dict(config.to_dict())
     assert (settings.stage, settings.optim.lr, settings.train.epochs) == ("pretrain", 1.0, 3.0)
     assert (settings.data.shuffle, settings.seed) == (False, 7)
@@ -132,14 +132,14 @@ def test_config_imports_what_lies_beside_it(tmp_path):
     text += "def get_config():\n    return ConfigDict({'seed': beside.SEED})\n"
     (tmp_path / "mine.py").write_text(text)
     before = list(sys.path)
-    assert cli_train.load_config([f"--config={tmp_path}/mine.py"]).seed == 5
+    assert train.load_config([f"--config={tmp_path}/mine.py"]).seed == 5
     assert sys.path == before
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_c]*.py")), ids=lambda path: path.name)
 def test_every_config_is_complete(path):
     for stage in ("pretrain", "finetune"):
-        config = cli_train.load_config([f"--config={path}:stage={stage}"])
+        config = train.load_config([f"--config={path}:stage={stage}"])
         assert settings_from_dict(config.to_dict()).stage == stage
 
 
@@ -224,7 +224,7 @@ def test_bad_row_stops_training(bad, says, world, tmp_path, capsys):
 def test_verify_names_the_bad_row_and_keeps_the_others(bad, says, world, tmp_path, capsys):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([row(1), bad, row(2)]))
-    assert cli.main(verify_words(world, rows)) == 2
+    assert main.main(verify_words(world, rows)) == 2
     out, err = capsys.readouterr()
     assert says in out and "row-0" in out and "2 of 3 rows can be trained" in out
     assert err.startswith(f"error: 1 of 3 rows of {rows} cannot be trained: row 1 (id 'row-0'): ") and says in err
@@ -234,7 +234,7 @@ def test_verify_names_the_bad_row_and_keeps_the_others(bad, says, world, tmp_pat
 def test_verify_tells_the_first_of_several_bad_rows(world, tmp_path, capsys):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([row(1), row(2, image="no.jpg"), row(3, answer=" ")]))
-    assert cli.main(verify_words(world, rows)) == 2
+    assert main.main(verify_words(world, rows)) == 2
     out, err = capsys.readouterr()
     assert "row-2" in out and "row-3" in out and "row-3" not in err
     assert "2 of 3 rows" in err and "no.jpg" in err and "(the first of them)" in err
@@ -244,7 +244,7 @@ def test_verify_of_a_config_checks_what_train_would(world, tmp_path, capsys):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([row(1), row(2, question="<image>\n" + "Why? " * 30)]))
     words = [word for word in train_words(world, tmp_path / "run", rows=rows) if word.startswith("--config")]
-    assert cli.main(["prepare", "verify", *words]) == 0
+    assert main.main(["prepare", "verify", *words]) == 0
     assert "400 tokens, 16 of them for each picture" in capsys.readouterr().out
     assert "row-2" in refused(["prepare", "verify", *words, "--config.data.max_length=200"], capsys)
     assert "nowhere" in refused(["prepare", "verify", *words, "--config.data.images=nowhere"], capsys)
@@ -255,7 +255,7 @@ def test_verify_takes_the_patches_from_a_clip_folder(world, tmp_path, capsys):
     sizes = {"model_type": "clip_vision_model", "image_size": 40, "patch_size": 8}
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     words = [word for word in verify_words(world, world / "rows.json") if not word.startswith("--patches")]
-    assert cli.main([*words, f"--vision={tmp_path}"]) == 0
+    assert main.main([*words, f"--vision={tmp_path}"]) == 0
     assert "25 of them for each picture" in capsys.readouterr().out
     assert "one of them" in refused([*words, f"--vision={tmp_path}", "--patches=25"], capsys)
     assert "--template" in refused([word for word in words if not word.startswith("--template")], capsys)
@@ -263,7 +263,7 @@ def test_verify_takes_the_patches_from_a_clip_folder(world, tmp_path, capsys):
 
 def test_verify_dumps_what_is_trained(world, tmp_path, capsys):
     dump = tmp_path / "dump.jsonl"
-    assert cli.main(verify_words(world, world / "rows.json", f"--dump={dump}")) == 0
+    assert main.main(verify_words(world, world / "rows.json", f"--dump={dump}")) == 0
     assert "4 of 4 rows can be trained" in capsys.readouterr().out
     lines = [json.loads(line) for line in dump.read_text().splitlines()]
     assert [line["id"] for line in lines] == [f"row-{number}" for number in range(4)]
@@ -295,7 +295,7 @@ def test_model_folder_that_is_none(world, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(world) -> pathlib.Path:
-    assert cli.main(train_words(world, world / "run")) == 0
+    assert main.main(train_words(world, world / "run")) == 0
     return world / "run"
 
 
@@ -306,11 +306,11 @@ def test_train_writes_its_workdir(trained):
 
 def test_config_json_of_a_run_is_a_config(trained, tmp_path, capsys):
     given = f"--config={trained}/config.json"
-    settings = cli_train.load_settings([given, "--config.optim.lr=3", "--config.data.template=v0"])
+    settings = train.load_settings([given, "--config.optim.lr=3", "--config.data.template=v0"])
     saved = json.loads((trained / "config.json").read_text())
     saved["optim"]["lr"], saved["data"]["template"] = 3.0, "v0"
     assert dataclasses.asdict(settings) == saved
-    assert cli.main(["train", given, f"--workdir={trained}"]) == 0
+    assert main.main(["train", given, f"--workdir={trained}"]) == 0
     assert "resuming at step 2" in capsys.readouterr().out
     for words, says in {
         (given, "--config.optim.lrr=1"): "did you mean optim.lr?",
@@ -324,7 +324,7 @@ def test_config_json_of_a_run_is_a_config(trained, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def exported(trained, world) -> pathlib.Path:
-    assert cli.main(["convert", f"--from=orbax:{trained}", f"--to=hf:{world}/exported"]) == 0
+    assert main.main(["convert", f"--from=orbax:{trained}", f"--to=hf:{world}/exported"]) == 0
     return world / "exported"
 
 
@@ -339,7 +339,7 @@ def test_generate_answers_one_question(trained, exported, world, capsys):
     answers = []
     for source in (f"orbax:{trained}", f"hf:{exported}"):
         capsys.readouterr()
-        assert cli.main(["generate", "--model", source, *words]) == 0
+        assert main.main(["generate", "--model", source, *words]) == 0
         said, read, answer = capsys.readouterr().out.split("\n\n")
         assert "at most 4 tokens" in said
         facts = dict(re.split(" {2,}", line.strip()) for line in read.splitlines()[1:])
@@ -356,15 +356,15 @@ def test_an_assumed_template_is_told(exported, tmp_path, capsys):
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     words = [f"--model={folder}", "--prompt=What?", "--max_new_tokens=4"]
     for more, told in ([], "v1 (assumed)\n"), (["--template=v1"], "v1\n"):
-        assert cli.main(["generate", *words, *more]) == 0
+        assert main.main(["generate", *words, *more]) == 0
         assert f"template        {told}" in capsys.readouterr().out.partition("model foreign")[2]
 
 
 def test_a_prompt_that_the_template_leaves_out_is_told(exported, world, capsys):
     words = [f"--model={exported}", f"--image={world}/images/a.jpg", "--prompt=What?", "--max_new_tokens=4"]
-    assert cli.main(["generate", *words, "--template=plain"]) == 0
+    assert main.main(["generate", *words, "--template=plain"]) == 0
     assert "the prompt is not used" in capsys.readouterr().out
-    assert cli.main(["generate", *words]) == 0
+    assert main.main(["generate", *words]) == 0
     assert "the prompt is not used" not in capsys.readouterr().out
 
 
@@ -372,7 +372,7 @@ def test_generate_answers_a_file(exported, world, tmp_path):
     questions = [{"question_id": number, "image": "a.jpg", "text": f"What is {number}?"} for number in range(3)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     words = ["generate", f"--model={exported}", f"--questions={tmp_path}/q.jsonl", f"--images={world}/images"]
-    assert cli.main([*words, f"--answers={tmp_path}/a.jsonl", "--max_new_tokens=4", "--batch_size=1"]) == 0
+    assert main.main([*words, f"--answers={tmp_path}/a.jsonl", "--max_new_tokens=4", "--batch_size=1"]) == 0
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [answer["question_id"] for answer in answers] == [0, 1, 2]
 
@@ -388,7 +388,7 @@ def test_evaluate_scores_answers(tmp_path, capsys):
     for name, rows in (("q", questions), ("a", answers)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"--questions={tmp_path}/q.jsonl", f"--answers={tmp_path}/a.jsonl", f"--json={tmp_path}/figures.json"]
-    assert cli.main(["evaluate", "exact_match", *words]) == 0
+    assert main.main(["evaluate", "exact_match", *words]) == 0
     assert "50.0" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text())["accuracy"] == 50.0
 
@@ -397,6 +397,6 @@ def test_interruption_is_130(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", cli.dataclasses.replace(cli.COMMANDS["demo"], run=interrupted))
-    assert cli.main(["demo"]) == 130
+    monkeypatch.setitem(main.COMMANDS, "demo", main.dataclasses.replace(main.COMMANDS["demo"], run=interrupted))
+    assert main.main(["demo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.convert import commands, hf, table
-from llava_jax.convert import config as hf_config
-from llava_jax.convert.config import clip_json, llama_json
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
+from llava_jax.weights import convert, hf, hf_config, name_table
+from llava_jax.weights.hf_config import clip_json, llama_json
 from tests.tiny_llava import write_tokenizer
 
 CLIP = ClipConfig(width=8, mlp_width=12, layers=3, heads=2, image_size=8, patch_size=4)
@@ -28,23 +27,26 @@ LLAMA3 = RopeConfig(
 
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    flat = table.flatten(build(config)[1])
-    return table.unflatten({path: rng.normal(size=x.shape).astype(np.float32) for path, x in flat.items()})
+    flat = name_table.flatten(build(config)[1])
+    return name_table.unflatten({path: rng.normal(size=x.shape).astype(np.float32) for path, x in flat.items()})
 
 
 def hub_tensors(config, params):
     """{hub name: float32 array} of parameters, with CLIP's last block and post-norm as a published folder has them."""
     tensors = {}
-    for path, array in table.flatten(params).items():
-        row = table.ROWS[path]
+    for path, array in name_table.flatten(params).items():
+        row = name_table.ROWS[path]
         for layer in range(len(array)) if row.stacked else (None,):
-            tensors[row.hf.format(layer)] = table.to_hf(row, array if layer is None else array[layer])
-    last = table.BLOCK.format(config.vision_layers - 1)
-    beyond = {k.replace(last, table.BLOCK.format(config.vision_layers)): v + 1 for k, v in tensors.items() if last in k}
-    norm = {
-        table.VISION + "post_layernorm." + k: np.full(config.vision.width, 3, np.float32) for k in ("weight", "bias")
+            tensors[row.hf.format(layer)] = name_table.to_hf(row, array if layer is None else array[layer])
+    last = name_table.BLOCK.format(config.vision_layers - 1)
+    beyond = {
+        k.replace(last, name_table.BLOCK.format(config.vision_layers)): v + 1 for k, v in tensors.items() if last in k
     }
-    return tensors | beyond | norm | {table.VISION + "embeddings.position_ids": np.arange(5)[None]}
+    norm = {
+        name_table.VISION + "post_layernorm." + k: np.full(config.vision.width, 3, np.float32)
+        for k in ("weight", "bias")
+    }
+    return tensors | beyond | norm | {name_table.VISION + "embeddings.position_ids": np.arange(5)[None]}
 
 
 def write_folder(folder, config, tensors):
@@ -60,7 +62,7 @@ def part(tensors, prefix, new):
 
 
 def assert_same(found, expected):
-    found, expected = table.flatten(found), table.flatten(expected)
+    found, expected = name_table.flatten(found), name_table.flatten(expected)
     assert set(found) == set(expected)
     for path, array in expected.items():
         assert found[path].dtype == array.dtype and found[path].tobytes() == np.ascontiguousarray(array).tobytes(), path
@@ -91,12 +93,12 @@ def test_every_parameter_has_one_row_and_every_row_a_parameter():
     full = dataclasses.replace(LLAMA, attention_bias=True, mlp_bias=True)
     siglip = dataclasses.replace(CLIP, family="siglip")
     found = [
-        set(table.flatten(build(dataclasses.replace(CONFIG, llm=llm, vision=vision))[1]))
+        set(name_table.flatten(build(dataclasses.replace(CONFIG, llm=llm, vision=vision))[1]))
         for llm, vision in ((full, CLIP), (dataclasses.replace(LLAMA, family="qwen3"), siglip))
     ]
-    tiled = set(table.flatten(build(dataclasses.replace(CONFIG, pinpoints=((16, 16),)))[1]))
-    assert set.union(tiled, *found) == set(table.ROWS)
-    assert len({row.hf for row in table.TABLE}) == len(table.TABLE)
+    tiled = set(name_table.flatten(build(dataclasses.replace(CONFIG, pinpoints=((16, 16),)))[1]))
+    assert set.union(tiled, *found) == set(name_table.ROWS)
+    assert len({row.hf for row in name_table.TABLE}) == len(name_table.TABLE)
 
 
 def test_layout_is_torch_linear(sources):
@@ -209,8 +211,8 @@ def test_round_trip_is_bit_equal(tmp_path, sources, change):
     config = dataclasses.replace(CONFIG, **change)
     params = random_params(config)
     if change.get("feature_layer") == -3:  # the two blocks not held come from the source
-        params["vision"]["layers"] = table.unflatten(
-            {path: x[:1] for path, x in table.flatten(sources[2]["vision"]["layers"]).items()}
+        params["vision"]["layers"] = name_table.unflatten(
+            {path: x[:1] for path, x in name_table.flatten(sources[2]["vision"]["layers"]).items()}
         )
     exported = write(sources, tmp_path / "out", config, params)
     read_config, read, extras = hf.read_llava(str(tmp_path / "out"))
@@ -243,8 +245,8 @@ def test_shards(tmp_path, sources):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
     read = hf.read_llava(str(tmp_path / "out"), dtype="bfloat16")[1]
-    half = {path: x.astype(ml_dtypes.bfloat16) for path, x in table.flatten(sources[2]).items()}
-    assert_same(read, table.unflatten(half))
+    half = {path: x.astype(ml_dtypes.bfloat16) for path, x in name_table.flatten(sources[2]).items()}
+    assert_same(read, name_table.unflatten(half))
 
 
 def test_blocks_beyond_the_features_are_copied(tmp_path, sources):
@@ -276,7 +278,7 @@ def test_tokenizer_files_are_copied_and_extended(tmp_path, sources):
 
 def test_convert_command(tmp_path, sources):
     write(sources, tmp_path / "a", dtype="bfloat16")
-    commands.convert(str(tmp_path / "a"), f"hf:{tmp_path / 'b'}")
+    convert.convert(str(tmp_path / "a"), f"hf:{tmp_path / 'b'}")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert set(first) == set(second) and all(first[k].tobytes() == second[k].tobytes() for k in first)
     assert json.loads((tmp_path / "a/config.json").read_text()) == json.loads((tmp_path / "b/config.json").read_text())
@@ -542,7 +544,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, sources):
 def test_convert_refuses(tmp_path, sources, source, target, says):
     names = dict(llama=sources[1], out=tmp_path / "out")
     with pytest.raises(InputError, match=says):
-        commands.convert(source.format(**names), target.format(**names))
+        convert.convert(source.format(**names), target.format(**names))
 
 
 # ---- what foreign folders say ----------------------------------------------------------------------------------------
@@ -572,16 +574,16 @@ def test_another_chat_template_is_assumed_and_said(tmp_path, sources, source, ca
         (folder / "chat_template.jinja").write_text(source)
     extras = hf.read_llava_config(str(folder))[1]
     assert (extras.template, extras.aspect, extras.template_assumed) == ("v1", "crop", True)
-    commands.convert(str(folder), f"hf:{tmp_path / 'again'}")
+    convert.convert(str(folder), f"hf:{tmp_path / 'again'}")
     assert "v1 is assumed" in capsys.readouterr().out
 
 
 def test_a_chat_template_that_contradicts_the_template_is_said(tmp_path, sources, capsys):
     write(sources, tmp_path / "out")
-    commands.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'same'}")
+    convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'same'}")
     assert "chat template" not in capsys.readouterr().out
     (tmp_path / "out" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    commands.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'other'}")
+    convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'other'}")
     assert "template v1 writes 'A chat" in capsys.readouterr().out
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_jax.convert import table
-from llava_jax.convert.chat_known import chat_template_note
-from llava_jax.convert.config import clip_config, clip_json, llama_config, llama_json, llava_config, llava_json
-from llava_jax.flops import step_flops
 from llava_jax.models import clip, llama
+from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build
-from llava_jax.ops.rope import angles, rotate
+from llava_jax.models.rope import angles, rotate
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
+from llava_jax.weights import name_table
+from llava_jax.weights.chat_known import chat_template_note
+from llava_jax.weights.hf_config import clip_config, clip_json, llama_config, llama_json, llava_config, llava_json
 from tests.test_convert import CLIP, LLAMA, random_params
 from tests.tiny_llava import write_tokenizer
 
@@ -88,7 +88,7 @@ def test_published_configs_are_read_and_written(name):
 def test_what_a_family_leaves_out_has_no_parameters():
     def attention(family, **changes):
         model = ModelConfig(CLIP, dataclasses.replace(LLAMA, family=family, **changes))
-        return {path.split("attn/")[1] for path in table.flatten(build(model)[1]) if "llm/layers/attn/" in path}
+        return {path.split("attn/")[1] for path in name_table.flatten(build(model)[1]) if "llm/layers/attn/" in path}
 
     kernels = {f"{name}/kernel" for name in "qkvo"}
     assert attention("mistral") == kernels

@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llava_jax
-from llava_jax.convert import commands, hf, orbax_file, table
-from llava_jax.convert.config import clip_json, default_pinpoints, llama_json
-from llava_jax.source import parse
-from llava_jax.train.assemble import fingerprint, plan_model, read_files
-from llava_jax.train.whole import read_model
 from llava_jax.types import InputError
+from llava_jax.weights import convert, hf, name_table, orbax_model
+from llava_jax.weights.hf_config import clip_json, default_pinpoints, llama_json
+from llava_jax.weights.load import read_model
+from llava_jax.weights.source import parse
+from llava_jax.weights.spec import fingerprint, plan_model, read_files
 from tests import test_original as original
 from tests.test_convert import CLIP, CONFIG, LLAMA, edit, hub_tensors, part, random_params, write_folder
 from tests.tiny_llava import write_tokenizer
@@ -28,7 +28,7 @@ NEXT = dataclasses.replace(CONFIG, pinpoints=default_pinpoints(CLIP))
 
 
 def flat(params):
-    return {path: np.asarray(x) for path, x in table.flatten(params).items()}
+    return {path: np.asarray(x) for path, x in name_table.flatten(params).items()}
 
 
 def assert_equal(found, wanted):
@@ -97,7 +97,7 @@ def hf_bin(base):
 
 
 def orbax(base):
-    commands.convert(str(hf4(base)), f"orbax:{base / 'o'}")
+    convert.convert(str(hf4(base)), f"orbax:{base / 'o'}")
     return base / "o"
 
 
@@ -117,7 +117,7 @@ def original_lora(base):
 
 
 def original_next(base):
-    commands.convert(str(hf4(base, NEXT)), f"llava:{base / 'v1.6'}")
+    convert.convert(str(hf4(base, NEXT)), f"llava:{base / 'v1.6'}")
     return base / "v1.6"
 
 
@@ -165,7 +165,7 @@ def test_the_generations_of_hugging_face_say_the_same(tmp_path):
 def test_parts_under_any_name(tmp_path):
     """A tower, a decoder and a projector file, as `train` reads them."""
     clip, llm = parts(tmp_path)
-    tensors = part(hub_tensors(CONFIG, random_params(CONFIG)), table.PROJECTOR, "model.mm_projector.")
+    tensors = part(hub_tensors(CONFIG, random_params(CONFIG)), name_table.PROJECTOR, "model.mm_projector.")
     tensors = {name.replace("linear_1", "0").replace("linear_2", "2"): x for name, x in tensors.items()}
     write_bin(tmp_path / "p.bin", tensors)
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, tmp_path / "p.safetensors")
@@ -192,8 +192,8 @@ def test_parts_under_any_name(tmp_path):
 def test_through_orbax_and_back_is_byte_for_byte(tmp_path, change, dtype):
     """Weights, those that LLaVA does not run included, tokenizer, settings: every file as it was."""
     folder = hf4(tmp_path, dataclasses.replace(CONFIG, **change), dtype=dtype)
-    commands.convert(str(folder), f"orbax:{tmp_path / 'o'}")
-    commands.convert(f"orbax:{tmp_path / 'o'}", f"hf:{tmp_path / 'again'}")
+    convert.convert(str(folder), f"orbax:{tmp_path / 'o'}")
+    convert.convert(f"orbax:{tmp_path / 'o'}", f"hf:{tmp_path / 'again'}")
     assert_same_files(folder, tmp_path / "again")
 
 
@@ -207,20 +207,20 @@ def test_a_run_may_start_from_orbax(tmp_path):
     before = fingerprint(f"orbax:{folder}")
     assert before
     shutil.rmtree(tmp_path / "o")
-    commands.convert(str(tmp_path / "m"), f"orbax:{tmp_path / 'o'}", dtype="bfloat16")
+    convert.convert(str(tmp_path / "m"), f"orbax:{tmp_path / 'o'}", dtype="bfloat16")
     assert fingerprint(f"orbax:{folder}") != before
 
 
 def test_a_large_layer_is_read_by_itself(tmp_path):
     """Of a stack of large layers orbax stores each as a piece, and only that one is read."""
     kernel = np.random.default_rng(0).normal(size=(3, 512, 1024)).astype(np.float32)
-    orbax_file.save(str(tmp_path), {"llm": {"layers": {"mlp": {"up": {"kernel": kernel}}}}}, {})
-    data = orbax_file.files(str(tmp_path))
+    orbax_model.save(str(tmp_path), {"llm": {"layers": {"mlp": {"up": {"kernel": kernel}}}}}, {})
+    data = orbax_model.files(str(tmp_path))
     assert sum(os.path.getsize(path) for path in data) > 5e6
-    file = orbax_file.OrbaxFile(str(tmp_path))
+    file = orbax_model.OrbaxFile(str(tmp_path))
     (about,) = file._leaves.values()
     assert about.storage.chunk_shape == (1, 512, 1024)
-    np.testing.assert_array_equal(file.get(table.LAYER.format(2) + "mlp.up_proj.weight"), kernel[2].T)
+    np.testing.assert_array_equal(file.get(name_table.LAYER.format(2) + "mlp.up_proj.weight"), kernel[2].T)
 
 
 def test_damaged_orbax_is_named(tmp_path, capfd):
@@ -233,7 +233,7 @@ def test_damaged_orbax_is_named(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
     (folder / "weights" / "_METADATA").write_text("{}")
     with pytest.raises(InputError, match="cannot be read|missing "):
-        commands.convert(str(folder), f"hf:{tmp_path / 'out'}")
+        convert.convert(str(folder), f"hf:{tmp_path / 'out'}")
 
 
 # ---- what is broken -------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_damaged_orbax_is_named(tmp_path, capfd):
 
 def both_refuse(folder, out, says):
     """One line from `load` and from `convert`, and nothing written."""
-    for does in (lambda: llava_jax.load(str(folder)), lambda: commands.convert(str(folder), f"hf:{out}")):
+    for does in (lambda: llava_jax.load(str(folder)), lambda: convert.convert(str(folder), f"hf:{out}")):
         with pytest.raises(InputError, match=says) as error:
             does()
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
@@ -324,16 +324,16 @@ def test_an_original_with_the_tokenizer_of_another_decoder(tmp_path):
 @pytest.mark.parametrize("weights", ["safetensors", "orbax"])
 def test_a_write_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch, weights):
     """The disk changes a byte of a tensor after it was written: no folder is left under the name."""
-    from llava_jax.convert import export
+    from llava_jax.weights import hf_export
 
-    room, name = (orbax_file, "save") if weights == "orbax" else (export, "write_shards")
+    room, name = (orbax_model, "save") if weights == "orbax" else (hf_export, "write_shards")
     written = getattr(room, name)
 
     def fails(folder, *args):
         written(folder, *args)
         if weights == "orbax":
             paths = sorted((tmp_path / folder / "weights" / "d").iterdir(), key=os.path.getsize)
-            paths = paths or orbax_file.files(folder)
+            paths = paths or orbax_model.files(folder)
         else:
             paths = [os.path.join(folder, "model.safetensors")]
         with open(paths[-1], "r+b") as file:
@@ -349,7 +349,7 @@ def test_a_write_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch, weig
 
 
 def test_a_projector_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch):
-    from llava_jax.convert import original_export
+    from llava_jax.weights import original_export
 
     folder = hf4(tmp_path)
     save = original_export.save_file
@@ -359,7 +359,7 @@ def test_a_projector_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch):
         lambda tensors, *args, **how: save({k: x + 1 for k, x in tensors.items()}, *args, **how),
     )
     with pytest.raises(OSError, match="read back differs"):
-        commands.convert(str(folder), f"projector:{tmp_path / 'p.safetensors'}")
+        convert.convert(str(folder), f"projector:{tmp_path / 'p.safetensors'}")
 
 
 # ---- original v1.6 --------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_the_original_of_a_next(tmp_path):
     os.remove(folder / "clip-vision-tower" / "model.safetensors")
     config, params, extras = hf.read_llava(str(folder))
     assert config.pinpoints == NEXT.pinpoints and (extras.aspect, extras.vision) == ("anyres", str(folder))
-    commands.convert(str(folder), f"hf:{tmp_path / 'back'}")
+    convert.convert(str(folder), f"hf:{tmp_path / 'back'}")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "back"))
     assert_equal(other, one)
 
@@ -403,10 +403,10 @@ def test_other_ways_of_tiles_are_refused_by_name(tmp_path):
 
 def test_a_template_given_for_a_folder_that_names_none(tmp_path, capsys):
     folder = original_whole(tmp_path)
-    commands.convert(str(folder), f"hf:{tmp_path / 'a'}")
+    convert.convert(str(folder), f"hf:{tmp_path / 'a'}")
     assert re.search(r"v1 is assumed \(--template=NAME says another\)", capsys.readouterr().out)
-    commands.convert(str(folder), f"hf:{tmp_path / 'b'}", template="mistral_instruct")
+    convert.convert(str(folder), f"hf:{tmp_path / 'b'}", template="mistral_instruct")
     assert "assumed" not in capsys.readouterr().out
     assert llava_jax.load(str(tmp_path / "b")).about["template"] == "mistral_instruct"
     with pytest.raises(InputError, match="unknown template 'v9'"):
-        commands.convert(str(folder), f"hf:{tmp_path / 'c'}", template="v9")
+        convert.convert(str(folder), f"hf:{tmp_path / 'c'}", template="v9")

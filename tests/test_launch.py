@@ -19,7 +19,7 @@ import libtpu
 import pytest
 import yaml
 
-from llava_jax.chips import CHIPS, compiler_options
+from llava_jax.parallel.chips import CHIPS, compiler_options
 from tests.launch_stage import DATA, LAUNCH, NASTY, ROOT, V5E, Stage
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("env/*.sh"), LAUNCH / "slurm.sbatch"])

@@ -116,7 +116,13 @@ def test_package_that_is_sent(stage, tmp_path):
     subprocess.run([archive if word.endswith(".gz") else word for word in command], cwd=ROOT, check=True)
     with tarfile.open(archive) as file:
         names = set(file.getnames())
-    assert {"launch/worker.sh", "launch/env/v5e.sh", "llava_jax/cli.py", "configs/tiny.py", "requirements.txt"} <= names
+    assert {
+        "launch/worker.sh",
+        "launch/env/v5e.sh",
+        "llava_jax/cli/main.py",
+        "configs/tiny.py",
+        "requirements.txt",
+    } <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".", "tests"))]
     [sent] = stage.sent()
     assert "tar -xzf ../llava_jax.tar.gz" in sent and "worker.sh install" in sent

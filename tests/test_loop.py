@@ -11,8 +11,9 @@ import pytest
 
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.train import assemble, checkpoint, loop, start, tracing
+from llava_jax.train import checkpoint, loop, profiler, setup
 from llava_jax.types import Batch, InputError
+from llava_jax.weights import spec
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
 
 
@@ -116,7 +117,7 @@ def test_workdir_holds_what_the_contract_says(runs):
 
 def test_the_trained_model_comes_back_whole(runs):
     ran = runs("finetune")
-    plan, params, settings = assemble.load_trained(str(ran.workdir))
+    plan, params, settings = spec.load_trained(str(ran.workdir))
     assert settings == ran.settings and plan.config.image_token_id == 700
     jax.tree.map(np.testing.assert_array_equal, params, {**ran.frozen[0], **ran.trainable[1]})
 
@@ -133,7 +134,7 @@ def test_a_run_does_not_go_on_with_its_rows_in_another_order(runs, monkeypatch):
     ran = runs("finetune")
 
     def turned(*args):
-        plan = start.plan_data(*args)
+        plan = setup.plan_data(*args)
         return dataclasses.replace(plan, order_UC=plan.order_UC[::-1].copy())
 
     monkeypatch.setattr(loop, "plan_data", turned)
@@ -167,7 +168,7 @@ def test_other_frozen_weights_under_a_run_are_refused(runs, inputs, tmp_path):
     try:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(InputError, match="the frozen .* is not the one this run was trained with"):
-            assemble.load_trained(str(ran.workdir))
+            spec.load_trained(str(ran.workdir))
     finally:
         path.write_bytes(content)
 
@@ -188,10 +189,10 @@ def test_other_inputs_under_a_run_are_refused(runs, inputs, name, says, loads):
         with pytest.raises(InputError, match=says):
             loop.train(ran.settings, str(ran.workdir))
         if loads:
-            assemble.load_trained(str(ran.workdir))
+            spec.load_trained(str(ran.workdir))
         else:
             with pytest.raises(InputError, match=says):
-                assemble.load_trained(str(ran.workdir))
+                spec.load_trained(str(ran.workdir))
     finally:
         (inputs / name).write_bytes(content)
 
@@ -200,9 +201,9 @@ def test_a_run_reads_another_run(runs, inputs):
     """init.model of a workdir: the run's own parts in the dtype asked for, and its newest checkpoint remembered."""
     ran = runs("finetune")
     settings = change(make_settings(inputs, "pretrain"), "init", model=f"orbax:{ran.workdir}")
-    plan = assemble.plan_model(settings)
-    assert assemble.frozen_sources(settings)["llm"]["fingerprint"] == checkpoint.fingerprint(str(ran.workdir))
-    read = assemble.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
+    plan = spec.plan_model(settings)
+    assert spec.frozen_sources(settings)["llm"]["fingerprint"] == checkpoint.fingerprint(str(ran.workdir))
+    read = spec.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
     assert set(read) == {"vision", "llm"} and str(read["vision"]["patch"]["kernel"].dtype) == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, read["llm"], ran.trainable[1]["llm"])
 
@@ -210,7 +211,7 @@ def test_a_run_reads_another_run(runs, inputs):
 def test_what_init_model_leaves_unread_is_said(runs, inputs):
     settings = change(make_settings(inputs, "finetune"), "model", projector="linear", feature_layer=-3)
     settings = change(settings, "init", projector=str(runs("pretrain").workdir))
-    said = assemble.origins(settings, assemble.plan_model(settings))
+    said = spec.origins(settings, spec.plan_model(settings))
     assert "init.model decides the model" in said and "(init.projector)" in said
     assert "model.projector=linear is not read, it has mlp2x_gelu" in said and "feature_layer=-3 is not read" in said
 
@@ -263,9 +264,9 @@ def test_a_profile_is_written_and_changes_no_number(runs, tmp_path, capsys):
 @pytest.mark.parametrize("asked, traced", [(2, [2, 3]), (9, [0, 1, 2, 3, 4, 5]), (5, [1, 2, 3, 4, 5]), (0, [])])
 def test_which_updates_are_traced(tmp_path, monkeypatch, asked, traced):
     seen = []
-    monkeypatch.setattr(tracing.jax.profiler, "start_trace", lambda folder: seen.append("start"))
-    monkeypatch.setattr(tracing.jax.profiler, "stop_trace", lambda: seen.append("stop"))
-    with tracing.tracing(str(tmp_path), range(0, 6), asked) as tracer:
+    monkeypatch.setattr(profiler.jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(profiler.jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    with profiler.tracing(str(tmp_path), range(0, 6), asked) as tracer:
         for n in range(6):
             tracer.before(n, None)
             seen.append(n)
@@ -276,9 +277,9 @@ def test_which_updates_are_traced(tmp_path, monkeypatch, asked, traced):
 
 def test_a_run_that_ends_early_still_writes_its_trace(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(tracing.jax.profiler, "start_trace", lambda folder: seen.append("start"))
-    monkeypatch.setattr(tracing.jax.profiler, "stop_trace", lambda: seen.append("stop"))
-    with pytest.raises(InputError), tracing.tracing(str(tmp_path), range(10, 20), 5) as tracer:
+    monkeypatch.setattr(profiler.jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(profiler.jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    with pytest.raises(InputError), profiler.tracing(str(tmp_path), range(10, 20), 5) as tracer:
         tracer.before(12, None)
         raise InputError("a batch without targets")
     assert seen == ["start", "stop"]
@@ -367,7 +368,7 @@ def test_bad_input_is_one_line(inputs, tmp_path, group, changes, says):
 
 def test_a_row_longer_than_the_decoders_positions_is_refused(inputs, tmp_path):
     settings = make_settings(inputs, "pretrain")
-    plan = assemble.plan_model(settings)
+    plan = spec.plan_model(settings)
     short = dataclasses.replace(plan.config, llm=dataclasses.replace(plan.config.llm, max_positions=8))
     with pytest.raises(InputError, match="the decoder 8 positions"):
         loop.read_records(settings, short, load_tokenizer(plan.tokenizer))
@@ -377,21 +378,21 @@ def test_random_towers_of_a_config_file(inputs):
     """The specs `random:FILE.json` and `random:NAME`, and the projector drawn as torch.nn.Linear draws it."""
     settings = change(make_settings(inputs, "pretrain"), "init", model="")
     settings = change(settings, "model", vision=f"random:{inputs}/vision.json", llm=f"random:{inputs}/llm/config.json")
-    plan = assemble.plan_model(settings)
+    plan = spec.plan_model(settings)
     assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     at = jax.tree.map(lambda _: here, build(plan.config)[1])
-    draw = [assemble.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
+    draw = [spec.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *draw)
     for name, fan_in in (("linear_1", 16), ("linear_2", 32)):
         for leaf in draw[0]["projector"][name].values():
             assert 0.8 / fan_in**0.5 < np.abs(leaf).max() <= 1 / fan_in**0.5
-    assert assemble.vision_config("random:clip-l-14-336").patches == 576
-    assert assemble.llm_config("random:vicuna-13b").width == 5120
+    assert spec.vision_config("random:clip-l-14-336").patches == 576
+    assert spec.llm_config("random:vicuna-13b").width == 5120
     with pytest.raises(InputError, match="did you mean vicuna-7b"):
-        assemble.llm_config("random:vicuna-7")
+        spec.llm_config("random:vicuna-7")
     # Named sizes take the small tokenizer of the package, which fits into the smallest of them.
-    assert load_tokenizer(assemble.tokenizer_folder("random:vicuna-7b")).size <= assemble.LLAMAS["tiny"].vocab_size
+    assert load_tokenizer(spec.tokenizer_folder("random:vicuna-7b")).size <= spec.LLAMAS["tiny"].vocab_size
 
 
 def test_steps_go_before_epochs(inputs):

@@ -17,18 +17,18 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from configs import llava_v1_5
-from llava_jax.convert import hf
-from llava_jax.convert.commands import convert
-from llava_jax.convert.peft import write_peft
-from llava_jax.flops import adapter_weights, step_flops
 from llava_jax.models import nf4
+from llava_jax.models.flops import adapter_weights, step_flops
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.models.lora import join, kept, split
 from llava_jax.settings import lora_targets, write_settings
-from llava_jax.train import assemble, checkpoint, loop
-from llava_jax.train.adapters import merge_difference
-from llava_jax.train.whole import read_model
+from llava_jax.train import checkpoint, loop
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
+from llava_jax.weights import hf, spec
+from llava_jax.weights.adapters import merge_difference
+from llava_jax.weights.convert import convert
+from llava_jax.weights.load import read_model
+from llava_jax.weights.peft import write_peft
 from tests.test_sharding import TINY
 from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics
 
@@ -66,8 +66,8 @@ def test_recipe_of_llava_v1_5():
 
 def test_published_number_of_adapter_weights():
     lora = LoraConfig(128, 256.0, 0.05, DECODER_LINEARS)
-    assert round(adapter_weights(assemble.LLAMAS["vicuna-7b"], lora) / 1e6, 1) == 319.8
-    assert round(adapter_weights(assemble.LLAMAS["vicuna-13b"], lora) / 1e6, 1) == 500.7
+    assert round(adapter_weights(spec.LLAMAS["vicuna-7b"], lora) / 1e6, 1) == 319.8
+    assert round(adapter_weights(spec.LLAMAS["vicuna-13b"], lora) / 1e6, 1) == 500.7
     shape = dict(rows=1, length=10, images=0)
     with_adapters = dataclasses.replace(TINY, lora=LORA)
     more = step_flops(with_adapters, "lora", **shape) - step_flops(TINY, "pretrain", **shape)
@@ -200,9 +200,9 @@ def test_checkpoints_hold_projector_and_adapters_alone(ran):
 
 def test_merged_gives_the_logits_of_the_adapters(ran):
     workdir, settings, seen, _ = ran
-    plan, merged, _ = assemble.load_trained(str(workdir))
+    plan, merged, _ = spec.load_trained(str(workdir))
     frozen, learnt = seen[3][1]
-    config = assemble.adapted(settings, plan.config)
+    config = spec.adapted(settings, plan.config)
     calm = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
     tokens = np.random.default_rng(0).integers(1, LLM["vocab_size"] - 10, (2, 12))
 
@@ -224,10 +224,10 @@ def test_export_merges_and_compares_logits(ran, tmp_path, capsys):
     convert(f"orbax:{workdir}", f"hf:{tmp_path}/out")
     said = re.search(r"adapters merged into float32: logits of a probe differ by (\S+) of", capsys.readouterr().out)
     assert 0 < float(said[1]) <= 1e-4
-    plan, merged, _ = assemble.load_trained(str(workdir))
+    plan, merged, _ = spec.load_trained(str(workdir))
     out = hf.read_llava(f"{tmp_path}/out")[1]["llm"]["layers"]
     jax.tree.map(np.testing.assert_array_equal, out, merged["llm"]["layers"])
-    config, lora = assemble.adapted(settings, plan.config), seen[3][1][1]["lora"]
+    config, lora = spec.adapted(settings, plan.config), seen[3][1][1]["lora"]
     base = hf.read_llava(settings.init.model.removeprefix("hf:"), dtype="bfloat16")[1]["llm"]
     assert merge_difference(config, base, lora, merged["llm"]) == pytest.approx(float(said[1]), rel=0.1)
     assert merge_difference(config, base, lora, base) > 1e-2
@@ -287,9 +287,9 @@ EIGHT_DEVICES = textwrap.dedent("""
     import dataclasses
     import jax, numpy as np
     from llava_jax.models import llava, lora
-    from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.train.assemble import random_params
-    from llava_jax.train.prepare import split_rank
+    from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
+    from llava_jax.weights.spec import random_params
+    from llava_jax.train.build_step import split_rank
     from llava_jax.train.step import batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
     from tests.test_lora import LORA

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llava_jax.ops.attention import attention, choose
-from llava_jax.ops.loss import chunk_length, masked_nll_rows, next_token, weighted_nll
-from llava_jax.ops.rope import angles, inverse_frequencies, rotate
+from llava_jax.models.attention import attention, choose
+from llava_jax.models.rope import angles, inverse_frequencies, rotate
+from llava_jax.train.loss import chunk_length, masked_nll_rows, next_token, weighted_nll
 from llava_jax.types import InputError, RopeConfig
 
 

@@ -13,16 +13,15 @@ import sentencepiece
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from llava_jax.convert import commands, hf, table
-from llava_jax.convert.config import clip_json, llama_json
-from llava_jax.convert.original import Beside
-from llava_jax.convert.original_export import write_original
-from llava_jax.data.chat import TEMPLATES, render
+from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.train import assemble
-from llava_jax.train.assemble import fingerprint
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
+from llava_jax.weights import convert, hf, name_table, spec
+from llava_jax.weights.hf_config import clip_json, llama_json
+from llava_jax.weights.original import Beside
+from llava_jax.weights.original_export import write_original
+from llava_jax.weights.spec import fingerprint
 from tests.tiny_llava import write_tokenizer
 from tests.tiny_run import make_settings
 from tests.torch_files import write_bin
@@ -41,20 +40,20 @@ def drawn(shapes, dtype=np.float32, seed=0):
 def clip_tensors(prefix="vision_model.", dtype=np.float32):
     """A whole tower, its last block and its post-norm included."""
     shapes = {"post_layernorm.weight": (8,), "post_layernorm.bias": (8,)}
-    for path, leaf in table.flatten(build(CONFIG)[1]["vision"]).items():
-        row = table.ROWS["vision/" + path]
-        shape = table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
-        shapes |= {row.hf.removeprefix(table.VISION).format(n): shape for n in range(3 if row.stacked else 1)}
+    for path, leaf in name_table.flatten(build(CONFIG)[1]["vision"]).items():
+        row = name_table.ROWS["vision/" + path]
+        shape = name_table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
+        shapes |= {row.hf.removeprefix(name_table.VISION).format(n): shape for n in range(3 if row.stacked else 1)}
     return drawn({prefix + name: shape for name, shape in shapes.items()}, dtype, seed=1)
 
 
 def llava_tensors(dtype=np.float32, projector="mlp2x_gelu"):
     """Decoder and projector under the original's names."""
     shapes = {"lm_head.weight": (400, 8)}
-    for path, leaf in table.flatten(build(CONFIG)[1]["llm"]).items():
-        row = table.ROWS["llm/" + path]
-        if row.hf != table.HEAD:
-            shape = table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
+    for path, leaf in name_table.flatten(build(CONFIG)[1]["llm"]).items():
+        row = name_table.ROWS["llm/" + path]
+        if row.hf != name_table.HEAD:
+            shape = name_table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
             name = row.hf.replace("language_model.", "")
             shapes |= {name.format(n): shape for n in range(2 if row.stacked else 1)}
     if projector == "linear":
@@ -109,24 +108,25 @@ def folders(tmp_path):
 
 
 def flat(params):
-    return {path: np.asarray(x) for path, x in table.flatten(params).items()}
+    return {path: np.asarray(x) for path, x in name_table.flatten(params).items()}
 
 
 def expected(tensors, config=CONFIG):
     """Our arrays of tensors under the hub's names, made one by one."""
     made = {}
-    for path, leaf in table.flatten(build(config)[1]).items():
-        row = table.ROWS[path]
+    for path, leaf in name_table.flatten(build(config)[1]).items():
+        row = name_table.ROWS[path]
         shape = leaf.shape[1:] if row.stacked else leaf.shape
         layers = [
-            table.to_ours(row, tensors[row.hf.format(n)], shape) for n in range(leaf.shape[0] if row.stacked else 1)
+            name_table.to_ours(row, tensors[row.hf.format(n)], shape)
+            for n in range(leaf.shape[0] if row.stacked else 1)
         ]
         made[path] = np.stack(layers) if row.stacked else layers[0]
     return made
 
 
 def hub(tensors):
-    return {table.canonical(name, "original"): tensor for name, tensor in tensors.items()}
+    return {name_table.canonical(name, "original"): tensor for name, tensor in tensors.items()}
 
 
 def assert_equal(found, wanted):
@@ -196,9 +196,9 @@ def test_pictures_between_tokens(tmp_path, folders):
     ids = encode(spans, load_tokenizer(folder)).tokens.tolist()
     at = ids.index(IMAGE_MARK)
     assert [ids[at - 1], ids[at + 1]] == tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
-    commands.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
+    convert.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
     assert "'<im_start><image><im_end>'" in (tmp_path / "h" / "chat_template.jinja").read_text().replace('"', "'")
-    commands.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
+    convert.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
     assert json.loads((tmp_path / "o" / "config.json").read_text())["mm_use_im_start_end"] is True
     assert hf.read_llava_config(str(tmp_path / "o"))[1].template == "v1_im_start_end"
 
@@ -282,9 +282,9 @@ def test_a_run_starts_from_it(tmp_path, folders):
     projector = {name: x + 1 for name, x in llava_tensors().items() if "mm_projector" in name}
     file = write_bin(tmp_path / "mm_projector.bin", projector)
     settings = make_settings(tmp_path, "finetune", init__model=f"llava:{folder}", init__projector=file)
-    plan = assemble.plan_model(settings)
+    plan = spec.plan_model(settings)
     assert (plan.vision_folder, plan.tokenizer, plan.config.projector) == (tower, folder, "mlp2x_gelu")
-    read = assemble.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    read = spec.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), expected(hub(llava_tensors() | clip_tensors() | projector)))
 
 
@@ -388,10 +388,10 @@ def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
     write_config(folder, described(torch_dtype=dtype, vocab_size=rows))
     write_shards(folder, tensors)
     write_tower(tower, dtype=numpy_dtype)
-    commands.convert(f"llava:{folder}", f"orbax:{tmp_path / 'w'}", vision=tower)
-    commands.convert(f"orbax:{tmp_path / 'w'}", f"hf:{tmp_path / 'h'}")
-    commands.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
-    commands.convert(str(tmp_path / "o"), f"hf:{tmp_path / 'again'}")
+    convert.convert(f"llava:{folder}", f"orbax:{tmp_path / 'w'}", vision=tower)
+    convert.convert(f"orbax:{tmp_path / 'w'}", f"hf:{tmp_path / 'h'}")
+    convert.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
+    convert.convert(str(tmp_path / "o"), f"hf:{tmp_path / 'again'}")
     said = capsys.readouterr().out
     assert (rows == 357) == ("357 -> 384 rows" in said) == ("384 -> 357 rows, without" in said)
     assert_equal(load_file(tmp_path / "o" / "model.safetensors"), tensors)
@@ -419,7 +419,7 @@ def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
 
 def test_what_a_written_folder_says(tmp_path, folders):
     folder, tower = folders
-    commands.convert(folder, f"llava:{tmp_path / 'o'}", vision=tower, dtype="bfloat16", mm_vision_tower="openai/clip")
+    convert.convert(folder, f"llava:{tmp_path / 'o'}", vision=tower, dtype="bfloat16", mm_vision_tower="openai/clip")
     said = json.loads((tmp_path / "o" / "config.json").read_text())
     wanted = described(mm_vision_tower="openai/clip", model_type="llava_llama", torch_dtype="bfloat16", vocab_size=400)
     assert {key: said[key] for key in wanted} == wanted | dict(architectures=["LlavaLlamaForCausalLM"])
@@ -434,11 +434,11 @@ def test_rows_added_by_others_are_taken_off(tmp_path, folders):
     tensors = llava_tensors()
     cut = {name: x[:357] for name, x in tensors.items() if x.shape[0] == 400}
     write_shards(folder, tensors | cut)
-    commands.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
+    convert.convert(folder, f"hf:{tmp_path / 'h'}", vision=tower)
     config = json.loads((tmp_path / "h" / "config.json").read_text())
     del config["llava_jax"]
     write_config(tmp_path / "h", config)
-    commands.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
+    convert.convert(str(tmp_path / "h"), f"llava:{tmp_path / 'o'}")
     assert len(load_file(tmp_path / "o" / "model.safetensors")["lm_head.weight"]) == 357
 
 
@@ -449,7 +449,7 @@ def test_projector_alone(tmp_path, folders, projector):
     tensors = llava_tensors(projector=projector)
     write_shards(folder, tensors)
     path = tmp_path / "p.safetensors"
-    commands.convert(folder, f"projector:{path}", vision=tower)
+    convert.convert(folder, f"projector:{path}", vision=tower)
     wanted = {name: x for name, x in tensors.items() if "mm_projector" in name}
     assert_equal(load_file(path), wanted)
     config, params, _ = hf.read_llava(folder, beside=Beside(vision=tower))
@@ -457,9 +457,9 @@ def test_projector_alone(tmp_path, folders, projector):
     for file in (str(path), again):
         assert_equal(flat(hf.read_projector(file, config)), flat(params["projector"]))
     with pytest.raises(InputError, match="already there"):
-        commands.convert(folder, f"projector:{path}", vision=tower)
+        convert.convert(folder, f"projector:{path}", vision=tower)
     with pytest.raises(InputError, match="a .safetensors file"):
-        commands.convert(folder, f"projector:{tmp_path / 'p.pt'}", vision=tower)
+        convert.convert(folder, f"projector:{tmp_path / 'p.pt'}", vision=tower)
 
 
 def test_convert_refuses(tmp_path, folders):
@@ -471,10 +471,10 @@ def test_convert_refuses(tmp_path, folders):
         (dict(), "--vision=DIR"),
     ):
         with pytest.raises(InputError, match=says):
-            commands.convert(folder, to, **options)
-    commands.convert(folder, to, vision=tower)
+            convert.convert(folder, to, **options)
+    convert.convert(folder, to, vision=tower)
     with pytest.raises(InputError, match="holds its whole model"):
-        commands.convert(to, f"hf:{tmp_path / 'again'}", vision=tower)
+        convert.convert(to, f"hf:{tmp_path / 'again'}", vision=tower)
 
 
 def test_bin_stands_wherever_safetensors_do(tmp_path, folders):

@@ -21,13 +21,13 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava_jax.data import checks, pipeline
-from llava_jax.data.checks import check_records
+from llava_jax.data import pipeline, validate
 from llava_jax.data.example import encode_record
-from llava_jax.data.image import load_image
+from llava_jax.data.images import load_image
 from llava_jax.data.packing import plan_batches, steps_for
 from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.data.validate import check_records
 from llava_jax.types import UNPACKED, Batch, DataSettings, InputError, Record, Turn
 
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
@@ -85,7 +85,7 @@ def take(data: BatchIterator, count: int) -> list[Batch]:
     return [next(data) for _ in range(count)]
 
 
-def check(records: list[Record], **changes) -> checks.Checked:
+def check(records: list[Record], **changes) -> validate.Checked:
     settings = dataclasses.replace(SETTINGS, **changes)
     return check_records(records, settings, TOKENIZER, patches=PATCHES)
 
@@ -326,7 +326,7 @@ def test_counts_are_what_is_trained(reference):
 def test_checking_in_processes_finds_the_same(monkeypatch):
     records = [*RECORDS, dataclasses.replace(RECORDS[2], id="gone", images=("none.jpg", "wide.jpg"))]
     alone = check(records)
-    monkeypatch.setattr(checks, "PARALLEL_CHECK_ROWS", 1)
+    monkeypatch.setattr(validate, "PARALLEL_CHECK_ROWS", 1)
     assert check(records, workers=1) == alone
     assert check(records, workers=1).lengths_A.tolist() == alone.lengths_A.tolist()
     assert alone.lengths_A[-1] == 0 and np.count_nonzero(alone.lengths_A) == len(RECORDS)

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from llava_jax import cli
+from llava_jax.cli.main import main
 from llava_jax.data.records import parse_row
 from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, read_captions
 from llava_jax.prepare.concepts import Rule, select
@@ -92,21 +92,21 @@ def test_questions_are_drawn_by_seed_and_id_alone(tmp_path):
 
 def test_captions_command(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "a.json", [{"image": "a.jpg", "caption": "A dog."}, {"image": "b.jpg", "caption": ""}])
-    assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/o.jsonl"]) == 0
+    assert main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/o.jsonl"]) == 0
     said = capsys.readouterr().out
     assert "refused: row 1: caption 'b.jpg' is ''" in said and "1 rows of stage 1, 1 captions refused" in said
     [line] = (tmp_path / "o.jsonl").read_text().splitlines()
     assert parse_row(json.loads(line), "row").turns[1].text == "A dog."
     with monkeypatch.context() as patch:
-        patch.setattr("llava_jax.cli_parse.os.access", lambda path, mode: path != str(tmp_path))
-        assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/new.json"]) == 2
+        patch.setattr("llava_jax.cli.flags.os.access", lambda path, mode: path != str(tmp_path))
+        assert main(["prepare", "captions", f"--captions={path}", f"--output={tmp_path}/new.json"]) == 2
         assert "new.json: cannot be written; choose a folder that can" in capsys.readouterr().err
     before = (tmp_path / "a.json").read_text()
-    assert cli.main(["prepare", "captions", f"--captions={path}", f"--output={path}"]) == 2
+    assert main(["prepare", "captions", f"--captions={path}", f"--output={path}"]) == 2
     assert "names another file of this command" in capsys.readouterr().err
     assert (tmp_path / "a.json").read_text() == before
-    assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.json", f"--output={tmp_path}/o.json"]) == 2
-    assert cli.main(["prepare", "captions", f"--captions={tmp_path}/none.jsonl", f"--output={tmp_path}/o.json"]) == 2
+    assert main(["prepare", "captions", f"--captions={tmp_path}/none.json", f"--output={tmp_path}/o.json"]) == 2
+    assert main(["prepare", "captions", f"--captions={tmp_path}/none.jsonl", f"--output={tmp_path}/o.json"]) == 2
 
 
 # ---- concepts -------------------------------------------------------------------------------------------------------
@@ -174,13 +174,13 @@ def test_concepts_command(tmp_path, capsys, monkeypatch):
     captions = [{"image": f"{n}.jpg", "caption": f"A dog on thing{n // 2}"} for n in range(8)]
     paths = [write(tmp_path / "a.json", captions), str(tmp_path / "o.json"), str(tmp_path / "p.json")]
     words = ["prepare", "concepts", *(f"--{k}={v}" for k, v in zip(("captions", "output", "json"), paths, strict=True))]
-    assert cli.main([*words, "--min_count=2", "--cap=3", "--pooled=count"]) == 0
+    assert main([*words, "--min_count=2", "--cap=3", "--pooled=count"]) == 0
     figures = json.loads((tmp_path / "p.json").read_text())
     assert [one["phrase"] for one in figures["taken"]] == ["thing0", "thing1", "thing2", "thing3", "dog"]
     assert figures["taken"][-1] == {"phrase": "dog", "captions": 8, "chosen": 3, "new": 0}
     assert len(json.loads((tmp_path / "o.json").read_text())) == 8 == figures["kept_captions"]
-    assert cli.main([*words, "--min_count=9"]) == 2
-    assert cli.main([*words, "--finder=spacy"]) == 2
+    assert main([*words, "--min_count=9"]) == 2
+    assert main([*words, "--finder=spacy"]) == 2
     errors = capsys.readouterr().err
     assert "the most frequent one is in 8" in errors and "spaCy" in errors
 
@@ -281,7 +281,7 @@ def test_scienceqa_subsets_and_what_is_refused(problems, tmp_path, capsys):
     assert [row["id"] for row in convert(problems, "train", "QCM-A", subset="image")] == ["2"]
     assert [row["id"] for row in convert(problems, "train", "QCM-A", subset="text")] == ["1"]
     words = ["prepare", "scienceqa", f"--source={problems}", f"--output={tmp_path}/o.json"]
-    assert cli.main([*words, "--split=train"]) == 0
+    assert main([*words, "--split=train"]) == 0
     assert [row["id"] for row in json.loads((tmp_path / "o.json").read_text())] == ["2", "1"]
     for flags, reason in (
         (["--split=minval"], "did you mean minival?"),
@@ -289,7 +289,7 @@ def test_scienceqa_subsets_and_what_is_refused(problems, tmp_path, capsys):
         (["--split=train", "--format=QCM"], "expected INPUT-OUTPUT"),
         (["--split=minival", "--subset=image"], "no problem of subset image"),
     ):
-        assert cli.main([*words, *flags]) == 2
+        assert main([*words, *flags]) == 2
         assert reason in capsys.readouterr().err
     write(tmp_path / "pid_splits.json", {"train": "1"})
     with pytest.raises(InputError, match="pid_splits.json: train is '1', expected a list of ids"):
@@ -308,5 +308,5 @@ def test_arrayrecord_refuses_names_and_shards_that_tfds_would_fail_at(tmp_path, 
     path = write(tmp_path / "a.json", [{"id": "1", "conversations": said}])
     words = ["prepare", "arrayrecord", f"--annotations={path}", f"--output={tmp_path}/o"]
     for flag, reason in (("--split=all", "--split=all: expected a name"), ("--shards=2", "more than the 1 rows")):
-        assert cli.main([*words, flag]) == 2
+        assert main([*words, flag]) == 2
         assert reason in capsys.readouterr().err and not (tmp_path / "o").exists()

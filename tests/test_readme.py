@@ -9,8 +9,8 @@ import typing
 import pytest
 from ml_collections import ConfigDict
 
-from llava_jax import cli, cli_train
-from llava_jax.cli_parse import Parser
+from llava_jax.cli import main, train
+from llava_jax.cli.flags import Parser
 from llava_jax.types import Settings
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,20 +64,20 @@ def command_lines() -> list[str]:
 @pytest.mark.parametrize("line", command_lines())
 def test_command_parses(line):
     words = shlex.split(line.replace("python -m llava_jax", "llava-jax"), comments=True)[1:]
-    name, rest = cli.split_name(words)
-    command = cli.COMMANDS[name]
+    name, rest = main.split_name(words)
+    command = main.COMMANDS[name]
     parser = Parser(f"llava-jax {name}", command.summary, command.example)
     command.add_flags(parser)
-    passed, ours = cli.split_passed(rest, command.passes) if command.passes else ([], rest)
+    passed, ours = main.split_passed(rest, command.passes) if command.passes else ([], rest)
     parser.parse(ours)
     if passed:
-        assert isinstance(cli_train.load_config(passed), ConfigDict)
+        assert isinstance(train.load_config(passed), ConfigDict)
 
 
 def test_commands_are_all_named():
     named = re.findall(r"^\| `([a-z_ ]+)` \|", README.split("## Commands")[1].split("## ")[0], re.MULTILINE)
-    assert named == list(cli.COMMANDS)
-    assert {cli.split_name(shlex.split(line)[1:])[0] for line in command_lines()} <= set(cli.COMMANDS)
+    assert named == list(main.COMMANDS)
+    assert {main.split_name(shlex.split(line)[1:])[0] for line in command_lines()} <= set(main.COMMANDS)
 
 
 def test_make_targets_exist():

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from llava_jax import cli
-from llava_jax.data import checks, index, records, sources
+from llava_jax.cli.main import main
+from llava_jax.data import index, records, sources, validate
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.records import load_records, parse_records
-from llava_jax.data.row import Rejected
+from llava_jax.data.rows import Rejected
 from llava_jax.data.sources import Source, absolute, split_sources
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.types import InputError
@@ -181,7 +181,7 @@ def test_batches_of_a_mixture_have_its_rows(tmp_path, pack):
 @pytest.mark.parametrize("pack", [False, True])
 def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
     """tests/full_size.py with few rows: the second start tokenises nothing, and goes on at the exact next row."""
-    for module in (index, checks):
+    for module in (index, validate):
         monkeypatch.setattr(module, "KEPT_ROWS", 100)
     full_size.make_rows(tmp_path, 300)
     settings = full_size.settings_of(tmp_path, workers=0, pack=pack)
@@ -194,7 +194,7 @@ def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
 
     with monkeypatch.context() as patch:
         patch.setattr(TextTokenizer, "encode_chunk", never)
-        patch.setattr(checks, "plan_batches", never)
+        patch.setattr(validate, "plan_batches", never)
         again, other, _ = full_size.open_batches(settings, 16)
     assert (other.shape, other.most) == (plan.shape, plan.most)
     assert other.order_UC.tolist() == plan.order_UC.tolist() and other.rows_UC.tolist() == plan.rows_UC.tolist()
@@ -216,7 +216,7 @@ def test_what_nobody_asks_for_is_let_go_of(cache):
 
 
 def test_what_is_kept_belongs_to_content_and_pictures(tmp_path, monkeypatch):
-    for module in (index, checks):
+    for module in (index, validate):
         monkeypatch.setattr(module, "KEPT_ROWS", 10)
     path = full_size.make_rows(tmp_path, 40)
     settings = full_size.settings_of(tmp_path, workers=0, pack=False)
@@ -265,8 +265,8 @@ def test_writers_do_not_meet(cache):
 def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
     path = full_size.make_rows(tmp_path, 60)
     words = ["prepare", "arrayrecord", f"--annotations={path}", f"--images={tmp_path}/images", f"--output={tmp_path}/o"]
-    assert cli.main([*words, "--shards=2"]) == 0
-    assert cli.main(words) == 2 and "is there already" in capsys.readouterr().err
+    assert main([*words, "--shards=2"]) == 0
+    assert main(words) == 2 and "is there already" in capsys.readouterr().err
 
     import tensorflow_datasets as tfds
 
@@ -283,7 +283,7 @@ def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
     assert rows[3].images == (picture,) and rows[10:20][1].id == given[11].id
     capsys.readouterr()
     words = ["prepare", "verify", f"--annotations={folder}", "--template=v1", f"--tokenizer={full_size.TOKENIZER}"]
-    assert cli.main(words) == 0 and "60 of 60 rows can be trained" in capsys.readouterr().out
+    assert main(words) == 0 and "60 of 60 rows can be trained" in capsys.readouterr().out
     packed = full_size.settings_of(tmp_path, workers=0, pack=False)
     files, _, _ = full_size.open_batches(packed, 8)
     bytes_, _, _ = full_size.open_batches(full_size.reading(packed, folder), 8)
@@ -294,7 +294,7 @@ def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
 def test_arrayrecord_names_what_cannot_be_packed(tmp_path, capsys):
     path = write(tmp_path / "a.json", [row("good"), row("lost", image="none.png"), {"id": "bad"}])
     words = ["prepare", "arrayrecord", f"--annotations={path}", f"--images={tmp_path}", f"--output={tmp_path}/o"]
-    assert cli.main(words) == 2
+    assert main(words) == 2
     error = capsys.readouterr().err
     assert "2 of 3 rows cannot be packed: row 1 (id 'lost')" in error and "row 2 (id 'bad')" in error
     with pytest.raises(InputError, match="tfds:none_such: TFDS cannot read"):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from llava_jax.models import llava
-from llava_jax.sharding import RULES, check_divisible, make_mesh, param_shardings, spec_of
+from llava_jax.parallel.sharding import RULES, check_divisible, make_mesh, param_shardings, spec_of
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, MeshSettings, ModelConfig
 
 TINY = ModelConfig(
@@ -77,7 +77,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     import jax, numpy as np
     from flax import nnx
     from llava_jax.models import llava
-    from llava_jax.sharding import batch_sharding, make_mesh, param_shardings
+    from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.train.step import batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
     from tests.test_sharding import KEPT, PRESETS, TIED, TINY

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from llava_jax import source
 from llava_jax.types import InputError
+from llava_jax.weights import source
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from llava_jax.data.image import normalised
-from llava_jax.sharding import make_mesh, replicated
+from llava_jax.data.images import normalised
+from llava_jax.parallel.sharding import make_mesh, replicated
 from llava_jax.train import step as S
 from llava_jax.types import Batch, MeshSettings, Pixels
 

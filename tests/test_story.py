@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from llava_jax import cli, cli_train
-from llava_jax.cli_parse import Parser
+from llava_jax.cli import main, train
+from llava_jax.cli.flags import Parser
 from llava_jax.demo import story
 from llava_jax.settings import settings_from_dict
 from llava_jax.types import InputError
@@ -23,10 +23,10 @@ SIZES = story.Sizes(
 
 def parse(name, words):
     """The flags of one of our commands, as the command line reads them."""
-    command = cli.COMMANDS[name]
+    command = main.COMMANDS[name]
     parser = Parser(name, command.summary, command.example)
     command.add_flags(parser)
-    passed, ours = cli.split_passed(words, command.passes) if command.passes else ([], words)
+    passed, ours = main.split_passed(words, command.passes) if command.passes else ([], words)
     args = parser.parse(ours)
     args.passed = passed
     return args
@@ -42,7 +42,7 @@ class Quick(story.Story):
     def command(self, name, *words):
         args = parse(name, words)
         if name == "synthesize":
-            assert cli.COMMANDS[name].run(args) == 0
+            assert main.COMMANDS[name].run(args) == 0
             return
         self.commands.append((name, args))
         if len(self.commands) - 1 == self.stop_at:
@@ -87,7 +87,7 @@ def test_the_trainings_are_the_two_stages(tmp_path, monkeypatch):
     played = Quick(str(tmp_path / "run"))
     story.play(played)
     pretrain, finetune, without = (
-        settings_from_dict(cli_train.load_config(args.passed).to_dict())
+        settings_from_dict(train.load_config(args.passed).to_dict())
         for name, args in played.commands
         if name == "train"
     )

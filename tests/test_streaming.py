@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from llava_jax.convert import hf, table
-from llava_jax.convert.config import llama_json
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.sharding import make_mesh, param_shardings
-from llava_jax.train import hosts
-from llava_jax.train.hosts import place
+from llava_jax.parallel import distributed
+from llava_jax.parallel.distributed import place
+from llava_jax.parallel.sharding import make_mesh, param_shardings
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
+from llava_jax.weights import hf, name_table
+from llava_jax.weights.hf_config import llama_json
 from tests.test_original import write_config
 from tests.torch_files import write_bin
 
@@ -28,7 +28,7 @@ LARGEST = 800 * 128
 
 @pytest.fixture(autouse=True)
 def nothing_at_once(monkeypatch):
-    monkeypatch.setattr(hosts, "AT_ONCE", 0)
+    monkeypatch.setattr(distributed, "AT_ONCE", 0)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("m")
     rng = np.random.default_rng(0)
     tensors = {}
-    for path, leaf in table.flatten(build(MODEL)[1]["llm"]).items():
-        row = table.ROWS["llm/" + path]
-        shape = table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
+    for path, leaf in name_table.flatten(build(MODEL)[1]["llm"]).items():
+        row = name_table.ROWS["llm/" + path]
+        shape = name_table.hf_shape(row, leaf.shape[1:] if row.stacked else leaf.shape)
         for layer in range(leaf.shape[0] if row.stacked else 1):
             name = row.hf.format(layer).replace("language_model.", "")
             tensors[name] = rng.normal(size=shape).astype(ml_dtypes.bfloat16)
@@ -69,8 +69,8 @@ def test_the_host_holds_one_tensor_at_a_time(folder, form, dtype):
     size = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).itemsize
     assert peak - kept < 1.5 * LARGEST * size
     whole = hf.read_llama(str(folder / form), dtype=dtype)[1]
-    for path, array in table.flatten(whole).items():
-        found = table.flatten(placed)[path]
+    for path, array in name_table.flatten(whole).items():
+        found = name_table.flatten(placed)[path]
         assert found.dtype == array.dtype and np.asarray(found).tobytes() == array.tobytes(), path
     jax.tree.map(lambda x, where: x.sharding.is_equivalent_to(where, x.ndim) or pytest.fail(str(where)), placed, at)
 

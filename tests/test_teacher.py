@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from llava_jax import cli
+from llava_jax.cli.main import main
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.verify import verify
 from llava_jax.synthesize import batch, endpoint, json_stream
@@ -41,7 +41,7 @@ def contexts(tmp_path):
 
 
 def command(contexts, output, *words):
-    return cli.main(["synthesize", f"--contexts={contexts}", f"--output={output}", *words])
+    return main(["synthesize", f"--contexts={contexts}", f"--output={output}", *words])
 
 
 def asked_of(server, contexts, output, *words):

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from llava_jax.data.chat import TEMPLATES, Span, find_template, render
+from llava_jax.data.templates import TEMPLATES, Span, find_template, render
 from llava_jax.data.tokenize import check_end, cut, encode, expand, load_tokenizer
 from llava_jax.infer.stream import StreamDecoder
-from llava_jax.train.assemble import EMBEDDED_TOKENIZER
 from llava_jax.types import Encoded, InputError, Turn
+from llava_jax.weights.spec import EMBEDDED_TOKENIZER
 from tests import make_tokenizers
 
 SAMPLE = [

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llava_jax.convert.torch_bin import TorchFile
 from llava_jax.types import InputError
+from llava_jax.weights.torch_bin import TorchFile
 from tests.torch_files import name, tensor, text, write_bin
 
 RNG = np.random.default_rng(0)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from llava_jax.data import words
-from llava_jax.data.chat import Span
+from llava_jax.data.templates import Span
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.words import BLANK, can_split
-from llava_jax.train.assemble import EMBEDDED_TOKENIZER
 from llava_jax.types import InputError
+from llava_jax.weights.spec import EMBEDDED_TOKENIZER
 from tests import make_tokenizers
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 
 from configs import tiny
-from llava_jax.convert.config import clip_config, llama_config
-from llava_jax.convert.hf import write_llava
 from llava_jax.models.llava import build
+from llava_jax.parallel.distributed import connected
 from llava_jax.settings import read_settings, settings_from_dict
-from llava_jax.train.hosts import connected
 from llava_jax.train.loop import train
 from llava_jax.types import ModelConfig, Settings
+from llava_jax.weights.hf import write_llava
+from llava_jax.weights.hf_config import clip_config, llama_config
 from tests.make_tokenizers import trained_llama
 
 VISION = dict(

@@ -56,8 +56,8 @@ def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) ->
         here = [sys.executable, "-m"]
         making = dict(os.environ, JAX_PLATFORMS="cpu")
         with pinned(work["core"]), contextlib.ExitStack() as stack:
-            run_once([*here, "llava_jax.benchmark.making", path], making, os.path.join(folder, "making.log"))
-            commands = {OURS: [*here, "llava_jax.benchmark.ours", path]}
+            run_once([*here, "llava_jax.benchmark.fixtures", path], making, os.path.join(folder, "making.log"))
+            commands = {OURS: [*here, "llava_jax.benchmark.jax_side", path]}
             if peer_python is not None:
                 commands[PEER] = [peer_python, os.path.join(HERE, "peer.py"), path]
             sides = {

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from llava_jax.data.chat import find_template, render
-from llava_jax.data.image import image_size
+from llava_jax.data.images import image_size
+from llava_jax.data.templates import find_template, render
 from llava_jax.data.tokenize import TextTokenizer, encode, expand
 from llava_jax.types import DataSettings, Encoded, InputError, Record
 

@@ -16,7 +16,7 @@ import numpy as np
 from llava_jax.data import sources
 from llava_jax.data.index import index_file, line_of
 from llava_jax.data.mixture import Mixture
-from llava_jax.data.row import Rejected, parse_or_reject, parse_row
+from llava_jax.data.rows import Rejected, parse_or_reject, parse_row
 from llava_jax.data.sources import Source, split_sources
 from llava_jax.types import InputError, Record
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from llava_jax.data.chat import SPECIAL_STRINGS, Span, Template
+from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template
 from llava_jax.data.words import Words, can_split, packed
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
 

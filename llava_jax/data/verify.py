@@ -12,11 +12,11 @@ from typing import TextIO
 
 import numpy as np
 
-from llava_jax.data import image
-from llava_jax.data.anyres import Tiling
-from llava_jax.data.chat import check_image_position, find_template
+from llava_jax.data import images
 from llava_jax.data.example import encode_turns, image_paths, image_sizes
 from llava_jax.data.records import Rejected, parse_records
+from llava_jax.data.templates import check_image_position, find_template
+from llava_jax.data.tiles import Tiling
 from llava_jax.data.tokenize import TextTokenizer, check_end, cut, full_length
 from llava_jax.types import UNPACKED, DataSettings, Encoded, InputError, Record
 
@@ -59,7 +59,7 @@ def verify(
     aspect: str = "pad",
     tiling: Tiling | None = None,
     dump_path: str | None = None,
-    check_image: Callable[[str | bytes], None] = image.check_image,
+    check_image: Callable[[str | bytes], None] = images.check_image,
 ) -> VerifyReport:
     """Checks every row; writes what is trained to `dump_path` (JSONL, a line a kept row) when given.
 

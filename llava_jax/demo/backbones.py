@@ -20,17 +20,17 @@ import optax
 from flax import nnx
 from safetensors.numpy import save_file
 
-from llava_jax.convert import hf
-from llava_jax.convert.table import TABLE, to_hf
-from llava_jax.data.image import preprocess
+from llava_jax.data.images import preprocess
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.demo import reading, world
-from llava_jax.layers import LayerNorm, Linear
 from llava_jax.models.clip import Clip
+from llava_jax.models.layers import LayerNorm, Linear
 from llava_jax.models.llama import Llama
-from llava_jax.ops.loss import masked_nll_rows
-from llava_jax.ops.rope import inverse_frequencies
+from llava_jax.models.rope import inverse_frequencies
+from llava_jax.train.loss import masked_nll_rows
 from llava_jax.types import ClipConfig, LlamaConfig
+from llava_jax.weights import hf
+from llava_jax.weights.name_table import TABLE, to_hf
 
 CLIP = ClipConfig(width=128, mlp_width=512, layers=4, heads=4, image_size=48, patch_size=8)
 LLAMA = LlamaConfig(

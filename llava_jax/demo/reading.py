@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llava_jax.data.chat import find_template, render
+from llava_jax.data.templates import find_template, render
 from llava_jax.data.tokenize import TextTokenizer, encode
 from llava_jax.demo import world
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, Turn

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.files import read_lines
+from llava_jax.io import read_lines
 from llava_jax.types import InputError
 
 

@@ -15,7 +15,7 @@ from llava_jax.infer.beam import beam_search
 from llava_jax.infer.sample import Draw, check_sampling, draw_of, mode_of, next_token
 from llava_jax.models.llama import Cache, empty_cache
 from llava_jax.models.llava import Llava
-from llava_jax.sharding import batch_sharding, replicated
+from llava_jax.parallel.sharding import batch_sharding, replicated
 from llava_jax.types import InputError, ModelConfig, Sampling
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.layers import LayerNorm, Linear, normal, param, zeros
-from llava_jax.ops.attention import attention
-from llava_jax.sharding import constrain
+from llava_jax.models.attention import attention
+from llava_jax.models.layers import LayerNorm, Linear, normal, param, zeros
+from llava_jax.parallel.sharding import constrain
 from llava_jax.types import ClipConfig, Pixels
 
 ACTIVATIONS = {

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.layers import Linear, RMSNorm, normal, param, through_columns, through_rows
-from llava_jax.ops.attention import attention
-from llava_jax.ops.ring import in_order, pieces_of
-from llava_jax.ops.rope import angles, rotate
-from llava_jax.sharding import constrain, gathered, tensor_ways
+from llava_jax.models.attention import attention
+from llava_jax.models.layers import Linear, RMSNorm, normal, param, through_columns, through_rows
+from llava_jax.models.rope import angles, rotate
+from llava_jax.parallel.ring import in_order, pieces_of
+from llava_jax.parallel.sharding import constrain, gathered, tensor_ways
 from llava_jax.types import REMAT_NAMES, LlamaConfig
 
 

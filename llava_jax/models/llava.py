@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.layers import Linear, param, torch_uniform
 from llava_jax.models.clip import Clip
+from llava_jax.models.layers import Linear, param, torch_uniform
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt
-from llava_jax.sharding import constrain, tensor_ways
+from llava_jax.parallel.sharding import constrain, tensor_ways
 from llava_jax.types import ModelConfig
 
 Params = dict[str, Any]

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llava_jax.layers import Linear, param, torch_uniform, zeros
+from llava_jax.models.layers import Linear, param, torch_uniform, zeros
 from llava_jax.models.nf4 import Nf4
-from llava_jax.sharding import gathered
+from llava_jax.parallel.sharding import gathered
 from llava_jax.types import DECODER_LINEARS, LoraConfig, ModelConfig
 
 Params = dict[str, Any]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.sharding import gathered
+from llava_jax.parallel.sharding import gathered
 
 # Appendix E of the paper: quantiles of the normal distribution, with an exact zero.
 LEVELS = (

@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from llava_jax.data.records import Rows, load_records
-from llava_jax.data.row import Rejected
+from llava_jax.data.rows import Rejected
 from llava_jax.types import InputError, Record
 
 SPLIT = re.compile(r"[A-Za-z]\w*", re.ASCII)

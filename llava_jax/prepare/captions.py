@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llava_jax.data.row import Rejected, parse_or_reject
-from llava_jax.files import each_line
+from llava_jax.data.rows import Rejected, parse_or_reject
+from llava_jax.io import each_line
 from llava_jax.prepare.output import read_json, single_turn
 from llava_jax.synthesize import json_stream
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError

@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from llava_jax.files import replacing
+from llava_jax.io import replacing
 from llava_jax.types import InputError
 
 

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llava_jax.files import read_lines, replacing
-from llava_jax.synthesize.asking import Task, judge
+from llava_jax.io import read_lines, replacing
 from llava_jax.synthesize.budget import Budget, BudgetSpent, metered
 from llava_jax.synthesize.journal import Journal
+from llava_jax.synthesize.scheduler import Task, judge
 from llava_jax.synthesize.teacher import estimate_messages, read_completion
 from llava_jax.types import InputError
 

@@ -5,8 +5,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from llava_jax.synthesize.asking import Verdict
 from llava_jax.synthesize.parse import LEAK_REASONS
+from llava_jax.synthesize.scheduler import Verdict
 from llava_jax.types import IMAGE_PLACEHOLDER, Turn
 
 OPENING_WORDS = 3

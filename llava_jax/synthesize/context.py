@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llava_jax.files import read_lines
+from llava_jax.io import read_lines
 from llava_jax.synthesize import json_stream
 from llava_jax.types import InputError
 

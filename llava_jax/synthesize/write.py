@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from llava_jax.files import replacing, write_rows
-from llava_jax.synthesize.asking import Task, Verdict, ask_all, judge, tasks_of
+from llava_jax.io import replacing, write_rows
 from llava_jax.synthesize.budget import Budget, Prices, longest_answer
 from llava_jax.synthesize.card import Card, Tally, card_text
 from llava_jax.synthesize.card_page import card_page
 from llava_jax.synthesize.context import Context, open_contexts
 from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.kinds import KINDS, load_prompts
+from llava_jax.synthesize.scheduler import Task, Verdict, ask_all, judge, tasks_of
 from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages, estimate_tokens
 from llava_jax.types import InputError
 

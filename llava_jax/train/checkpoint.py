@@ -24,8 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from llava_jax.parallel.distributed import check_agreed, check_shared, is_first
 from llava_jax.settings import absolute_paths, flatten, read_settings
-from llava_jax.train.hosts import check_agreed, check_shared, is_first
 from llava_jax.types import InputError, Settings
 
 State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the fields step, params, opt_state

@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from llava_jax.data.chat import find_template
 from llava_jax.data.packing import BatchShape, check_batch_size
 from llava_jax.data.pipeline import BatchIterator
+from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_end, load_tokenizer
+from llava_jax.parallel.distributed import check_agreed, global_batch, is_first, say, stop_signal
+from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import absolute_paths, write_settings
-from llava_jax.sharding import make_mesh
 from llava_jax.train import checkpoint, metrics
-from llava_jax.train.assemble import check_plan, plan_model
-from llava_jax.train.compiling import compile_step, compiler_options
-from llava_jax.train.hosts import check_agreed, global_batch, is_first, say, stop_signal
-from llava_jax.train.prepare import Run, prepare
-from llava_jax.train.start import (
+from llava_jax.train.build_step import Run, prepare
+from llava_jax.train.compile_cache import compile_step, compiler_options
+from llava_jax.train.profiler import Tracer, tracing
+from llava_jax.train.setup import (
     ideal_seconds,
     meta_of,
     open_data,
@@ -33,9 +33,9 @@ from llava_jax.train.start import (
     total_steps,
 )
 from llava_jax.train.step import TrainState, batch_ranks
-from llava_jax.train.tracing import Tracer, tracing
-from llava_jax.train.whole import check_vocabulary
 from llava_jax.types import Batch, InputError, Record, Settings
+from llava_jax.weights.load import check_vocabulary
+from llava_jax.weights.spec import check_plan, plan_model
 
 STOPPED_EXIT_CODE = 42
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from llava_jax.models.clip import normalised
 from llava_jax.models.lora import join
 from llava_jax.models.nf4 import stored_as
-from llava_jax.ops.loss import next_token, weighted_nll
+from llava_jax.parallel.sharding import RULES, batch_sharding, replicated
 from llava_jax.settings import STAGES
-from llava_jax.sharding import RULES, batch_sharding, replicated
+from llava_jax.train.loss import next_token, weighted_nll
 from llava_jax.train.optim import Schedule, apply_updates
 from llava_jax.types import Batch, Pixels
 

@@ -9,16 +9,16 @@ import numpy as np
 import peers
 import torch
 
-from llava_jax.convert import hf
-from llava_jax.data.checks import check_records
-from llava_jax.data.image import normalised
+from llava_jax.data.images import normalised
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.pipeline import make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.validate import check_records
 from llava_jax.models.llava import build
 from llava_jax.train import optim, step
 from llava_jax.types import Batch, DataSettings, ModelConfig, OptimSettings
+from llava_jax.weights import hf
 
 STEPS = 16
 THEIR_PARTS = {

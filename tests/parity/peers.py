@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_jax.convert import table
+from llava_jax.weights import name_table
 
 torch.set_num_threads(1)
 
@@ -130,15 +130,15 @@ def torch_inputs(tokens: np.ndarray, targets: np.ndarray, pixels: np.ndarray) ->
 
 def in_our_layout(tensors: dict[str, torch.Tensor | None], abstract: dict) -> dict[str, np.ndarray]:
     """{our path: array} of named torch tensors (weights or gradients); paths whose tensors are None are left out."""
-    named = {table.canonical(name, "llava"): value for name, value in tensors.items()}
+    named = {name_table.canonical(name, "llava"): value for name, value in tensors.items()}
     flat = {}
-    for path, leaf in table.flatten(abstract).items():
-        row = table.ROWS[path]
+    for path, leaf in name_table.flatten(abstract).items():
+        row = name_table.ROWS[path]
         layers = range(leaf.shape[0]) if row.stacked else (0,)
         shape = leaf.shape[1:] if row.stacked else leaf.shape
         found = [named[row.hf.format(layer)] for layer in layers]
         if all(value is not None for value in found):
-            arrays = [table.to_ours(row, value.detach().numpy(), shape) for value in found]
+            arrays = [name_table.to_ours(row, value.detach().numpy(), shape) for value in found]
             flat[path] = np.stack(arrays) if row.stacked else arrays[0]
     return flat
 
@@ -146,8 +146,8 @@ def in_our_layout(tensors: dict[str, torch.Tensor | None], abstract: dict) -> di
 def random_params(abstract: dict) -> dict:
     """float32 numpy parameters in the structure of `build`'s dict, without compiling anything."""
     rng = np.random.default_rng(7)
-    flat = table.flatten(abstract)
-    return table.unflatten({k: 0.2 * rng.normal(size=v.shape).astype(np.float32) for k, v in flat.items()})
+    flat = name_table.flatten(abstract)
+    return name_table.unflatten({k: 0.2 * rng.normal(size=v.shape).astype(np.float32) for k, v in flat.items()})
 
 
 def relative(ours, theirs) -> float:

@@ -19,9 +19,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import llava_jax
-from llava_jax.convert import commands, hf, table
-from llava_jax.data.anyres import Tiling
-from llava_jax.data.image import normalised
+from llava_jax.data.images import normalised
+from llava_jax.data.tiles import Tiling
+from llava_jax.weights import convert, hf, name_table
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 PUBLISHED = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -53,13 +53,13 @@ def theirs(tmp_path_factory):
 def exported(theirs, tmp_path_factory):
     """(folder that we wrote, our model read from theirs)."""
     folder = str(tmp_path_factory.mktemp("ours") / "ours")
-    commands.convert("hf:" + theirs[0], "hf:" + folder)
+    convert.convert("hf:" + theirs[0], "hf:" + folder)
     return folder, llava_jax.load(theirs[0])
 
 
 def named(folder: str) -> dict[str, np.ndarray]:
     """The folder's tensors in one spelling: transformers 5 writes a fresh CLIP tower without `vision_model.`."""
-    return {table.canonical(name, "llava"): x for name, x in load_file(folder + "/model.safetensors").items()}
+    return {name_table.canonical(name, "llava"): x for name, x in load_file(folder + "/model.safetensors").items()}
 
 
 def test_a_folder_goes_through_us_bit_equal(theirs, exported):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava_jax import cli
+from llava_jax.cli.main import main
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from llava_jax import cli
 )
 def test_sides_agree(words, tmp_path):
     path = tmp_path / "figures.json"
-    assert cli.main(["benchmark", *words, "--peer", "--rounds=1", f"--json={path}"]) == 0
+    assert main(["benchmark", *words, "--peer", "--rounds=1", f"--json={path}"]) == 0
     written = json.loads(path.read_text())
     assert written["ratio"] > 0
     (result,) = written.get("stages", {"": written}).values()

@@ -12,13 +12,13 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 import llava_jax
-from llava_jax.convert import hf
-from llava_jax.convert.processor import write_processor
-from llava_jax.data.chat import TEMPLATES, render
-from llava_jax.data.image import preprocess
+from llava_jax.data.images import preprocess
+from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, LlamaConfig, ModelConfig, Turn
+from llava_jax.weights import hf
+from llava_jax.weights.processor import write_processor
 
 CONFIG = ModelConfig(
     vision=ClipConfig(width=16, mlp_width=32, layers=3, heads=2, image_size=16, patch_size=4),

@@ -19,11 +19,11 @@ from safetensors.numpy import load_file
 
 import llava_jax
 from configs import tiny
-from llava_jax.convert import commands, hf, table
 from llava_jax.models.llava import build
 from llava_jax.settings import settings_from_dict
 from llava_jax.train.loop import train
 from llava_jax.types import ClipConfig, ModelConfig, Pixels
+from llava_jax.weights import convert, hf, name_table
 
 PYTHON_446 = pathlib.Path(__file__).parents[2] / ".venv-parity-446" / "bin" / "python"
 ROWS = 192  # of the embedding: more than the tokenizer has, so that <image> and <pad> find room
@@ -133,8 +133,8 @@ def folders(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         first, whole, second = (str(folder / part) for part in ("theirs", "orbax", "ours"))
         make(first, decoder, tower)
-        commands.convert("hf:" + first, "orbax:" + whole)
-        commands.convert("orbax:" + whole, "hf:" + second)
+        convert.convert("hf:" + first, "orbax:" + whole)
+        convert.convert("orbax:" + whole, "hf:" + second)
         given = inputs(hf.read_llava_config(first)[0].vision)
         np.savez(second + "/inputs.npz", **{key: value.numpy() for key, value in given.items()})
         pathlib.Path(second, "prompt.txt").write_text("USER: <image>\nWhat is this? ASSISTANT:")
@@ -150,7 +150,7 @@ def folders(tmp_path_factory):
 def check_same_tensors(ours: str, theirs: str) -> None:
     """Same names (ours those of the hub; 5.23 leaves `vision_model.` out of them), dtypes and bits."""
     found, wanted = (load_file(folder + "/model.safetensors") for folder in (ours, theirs))
-    wanted = {table.canonical(name, "llava"): value for name, value in wanted.items()}
+    wanted = {name_table.canonical(name, "llava"): value for name, value in wanted.items()}
     assert set(found) == set(wanted)
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
@@ -268,5 +268,5 @@ def test_through_a_training_run(folders, name, tmp_path):
     train(settings_from_dict(values), str(tmp_path / "run"))
     (metrics,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert metrics["grad_norm"] > 0
-    commands.convert(f"orbax:{tmp_path / 'run'}", f"hf:{tmp_path / 'out'}")
+    convert.convert(f"orbax:{tmp_path / 'run'}", f"hf:{tmp_path / 'out'}")
     check_same_tensors(str(tmp_path / "out"), first)

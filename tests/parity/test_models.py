@@ -9,10 +9,10 @@ import torch
 from flax import nnx
 from safetensors.torch import save_file
 
-from llava_jax.convert import hf, table
 from llava_jax.models.llava import build
-from llava_jax.ops.loss import masked_nll_rows
+from llava_jax.train.loss import masked_nll_rows
 from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
+from llava_jax.weights import hf, name_table
 
 TOLERANCE = 1e-4
 
@@ -93,7 +93,7 @@ def test_merged_logits_loss_and_gradients(tmp_path, name):
     expected = peers.in_our_layout(
         {key: value.grad for key, value in theirs.named_parameters(remove_duplicate=False)}, abstract
     )
-    flat = table.flatten(grads)
+    flat = name_table.flatten(grads)
     assert set(expected) == set(flat)
     for path, theirs_grad in expected.items():
         if path == "vision/layers/attn/k/bias":

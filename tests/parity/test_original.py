@@ -9,10 +9,10 @@ import pytest
 import torch
 from flax import nnx
 
-from llava_jax.convert import commands, hf
-from llava_jax.convert.original import Beside
-from llava_jax.convert.torch_bin import TorchFile
 from llava_jax.models.llava import build
+from llava_jax.weights import convert, hf
+from llava_jax.weights.original import Beside
+from llava_jax.weights.torch_bin import TorchFile
 
 DTYPES = (
     torch.float32,
@@ -99,7 +99,7 @@ def test_logits_and_the_way_back(tmp_path):
     config, params, _ = hf.read_llava(str(folder))
     tokens, targets, pixels = peers.batch()
     ours = nnx.merge(build(config)[0], params)(jnp.asarray(tokens), jnp.asarray(pixels))
-    commands.convert(str(folder), f"hf:{tmp_path / 'h'}")
+    convert.convert(str(folder), f"hf:{tmp_path / 'h'}")
     again = peers.load_strict(str(tmp_path / "h"))
     tokens = np.where(tokens == peers.IMAGE_ID, again.config.image_token_index, tokens)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_logits_and_the_way_back(tmp_path):
         )
     assert peers.relative(ours, logits) <= 1e-4
     assert peers.relative(ours, plain.logits) <= 1e-4
-    commands.convert(f"hf:{tmp_path / 'h'}", f"llava:{tmp_path / 'back'}")
+    convert.convert(f"hf:{tmp_path / 'h'}", f"llava:{tmp_path / 'back'}")
     tensors = hf.open_folder(str(tmp_path / "back"))
     assert tensors.names() == sorted(weights)
     for name, tensor in weights.items():
@@ -120,7 +120,7 @@ def test_logits_and_the_way_back(tmp_path):
 
 def test_bfloat16_is_bit_equal(tmp_path):
     folder, _, weights, _ = original(tmp_path, torch.bfloat16)
-    commands.convert(str(folder), f"llava:{tmp_path / 'back'}")
+    convert.convert(str(folder), f"llava:{tmp_path / 'back'}")
     tensors = hf.open_folder(str(tmp_path / "back"))
     for name, tensor in weights.items():
         assert tensors.get(name).tobytes() == as_bytes(tensor), name
@@ -128,7 +128,7 @@ def test_bfloat16_is_bit_equal(tmp_path):
 
 def test_the_tower_that_is_written_loads(tmp_path):
     folder, _, _, clip = original(tmp_path)
-    commands.convert(str(folder), f"llava:{tmp_path / 'back'}")
+    convert.convert(str(folder), f"llava:{tmp_path / 'back'}")
     model, info = peers.CLIPVisionModel.from_pretrained(
         tmp_path / "back" / "clip-vision-tower", output_loading_info=True
     )

@@ -12,11 +12,11 @@ from flax import nnx
 from peft import PeftModel
 from test_export import exported
 
-from llava_jax.convert.peft import write_peft
 from llava_jax.models.llava import build
 from llava_jax.models.lora import join, split
-from llava_jax.train.adapters import merge_adapters
 from llava_jax.types import LoraConfig
+from llava_jax.weights.adapters import merge_adapters
+from llava_jax.weights.peft import write_peft
 
 ALL = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 

@@ -8,8 +8,8 @@ import peers
 import pytest
 from PIL import Image
 
-from llava_jax.convert import hf
 from llava_jax.types import UNPACKED, DataSettings, OptimSettings
+from llava_jax.weights import hf
 
 ROWS = [
     dict(image="a.png", turns=["<image>\nWhat is the man doing in the image?", "He is using his cell phone."]),

@@ -1,0 +1,332 @@
+"""The step of `train`, compiled ahead of time: does it fit, and how long would it take, before the chips are rented.
+
+A named topology is compiled for by libtpu without a TPU; without one the local devices are compiled for.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llava_jax.aot import hlo
+from llava_jax.aot.cost import Estimate, estimate
+from llava_jax.aot.target import Target
+from llava_jax.data.packing import UNIT, check_batch_size
+from llava_jax.models.flops import step_flops
+from llava_jax.models.nf4 import weights_in
+from llava_jax.parallel.sharding import batch_sharding, make_mesh, mesh_sizes
+from llava_jax.settings import RANDOM
+from llava_jax.train.build_step import Run, prepare
+from llava_jax.train.compile_cache import compile_lowered, compiler_options
+from llava_jax.train.step import batch_ranks
+from llava_jax.types import Batch, InputError, ModelConfig, Settings
+from llava_jax.weights.hf_config import check_feature_layer, default_pinpoints
+from llava_jax.weights.spec import llm_config, plan_model, vision_config
+
+STEPS = 1000  # of the schedule, whose length changes constants only
+METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
+
+# Share of real tokens that the rows of train come up to, on lengths like those of the published data (96.5 to 98.8 %).
+FILLED = 0.985
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A global batch: `rows` of `length` tokens with `images` slots each; `pictures` is how many slots are used."""
+
+    rows: int
+    length: int
+    images: int
+    pictures: int
+
+
+# ---- what is compiled -------------------------------------------------------------------------------------------
+
+
+def plan_config(settings: Settings) -> ModelConfig:
+    """The model of a run from its config files alone: no weights, no tokenizer."""
+    if settings.init.model:
+        return plan_model(settings).config
+    given = {"llm": settings.model.llm, "vision": settings.model.vision}
+    absent = [key for key, spec in given.items() if spec and not spec.startswith(RANDOM) and not os.path.isdir(spec)]
+    if absent:
+        size = "13b" if "13b" in given["llm"].lower() else "7b"
+        examples = {"llm": f"random:vicuna-{size}", "vision": "random:clip-l-14-336"}
+        flags = " ".join(f"--config.model.{key}={examples[key]}" for key in absent)
+        raise InputError(
+            f"model.{absent[0]}={given[absent[0]]}: no such folder; compile needs its sizes only: give {flags} (or "
+            "random:FILE.json with a Hugging Face config)"
+        )
+    vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
+    check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
+    return ModelConfig(
+        vision=vision,
+        llm=llm,
+        projector=settings.model.projector,
+        feature_layer=settings.model.feature_layer,
+        image_token_id=llm.vocab_size,
+        dtype=settings.train.dtype,
+        remat=settings.train.remat,
+        pinpoints=default_pinpoints(vision) if settings.data.aspect == "anyres" else (),
+    )
+
+
+def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:
+    """The global batch: one conversation with one picture (anyres: of the most tiles) a row, or as many packed rows as
+    they need.
+
+    `ways`: device shards times micro-batches, which the rows must divide over. `tokens_per_row`: mean length of a
+    conversation, image tokens included; packed rows need it.
+    """
+    size, data = settings.train.batch_size, settings.data
+    check_batch_size(size, ways, data.pack)
+    rows, length, images = size, data.max_length, config.tiles
+    if data.pack:
+        if not tokens_per_row:
+            raise InputError(
+                "data.pack=True: compile reads no data: give --tokens_per_row=N, the mean length of a conversation "
+                "with its image tokens (LLaVA-1.5: about 600 in pretrain, 840 in finetune)"
+            )
+        tokens = size * tokens_per_row / FILLED
+        length = data.pack_length or _pack_length(tokens / ways, data.max_length)
+        rows = ways * math.ceil(tokens / length / ways)
+        pictures = min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
+        images = data.pack_images or pictures * config.tiles
+    return Shape(rows, length, images, min(size * config.tiles, rows * images))
+
+
+def _pack_length(tokens: float, longest: int) -> int:
+    """Tokens of a packed row where a shard has so many in all: the shortest in which the longest conversation fits."""
+    lengths = [UNIT * math.ceil(tokens / rows / UNIT) for rows in range(1, max(1, int(tokens / longest)) + 1)]
+    return max(min((length for length in lengths if length >= longest), default=0), longest)
+
+
+def abstract_batch(config: ModelConfig, shape: Shape, mesh: Mesh) -> Batch:
+    """The batch that `train` gives to its step, as shapes with shardings."""
+    at, size = batch_sharding(mesh), config.vision.image_size
+
+    def array(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shape.rows, *dims), dtype, sharding=at)
+
+    T = shape.length
+    pixels, shown = array(np.uint8, shape.images, size, size, 3), array(np.bool_, shape.images)
+    take = array(np.int32, T) if config.pinpoints else None
+    ids = array(np.int32, T)
+    return Batch(ids, array(np.bool_, T), ids, ids, pixels, shown, take_BT=take)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A step before it is compiled, and the hash of its program and of the compilers it goes to."""
+
+    settings: Settings
+    target: Target
+    run: Run
+    shape: Shape
+    tokens_per_row: float | None
+    lowered: jax.stages.Lowered
+    seconds: float
+
+    @property
+    def hash(self) -> str:
+        versions = f"{jax.__version__} {_libtpu_version()}"
+        options = compiler_options(self.settings.train.compiler_options, self.target.devices[0].device_kind)
+        text = f"{self.lowered.as_text()} {sorted(options.items())} {versions}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _libtpu_version() -> str | None:
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def lower(settings: Settings, target: Target, tokens_per_row: float | None = None) -> Lowered:
+    """The step of a stage, traced for the devices of a target: seconds, however large the model."""
+    start = time.monotonic()
+    config = plan_config(settings)
+    mesh = make_mesh(settings.mesh, target.devices)
+    shape = batch_shape(settings, config, batch_ranks(mesh) * settings.train.accumulate, tokens_per_row)
+    with jax.set_mesh(mesh):
+        run = prepare(settings, config, mesh, STEPS, shape.length)
+        lowered = run.step.lower(run.state, run.frozen, abstract_batch(config, shape, mesh))
+    return Lowered(settings, target, run, shape, tokens_per_row, lowered, time.monotonic() - start)
+
+
+# ---- the figures ------------------------------------------------------------------------------------------------
+
+
+def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
+    """(all figures of the step, as `compile --json` writes them; the text of the compiled program, '' without one)."""
+    figures = describe(lowered)
+    start = time.monotonic()
+    kind = lowered.target.devices[0].device_kind
+    try:
+        compiled = compile_lowered(lowered.lowered, lowered.settings.train.compiler_options, kind)
+    except jax.errors.JaxRuntimeError as error:
+        refused = refusal(str(error), figures["state_bytes"] + figures["frozen_bytes"])
+        if refused is None:
+            raise
+        return figures | refused | {"compile_seconds": time.monotonic() - start}, ""
+    seconds = time.monotonic() - start
+    text = compiled.as_text()
+    figures |= memory_figures(compiled, lowered) | time_figures(text, figures, lowered)
+    return figures | {"compile_seconds": seconds}, text
+
+
+def describe(lowered: Lowered) -> dict[str, Any]:
+    """What is known before compiling; every figure that is not yet is None."""
+    settings, target, run, shape = lowered.settings, lowered.target, lowered.run, lowered.shape
+    tokens_per_row = lowered.tokens_per_row
+    chips = len(target.devices)
+    parts = {part: _count(tree) for part, tree in sorted({**run.frozen, **run.state.params}.items())}
+    flops = step_flops(run.config, settings.stage, rows=shape.rows, length=shape.length, images=shape.pictures)
+    train = settings.train
+    return {
+        "chips": chips,
+        "topology": target.name,
+        "slices": target.slices,
+        "stage": settings.stage,
+        "mesh": mesh_sizes(run.mesh),
+        "batch_size": train.batch_size,
+        "accumulate": train.accumulate,
+        "rows": shape.rows,
+        "length": shape.length,
+        "images_per_row": shape.images,
+        "filled": None if tokens_per_row is None else train.batch_size * tokens_per_row / (shape.rows * shape.length),
+        "pack": settings.data.pack,
+        "dtypes": {key: getattr(train, key) for key in ("dtype", "param_dtype", "moment_dtype", "frozen_dtype")},
+        "remat": train.remat,
+        "attention": run.config.attention,
+        "compiler_options": train.compiler_options,
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        "trainable": _count(run.state.params),
+        "state_bytes": _bytes_per_device(run.state),
+        "frozen_bytes": _bytes_per_device(run.frozen),
+        "argument_bytes": None,
+        "temporary_bytes": None,
+        "peak_bytes": None,
+        "hbm_bytes": None if target.hbm_bytes is None else int(target.hbm_bytes),
+        "fits": None,
+        "over_bytes": None,
+        "model_flops": flops / chips,
+        "flops": None,
+        "step_seconds": None,
+        "mfu": None,
+        "breakdown": None,
+        "unknown": unknown_reasons(target),
+        "lower_seconds": lowered.seconds,
+        "program_sha256": lowered.hash,
+        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+    }
+
+
+def unknown_reasons(target: Target) -> dict[str, str]:
+    """Why figures are None, for those that are for this target."""
+    reasons = {}
+    if target.hbm_bytes is None:
+        reasons["hbm_bytes"] = f"{target.devices[0].device_kind}: memory is not a fixed figure; fits is not decided"
+    if target.layout is None:
+        reasons["step_seconds"] = "time is estimated from TPU programs only; `train` measures it here"
+    return reasons
+
+
+def _count(tree: Any) -> int:
+    return sum(weights_in(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+_SIZE = r"([\d.]+[KMGT]?)"
+
+
+def refusal(message: str, arguments: int) -> dict[str, Any] | None:
+    """Figures of a program that the compiler refuses because HBM is too small; None for another error.
+
+    It names what all takes together, or the temporaries alone, to which the `arguments` (bytes) are added.
+    """
+    used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
+    temporary = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
+    if used is None and temporary is None:
+        return None
+    needed, limit = (_read_size(text) for text in (used or temporary).groups())
+    figures = {"fits": False, "hbm_bytes": limit}
+    if used is None:
+        figures |= {"argument_bytes": arguments, "temporary_bytes": needed}
+        needed += arguments
+    return figures | {"peak_bytes": needed, "over_bytes": needed - limit}
+
+
+def _read_size(text: str) -> int:
+    unit = " KMGT".find(text[-1])
+    return int(float(text[:-1]) * 1024**unit) if unit > 0 else int(float(text))
+
+
+def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str, Any]:
+    """Bytes a chip: arguments, temporaries, and the sum of all that must be there at once."""
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + kept
+    limit = lowered.target.hbm_bytes
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "donated_bytes": memory.alias_size_in_bytes,
+        "donated_whole": kept <= METRIC_BYTES and memory.alias_size_in_bytes >= _bytes_per_device(lowered.run.state),
+        "peak_bytes": peak,
+        "fits": None if limit is None else peak <= limit,
+        "over_bytes": None if limit is None else max(0, int(peak - limit)),
+    }
+
+
+def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[str, Any]:
+    """Estimated time of a TPU program, and what its text holds; nothing for other devices."""
+    target = lowered.target
+    if target.layout is None:
+        return {}
+    cost: Estimate = estimate(text, target.chip, target.layout)
+    program = hlo.parse(text)
+    scores, logits = forbidden_shapes(lowered)
+    return {
+        "flops": cost.matmul_flops + cost.kernel_flops,
+        "step_seconds": cost.seconds,
+        "mfu": figures["model_flops"] / target.chip.peak_flops / cost.seconds,
+        "tokens_per_second_per_chip": lowered.shape.rows * lowered.shape.length / cost.seconds / figures["chips"],
+        "breakdown": cost.breakdown,
+        "communication_seconds": cost.communication_seconds,
+        "wire_bytes": cost.wire_bytes,
+        "network_bytes": cost.network_bytes,
+        "unknown_loops": cost.unknown_loops,
+        "dearest": [{"seconds": s, "instruction": what, "from": where} for s, what, where in cost.dearest],
+        "largest_buffers": [{"bytes": size, "array": what} for size, what in hlo.largest_buffers(program)],
+        "score_buffers": hlo.buffers_shaped(program, scores),
+        "logit_buffers": hlo.buffers_shaped(program, logits),
+        "float32_collectives": hlo.wide_collectives(program),
+    }
+
+
+def forbidden_shapes(lowered: Lowered) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Shapes a chip's attention scores [B, H, T, T] and logits [B, T, V] would have, were they ever whole."""
+    config, mesh, T = lowered.run.config.llm, lowered.run.mesh, lowered.shape.length
+    B = lowered.shape.rows // batch_ranks(mesh) // lowered.settings.train.accumulate
+    H = -(-config.heads // mesh.shape["tensor"])
+    widths = {config.vocab_size, -(-config.vocab_size // mesh.shape["tensor"])}
+    scores = [(B, H, T, T), (B * H, T, T)]
+    logits = [(B, t, V) for V in widths for t in (T, T - 1)]
+    # A flat [B*T, V] looks like the embedding table where B*T is the model's width.
+    logits += [(B * T, V) for V in widths if B * T != config.width]
+    return scores, logits

@@ -1,0 +1,221 @@
+"""What `compile` says of a plan: figures with their error, what to change where it does not fit, hours of data."""
+
+from typing import Any
+
+from llava_jax.data.packing import steps_for
+from llava_jax.parallel.chips import GIB
+from llava_jax.parallel.sharding import SIZES
+from llava_jax.settings import REMATS
+from llava_jax.types import WEIGHT_NAMES
+
+Figures = dict[str, Any]
+
+# Same shapes and published settings, compiled and priced as here, against the MFU their authors measured.
+CALIBRATION = {
+    "relative_errors": {
+        "MaxText 16B, 256 v5e": [-0.028],
+        "MaxText Llama2-70B, 64 v5p chips": [-0.078],
+        "MaxText Llama3.1-8B, 256 v6e": [-0.056, 0.075],
+    },
+    "relative_error": 0.08,
+    "cases": 3,
+    "confirmed_on_hardware": False,
+}
+CALIBRATION_LINE = (
+    "take it as ±8 %: against three published MaxText results it was off by -3 %, -8 % and between -6 and +8 % "
+    "(n = 3; not confirmed on hardware by us)"
+)
+OPTIONS_LINE = (
+    "compiler options rest on the compiler's own model of its programs; their gain is not confirmed on hardware"
+)
+HOST_NETWORK = 100e9 / 8 / 4  # bytes a second and chip
+PARTS = {
+    "matmul": "matrix products",
+    "vector": "elementwise",
+    "copy": "layout copies",
+    "kernels": "attention kernels",
+    "communication_exposed": "exposed communication",
+    "dma_exposed": "exposed copies from HBM",
+}
+
+
+def report(figures: Figures) -> str:
+    """The figures of one plan, as `compile` prints them."""
+    return "\n".join([*_parameters(figures), *_memory(figures), *_time(figures), *_data_set(figures)])
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<26}{text}"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _parameters(figures: Figures) -> list[str]:
+    parts = ", ".join(f"{part} {count:,}" for part, count in figures["parameters_by_part"].items())
+    dtypes = figures["dtypes"]
+    kinds = f"trained {dtypes['param_dtype']}, moments {dtypes['moment_dtype']}, frozen {dtypes['frozen_dtype']}"
+    return [
+        _line("parameters", f"{figures['parameters']:,} ({parts})"),
+        _line("trainable", f"{figures['trainable']:,} in {figures['stage']}; {kinds}"),
+    ]
+
+
+def _memory(figures: Figures) -> list[str]:
+    state = f"state {gib(figures['state_bytes'])}, frozen {gib(figures['frozen_bytes'])}"
+    lines = [_line("memory of a chip", _known(figures, "hbm_bytes", gib))]
+    if figures["argument_bytes"] is None:
+        lines.append(_line("  arguments", state))
+    else:
+        lines.append(_line("  arguments", f"{gib(figures['argument_bytes'])} ({state}, and the batch)"))
+        lines.append(_line("  temporaries", gib(figures["temporary_bytes"])))
+    if figures["fits"] is None:
+        return [*lines, _line("  peak", gib(figures["peak_bytes"]))]
+    if figures["fits"]:
+        free = figures["hbm_bytes"] - figures["peak_bytes"]
+        return [*lines, _line("  peak", f"{gib(figures['peak_bytes'])}: fits, {gib(free)} left")]
+    over = f"{gib(figures['peak_bytes'])}: does not fit, {gib(figures['over_bytes'])} too much"
+    return [*lines, _line("  peak", over), *(f"  change: {line}" for line in advice(figures))]
+
+
+def _known(figures: Figures, key: str, say: Any) -> str:
+    return f"unknown ({figures['unknown'].get(key, 'not compiled')})" if figures[key] is None else say(figures[key])
+
+
+def _time(figures: Figures) -> list[str]:
+    model = f"{figures['model_flops'] / 1e12:,.3g} TFLOP of the model a chip and step"
+    if figures["step_seconds"] is None:
+        return [_line("FLOPs", model), _line("time of a step", _known(figures, "step_seconds", str))]
+    seconds = figures["step_seconds"]
+    lines = [
+        _line("FLOPs", f"{model}, {figures['flops'] / 1e12:,.3g} with what is computed again"),
+        _line("time of a step", f"{1000 * seconds:,.1f} ms estimated; {CALIBRATION_LINE}"),
+    ]
+    for key, name in PARTS.items():
+        part = figures["breakdown"][key]
+        lines.append(_line(f"  {name}", f"{1000 * part:>10,.1f} ms  {100 * part / seconds:5.1f} %"))
+    hidden = figures["communication_seconds"] - figures["breakdown"]["communication_exposed"]
+    lines.append(_line("  hidden communication", f"{1000 * max(0.0, hidden):>10,.1f} ms (not in the sum)"))
+    if figures["slices"] > 1:
+        sent = figures["network_bytes"]
+        network = f"{sent / 1e6:,.1f} MB a chip and step over the network, not in the sum: "
+        network += f"{1000 * sent / HOST_NETWORK:,.1f} ms where four chips share 100 Gbit/s"
+        lines.append(_line("  between slices", network))
+    lines.append(_line("MFU", f"{100 * figures['mfu']:.1f} % estimated (causal half of attention, no remat)"))
+    lines.append(_line("tokens", f"{figures['tokens_per_second_per_chip']:,.0f} a second and chip, padding included"))
+    if figures["compiler_options"] != "none":
+        lines.append(_line("compiler options", f"{figures['compiler_options']}: {OPTIONS_LINE}"))
+    return lines
+
+
+def _data_set(figures: Figures) -> list[str]:
+    if figures.get("steps") is None:
+        return []
+    text = f"{figures['data_rows']:,} rows, {figures['steps']:,} steps of {figures['batch_size']}"
+    if figures["filled"] is not None:
+        text += f", {100 * figures['filled']:.0f} % of their tokens real"
+    if figures["hours"] is None:
+        return [_line("data set", text)]
+    return [_line("data set", f"{text}: {60 * figures['hours']:,.0f} minutes ({figures['hours']:.2f} h), estimated")]
+
+
+def data_set(figures: Figures, rows: int, epochs: float, steps: int) -> Figures:
+    """Steps and hours for a data set of `rows` conversations; `steps` (0: epochs decide) as train.steps."""
+    steps = steps or steps_for(rows, figures["batch_size"], epochs)
+    seconds = figures["step_seconds"]
+    return {"data_rows": rows, "steps": steps, "hours": None if seconds is None else steps * seconds / 3600}
+
+
+def advice(figures: Figures) -> list[str]:
+    """What makes a plan smaller, the cheapest first, each with its flag and, where it is arithmetic, what it saves."""
+    mesh, slices, dtypes = figures["mesh"], figures["slices"], figures["dtypes"]
+    held = figures["trainable"] / (mesh["fsdp"] * mesh["tensor"])
+    micro = figures["rows"] // (mesh["data"] * mesh["fsdp"] * figures["accumulate"])
+    lines = []
+    kept = figures["remat"].split("+")
+    without = "+".join(name for name in kept if name not in WEIGHT_NAMES) or "full"
+    if without != figures["remat"]:
+        lines.append(f"--config.train.remat={without} gathers weights again for the way back")
+    if without != "full":
+        # What is not in the list keeps some names, and "full" keeps none.
+        after = REMATS[REMATS.index(without) + 1] if without in REMATS else "full"
+        lines.append(f"--config.train.remat={after} keeps less for the way back and computes it again")
+    if micro > 1:
+        flag = f"--config.train.accumulate={figures['accumulate'] * micro}"
+        sums = f" (and {gib(4 * held)} for sums of gradients)" if figures["accumulate"] == 1 else ""
+        lines.append(f"{flag}: 1 row a chip at a time, not {micro}{sums}")
+    if figures["accumulate"] > 1:
+        flags = (
+            f"--config.train.accumulate=1 --config.train.batch_size={figures['batch_size'] // figures['accumulate']}"
+        )
+        lines.append(f"{flags}: a smaller batch needs no sums of gradients, -{gib(4 * held)}")
+    if mesh["data"] > slices:
+        whole = figures["state_bytes"] + figures["frozen_bytes"]
+        saved = whole * (1 - mesh["fsdp"] / (figures["chips"] // slices // mesh["tensor"]))
+        flags = f"--config.mesh.data={slices} --config.mesh.fsdp=-1"
+        lines.append(f"{flags}: weights spread over all chips of a slice, up to -{gib(saved)}")
+    savings = (
+        ("moment_dtype", 4 * held, "of Adam's moments"),
+        ("param_dtype", 2 * held, "of what learns"),
+        ("frozen_dtype", figures["frozen_bytes"] / 2, "of what does not learn"),
+    )
+    for key, saved, what in savings:
+        if dtypes[key] == "float32" and saved > GIB / 100:
+            lines.append(f"--config.train.{key}=bfloat16: -{gib(saved)} {what}")
+    if figures["stage"] == "lora" and dtypes["frozen_dtype"] != "nf4":
+        lines.append("--config.train.frozen_dtype=nf4: kernels of the frozen decoder in four bits")
+    return [*lines, "a topology with more chips, or --sweep, which tries batch, remat and mesh"]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+COLUMNS = ("mesh", "rows a chip", "remat", "peak GiB", "step ms", "MFU %", "tokens/s/chip", "")
+
+
+def sweep_head() -> str:
+    return _row(COLUMNS)
+
+
+def sweep_line(figures: Figures) -> str:
+    """One plan as a line of the sweep's table."""
+    mesh, shards = figures["mesh"], figures["mesh"]["data"] * figures["mesh"]["fsdp"]
+    micro = figures["rows"] / shards
+    time = ["-"] * 3
+    if figures["step_seconds"] is not None:
+        time = [f"{1000 * figures['step_seconds']:,.0f}", f"{100 * figures['mfu']:.1f}"]
+        time.append(f"{figures['tokens_per_second_per_chip']:,.0f}")
+    peak = "-" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / GIB:.2f}"
+    fits = {True: "", False: "does not fit", None: ""}[figures["fits"]]
+    cells = (
+        "x".join(str(mesh[axis]) for axis in SIZES),
+        f"{micro:g}",
+        figures["remat"],
+        peak,
+        *time,
+        figures.get("skipped", fits),
+    )
+    return _row(cells)
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    widths = (11, 11, 9, 9, 9, 7, 13, 0)
+    return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def best(plans: list[Figures]) -> Figures | None:
+    """The plan that fits with the most tokens a second and chip; None when none fits or none has a time."""
+    fitting = [plan for plan in plans if plan["fits"] and plan["step_seconds"] is not None]
+    return max(fitting, key=lambda plan: plan["tokens_per_second_per_chip"], default=None)
+
+
+def sweep_end(plans: list[Figures], chosen: Figures | None) -> str:
+    """What the sweep found, with the flags that choose it."""
+    if chosen is None:
+        timed = any(plan["step_seconds"] is not None for plan in plans)
+        return "none fits" if timed or any(plan["fits"] is False for plan in plans) else "no time is known here"
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in chosen["mesh"].items())
+    flags = f"--config.train.batch_size={chosen['batch_size']} --config.train.remat={chosen['remat']} {mesh}"
+    flags += " --config.train.accumulate=1" + f" --config.data.pack_length={chosen['length']}" * chosen["pack"]
+    best_line = f"best that fits, by estimated tokens a second and chip ({CALIBRATION_LINE}):"
+    return "\n".join([best_line, sweep_line(chosen), f"  {flags}", *_data_set(chosen)])

@@ -1,0 +1,114 @@
+"""`compile --sweep`: batch by remat by mesh for one target, each compiled in turn."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llava_jax.aot.compile import FILLED, compile_plan, lower
+from llava_jax.aot.target import Target
+from llava_jax.parallel.sharding import SIZES
+from llava_jax.settings import settings_from_dict
+from llava_jax.types import InputError, MeshSettings, Settings
+
+DEFAULT_ROWS = (2, 4, 8)
+DEFAULT_REMATS = ("full", "minimal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What is tried: rows a chip, keys of train.remat, and meshes (data, fsdp, tensor)."""
+
+    rows: tuple[int, ...]
+    remats: tuple[str, ...]
+    meshes: tuple[tuple[int, int, int], ...]
+
+
+def parse_grid(rows: str | None, remats: str | None, meshes: str | None, settings: Settings, target: Target) -> Grid:
+    """The grid of `--sweep_rows=2,4`, `--sweep_remat=full,minimal`, `--sweep_mesh=1x64x1,2x32x1`; each has a default.
+
+    By default the weights are split over all chips of a slice, over half of them, and as the config says.
+    """
+    chips, slices = len(target.devices), target.slices
+    given = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else DEFAULT_ROWS
+    kinds = tuple(remats.split(",")) if remats else DEFAULT_REMATS
+    for kind in kinds:
+        train = dataclasses.replace(settings.train, remat=kind)
+        settings_from_dict(dataclasses.asdict(dataclasses.replace(settings, train=train)))
+    inner = settings.mesh.fsdp_inner
+    if meshes:
+        shapes = [_mesh(word, chips, slices, inner) for word in meshes.split(",")]
+    else:
+        whole = _whole(settings.mesh, chips)
+        shapes = [(slices, chips // slices, 1)]
+        if whole[0] % slices == 0:
+            shapes.append(whole)
+        if chips // slices % 2 == 0:
+            shapes.append((2 * slices, chips // slices // 2, 1))
+        shapes = [shape for shape in shapes if shape[1] % inner == 0]
+        if not shapes:
+            raise InputError(f"mesh.fsdp_inner={inner}: divides no mesh of {chips} chips; give a divisor of fsdp")
+    return Grid(given, kinds, tuple(dict.fromkeys(shapes)))
+
+
+def _number(flag: str, word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise InputError(f"{flag}: {word!r} is not a whole number of 1 or more")
+    return int(word)
+
+
+def _mesh(word: str, chips: int, slices: int, inner: int) -> tuple[int, int, int]:
+    sizes = tuple(_number("--sweep_mesh", size) for size in word.split("x"))
+    if len(sizes) != 3 or math.prod(sizes) != chips:
+        raise InputError(f"--sweep_mesh: {word!r} is not DATAxFSDPxTENSOR with a product of {chips} chips")
+    if sizes[0] % slices:
+        raise InputError(f"--sweep_mesh: {word!r}: on {slices} slices DATA is a multiple of {slices}")
+    if sizes[1] % inner:
+        raise InputError(f"--sweep_mesh: {word!r}: FSDP is not a multiple of mesh.fsdp_inner={inner}")
+    return sizes
+
+
+def _whole(mesh: MeshSettings, chips: int) -> tuple[int, int, int]:
+    """The config's mesh with its -1 filled in, as far as it divides the chips."""
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    if -1 in sizes:
+        known = -sizes[0] * sizes[1] * sizes[2]
+        sizes[sizes.index(-1)] = max(1, chips // known)
+    return tuple(sizes)
+
+
+def plans(settings: Settings, target: Target, grid: Grid, tokens_per_row: float | None) -> Iterator[dict[str, Any]]:
+    """The figures of every point, as they come; `skipped` says why one was not compiled.
+
+    Where a batch does not fit, larger ones of the same remat and mesh are not compiled.
+    """
+    for mesh, remat in itertools.product(grid.meshes, grid.remats):
+        too_large = 0
+        for rows in sorted(grid.rows):
+            if too_large:
+                skipped = f"not compiled: {too_large} rows do not fit"
+                shards = dict(zip(SIZES, mesh, strict=True), fsdp_inner=settings.mesh.fsdp_inner)
+                empty = dict.fromkeys(("peak_bytes", "step_seconds", "fits"))
+                total = rows * mesh[0] * mesh[1]
+                yield {"mesh": shards, "rows": total, "remat": remat, "skipped": skipped, **empty}
+                continue
+            figures, _ = compile_plan(
+                lower(_point(settings, rows, remat, mesh, tokens_per_row), target, tokens_per_row)
+            )
+            too_large = rows if figures["fits"] is False else 0
+            yield figures
+
+
+def _point(
+    settings: Settings, rows: int, remat: str, mesh: tuple[int, int, int], tokens_per_row: float | None
+) -> Settings:
+    size, data = rows * mesh[0] * mesh[1], settings.data
+    if data.pack and tokens_per_row:
+        # Of a given length: else batch_shape would choose another, and fewer rows than this point is about.
+        data = dataclasses.replace(data, pack_length=data.pack_length or data.max_length)
+        size = int(size * data.pack_length * FILLED / tokens_per_row)
+    train = dataclasses.replace(settings.train, batch_size=size, accumulate=1, remat=remat)
+    return dataclasses.replace(
+        settings, data=data, train=train, mesh=MeshSettings(*mesh, fsdp_inner=settings.mesh.fsdp_inner)
+    )

@@ -1,0 +1,301 @@
+"""Our side of a benchmark, through the rooms that `train`, `generate` and the data pipeline use themselves.
+
+A program, `python -m llava_jax.benchmark.jax_side WORK.json`, that serves turns (`turns.serve`).
+"""
+
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.benchmark.worker import PICTURE_BATCH, ROW_BATCH, Figures, Turn, clock, fingerprint, serve
+from llava_jax.data.images import normalised
+from llava_jax.data.packing import plan_batches
+from llava_jax.data.pipeline import BatchIterator, make_pipeline
+from llava_jax.data.rows import parse_row
+from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
+from llava_jax.data.validate import check_records
+from llava_jax.infer import generate as answering
+from llava_jax.models.flops import step_flops
+from llava_jax.models.llava import build
+from llava_jax.parallel.sharding import batch_sharding, make_mesh
+from llava_jax.settings import STAGES
+from llava_jax.train.build_step import Run, prepare
+from llava_jax.train.compile_cache import compile_lowered
+from llava_jax.train.step import TrainState, partition
+from llava_jax.types import (
+    UNPACKED,
+    Batch,
+    DataSettings,
+    InitSettings,
+    LoraSettings,
+    MeshSettings,
+    ModelConfig,
+    ModelSettings,
+    OptimSettings,
+    Record,
+    Sampling,
+    Settings,
+    TrainSettings,
+)
+from llava_jax.weights import hf
+from llava_jax.weights.spec import EMBEDDED_TOKENIZER, random_params
+
+# Batches that workers may have ready before they are asked for.
+READ_AHEAD = 6
+# Seconds in which workers have read ahead again.
+SETTLE = 0.5
+# Image tokens of a picture in the data's rows; their number does not matter to the pixels.
+PATCHES = 16
+WORDS = "the a red blue square circle left right of above there is in picture and what how many are".split()
+
+
+def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    return {"train": train, "generate": generate, "data": data, "scaling": scaling}[work["job"]](work)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def settings_of(work: Mapping[str, Any]) -> Settings:
+    """The settings of a run that does this work and nothing else, on one device."""
+    data = DataSettings("", "", "v1", "front", "pad", work["length"], shuffle=False, **UNPACKED)
+    optim = OptimSettings(work["lr"], "", "constant", 0.0, weight_decay=0.0, clip_norm=0.0, b1=0.9, b2=0.999, eps=1e-8)
+    train = TrainSettings(
+        batch_size=work["rows"],
+        steps=1,
+        epochs=1.0,
+        accumulate=1,
+        dtype=work["dtype"],
+        param_dtype=work["param_dtype"],
+        moment_dtype=work["param_dtype"],
+        frozen_dtype=work["dtype"],
+        remat=work["remat"],
+        attention="auto",
+        compiler_options=work["compiler_options"],
+        profile=0,
+        log_every=1,
+        checkpoint_every=0,
+        keep=1,
+        loss_norm="global_token",
+    )
+    model = ModelSettings(work["model"], work["model"], "mlp2x_gelu", -2)
+    init, lora, mesh = InitSettings("", ""), LoraSettings(0, 0.0, 0.0, ""), MeshSettings(1, 1, 1)
+    return Settings(work["stage"], 0, model, init, data, optim, lora, train, mesh)
+
+
+def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: `steps` updates of the stage; seconds an update."""
+    settings = settings_of(work)
+    config = model_config(work)
+    mesh = make_mesh(settings.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        run = prepare(settings, config, mesh, steps=10**6, length=work["length"])
+        state, frozen = starting_point(work, settings, run)
+        batch = jax.device_put(read_batch(work), batch_sharding(mesh))
+        lowered = run.step.lower(state, frozen, batch)
+        update = compile_lowered(lowered, work["compiler_options"], jax.devices()[0].device_kind)
+    seconds = clock(jax.default_backend())
+    held = [state]
+    del state
+
+    def updates(count: int) -> float:
+        for _ in range(count):
+            held[0], metrics = update(held[0], frozen, batch)
+        return float(metrics["loss"])
+
+    def turn() -> dict[str, float]:
+        began = seconds()
+        updates(work["steps"])
+        return {"step": (seconds() - began) / work["steps"], **device_peak()}
+
+    first = updates(1)
+    updates(1)
+    flops = step_flops(config, settings.stage, rows=work["rows"], length=work["length"], images=work["rows"])
+    return {"loss": first, "model_flops": flops, **about(config)}, turn
+
+
+def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tuple[TrainState, Any]:
+    """(state, frozen parameters) of the model folder, or of random weights drawn on the device."""
+    at = jax.tree.map(lambda x: x.sharding, run.state)
+    places = jax.tree.map(lambda x: x.sharding, run.frozen) | at.params
+    dtypes = {
+        part: settings.train.param_dtype if part in STAGES[settings.stage] else settings.train.frozen_dtype
+        for part in hf.PARTS
+    }
+    if work["weights"]:
+        params = jax.device_put(hf.read_llava_parts(work["model"], dtypes), places)
+    else:
+        params = random_params(run.config, settings.seed, dtypes, places)
+    params, frozen = partition(params, settings.stage)
+    opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
+    return TrainState(jax.device_put(np.int32(0), at.step), params, opt_state), frozen
+
+
+def read_batch(work: Mapping[str, Any]) -> Batch:
+    """The batch of the file: full rows of one conversation each."""
+    with np.load(work["batch"]) as arrays:
+        tokens_BT, targets_BT, pixels_BNXYC = arrays["tokens"], arrays["targets"], arrays["bytes"]
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    shown_BN = np.ones(pixels_BNXYC.shape[:2], bool)
+    return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, pixels_BNXYC, shown_BN)
+
+
+def model_config(work: Mapping[str, Any]) -> ModelConfig:
+    config = hf.read_llava_config(work["model"])[0]
+    return dataclasses.replace(config, dtype=work["dtype"], remat=work["remat"])
+
+
+# ---- answering ------------------------------------------------------------------------------------------------------
+
+
+def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: greedy answers of `new_tokens` ids to a batch of prompts; seconds an id, and to the first one."""
+    config = model_config(work)
+    if work["weights"]:
+        params = jax.device_put(hf.read_llava_parts(work["model"], dict.fromkeys(hf.PARTS, work["dtype"])))
+    else:
+        params = random_params(config, 0, dict.fromkeys(hf.PARTS, work["dtype"]), None)
+    # An automaton that never reaches its last state: no id ends an answer.
+    never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
+    engine = answering.Engine(build(config)[0], params, config, never)
+    batch = read_batch(work)
+    rows = zip(batch.tokens_BT, batch.pixels_BNXYC, strict=True)
+    how = config.vision.pixels
+    prompts = [answering.Prompt(tokens_T, normalised(pixels_NXYC, how)) for tokens_T, pixels_NXYC in rows]
+    seconds = clock(jax.default_backend())
+
+    def answer(count: int) -> tuple[float, list[list[int]]]:
+        began = seconds()
+        ids = answering.generate_ids(engine, prompts, Sampling(max_new_tokens=count), len(prompts))
+        return seconds() - began, ids
+
+    def turn() -> dict[str, float]:
+        whole, first = answer(work["new_tokens"])[0], answer(1)[0]
+        return {"token": whole / work["new_tokens"], "first_token": first, **device_peak()}
+
+    answer(1)
+    return {"ids": answer(work["new_tokens"])[1], **about(config)}, turn
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: all pictures from their files to batches, and all rows from text to packed batches; seconds of each.
+
+    Both go through the pipeline of `train`, read in this process.
+    """
+    seconds = clock("cpu")
+    tokenizer = load_tokenizer(EMBEDDED_TOKENIZER)
+    pictures, rows = picture_records(work["pictures"]), text_records(work["rows"])
+    folder = os.path.dirname(work["pictures"][0])
+    size = dict(image_size=work["size"], patches=PATCHES)
+
+    def picture_batches() -> BatchIterator:
+        return open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
+
+    def turn() -> dict[str, float]:
+        with closing(picture_batches()) as batches:
+            spent = drain(batches, len(pictures) // PICTURE_BATCH, seconds)
+        data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, pack=True, workers=0, **size)
+        with closing(data):
+            packed = drain(data, len(rows) // ROW_BATCH, seconds)
+        return {"picture": spent / len(pictures), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
+
+    with closing(picture_batches()) as batches:
+        found = [fingerprint(normalised(one)) for batch in batches for one in batch.pixels_BNXYC[:, 0]]
+    return {"pixels": found, "device": "cpu"}, turn
+
+
+def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
+    """One turn: batches of pictures from one worker, then from two; wall seconds a picture of each, and their ratio."""
+    tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
+    folder = os.path.dirname(work["pictures"][0])
+    how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
+    readers = {n: open_batches(records, folder, tokenizer, PICTURE_BATCH, workers=n, **how)[0] for n in (1, 2)}
+
+    def turn() -> dict[str, float]:
+        found = {}
+        for workers, batches in readers.items():
+            drain(batches, READ_AHEAD, time.perf_counter)  # what was read while the other one's turn was on
+            found[f"workers_{workers}"] = drain(batches, work["batches"], time.perf_counter)
+            time.sleep(SETTLE)  # its workers read ahead again, which would slow the other one down
+        seconds = {name: spent / (work["batches"] * PICTURE_BATCH) for name, spent in found.items()}
+        return seconds | {"ratio": found["workers_1"] / found["workers_2"]}
+
+    turn()
+    return {"device": "cpu"}, turn
+
+
+def open_batches(
+    records: list[Record],
+    folder: str,
+    tokenizer: TextTokenizer,
+    batch_size: int,
+    *,
+    pack: bool,
+    workers: int,
+    image_size: int,
+    patches: int,
+    steps: int = 0,
+) -> tuple[BatchIterator, int]:
+    """The batches that `train` would get of these records, each record once (or as long as `steps` go on), and how many
+    tokens all of them have."""
+    settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
+    checked = check_records(records, settings, tokenizer, patches=patches)
+    sizes = dict(batch_size=batch_size, row_multiple=1, steps=steps or len(records) // batch_size, seed=0)
+    plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
+    settings = dataclasses.replace(settings, workers=workers)
+    model = dict(image_size=image_size, patches=patches, image_token_id=tokenizer.size)
+    return make_pipeline(records, settings, tokenizer, plan, **model), checked.tokens
+
+
+def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> float:
+    """Seconds that the next `count` batches take."""
+    began = seconds()
+    for _ in range(count):
+        next(batches)
+    return seconds() - began
+
+
+def picture_records(paths: list[str]) -> list[Record]:
+    """A record with a short question for each picture."""
+    return [record(str(n), os.path.basename(path), ["<image>\nWhat is this?", "Yes."]) for n, path in enumerate(paths)]
+
+
+def text_records(count: int) -> list[Record]:
+    """Records of two exchanges without pictures, 42 to 102 words each."""
+    rng = random.Random(0)
+    lengths = ((10, 20, 10, rng.randint(2, 62)) for _ in range(count))
+    return [record(str(n), "", [" ".join(rng.choices(WORDS, k=k)) for k in said]) for n, said in enumerate(lengths)]
+
+
+def record(name: str, image: str, texts: list[str]) -> Record:
+    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * 2, texts, strict=False)]
+    return parse_row({"id": name, "images": [image] if image else [], "conversations": turns}, name)
+
+
+def about(config: ModelConfig) -> Figures:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(build(config)[1]))
+    return {"device": jax.devices()[0].device_kind, "parameters": parameters, "jax": jax.__version__}
+
+
+def device_peak() -> dict[str, float]:
+    """Most memory the accelerator has held; nothing on a CPU."""
+    if jax.default_backend() == "cpu":
+        return {}
+    return {"device_bytes": jax.devices()[0].memory_stats()["peak_bytes_in_use"]}
+
+
+if __name__ == "__main__":
+    # jax would take three quarters of a GPU's memory when it starts; the other side is on the same one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    serve(start)

@@ -1,0 +1,126 @@
+"""The commands that hold no model: prepare verify, evaluate exact_match."""
+
+import argparse
+import os
+from typing import Any
+
+from llava_jax.cli.flags import announce
+from llava_jax.cli.train import load_settings
+from llava_jax.data.sources import FORMS, is_dataset
+from llava_jax.types import UNPACKED, DataSettings, InputError
+
+# The flags that a config answers in their place.
+SINGLE = ("annotations", "images", "tokenizer", "template", "image_position", "max_length", "vision", "patches")
+NEEDED = ("annotations", "images", "tokenizer", "template")
+
+
+def verify_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dump", metavar="FILE.jsonl", help="written: ids, targets and supervised text of each row")
+    parser.add_argument_group("what `train` would read").description = (
+        "--config=FILE[:arg]      as for `train`, with its --config.KEY=VALUE; the rows, their pictures, template,\n"
+        "                         tokenizer and lengths are then those of that run"
+    )
+    single = parser.add_argument_group("or, without a config")
+    single.add_argument("--annotations", metavar="FILE", help="LLaVA's JSON, or JSONL")
+    single.add_argument("--images", metavar="DIR", help="folder the rows' pictures are relative to")
+    single.add_argument("--tokenizer", metavar="DIR", help="folder of the decoder, or of its tokenizer")
+    single.add_argument("--template", help="conversation template: plain, v0, v1, llava_llama_2, …")
+    single.add_argument("--image_position", choices=("front", "keep"), help="as in training (front)")
+    single.add_argument("--max_length", type=int, help="as in training, image tokens included (2048)")
+    single.add_argument("--vision", metavar="DIR", help="CLIP folder; its config.json says what a picture takes")
+    single.add_argument("--patches", type=int, help="the same as a number: image tokens of one picture (576)")
+
+
+def verify(args: argparse.Namespace) -> int:
+    data, folder, patches, tiles = checks_of_run(args) if args.passed else checks_of_flags(args)
+    from llava_jax.data import verify as checks
+    from llava_jax.data.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    announce(
+        "prepare verify",
+        config=" ".join(args.passed),
+        annotations=data.annotations,
+        images=data.images,
+        tokenizer=folder,
+        template=f"{data.template}, image position {data.image_position}",
+        max_length=f"{data.max_length} tokens, {patches} of them for each {'picture' if tiles is None else 'tile'}",
+        dump=args.dump,
+    )
+    report = checks.verify(
+        data.annotations,
+        data.images,
+        tokenizer,
+        data.template,
+        image_position=data.image_position,
+        max_length=data.max_length,
+        patches=patches,
+        tiling=tiles,
+        dump_path=args.dump,
+    )
+    print("\n".join(checks.report_lines(report)))
+    if report.rejected:
+        count = f"{len(report.rejected)} of {report.rows} rows of {data.annotations} cannot be trained"
+        more = " (the first of them)" if len(report.rejected) > 1 else ""
+        raise InputError(f"{count}: {report.rejected[0]}{more}; mend or remove them")
+    return 0
+
+
+def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any]:
+    """(data settings, tokenizer folder, image tokens of a picture or tile, anyres.Tiling or None) of the run that
+    `--config` describes.
+    """
+    given = [f"--{name}" for name in SINGLE if getattr(args, name) is not None]
+    if given:
+        raise InputError(f"{' and '.join(given)} beside --config: give the --config.KEY=VALUE that `train` gets")
+    settings = load_settings(args.passed)
+    if not settings.data.annotations:
+        raise InputError(f"data.annotations is empty: expected {FORMS}")
+    from llava_jax.data.tiles import tiling
+    from llava_jax.weights.spec import plan_model
+
+    plan = plan_model(settings)
+    return settings.data, plan.tokenizer, plan.config.vision.patches, tiling(plan.config)
+
+
+def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, None]:
+    """The same of the single flags, which show each picture as one square."""
+    # The rows of a data set bring their pictures along.
+    brings = args.annotations is not None and is_dataset(args.annotations)
+    needed = [name for name in NEEDED if name != "images" or not brings]
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
+    if missing:
+        raise InputError(f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} beside the others")
+    for name in ("max_length", "patches"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    if args.vision is not None and args.patches is not None:
+        raise InputError("--vision and --patches both say what a picture takes; give one of them")
+    position, length = args.image_position or "front", args.max_length or 2048
+    data = DataSettings(
+        args.annotations, args.images or "", args.template, position, "pad", length, shuffle=False, **UNPACKED
+    )
+    return data, args.tokenizer, args.patches or patches_of(args.vision), None
+
+
+def patches_of(folder: str | None) -> int:
+    """Image tokens of one picture for a CLIP folder; those of CLIP ViT-L/14 at 336 pixels without one."""
+    if folder is None:
+        return 576
+    from llava_jax.weights.hf_config import clip_config, read_config
+
+    return clip_config(read_config(folder, "a Hugging Face CLIP folder"), os.path.join(folder, "config.json")).patches
+
+
+def exact_match_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", required=True, metavar="FILE.jsonl", help="question_id, category, answer a line")
+    parser.add_argument("--answers", required=True, metavar="FILE.jsonl", help="as `generate` writes them")
+    parser.add_argument("--json", metavar="FILE", help="written: all figures")
+
+
+def exact_match(args: argparse.Namespace) -> int:
+    from llava_jax.evaluate import exact_match as benchmark
+
+    announce("evaluate exact_match", questions=args.questions, answers=args.answers, json=args.json)
+    benchmark.evaluate(args.questions, args.answers, args.json)
+    return 0

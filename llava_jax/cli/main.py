@@ -1,0 +1,219 @@
+"""The command line: the list of commands, and one way to answer bad input.
+
+A command is described by flags and a function; what it runs is imported only when it runs, so that `--help`
+answers at once.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from llava_jax.cli import benchmark, compile, data, models, prepare, synthesize, train
+from llava_jax.cli.flags import Parser
+from llava_jax.settings import nearest
+from llava_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command; `run` gets its flags and the arguments that start with `passes`, and returns the exit code."""
+
+    summary: str
+    example: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    passes: str = ""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "play the whole story at a small size on this machine's CPU, in at most ten minutes",
+        "llava-jax demo --workdir=demo_run",
+        models.demo_flags,
+        models.demo,
+    ),
+    "train": Command(
+        "train one stage; it resumes by itself when the workdir holds a checkpoint of the same config",
+        "llava-jax train --config=configs/tiny.py:stage=pretrain --workdir=runs/pretrain --config.optim.lr=1e-3",
+        train.train_flags,
+        train.train,
+        passes="--config",
+    ),
+    "compile": Command(
+        "compile the step of `train` ahead of time, for TPUs by name or for what is here: does it fit, how fast is it",
+        "llava-jax compile --config=configs/llava_v1_5.py:size=7b,stage=finetune --topology=v5e:8x8 "
+        "--config.model.llm=random:vicuna-7b --config.model.vision=random:clip-l-14-336 --rows=665298",
+        compile.compile_flags,
+        compile.compile_,
+        passes="--config",
+    ),
+    "generate": Command(
+        "answer one question about a picture, or a whole file of questions in batches",
+        'llava-jax generate --model=runs/finetune --image=cat.jpg --prompt="What is this?"',
+        models.generate_flags,
+        models.generate,
+    ),
+    "chat": Command(
+        "talk with a model in the terminal, about a picture or without one",
+        "llava-jax chat --model=runs/finetune --image=cat.jpg",
+        models.chat_flags,
+        models.chat,
+    ),
+    "synthesize": Command(
+        "write instruction data from captions and boxes with a language-only model",
+        "llava-jax synthesize --contexts=annotations/captions_train2017.json --kind=conversation "
+        "--output=conversation.json --endpoint=http://localhost:8000/v1 --teacher=my-model --budget_tokens=50000000",
+        synthesize.synthesize_flags,
+        synthesize.synthesize,
+    ),
+    "prepare verify": Command(
+        "name every row of a data set that cannot be trained, and why; exit code 2 when there is one",
+        "llava-jax prepare verify --config=configs/tiny.py:stage=finetune --config.model.vision=CLIP_DIR "
+        "--config.model.llm=LLAMA_DIR --config.data.annotations=data.json --config.data.images=images",
+        data.verify_flags,
+        data.verify,
+        passes="--config",
+    ),
+    "prepare captions": Command(
+        "captions of pictures as rows of stage 1, each with a brief question drawn by the seed",
+        "llava-jax prepare captions --captions=captions_train2017.json --output=captions.json",
+        prepare.captions_flags,
+        prepare.captions,
+    ),
+    "prepare concepts": Command(
+        "the captions that the paper's filter keeps: rare noun phrases all, common ones thinned out",
+        "llava-jax prepare concepts --captions=cc3m.jsonl --output=cc3m_595k.json --json=phrases.json",
+        prepare.concepts_flags,
+        prepare.concepts,
+    ),
+    "prepare scienceqa": Command(
+        "ScienceQA's problems as rows of LLaVA, in the published prompt formats",
+        "llava-jax prepare scienceqa --source=scienceqa --split=minival --format=QCM-LEPA --output=minival.json",
+        prepare.scienceqa_flags,
+        prepare.scienceqa,
+    ),
+    "prepare arrayrecord": Command(
+        "rows and their pictures as one TFDS data set of ArrayRecord files, read without TensorFlow",
+        "llava-jax prepare arrayrecord --annotations=data.json --images=images --output=packed",
+        prepare.arrayrecord_flags,
+        prepare.arrayrecord,
+    ),
+    "evaluate exact_match": Command(
+        "score a file of answers by exact match, for each type of question and over all",
+        "llava-jax evaluate exact_match --questions=questions.jsonl --answers=answers.jsonl --json=figures.json",
+        data.exact_match_flags,
+        data.exact_match,
+    ),
+    "convert": Command(
+        "write a model, whatever its form, as a Hugging Face or original LLaVA folder, or its projector alone",
+        "llava-jax convert --from=orbax:runs/finetune --to=hf:my-llava",
+        models.convert_flags,
+        models.convert,
+    ),
+    "benchmark train": Command(
+        "seconds an update of both stages, with --peer beside transformers and PyTorch",
+        "llava-jax benchmark train --peer --json=train.json",
+        benchmark.train_flags,
+        benchmark.train,
+    ),
+    "benchmark generate": Command(
+        "tokens a second of greedy answers to prompts with pictures, and seconds to the first token",
+        "llava-jax benchmark generate --peer --json=generate.json",
+        benchmark.generate_flags,
+        benchmark.generate,
+    ),
+    "benchmark data": Command(
+        "pictures from file to batch and rows tokenised and packed a CPU second, one worker and two",
+        "llava-jax benchmark data --peer --json=data.json",
+        benchmark.data_flags,
+        benchmark.data,
+    ),
+}
+HELP = ("--help", "-h", "help")
+
+
+def overview(group: str = "") -> str:
+    """What `llava-jax` alone prints: each command with its one line; with a group (`prepare`), only its own."""
+    names = [name for name in COMMANDS if name.startswith(group)]
+    lines = [f"  {name:<22}{COMMANDS[name].summary}" for name in names]
+    usage = f"usage: llava-jax {group}{'TOOL' if group else 'COMMAND'} [--flag=value …]"
+    return "\n".join([usage, "", *lines, "", "llava-jax COMMAND --help shows its flags and an example."])
+
+
+def split_name(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """(command, its arguments), for commands of one word and of two. Raises InputError with the nearest name."""
+    word, rest = argv[0], argv[1:]
+    if word in COMMANDS:
+        return word, rest
+    tools = tuple(name.split()[1] for name in COMMANDS if name.startswith(f"{word} "))
+    if not tools:
+        words = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS))
+        raise InputError(f"no command {word!r}{nearest(word, words)}")
+    if not rest or rest[0] not in tools:
+        given = f", got {rest[0]!r}" if rest else ""
+        raise InputError(f"{word} needs the name of a tool{given}{nearest(rest[0] if rest else '', tools)}")
+    return f"{word} {rest[0]}", rest[1:]
+
+
+def split_passed(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+    """(arguments `prefix` and `prefix.…`, as `--flag=value` however they were written; the others)."""
+    passed: list[str] = []
+    ours: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag = word.split("=", 1)[0]
+        if flag != prefix and not flag.startswith(f"{prefix}."):
+            ours.append(word)
+        elif "=" in word or not rest or rest[0].startswith("--"):
+            passed.append(word)
+        else:
+            passed.append(f"{word}={rest.pop(0)}")
+    return passed, ours
+
+
+def run(argv: Sequence[str]) -> int:
+    """One command line, to its exit code. Raises InputError."""
+    if not argv or argv[0] in HELP:
+        print(overview())
+        return 0
+    if len(argv) == 2 and argv[1] in HELP and argv[0] not in COMMANDS:
+        split_name([argv[0], *(name.split()[1] for name in COMMANDS if name.startswith(f"{argv[0]} "))])
+        print(overview(f"{argv[0]} "))
+        return 0
+    name, rest = split_name(argv)
+    command = COMMANDS[name]
+    parser = Parser(f"llava-jax {name}", command.summary, command.example)
+    command.add_flags(parser)
+    passed, ours = split_passed(rest, command.passes) if command.passes else ([], rest)
+    args = parser.parse(ours, [command.passes] if command.passes else [])
+    args.passed = passed
+    return command.run(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted, 141 the reader of our output is gone.
+
+    `train` leaves by SystemExit(42) after SIGTERM, once its state is saved.
+    """
+    # transformers warns on stderr that there is no torch; we use its tokenizers only, and stderr is for our one line.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has seen enough; without this the interpreter complains when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2

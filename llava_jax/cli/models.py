@@ -1,0 +1,205 @@
+"""The commands that hold a model: demo, generate, chat, convert."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from llava_jax.cli.flags import announce
+from llava_jax.types import InputError, Sampling
+
+if TYPE_CHECKING:
+    from llava_jax.api import Llava
+
+SOURCE = (
+    "hf:DIR (a Hugging Face folder), llava:DIR (an original LLaVA one), orbax:DIR (a workdir of train, or what convert "
+    "wrote so), or just DIR"
+)
+
+
+def demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", default="demo_run", help="folder for everything the demo writes (demo_run)")
+
+
+def demo(args: argparse.Namespace) -> int:
+    from llava_jax.demo import story
+
+    announce("demo", workdir=args.workdir)
+    story.run(args.workdir)
+    return 0
+
+
+def sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int = Sampling.max_new_tokens) -> None:
+    default = Sampling()
+    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy, the default")
+    parser.add_argument("--top_p", type=float, default=default.top_p, help="draw from this share of probability (1)")
+    parser.add_argument("--top_k", type=int, default=default.top_k, help="draw from the K likeliest; 0, all (0)")
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help=f"longest answer ({max_new_tokens})")
+    parser.add_argument("--seed", type=int, default=default.seed, help="seed of the draws (0)")
+    parser.add_argument("--template", help="conversation template; the one the model was trained with, when it says so")
+
+
+def sampling_of(args: argparse.Namespace, beams: int = 1) -> Sampling:
+    """Sampling of the flags, checked before a model is read. Raises InputError."""
+    from llava_jax.infer.sample import check_sampling
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, beams, args.seed)
+    check_sampling(sampling)
+    return sampling
+
+
+def said(sampling: Sampling) -> str:
+    """The sampling in words, for what a command says before it starts."""
+    kind = f"beam search with {sampling.beams} beams" if sampling.beams > 1 else "greedy"
+    if sampling.temperature > 0:
+        kind = f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k or 'off'}"
+        kind += f", seed {sampling.seed}"
+    return f"{kind}, at most {sampling.max_new_tokens} tokens"
+
+
+def generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
+    beside_flags(parser)
+    one = parser.add_argument_group("one question")
+    one.add_argument("--image", metavar="FILE", help="the picture; none for a question about no picture")
+    one.add_argument("--prompt", metavar="TEXT", help="the question")
+    many = parser.add_argument_group("a file of questions")
+    many.add_argument("--questions", metavar="FILE.jsonl", help="lines with question_id, image, text")
+    many.add_argument("--images", metavar="DIR", help="folder of the pictures they name")
+    many.add_argument("--answers", metavar="FILE.jsonl", help="written; a half-written one is resumed")
+    many.add_argument("--batch_size", type=int, default=8, help="questions answered at once (8)")
+    sampling_flags(parser)
+    parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams (1, none)")
+
+
+def generate(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size={args.batch_size}: expected 1 or more")
+    if (args.prompt is None) == (args.questions is None):
+        raise InputError("generate needs --prompt (one question) or --questions (a file of them), and not both")
+    if args.questions is not None and (args.images is None or args.answers is None):
+        raise InputError("--questions needs --images=DIR (the pictures) and --answers=FILE.jsonl (to be written)")
+    if args.questions is not None and args.image is not None:
+        raise InputError("--image goes with --prompt; with --questions each line names its picture, below --images")
+    if args.prompt is not None and (args.images is not None or args.answers is not None):
+        raise InputError("--images and --answers go with --questions; one --prompt takes --image")
+    sampling = sampling_of(args, args.beams)
+    return generate_one(args, sampling) if args.prompt is not None else generate_file(args, sampling)
+
+
+def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
+    from llava_jax import api
+
+    need_file("--image", args.image)
+    announce("generate", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
+    announce_model(model)
+    print(model.generate([args.prompt], [args.image], **dataclasses.asdict(sampling))[0])
+    return 0
+
+
+def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
+    from llava_jax import api
+    from llava_jax.infer.batch_generate import answer_file
+
+    need_file("--questions", args.questions)
+    announce(
+        "generate",
+        model=args.model,
+        questions=args.questions,
+        images=args.images,
+        answers=args.answers,
+        template=args.template,
+        sampling=said(sampling),
+        batch_size=args.batch_size,
+    )
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
+    announce_model(model)
+    written = answer_file(
+        model, args.questions, args.images, args.answers, sampling, batch_size=args.batch_size, progress=sys.stdout
+    )
+    print(f"{written} answers written to {args.answers}")
+    return 0
+
+
+def chat_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
+    beside_flags(parser)
+    parser.add_argument("--image", metavar="FILE", help="the picture to talk about; /image shows another one")
+    sampling_flags(parser, max_new_tokens=512)
+
+
+def chat(args: argparse.Namespace) -> int:
+    sampling = sampling_of(args)
+    from llava_jax import api
+    from llava_jax.infer import chat as terminal
+
+    need_file("--image", args.image)
+    announce("chat", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
+    announce_model(model)
+    terminal.chat(model, args.image, sys.stdin, sys.stdout, sampling)
+    return 0
+
+
+def convert_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", required=True, dest="source", metavar="SRC", help=SOURCE)
+    to = "to be written: hf:DIR, orbax:DIR, llava:DIR (the original's layout), projector:FILE.safetensors, peft:DIR"
+    parser.add_argument("--to", required=True, dest="target", metavar="DST", help=to)
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16; as the source by default")
+    template = "conversation template of the model; the one the source names by default"
+    parser.add_argument("--template", default="", metavar="NAME", help=template)
+    beside_flags(parser)
+    tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
+    parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
+
+
+def beside_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
+    base = "the model that the adapter in a llava:DIR belongs to, where it only names one"
+    parser.add_argument("--base", default="", metavar="DIR", help=base)
+
+
+def convert(args: argparse.Namespace) -> int:
+    from llava_jax.weights import convert
+
+    announce(
+        "convert",
+        source=args.source,
+        target=args.target,
+        dtype=args.dtype,
+        template=args.template,
+        vision=args.vision,
+        base=args.base,
+    )
+    convert.convert(
+        args.source,
+        args.target,
+        dtype=args.dtype,
+        template=args.template,
+        vision=args.vision,
+        base=args.base,
+        mm_vision_tower=args.mm_vision_tower,
+    )
+    return 0
+
+
+def announce_model(model: "Llava") -> None:
+    """What the model is asked with, once it is read."""
+    about = model.about
+    announce(
+        f"model {model.name}",
+        template=about["template"] + (" (assumed)" if model.template_assumed else ""),
+        aspect=about["aspect"],
+        image_position=about["image_position"],
+        dtype=about["dtype"],
+    )
+    if model.processor.rules.caption_only:
+        print(f"template {about['template']} writes captions: the prompt is not used, only its picture\n", flush=True)
+
+
+def need_file(flag: str, path: str | None) -> None:
+    """Raises InputError when a flag names a file that is not there: known before a model is read."""
+    if path is not None and not os.path.isfile(path):
+        raise InputError(f"{flag}={path}: no such file; check the path")

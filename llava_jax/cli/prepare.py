@@ -1,0 +1,168 @@
+"""The commands that make data sets: prepare captions, concepts, scienceqa, arrayrecord."""
+
+import argparse
+import os
+from typing import Any
+
+from llava_jax.cli.flags import announce, check_output
+from llava_jax.io import write_rows
+from llava_jax.types import InputError
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise InputError(f"--{name}={getattr(args, name)}: expected {value} or more")
+
+
+# ---- captions -------------------------------------------------------------------------------------------------------
+
+
+def captions_flags(parser: argparse.ArgumentParser) -> None:
+    caption_flags(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the questions, and of where the picture stands (0)"
+    )
+
+
+def caption_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--captions", required=True, metavar="FILE", help="JSON or JSONL of image and caption, or COCO's captions"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="written: rows of stage 1, JSON or JSONL")
+
+
+def captions(args: argparse.Namespace) -> int:
+    check_least(args, seed=0)
+    check_output("--output", args.output, args.captions)
+    from llava_jax.prepare import captions as room
+
+    announce("prepare captions", captions=args.captions, output=args.output, seed=args.seed)
+    refused: list[room.Refused] = []
+    written = write_rows(args.output, room.caption_rows(room.read_captions(args.captions, refused), args.seed))
+    print_refused(refused)
+    print(f"{written:,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
+    return 0
+
+
+def print_refused(refused: list[Any]) -> None:
+    for one in refused:
+        print(f"refused: {one}")
+
+
+# ---- concepts -------------------------------------------------------------------------------------------------------
+
+
+def concepts_flags(parser: argparse.ArgumentParser) -> None:
+    caption_flags(parser)
+    parser.add_argument("--min_count", type=int, default=3, help="a phrase in fewer captions is dropped (3)")
+    parser.add_argument("--cap", type=int, default=100, help="captions a phrase may choose (100)")
+    parser.add_argument("--case", choices=("lower", "keep"), default="lower", help="Dog and dog are one phrase (lower)")
+    parser.add_argument("--articles", choices=("drop", "keep"), default="drop", help="a dog and the dog are one (drop)")
+    parser.add_argument(
+        "--pooled",
+        choices=("draw", "count"),
+        default="draw",
+        help="above the cap, draw from all captions of a phrase, or count those chosen before towards the cap (draw)",
+    )
+    parser.add_argument("--finder", choices=("builtin", "spacy"), default="builtin", help="of noun phrases (builtin)")
+    parser.add_argument("--spacy_model", default="en_core_web_sm", help="for --finder=spacy (en_core_web_sm)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws and of the questions (0)")
+    parser.add_argument("--json", metavar="FILE", help="written: the counts, and each phrase in the order of its turn")
+
+
+def concepts(args: argparse.Namespace) -> int:
+    check_least(args, min_count=1, cap=1, seed=0)
+    check_output("--output", args.output, args.captions)
+    check_output("--json", args.json, args.captions, args.output)
+    from llava_jax.prepare import captions as captions_room
+    from llava_jax.prepare import concepts as room
+    from llava_jax.prepare import phrases
+    from llava_jax.prepare.output import write_json
+
+    finder = phrases.builtin_phrases if args.finder == "builtin" else phrases.spacy_phrases(args.spacy_model)
+    rule = room.Rule(args.min_count, args.cap, args.case, args.articles, args.pooled, args.seed)
+    announce(
+        "prepare concepts",
+        captions=args.captions,
+        output=args.output,
+        finder=args.finder if args.finder == "builtin" else f"spaCy, {args.spacy_model}",
+        rule=f"phrases in {rule.min_count} captions or more, rarest first, at most {rule.cap} captions each",
+        counted=f"case {rule.case}, articles {rule.articles}, captions chosen before: {rule.pooled}",
+        seed=rule.seed,
+        json=args.json,
+    )
+    refused: list[captions_room.Refused] = []
+    found = list(captions_room.read_captions(args.captions, refused))
+    selection = room.select([one.text for one in found], finder, rule)
+    write_rows(args.output, captions_room.caption_rows((found[index] for index in selection.kept), args.seed))
+    if args.json:
+        write_json(args.json, {"refused": len(refused), **selection.figures()})
+    print_refused(refused)
+    print("\n".join(selection.lines()))
+    print(f"{len(selection.kept):,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
+    return 0
+
+
+# ---- scienceqa ------------------------------------------------------------------------------------------------------
+
+
+def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, metavar="DIR", help="folder of problems.json and pid_splits.json")
+    parser.add_argument("--split", required=True, help="a split of pid_splits.json: train, val, test, minival, …")
+    parser.add_argument("--output", required=True, metavar="FILE", help="written: rows that `train` takes")
+    parser.add_argument("--format", default="QCM-LEA", help="prompt format: QCM-LEA, QCM-LEPA, CQM-A, … (QCM-LEA)")
+    parser.add_argument(
+        "--subset", choices=("all", "image", "text"), default="all", help="problems with a picture, or without (all)"
+    )
+    parser.add_argument(
+        "--newlines", choices=("keep", "escape"), default="keep", help="of lecture and solution; escape: as \\n (keep)"
+    )
+
+
+def scienceqa(args: argparse.Namespace) -> int:
+    from llava_jax.prepare import scienceqa as room
+
+    check_output("--output", args.output, *(os.path.join(args.source, name) for name in room.FILES))
+
+    room.formats(args.format)
+    announce(
+        "prepare scienceqa",
+        source=args.source,
+        split=f"{args.split}, {args.subset}",
+        format=args.format,
+        newlines=args.newlines,
+        output=args.output,
+    )
+    rows = room.convert(args.source, args.split, args.format, subset=args.subset, newlines=args.newlines)
+    write_rows(args.output, rows)
+    print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with a picture: {args.output}")
+    return 0
+
+
+# ---- arrayrecord ----------------------------------------------------------------------------------------------------
+
+
+def arrayrecord_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--annotations", required=True, metavar="SRC", help="rows, as data.annotations names them")
+    parser.add_argument("--images", default="", metavar="DIR", help="folder the rows' pictures are relative to")
+    parser.add_argument("--output", required=True, metavar="DIR", help="written: DIR/llava_rows/1.0.0")
+    parser.add_argument("--split", default="train", help="name of the split (train)")
+    parser.add_argument("--shards", type=int, default=0, help="files to write; 0: by size (0)")
+
+
+def arrayrecord(args: argparse.Namespace) -> int:
+    check_least(args, shards=0)
+    from llava_jax.prepare import arrayrecord as room
+
+    announce(
+        "prepare arrayrecord",
+        annotations=args.annotations,
+        images=args.images,
+        output=args.output,
+        split=args.split,
+        shards=args.shards or "by size",
+    )
+    folder, rows = room.write(args.annotations, args.images, args.output, split=args.split, shards=args.shards)
+    print(f"{rows:,} rows: {folder} (data.annotations of `train`; tfds.data_source reads it as well)")
+    return 0

@@ -1,0 +1,283 @@
+"""The command synthesize: flags, the teacher they name, the dry run, batch mode."""
+
+import argparse
+import json
+import math
+import os
+import threading
+import urllib.parse
+from typing import TYPE_CHECKING, Any
+
+from llava_jax.cli.flags import announce, check_output
+from llava_jax.types import InputError
+
+if TYPE_CHECKING:
+    from llava_jax.synthesize.budget import Prices
+    from llava_jax.synthesize.journal import Journal
+    from llava_jax.synthesize.teacher import Teacher
+    from llava_jax.synthesize.write import Job, Written
+
+EMBEDDED = "embedded"
+KEY = "OPENAI_API_KEY"
+# What a request may not be given: it is ours, or answers of it could not be read.
+OURS = ("messages", "model", "stream", "n")
+
+
+def synthesize_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--contexts", required=True, metavar="SRC", help="JSONL; COCO's captions*.json, or its folder")
+    parser.add_argument("--kind", required=True, choices=("conversation", "detail", "reasoning", "all"))
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.json", help="written: rows that `train` takes, or FILE.jsonl"
+    )
+    parser.add_argument("--prompts", metavar="DIR", help="prompts in place of those that come with the package")
+    parser.add_argument("--limit", type=int, default=0, help="only the first pictures, this many; 0, all (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    parser.add_argument("--dry_run", action="store_true", help="print requests (of --limit, else the first) and cost")
+    teacher = parser.add_argument_group("the teacher")
+    teacher.add_argument("--teacher", default=EMBEDDED, metavar="NAME", help="embedded, or a model of the endpoint")
+    teacher.add_argument("--endpoint", metavar="URL", help=f"OpenAI-compatible, ends in /v1; its key stands in {KEY}")
+    teacher.add_argument(
+        "--request", default='{"max_tokens": 2048}', metavar="JSON", help='sent besides ({"max_tokens": 2048})'
+    )
+    teacher.add_argument("--concurrency", type=int, default=8, help="requests under way at a time (8)")
+    teacher.add_argument("--attempts", type=int, default=3, help="answers to a request until one can be used (3)")
+    cost = parser.add_argument_group("cost")
+    cost.add_argument("--price", metavar="IN,OUT", help="USD for a million tokens asked, and answered")
+    cost.add_argument("--budget_usd", type=float, default=0.0, help="stop before all answers cost more; 0, never (0)")
+    cost.add_argument("--budget_tokens", type=int, default=0, help="the same in tokens, asked and answered (0)")
+    batch = parser.add_argument_group("batch mode: the requests as a file, and the file of their answers")
+    batch.add_argument("--batch_input", metavar="FILE.jsonl", help="written: the open requests; nothing is asked")
+    batch.add_argument("--batch_output", metavar="FILE.jsonl,…", help="joined by id, then the rows are written")
+
+
+def synthesize(args: argparse.Namespace) -> int:
+    """0 when every picture is settled, 1 when some are still open: the same command goes on."""
+    settings, prices = _check(args)
+    from llava_jax.synthesize import journal, write
+
+    announce(
+        "synthesize",
+        contexts=args.contexts,
+        kind=args.kind,
+        output="none, dry run" if args.dry_run else args.output,
+        teacher=args.teacher,
+        endpoint=args.endpoint,
+        request=json.dumps(settings) if args.teacher != EMBEDDED else None,
+        prompts=args.prompts,
+        pictures=f"the first {args.limit}" if args.limit else "all",
+        budget=_budget(args),
+        seed=args.seed,
+    )
+    job = write.open_job(
+        args.contexts, args.kind, args.prompts, seed=args.seed, limit=args.limit, attempts=args.attempts
+    )
+    if args.dry_run:
+        return _dry_run(args, job, settings, prices)
+    path = _journal(args)
+    with journal.Journal(path) as answers:
+        if len(answers):
+            print(f"{path}: {len(answers)} answers saved before are not asked for again", flush=True)
+        if args.batch_input:
+            return _write_batch(args, job, settings, answers, prices)
+        if args.batch_output:
+            written = _join_batch(args, job, settings, answers, prices)
+        else:
+            written = _ask(args, job, settings, answers, prices)
+    stem = os.path.splitext(args.output)[0]
+    aside = f"; set aside: {stem}.rejected.jsonl" if written.rejected else ""
+    print(f"{written}: {args.output}{aside}; data card: {stem}.card.html")
+    if written.unanswered:
+        print("not complete; the same command goes on where this one ended")
+    return 1 if written.unanswered else 0
+
+
+# ---- flags --------------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
+    """(what a request holds besides its messages, prices). Raises InputError for flags that do not go together."""
+    for name, least in (("limit", 0), ("seed", 0), ("budget_usd", 0), ("budget_tokens", 0)):
+        if not getattr(args, name) >= least:
+            raise InputError(f"--{name}={getattr(args, name)}: expected {least} or more")
+    for name, most in (("concurrency", 1024), ("attempts", 100)):
+        if not 1 <= getattr(args, name) <= most:
+            raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
+    check_output("--output", args.output, args.contexts)
+    check_output("--batch_input", args.batch_input, args.contexts, args.output)
+    batch = bool(args.batch_input or args.batch_output)
+    if args.batch_input and args.batch_output:
+        raise InputError("--batch_input and --batch_output: the one comes after the other; give one of them")
+    if args.teacher == EMBEDDED:
+        if args.endpoint or batch:
+            flag = "--endpoint" if args.endpoint else "batch mode"
+            raise InputError(f"{flag} is for another teacher; say which model with --teacher=NAME")
+        if args.kind == "all":
+            raise InputError("--kind=all: the embedded teacher writes one kind at a time; give one, or --teacher=NAME")
+        return {"model": EMBEDDED, "seed": args.seed}, None
+    if not args.endpoint and not batch and not args.dry_run:
+        raise InputError(f"--teacher={args.teacher} needs --endpoint=URL, as http://localhost:8000/v1")
+    if args.endpoint:
+        _check_address(args.endpoint)
+    if args.budget_usd and not args.price:
+        raise InputError("--budget_usd needs --price=IN,OUT, USD for a million tokens asked and answered")
+    return {"model": args.teacher, **_request(args.request)}, _prices(args.price)
+
+
+def _check_address(endpoint: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise InputError(f"--endpoint={endpoint}: no address, expected one such as http://localhost:8000/v1")
+
+
+def _request(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise InputError(f'--request={text!r:.60}: not JSON ({error}), as {{"max_tokens": 2048}}') from error
+    if not isinstance(fields, dict) or set(OURS) & fields.keys():
+        raise InputError(f"--request={text!r:.60}: expected a JSON object without {', '.join(OURS)}")
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = fields.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"--request: {name} is {value!r}, expected 1 or more")
+    return fields
+
+
+def _prices(text: str | None) -> "Prices | None":
+    from llava_jax.synthesize.budget import Prices
+
+    if text is None:
+        return None
+    try:
+        tokens_in, tokens_out = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--price={text}: expected IN,OUT, as 2.50,10") from error
+    if not (0 <= tokens_in < math.inf and 0 <= tokens_out < math.inf):
+        raise InputError(f"--price={text}: expected two prices of 0 or more")
+    return Prices(tokens_in, tokens_out)
+
+
+def _budget(args: argparse.Namespace) -> str | None:
+    limits = [f"{args.budget_tokens} tokens"] if args.budget_tokens else []
+    limits += [f"{args.budget_usd:g} USD"] if args.budget_usd else []
+    return " and ".join(limits) or None
+
+
+def _teacher(args: argparse.Namespace, settings: dict[str, Any], stop: threading.Event) -> "Teacher":
+    if args.teacher == EMBEDDED:
+        from llava_jax.demo.teacher import EmbeddedTeacher
+
+        return EmbeddedTeacher(args.kind, args.seed)
+    try:
+        from llava_jax.synthesize.endpoint import EndpointTeacher
+    except ImportError as error:
+        raise InputError(
+            f'{error.name} is not installed, which asks endpoints: pip install "llava-jax[teacher]"'
+        ) from error
+    key = os.environ.get(KEY, "").strip()
+    if not key and "api.openai.com" in args.endpoint:
+        raise InputError(f"{args.endpoint} needs a key: put it in the environment as {KEY}")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the key in {KEY} holds a letter that no key has; copy it again")
+    # Servers of one's own take any key, but the client sends no request without one.
+    return EndpointTeacher(args.endpoint, key or "none", settings, stop)
+
+
+def _ask(
+    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
+) -> "Written":
+    """Asks what is open; where the journal settles everything, neither a key nor the endpoint is needed."""
+    from llava_jax.synthesize import write
+
+    if answers.path:
+        # One pass over all contexts: what cannot be read is found before the first answer is paid for.
+        coming = write.estimate(job, settings, answers)
+        print("\n".join(coming.lines(prices)), flush=True)
+        if not coming.requests:
+            return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices)
+    stop = threading.Event()
+    return write.synthesize(
+        job,
+        args.output,
+        _teacher(args, settings, stop),
+        answers,
+        concurrency=1 if args.teacher == EMBEDDED else args.concurrency,
+        tokens=args.budget_tokens,
+        money=args.budget_usd,
+        prices=prices,
+        stop=stop,
+        say=lambda line: print(line, flush=True),
+    )
+
+
+# ---- without asking -------------------------------------------------------------------------------------------------
+
+
+def _journal(args: argparse.Namespace) -> str | None:
+    """Where answers are saved; nowhere those of the embedded teacher, which cost nothing and come again the same."""
+    return None if args.teacher == EMBEDDED else f"{os.path.splitext(args.output)[0]}.journal.jsonl"
+
+
+def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], prices: "Prices | None") -> int:
+    """Prints the requests of the first --limit pictures, or the first of each kind, and what all will cost."""
+    from llava_jax.synthesize import journal, write
+
+    shown: set[str] = set()
+    for task in job.tasks(settings):
+        if args.limit or task.kind not in shown:
+            _print(f"---- {task.kind}, {task.context.id}{f': not asked, {task.problem}' if task.problem else ''}")
+            for message in task.messages:
+                _print(f"[{message['role']}]\n{message['content']}\n")
+        shown.add(task.kind)
+    path = _journal(args)
+    with journal.Journal(path if path and os.path.isfile(path) else None) as answers:
+        print("\n".join(write.estimate(job, settings, answers).lines(prices)))
+    return 0
+
+
+def _print(text: str) -> None:
+    """Also of a text that was cut inside a character."""
+    print(text.encode("utf-8", "backslashreplace").decode())
+
+
+def _write_batch(
+    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
+) -> int:
+    from llava_jax.synthesize import batch, budget, write
+
+    print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
+    limit = budget.Budget(args.budget_tokens, args.budget_usd, prices, answers.tokens_in, answers.tokens_out)
+    written = batch.write_input(
+        args.batch_input, job.tasks(settings), answers, settings, limit, args.attempts, args.seed
+    )
+    if not written.count and not written.stopped:
+        print("no request is open; --batch_output is not needed: the same command without it writes the rows")
+        return 0
+    if not written.count:
+        raise InputError(f"no request written: {written.stopped}; give more, or a lower max_tokens in --request")
+    print(f"{written.count} requests: {', '.join(written.files)}")
+    if written.stopped:
+        print(f"not all of them: {written.stopped}")
+    print("for the output: the same command, --batch_output=FILE in its place")
+    return 0
+
+
+def _join_batch(
+    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
+) -> "Written":
+    from llava_jax.synthesize import batch, write
+
+    whole = os.path.exists(args.batch_output)  # a name may hold a comma
+    paths = [args.batch_output] if whole else args.batch_output.split(",")
+    joined = batch.join_output(paths, job.tasks(settings), answers, args.teacher)
+    print(joined, flush=True)
+    if joined.foreign and not joined.answers and not joined.failed:
+        raise InputError(
+            f"--batch_output={args.batch_output}: answers no request of this command; give --contexts, --kind, "
+            "--teacher, --prompts and --request as they were for --batch_input"
+        )
+    return write.write_data(job, args.output, args.teacher, settings, answers, prices=prices, why=joined.failed)

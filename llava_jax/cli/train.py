@@ -1,0 +1,133 @@
+"""`train`: from a config file and its overrides to Settings; absl flags and ConfigDict end here."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from llava_jax.cli.flags import announce
+from llava_jax.settings import nearest, read_settings, settings_from_dict
+from llava_jax.types import InputError, Settings
+
+# What running a user's config file can raise, bugs in that file included; each becomes one line.
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def train_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="folder of the run: checkpoints, config.json, metrics.jsonl")
+    parser.add_argument_group("config").description = (
+        "--config=FILE[:arg]      a config of configs/, your own, or the config.json of a run; required\n"
+        "--config.KEY=VALUE       overrides one key of it, as in --config.train.batch_size=32"
+    )
+
+
+def train(args: argparse.Namespace) -> int:
+    settings = load_settings(args.passed)
+    from llava_jax.parallel import distributed
+    from llava_jax.train import compile_cache, loop
+
+    with distributed.connected():
+        compile_cache.keep_compiled()
+        if distributed.is_first():
+            announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
+        loop.train(settings, args.workdir)
+    return 0
+
+
+def load_settings(passed: Sequence[str]) -> Settings:
+    """The checked settings of a config and its overrides. Raises InputError."""
+    return settings_from_dict(load_config(passed).to_dict())
+
+
+def load_config(passed: Sequence[str]) -> ConfigDict:
+    """The ConfigDict of `--config=FILE[:arg]` with its `--config.key=value` overrides. Raises InputError."""
+    files = [word for word in passed if word.startswith("--config=")]
+    if len(files) != 1:
+        given = "none" if not files else " and ".join(files)
+        raise InputError(f"expected one --config=FILE[:arg], such as configs/tiny.py:stage=pretrain; got {given}")
+    spec = files[0].removeprefix("--config=")
+    path, colon, _ = spec.partition(":")
+    if not os.path.isfile(path):
+        raise InputError(f"--config: no file {path!r}; give a config file such as configs/tiny.py:stage=pretrain")
+    if path.endswith(".json") and colon:
+        raise InputError(f"--config={spec}: a config.json takes no argument after the colon; give --config={path}")
+    overrides = [word for word in passed if word.startswith("--config.")]
+    check_keys(run_config(spec), overrides)
+    return run_config(spec, overrides)
+
+
+def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file through config_flags, in flags of its own. Raises InputError for whatever it raises."""
+    values = flags.FlagValues()
+    if spec.endswith(".json"):
+        argv = ["train", *overrides]
+        saved = ConfigDict(dataclasses.asdict(read_settings(spec)))
+        config_flags.DEFINE_config_dict("config", saved, lock_config=True, flag_values=values, sys_argv=argv)
+    else:
+        argv = ["train", f"--config={spec}", *overrides]
+        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    try:
+        with importing_beside(spec.split(":", 1)[0]):
+            values(argv)
+        config = values.config
+    except flags.IllegalFlagValueError as error:
+        raise InputError(f"config {spec}: {last_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise InputError(f"config {spec}: {type(error).__name__}: {last_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"config {spec}: get_config() returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+@contextlib.contextmanager
+def importing_beside(path: str) -> Iterator[None]:
+    """Lets a config import what lies beside it, as `common` or as `configs.common`, wherever we were started."""
+    folder = os.path.dirname(os.path.abspath(path))
+    before = list(sys.path)
+    sys.path[:0] = [folder, os.path.dirname(folder)]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Raises InputError with the nearest name for an override of a key that the config does not have."""
+    known = leaves(config)
+    for word in overrides:
+        key, equals, _ = word.removeprefix("--config.").partition("=")
+        if key not in known:
+            raise InputError(f"--config.{key}: no such config key{nearest(key, tuple(known))}")
+        if not equals:
+            raise InputError(f"--config.{key}: no value; write --config.{key}=VALUE")
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all settings: ['stage', 'seed', 'model.vision', …]."""
+    names: list[str] = []
+    for name, value in config.items():
+        names += leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]
+    return names
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says, without the traceback that config_flags puts before it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no message"

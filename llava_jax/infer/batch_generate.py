@@ -1,0 +1,246 @@
+"""A file of questions to a file of answers, in batches of one shape, resumed where it stopped.
+
+The fields are LLaVA's: question_id, image, text → question_id, prompt, text, answer_id, model_id, metadata.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TextIO
+
+from llava_jax.infer.generate import Prompt, bucket
+from llava_jax.io import read_lines
+from llava_jax.types import InputError, Sampling
+
+
+class Model(Protocol):
+    """What this file needs of `llava_jax.Llava`."""
+
+    name: str
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+    def rows(self, batch_size: int) -> int: ...
+
+    def length(self, messages: Sequence[dict[str, Any]]) -> int: ...
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt: ...
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One line of a questions file; `where` names it in messages, `images` are paths that exist."""
+
+    where: str
+    id: Any
+    images: tuple[str, ...]
+    text: str
+
+    @property
+    def key(self) -> str:
+        """What an answer is recognised by: some benchmarks ask several questions under one id."""
+        return json.dumps([self.id, self.text])
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        images = [{"type": "image", "image": path} for path in self.images]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": self.text}]}]
+
+
+def read_questions(path: str, folder: str) -> list[Question]:
+    """The questions of a JSONL file, their pictures below `folder`; InputError names the line that cannot be asked."""
+    questions = []
+    for where, row in read_lines(path, "one question"):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with question_id and text, found {json.dumps(row)[:80]}")
+        missing = [field for field in ("question_id", "text") if field not in row]
+        if missing:
+            raise InputError(f"{where}: no field {' and '.join(missing)}; expected question_id, image and text")
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise InputError(f"{where}: text is {json.dumps(row['text'])[:80]}; expected a question as a string")
+        questions.append(Question(where, row["question_id"], _images(row, where, folder), row["text"]))
+    return questions
+
+
+def _images(row: dict[str, Any], where: str, folder: str) -> tuple[str, ...]:
+    named = row.get("image") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise InputError(f"{where}: image is {json.dumps(named)[:80]}; expected a path or a list of paths")
+    paths = tuple(os.path.join(folder, name) for name in named)
+    for path in paths:
+        if not os.path.isfile(path):
+            raise InputError(f"{where}: no image {path}; check the line's image and the images folder")
+    return paths
+
+
+# ---- what is there already ----------------------------------------------------------------------------------------
+
+
+def open_answers(path: str, questions: Sequence[Question], model_id: str, metadata: dict[str, Any]) -> Counter[str]:
+    """How often each question is answered in the file; a torn last line is cut off.
+
+    Raises InputError, and leaves the file as it is, when it belongs to other questions, another model or sampling.
+    """
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        return Counter()
+    asked = Counter(question.key for question in questions)
+    done: Counter[str] = Counter()
+    for where, row in _whole_answers(path):
+        if row["model_id"] != model_id or row["metadata"] != metadata:
+            theirs, ours = ([row["model_id"], row["metadata"]], [model_id, metadata])
+            raise InputError(
+                f"{where}: answered by {json.dumps(theirs)}, this run is {json.dumps(ours)}; "
+                "name another answers file or remove this one"
+            )
+        key = json.dumps([row["question_id"], row["prompt"]])
+        done[key] += 1
+        if done[key] > asked[key]:
+            raise InputError(
+                f"{where}: question {json.dumps(row['question_id'])} is not in the questions file, or not so often; "
+                "name another answers file or remove this one"
+            )
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return done
+
+
+def _whole_answers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line that ends in a newline; what follows the last newline was cut by an interruption."""
+    with open(path, "rb") as file:
+        *lines, _ = file.read().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise InputError(f"{where}: not an answer; name another answers file or remove this one") from None
+        if not isinstance(row, dict) or not {"question_id", "prompt", "model_id", "metadata"} <= row.keys():
+            raise InputError(f"{where}: not an answer; name another answers file or remove this one")
+        yield where, row
+
+
+def _sort_answers(path: str, questions: Sequence[Question]) -> None:
+    """Put the finished file in the questions' order, by one rename."""
+    order: dict[str, list[int]] = {}
+    for index, question in reversed(list(enumerate(questions))):
+        order.setdefault(question.key, []).append(index)
+    rows = [row for _, row in _whole_answers(path)]
+    rows.sort(key=lambda row: order[json.dumps([row["question_id"], row["prompt"]])].pop())
+    with open(path + ".sorted", "w", encoding="utf-8") as file:
+        file.writelines(_line(row) for row in rows)
+    os.replace(path + ".sorted", path)
+
+
+# ---- answering ------------------------------------------------------------------------------------------------------
+
+
+def answer_file(
+    model: Model,
+    questions: str,
+    images: str,
+    answers: str,
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    progress: TextIO,
+) -> int:
+    """Answer every question of the file `questions` that `answers` does not hold yet; returns how many that were.
+
+    Questions of similar length are batched together, every batch has the same number of rows (the last one is filled
+    up), and each is appended and flushed as it comes, in file order; when all are answered the file is put in the
+    questions' order. Raises InputError for questions or an answers file that cannot be used.
+    """
+    asked = read_questions(questions, images)
+    metadata = {**model.about, **dataclasses.asdict(sampling)}
+    done = open_answers(answers, asked, model.name, metadata)
+    left = _unanswered(asked, done)
+    rows = model.rows(batch_size)
+    batches = _batches(model, left, rows)
+    already = len(asked) - len(left)
+    print(f"{len(asked)} questions, {already} answered already, {len(batches)} batches of {rows}", file=progress)
+    start, answered = time.monotonic(), 0
+    with open(answers, "a", encoding="utf-8") as file, ThreadPoolExecutor(1) as reader:
+        # Pictures of the next batch are read while the device answers this one.
+        ahead = reader.submit(_prompts, model, batches[0]) if batches else None
+        for index, batch in enumerate(batches):
+            prompts = ahead.result()
+            ahead = reader.submit(_prompts, model, batches[index + 1]) if index + 1 < len(batches) else None
+            texts = model.answer(prompts, sampling, rows)
+            for question, text in zip(batch, texts, strict=True):
+                file.write(_line(_answer(question, text, model.name, metadata)))
+            file.flush()
+            answered += len(batch)
+            _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
+    _sort_answers(answers, asked)
+    return answered
+
+
+def _unanswered(questions: Sequence[Question], done: Counter[str]) -> list[Question]:
+    spent = Counter(done)
+    left = []
+    for question in questions:
+        if spent[question.key] > 0:
+            spent[question.key] -= 1
+        else:
+            left.append(question)
+    return left
+
+
+def _batches(model: Model, questions: Sequence[Question], rows: int) -> list[list[Question]]:
+    """Batches of `rows` questions, those of one padded length together, each batch in file order."""
+    sizes = []
+    for question in questions:
+        try:
+            sizes.append((len(question.images), bucket(model.length(question.messages))))
+        except InputError as error:
+            raise InputError(f"{question.where}: {error}") from None
+    order = sorted(range(len(questions)), key=lambda index: sizes[index])
+    cuts = range(0, len(order), rows)
+    return [[questions[index] for index in sorted(order[cut : cut + rows])] for cut in cuts]
+
+
+def _prompts(model: Model, batch: Sequence[Question]) -> list[Prompt]:
+    prompts = []
+    for question in batch:
+        try:
+            prompts.append(model.prompt(question.messages))
+        except InputError as error:
+            raise InputError(f"{question.where}: {error}") from None
+    return prompts
+
+
+def _answer(question: Question, text: str, model_id: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps([question.key, text, model_id, metadata]).encode())
+    return {
+        "question_id": question.id,
+        "prompt": question.text,
+        "text": text,
+        "answer_id": digest.hexdigest()[:22],
+        "model_id": model_id,
+        "metadata": metadata,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _report(progress: TextIO, done: int, total: int, rate: float) -> None:
+    """One line that is written over on a terminal, and one line a batch elsewhere."""
+    text = f"answered {done}/{total} · {rate:.2f} questions/s · {(total - done) / rate:.0f} s left"
+    last = done == total
+    if progress.isatty():
+        progress.write(f"\r{text:<70}" + ("\n" if last else ""))
+    else:
+        progress.write(text + "\n")
+    progress.flush()

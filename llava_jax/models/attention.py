@@ -1,0 +1,179 @@
+"""Attention: one function for the vision tower, training, prefill and decode, and the kernel that does it.
+
+`xla` runs everywhere and takes every argument; `splash` (a Pallas kernel of jax) is for TPUs and `cudnn` for NVIDIA
+GPUs: neither holds the scores of a row, [N, T, S], in memory. (cuDNN takes segments as a bias [B, 1, T, T] only, which
+stands in memory with its gradient; packed rows on a GPU pay that. It has not been run: no GPU was at hand.)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from llava_jax.parallel.sharding import spec_of
+from llava_jax.types import InputError
+
+# What a rematerialised block may keep of the kernel (its result and sums), so that the backward pass need not run it.
+RESIDUALS = "kernel"
+LANES = 128  # of a TPU's vector unit: what the blocks of splash must be multiples of
+
+
+def choose(requested: str, *, platform: str, dtype: str, length: int, head_dim: int, window: int = 0) -> str:
+    """The implementation for causal attention over rows of `length`: splash, cudnn or xla.
+
+    `auto` takes the kernel of the platform ('tpu', 'gpu', 'cpu') where it can run and xla elsewhere; a kernel asked for
+    by name that cannot run is an InputError with the reason.
+    """
+    reasons = {
+        "splash": _first(
+            (platform != "tpu", f"needs a TPU, the devices are {platform}"),
+            (length % LANES != 0, f"needs rows of a multiple of {LANES} tokens, got {length}"),
+            (head_dim % 64 != 0, f"needs heads of a multiple of 64, got {head_dim}"),
+        ),
+        "cudnn": _first(
+            (platform != "gpu", f"needs an NVIDIA GPU, the devices are {platform}"),
+            (dtype != "bfloat16", f"needs train.dtype=bfloat16, got {dtype}"),
+            (head_dim % 8 != 0 or head_dim > 128, f"needs heads of a multiple of 8 up to 128, got {head_dim}"),
+            (0 < window < length, f"does no sliding window, this decoder's is {window} and rows have {length} tokens"),
+        ),
+        "xla": "",
+    }
+    if requested == "auto":
+        return next(name for name, reason in reasons.items() if not reason)
+    if reasons[requested]:
+        raise InputError(f"train.attention={requested}: {reasons[requested]}; take auto or xla")
+    return requested
+
+
+def _first(*checks: tuple[bool, str]) -> str:
+    return next((reason for fails, reason in checks if fails), "")
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    causal: bool = False,
+    segment_ids_BT: jax.Array | None = None,
+    key_mask_BS: jax.Array | None = None,
+    implementation: str = "xla",
+    block: int = 512,
+    window: int = 0,
+) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads; returns BTNH in the dtype of q.
+
+    `segment_ids_BT` lets a position see only its own segment (T == S); `key_mask_BS` bool hides cache slots that
+    hold nothing (xla only). The softmax runs in float32. `block` is the tile of splash along T. A `window` above 0 is
+    how many positions a position sees, itself the last of them (Mistral, arXiv 2310.06825); causal only, not cudnn.
+    """
+    window = window if window < q_BTNH.shape[1] else 0
+    if implementation != "xla" and (not causal or key_mask_BS is not None):
+        raise ValueError(f"{implementation} does causal attention without a key mask")
+    if implementation == "splash":
+        return _splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, block, window)
+    if implementation == "xla" and causal and key_mask_BS is None:
+        return checkpoint_name(_in_blocks(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window), RESIDUALS)
+    if window:
+        raise ValueError(f"{implementation} does no window, or not in this call")
+    mask = None
+    if segment_ids_BT is not None:
+        mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    if key_mask_BS is not None:
+        key_mask = key_mask_BS[:, None, None, :]
+        mask = key_mask if mask is None else mask & key_mask
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=implementation
+    )
+    return checkpoint_name(out_BTNH, RESIDUALS)
+
+
+def _in_blocks(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, window: int
+) -> jax.Array:
+    """Causal attention a stretch of queries at a time: none computes what none of it sees, scores are made twice.
+
+    At most 16 stretches: each is a piece of the program.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    block = max(LANES, -(-T // 16))
+    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    stretch = jax.checkpoint(functools.partial(_stretch, window=window), prevent_cse=False)
+    parts = []
+    for first in range(0, T, block):
+        last = min(first + block, T)
+        keys = slice(max(0, first - window + 1) if window else 0, last)
+        ids = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, first:last], segment_ids_BT[:, keys])
+        parts.append(stretch(q_BKGTH[:, :, :, first:last], k_BKTH[:, :, keys], v_BKTH[:, :, keys], *ids))
+    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _stretch(
+    q_BKGQH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    ids_BQ: jax.Array | None,
+    ids_BS: jax.Array | None,
+    *,
+    window: int,
+) -> jax.Array:
+    """The last Q of S positions attend to all of them that are not behind them; G query heads share a key head."""
+    Q, S = q_BKGQH.shape[3], k_BKSH.shape[2]
+    distance = jnp.arange(S - Q, S)[:, None] - jnp.arange(S)
+    seen = (distance >= 0) & (distance < window) if window else distance >= 0
+    if ids_BQ is not None:
+        seen = seen & (ids_BQ[:, None, None, :, None] == ids_BS[:, None, None, None, :])
+    scores = jnp.einsum("BKGQH,BKSH->BKGQS", q_BKGQH, k_BKSH, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGQS,BKSH->BKGQH", weights, v_BKSH)
+
+
+def _splash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, block: int, window: int
+) -> jax.Array:
+    """Each device runs the kernel on its own rows and heads: the compiler cannot split a Pallas call by itself."""
+    heads = spec_of(("batch", "length", "heads", "head_dim"), 4)
+    kv_heads = spec_of(("batch", "length", "kv_heads", "head_dim"), 4)
+    segments = None if segment_ids_BT is None else spec_of(("batch", "length"), 2)
+    local = functools.partial(_splash_local, block=block, window=window)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # check_vma: the kernel does not say along which mesh axes its results vary.
+        specs = (heads, kv_heads, kv_heads, segments)
+        local = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+    return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _splash_local(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, block: int, window: int
+) -> jax.Array:
+    _, T, N, H = q_BTNH.shape
+    block = max(size for size in range(LANES, min(block, T) + 1, LANES) if T % size == 0)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    shape, masks = (T, T), splash_attention_mask
+    mask = masks.LocalMask(shape, (window - 1, 0), offset=0) if window else masks.CausalMask(shape)
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        residual_checkpoint_name=RESIDUALS,
+    )
+    q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH))
+    if segment_ids_BT is None:
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH)
+    else:
+        ids = splash_attention_kernel.SegmentIds(q=segment_ids_BT, kv=segment_ids_BT)
+        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, ids)
+    return out_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)

@@ -1,0 +1,56 @@
+"""`train.profile`: a few updates traced for the profiler."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from llava_jax.parallel.distributed import is_first, say
+
+# The first updates still wait for the data and for the device to warm up.
+SKIPPED = 2
+
+
+class Tracer:
+    """Traces `updates` of the updates `steps` into `folder`, in the first process; the numbers stay as they are."""
+
+    def __init__(self, folder: str, steps: range, updates: int):
+        first = steps.start + min(SKIPPED, max(0, len(steps) - updates))
+        self._updates = range(first, min(first + updates, steps.stop)) if is_first() else range(0)
+        self._folder = folder
+        self._running = False
+
+    def before(self, n: int, state: Any) -> None:
+        """Begins with the first update to trace, once the device is done with those before."""
+        if self._updates and n == self._updates.start:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, n: int, state: Any) -> None:
+        """Ends with the last update to trace, once the device is done with it."""
+        if self._running and n + 1 == self._updates.stop:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced, and says how to look at it."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            say(
+                f"profile of updates {self._updates.start} to {self._updates.stop - 1} in {self._folder}: "
+                f"pip install xprof, then xprof --port=8791 --logdir={self._folder} and open http://localhost:8791"
+            )
+
+
+@contextmanager
+def tracing(workdir: str, steps: range, updates: int) -> Iterator[Tracer]:
+    """A Tracer into WORKDIR/profile that is closed on every way out."""
+    tracer = Tracer(os.path.join(os.path.abspath(workdir), "profile"), steps, updates)
+    try:
+        yield tracer
+    finally:
+        tracer.close()

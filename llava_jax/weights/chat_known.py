@@ -1,0 +1,96 @@
+"""The chat template that a folder brings: which of ours it is, and what to say when it is not the one chosen."""
+
+import os
+import re
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llava_jax.data.templates import TEMPLATES, Template, find_template, render
+from llava_jax.types import Turn
+from llava_jax.weights.hf_config import read_json
+
+_PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
+
+
+def recognised_template(folder: str) -> str | None:
+    """The first of our templates that the folder's chat template renders as, None when it is none of them or absent."""
+    tokens, source = _chat_template(folder)
+    if source is None:
+        return None
+    given = _rendered(source, tokens)
+    for name, template in TEMPLATES.items():
+        if not template.caption_only and _ours(template, tokens) in given:
+            return name
+    return None
+
+
+def chat_template_note(folder: str, name: str) -> str | None:
+    """One line when the tokenizer in `folder` brings a chat template that writes prompts otherwise than `name` does.
+
+    No error: a LLaVA learns the template it is trained with, and v1 on another base is common. None where both write
+    the same, the folder brings no chat template, or `name` is for captions, which know no turns.
+    """
+    template = find_template(name)
+    tokens, source = _chat_template(folder)
+    if source is None or template.caption_only:
+        return None
+    ours, given = _ours(template, tokens), _rendered(source, tokens)
+    if ours in given:
+        return None
+    if not given:
+        return f"template {name}: the chat template of {folder} does not render a question and cannot be compared"
+    theirs = min(given, key=len)
+    at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+    shown = [text[max(at - 10, 0) : at + 30] for text in (ours, theirs)]
+    same = recognised_template(folder)
+    take = f"; data.template={same} writes as it does" if same else ""
+    return f"template {name} writes {shown[0]!r} where the chat template of {folder} writes {shown[1]!r}{take}"
+
+
+def _ours(template: Template, tokens: dict[str, str]) -> str:
+    """The probe as our template writes it."""
+    spans = render(_PROBE, template, open_turn=True)
+    spelled = {"<s>": tokens["bos_token"] or "<s>", "</s>": tokens["eos_token"] or "</s>"}
+    return "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
+
+
+def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
+    """(bos_token and eos_token, Jinja text or None) of a folder."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(path) if os.path.isfile(path) else {}
+    tokens = {}
+    for key in ("bos_token", "eos_token"):
+        token = config.get(key)
+        tokens[key] = (token.get("content") if isinstance(token, dict) else token) or ""
+    jinja, beside = (os.path.join(folder, f"chat_template.{ending}") for ending in ("jinja", "json"))
+    if os.path.isfile(jinja):
+        with open(jinja, encoding="utf-8") as file:
+            return tokens, file.read()
+    source = read_json(beside).get("chat_template") if os.path.isfile(beside) else config.get("chat_template")
+    if isinstance(source, list):  # several under names, as tokenizers with tools have them
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    return tokens, source if isinstance(source, str) else None
+
+
+def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
+    """The probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
+    # As transformers compiles them; its `generation` tags only mark spans.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    names = {"human": "user", "gpt": "assistant"}
+    found = set()
+    for as_parts in (False, True):
+        messages = []
+        for turn in _PROBE:
+            text = turn.text.removeprefix("<image>\n")
+            parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
+            messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
+        try:
+            template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except (TemplateError, TypeError, ValueError, LookupError):
+            continue
+        found |= {text, text.removeprefix(tokens["bos_token"])}
+    return found

@@ -1,0 +1,122 @@
+"""`convert`: a model from one checkpoint form into another."""
+
+import dataclasses
+import os
+from typing import Any
+
+from llava_jax.data.templates import find_template
+from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.settings import read_settings
+from llava_jax.types import InputError, ModelConfig
+from llava_jax.weights.chat_known import chat_template_note
+from llava_jax.weights.hf import LlavaExtras, write_llava
+from llava_jax.weights.hf_export import DTYPES
+from llava_jax.weights.load import check_vocabulary, read_model
+from llava_jax.weights.original_export import TOWER, write_original, write_projector
+from llava_jax.weights.peft import write_peft
+from llava_jax.weights.source import parse
+from llava_jax.weights.spec import load_adapters
+
+TARGETS = "hf:DIR, llava:DIR, orbax:DIR, projector:FILE.safetensors, or peft:DIR for the adapters of a lora run"
+KINDS = ("hf", "llava", "orbax", "projector", "peft")
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    dtype: str = "",
+    template: str = "",
+    vision: str = "",
+    base: str = "",
+    mm_vision_tower: str = "",
+) -> None:
+    """Write the model at `source` to `target`. Raises InputError for forms that are not known and broken folders.
+
+    A run is written in the dtype it computes in, a folder in the dtype it is stored in (float16 as bfloat16), unless
+    `dtype` says another. `template` replaces the one the source names. `vision` and `base` are folders for what an
+    original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by.
+    """
+    _, folder = parse(source, "--from")
+    kind, _, destination = target.partition(":")
+    if kind not in KINDS or not destination:
+        raise InputError(f"--to={target}: cannot be written; expected {TARGETS}")
+    if os.path.abspath(folder) == os.path.abspath(destination):
+        raise InputError(f"--to={target}: is the source; choose another folder")
+    if dtype and dtype not in DTYPES:
+        raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    if template:
+        find_template(template)
+    if mm_vision_tower and kind != "llava":
+        raise InputError(f"--mm_vision_tower={mm_vision_tower}: goes with --to=llava:DIR, which names a tower")
+    if kind == "peft":
+        if dtype or template or vision or base:
+            raise InputError(
+                "--dtype, --template, --vision and --base do not go with --to=peft:DIR: adapters stay as trained"
+            )
+        convert_adapters(source, destination)
+        return
+    config, params, rules = read_model(source, "--from", dtype=dtype, vision=vision, base=base, check_merge=True)
+    if kind == "projector":
+        write_projector(destination, config, params, config.dtype)
+        print(f"wrote {target}: {config.dtype}, {config.projector}; read back and compared")
+        return
+    if template:
+        rules = dataclasses.replace(rules, template=template, template_assumed=False)
+    check_vocabulary(load_tokenizer(rules.tokenizer), config, rules.tokenizer)
+    _say_template(folder, rules)
+    settings: dict[str, Any] = dict(
+        source_vision_folder=rules.vision or None,
+        tokenizer_folder=rules.tokenizer,
+        template=rules.template,
+        aspect=rules.aspect,
+        image_position=rules.image_position,
+        dtype=config.dtype,
+    )
+    if kind == "llava":
+        exported = write_original(destination, config, params, **settings, tower_name=mm_vision_tower)
+        print(
+            f"mm_vision_tower is {mm_vision_tower or TOWER!r}; the original code looks for it from where it is "
+            "started: give --mm_vision_tower=NAME for a published tower or another path"
+        )
+    else:
+        weights = "orbax" if kind == "orbax" else "safetensors"
+        exported = write_llava(destination, config, params, **settings, weights=weights)
+    _say_rows(config, exported)
+    print(f"wrote {target}: {config.dtype}, template {rules.template}, pictures {rules.aspect}; read back and compared")
+
+
+def convert_adapters(source: str, destination: str) -> None:
+    """Write the adapters and the projector of a lora run as peft loads them. Raises InputError for another source."""
+    form, folder = parse(source, "--from")
+    if form != "run":
+        raise InputError(f"{folder}: is a whole model; --to=peft:DIR takes the adapters of a run with stage=lora")
+    config, trained = load_adapters(folder)
+    start = read_settings(os.path.join(folder, "config.json")).init.model
+    start_form, start_folder = parse(start, "init.model") if start else ("", "")
+    base = start_folder if start_form == "hf" else ""
+    write_peft(destination, config, trained["lora"], trained["projector"], base)
+    print(
+        f"wrote peft:{destination}: rank {config.lora.rank}, alpha {config.lora.alpha:g}, {len(config.lora.targets)} "
+        f"layers a block, and the projector; load it onto {base or 'the export of what the run started from'}"
+    )
+
+
+def _say_template(folder: str, rules: LlavaExtras) -> None:
+    if rules.template_assumed:
+        print(
+            f"{folder}: names no template and its chat template is none of ours; {rules.template} is assumed "
+            "(--template=NAME says another)"
+        )
+        return
+    note = chat_template_note(rules.tokenizer, rules.template)
+    if note:
+        print(note)
+
+
+def _say_rows(config: ModelConfig, exported: ModelConfig) -> None:
+    before, after = config.llm.vocab_size, exported.llm.vocab_size
+    if after > before:
+        print(f"vocabulary: {before} -> {after} rows, for <image> and padding")
+    if after < before:
+        print(f"vocabulary: {before} -> {after} rows, without those for <image> and padding")

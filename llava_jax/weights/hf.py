@@ -1,0 +1,302 @@
+"""Folders to our parameters: CLIP, LLaMA, LLaVA (Hugging Face's and the original) and projector files, strictly.
+
+Every function takes `stored`: True leaves the values in the files, as `stored.Stored`, to be read layer by layer.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.data.images import ASPECTS
+from llava_jax.data.templates import TEMPLATES
+from llava_jax.models.llava import build
+from llava_jax.parallel.placement import Stored
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
+from llava_jax.weights import hf_config, name_table, original
+from llava_jax.weights.chat_known import recognised_template
+from llava_jax.weights.hf_export import write_llava
+from llava_jax.weights.original import HERE, Beside
+from llava_jax.weights.processor import read_pictures, with_pixels
+from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
+
+Params = dict[str, Any]
+
+PARTS = ("vision", "projector", "llm")
+__all__ = [
+    "Beside",
+    "LlavaExtras",
+    "read_clip",
+    "read_llama",
+    "read_llava",
+    "read_llava_config",
+    "read_llava_parts",
+    "read_pictures",
+    "read_projector",
+    "stored_dtype",
+    "with_pixels",
+    "write_llava",
+]
+
+# Stand-ins for the part that a CLIP or LLaMA folder does not say anything about.
+_NO_LLM = LlamaConfig(vocab_size=1, width=1, mlp_width=1, layers=1, heads=1, kv_heads=1, head_dim=2)
+_NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, patch_size=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaExtras:
+    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder.
+
+    `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
+    that holds the tower's weights, those that LLaVA does not run included.
+    """
+
+    template: str = "v1"
+    aspect: str = "crop"
+    image_position: str = "front"
+    tokenizer: str = ""
+    template_assumed: bool = False
+    vision: str = ""
+
+
+# ---- public -----------------------------------------------------------------------------------------------------
+
+
+def read_clip(
+    folder: str, *, feature_layer: int = -2, dtype: str = "float32", stored: bool = False
+) -> tuple[ClipConfig, Params]:
+    """Config and `vision` parameters (numpy, `dtype`) of a CLIP or SigLIP folder, the whole model or the vision part.
+
+    Blocks above `feature_layer`, the post-norm, SigLIP's head, the text tower and the projections are left out.
+    """
+    where = os.path.join(folder, "config.json")
+    given = hf_config.read_config(folder, "a Hugging Face CLIP folder (config.json and safetensors)")
+    config = hf_config.clip_config(given, where)
+    hf_config.check_feature_layer(feature_layer, config, where)
+    config = with_pixels(config, folder)
+    model = ModelConfig(vision=config, llm=_NO_LLM, feature_layer=feature_layer)
+    return config, _read(open_folder(folder), "clip", model, ("vision",), dtype, stored)["vision"]
+
+
+def read_llama(folder: str, *, dtype: str = "float32", stored: bool = False) -> tuple[LlamaConfig, Params]:
+    """Config and `llm` parameters (numpy, `dtype`) of a decoder folder, of a family in convert.families."""
+    given = hf_config.read_config(folder, "a Hugging Face LLaMA folder (config.json and safetensors)")
+    config = hf_config.llama_config(given, os.path.join(folder, "config.json"))
+    model = ModelConfig(vision=_NO_CLIP, llm=config)
+    return config, _read(open_folder(folder), "llama", model, ("llm",), dtype, stored)["llm"]
+
+
+def read_llava(
+    folder: str, *, dtype: str = "float32", stored: bool = False, beside: Beside = HERE
+) -> tuple[ModelConfig, Params, LlavaExtras]:
+    """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration or original LLaVA folder.
+
+    `beside` are folders for what an original folder only names.
+    """
+    config, extras = read_llava_config(folder, beside)
+    return config, _read(*_opened(folder, beside), config, PARTS, dtype, stored), extras
+
+
+def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, stored: bool = False) -> Params:
+    """The parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; all are checked."""
+    config, _ = read_llava_config(folder)
+    return _read(*_opened(folder, HERE), config, PARTS, dtypes, stored)
+
+
+def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
+    """What `read_llava` says, without the weights."""
+    where = os.path.join(folder, "config.json")
+    given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
+    if not hf_config.is_original(given):
+        _only_for_originals(folder, beside)
+        config = hf_config.llava_config(given, where)
+        config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
+        return config, _extras(given, folder, where)
+    found = original.open_original(folder, beside)
+    config, extras = original.read_model_config(found), _extras(given, found.tokenizer, where)
+    said = dict(aspect=original.aspect(found), vision=original.tower_source(found))
+    return config, dataclasses.replace(extras, template=original.template(found, extras.template), **said)
+
+
+def weight_folders(folder: str) -> list[str]:
+    """The folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path) or not hf_config.is_original(hf_config.read_json(path)):
+        return [folder]
+    found = original.open_original(folder, HERE)
+    return [other for other in (folder, found.tower, found.base) if other]
+
+
+def stored_dtype(folder: str) -> str:
+    """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
+    given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
+    stored = given.get("dtype") or given.get("torch_dtype")
+    return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
+
+
+def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
+    """`projector` parameters of a .safetensors or .bin file in any of the usual spellings, checked against `config`.
+
+    A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole pictures and trains none.
+    """
+    if not path.endswith((".safetensors", ".bin")):
+        raise InputError(f"{path}: expected a .safetensors or .bin projector file, or the workdir of a pretrain run")
+    tensors = open_file(path)
+    if not any(name_table.canonical(name, "projector") == name_table.NEWLINE for name in tensors.names()):
+        config = dataclasses.replace(config, pinpoints=())
+    return _read(tensors, "projector", config, ("projector",), dtype)["projector"]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def _opened(folder: str, beside: Beside) -> tuple[Tensors, str]:
+    """(tensors of a LLaVA folder, the kind of their names)."""
+    if hf_config.is_original(hf_config.read_config(folder, "a LLaVA folder")):
+        return original.open_tensors(original.open_original(folder, beside)), "original"
+    return open_folder(folder), "llava"
+
+
+def _only_for_originals(folder: str, beside: Beside) -> None:
+    for flag, given in (("--vision", beside.vision), ("--base", beside.base)):
+        if given:
+            raise InputError(f"{flag}={given}: {folder} holds its whole model; the flag is for original LLaVA folders")
+
+
+def _read(
+    tensors: Tensors,
+    kind: str,
+    config: ModelConfig,
+    parts: tuple[str, ...],
+    dtype: str | Mapping[str, str],
+    stored: bool = False,
+) -> Params:
+    """The named parts of the model from `tensors`, or one InputError that lists every difference.
+
+    `dtype` for each part leaves out those it does not name, once they are checked.
+    """
+    dtypes = dict.fromkeys(parts, dtype) if isinstance(dtype, str) else dtype
+    _, abstract = build(config)
+    wanted = {path: leaf.shape for path, leaf in name_table.flatten(abstract).items() if path.split("/")[0] in parts}
+    names, problems = _spelled(tensors, kind)
+    expected = _expected(wanted)
+    problems += _differences(tensors, kind, config, names, expected)
+    if problems:
+        raise InputError(f"{tensors.where}: the weights do not fit the config: {'; '.join(problems)}")
+    flat: dict[str, Stored] = {}
+    for path, shape in wanted.items():
+        part = path.split("/")[0]
+        if part not in dtypes:
+            continue
+        row = name_table.ROWS[path]
+        one_shape = shape[1:] if row.stacked else shape
+
+        def one(layer: int, row: name_table.Row = row, shape: tuple[int, ...] = one_shape) -> np.ndarray:
+            return name_table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape)
+
+        flat[path] = Stored(shape, np.dtype(jnp.dtype(dtypes[part])), row.stacked, one)
+    tree = name_table.unflatten(flat)
+    return tree if stored else jax.tree.map(np.asarray, tree)
+
+
+def _spelled(tensors: Tensors, kind: str) -> tuple[dict[str, str], list[str]]:
+    """Canonical name -> name in the file, and what was found twice."""
+    names: dict[str, str] = {}
+    twice = []
+    for name in tensors.names():
+        canonical = name_table.canonical(name, kind)
+        if canonical in names:
+            twice.append(f"{names[canonical]} and {name} are the same tensor")
+        names[canonical] = name
+    return names, twice
+
+
+def _expected(wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> their shape, for every tensor the wanted parameters are made of."""
+    expected = {}
+    for path, shape in wanted.items():
+        row = name_table.ROWS[path]
+        layers = range(shape[0]) if row.stacked else (0,)
+        one = name_table.hf_shape(row, shape[1:] if row.stacked else shape)
+        expected |= {row.hf.format(layer): one for layer in layers}
+    return expected
+
+
+def _differences(
+    tensors: Tensors,
+    kind: str,
+    config: ModelConfig,
+    names: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    missing = [name for name in expected if name not in names]
+    unexpected, shapes, dtypes, problems = [], [], [], []
+    for canonical, name in names.items():
+        if canonical not in expected:
+            if not name_table.unused(canonical, kind, config.vision_layers):
+                reason = _surplus(tensors, config, names, canonical)
+                if reason is None:
+                    continue
+                unexpected.append(name) if reason == "" else problems.append(reason)
+        elif tensors.shape(name) != expected[canonical]:
+            shapes.append(f"{name} is {list(tensors.shape(name))}, expected {list(expected[canonical])}")
+        elif tensors.dtype(name) not in FLOATS:
+            dtypes.append(f"{name} is {tensors.dtype(name)}, expected one of {', '.join(sorted(FLOATS))}")
+    if missing:
+        problems.append("missing " + ", ".join(_grouped(missing)))
+    if unexpected:
+        problems.append("unexpected " + ", ".join(_grouped(unexpected)))
+    return problems + shapes + dtypes
+
+
+def _surplus(tensors: Tensors, config: ModelConfig, names: Mapping[str, str], canonical: str) -> str | None:
+    """Why a tensor that has no row may not be there: None when it may, "" when it is simply unknown."""
+    embedding = names.get(name_table.LLM + "embed_tokens.weight")
+    if canonical == name_table.HEAD and config.llm.tied and embedding is not None:
+        same = np.array_equal(tensors.get(names[canonical]), tensors.get(embedding))
+        return None if same else f"{names[canonical]} differs from the embeddings although the config ties them"
+    if canonical.startswith(name_table.PROJECTOR + "linear_2.") and config.projector == "linear":
+        tensor = tensors.get(names[canonical])
+        same = np.array_equal(tensor, np.eye(config.llm.width) if tensor.ndim == 2 else np.zeros(config.llm.width))
+        return None if same else f"{names[canonical]} is not the identity although the projector is linear"
+    return ""
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """Names with the layers of a stack folded: layers.{0,1,2}.mlp… instead of one entry each."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+        key = name if match is None else name[: match.start()] + "\0" + name[match.end() :]
+        groups.setdefault(key, []).extend([] if match is None else [match[0]])
+    return [
+        key.replace("\0", found[0] if len(found) == 1 else "{" + ",".join(found) + "}" if found else "")
+        for key, found in groups.items()
+    ]
+
+
+def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
+    """Our key in config.json; a foreign folder has none and says it in its chat template and picture settings.
+
+    Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
+    """
+    ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
+    tiled = given["model_type"] == "llava_next"
+    if hf_config.is_original(given):
+        tiled = given.get("image_aspect_ratio") == "anyres"
+    aspects = ("anyres",) if tiled else ASPECTS
+    allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"))
+    for key, value in ours.items():
+        if value not in allowed.get(key, ()):
+            raise InputError(
+                f"{where}: llava_jax.{key} is {value!r}; expected one of {', '.join(allowed.get(key, ()))}"
+            )
+    template = None if "template" in ours else recognised_template(folder)
+    aspect = read_pictures(folder)
+    said = {"aspect": "anyres" if tiled else aspect} | ({"template": template} if template else {}) | ours
+    return LlavaExtras(**said, tokenizer=folder, template_assumed="template" not in said, vision=folder)

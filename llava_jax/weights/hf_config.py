@@ -1,0 +1,380 @@
+"""Hugging Face's config.json and our configs, both ways; defaults of the published classes fill what is left out."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
+from llava_jax.weights.families import ARCHITECTURES, DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
+
+Json = dict[str, Any]
+
+# What LlavaConfig of transformers falls back to; convert.families has the towers' and the decoders'.
+_LLAVA_VISION = dict(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+# Rows and columns of LLaVA-NeXT's grids, and what LlavaNextConfig falls back to.
+_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+_LLAVA_NEXT_PINPOINTS = [[336 * rows, 336 * columns] for rows, columns in _GRIDS]
+_PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}
+_WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+# Pictures for SigLIP, where the folder does not say otherwise.
+SIGLIP_PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def read_json(path: str) -> Json:
+    """The JSON object in a file; InputError names the file when it is missing, broken or no object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a Hugging Face JSON file") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}); copy it again from where the model came from") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_config(folder: str, expected: str) -> Json:
+    """config.json of a model folder; `expected` says in words what the folder should have been."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; expected {expected}")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder}: has no config.json; expected {expected}")
+    return read_json(path)
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of the original LLaVA code, whose keys for pictures no other has."""
+    return "mm_vision_tower" in config or "mm_projector_type" in config
+
+
+# ---- theirs to ours ---------------------------------------------------------------------------------------------
+
+
+def _int(values: Mapping[str, Any], key: str, where: str) -> int:
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{where}: {key} is {value!r}; expected a whole number of at least 1")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str, where: str) -> float:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"{where}: {key} is {value!r}; expected a number above 0")
+    return float(value)
+
+
+def _choice(values: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:
+    value = values.get(key)
+    if not any(value == option and type(value) is type(option) for option in allowed):
+        names = ", ".join(repr(option) for option in allowed)
+        raise InputError(f"{where}: {key} is {value!r}, which is not supported; expected one of {names}")
+    return value
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
+    return {**defaults, **{key: value for key, value in values.items() if value is not None}}
+
+
+def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
+    """ClipConfig of a CLIP or SigLIP config dict, the whole one or the vision part; `where` starts the errors.
+
+    SigLIP2 of a fixed resolution is published as SigLIP; `siglip2` (NaFlex, any resolution) is refused.
+    """
+    if config.get("model_type") in _WHOLE:
+        config = {"model_type": _WHOLE[config["model_type"]], **(config.get("vision_config") or {})}
+    family = _choice(config, "model_type", tuple(TOWERS), where).removesuffix("_vision_model")
+    values = _filled(config, TOWERS[config["model_type"]])
+    _choice(values, "num_channels", (3,), where)
+    result = ClipConfig(
+        width=_int(values, "hidden_size", where),
+        mlp_width=_int(values, "intermediate_size", where),
+        layers=_int(values, "num_hidden_layers", where),
+        heads=_int(values, "num_attention_heads", where),
+        image_size=_int(values, "image_size", where),
+        patch_size=_int(values, "patch_size", where),
+        activation=_choice(values, "hidden_act", _ACTIVATIONS, where),
+        norm_eps=_number(values, "layer_norm_eps", where),
+        family=family,
+        pooling_head=family == "siglip" and _choice(values, "vision_use_head", (True, False), where),
+        pixels=SIGLIP_PIXELS if family == "siglip" else Pixels(),
+    )
+    if result.width % result.heads:
+        raise InputError(f"{where}: hidden_size {result.width} is not a multiple of {result.heads} attention heads")
+    if result.image_size % result.patch_size and family == "clip" or result.image_size < result.patch_size:
+        raise InputError(f"{where}: image_size {result.image_size} is not a multiple of patch {result.patch_size}")
+    return result
+
+
+def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConfig:
+    """Both spellings: rope_parameters (transformers 5) and rope_theta with rope_scaling (4)."""
+    rope = values.get("rope_parameters") or {}
+    scaling = rope or values.get("rope_scaling") or {}
+    for key, given in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise InputError(f"{where}: {key} is {given!r}; expected one flat object (no rope per kind of layer)")
+    partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise InputError(f"{where}: partial_rotary_factor {partial!r} is not supported; expected 1")
+    merged = {"rope_theta": values["rope_theta"], **{k: v for k, v in scaling.items() if v is not None}}
+    merged["rope_type"] = merged.get("rope_type", merged.get("type", "default"))
+    kind = _choice(merged, "rope_type", ("default", "linear", "llama3"), where)
+    unknown = sorted(set(merged) - ROPE_KEYS)
+    if unknown:
+        raise InputError(f"{where}: {', '.join(unknown)} of a {kind} rope is not supported; expected it to be absent")
+    theta = _number(merged, "rope_theta", where)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    factor = _number(merged, "factor", where)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind=kind, factor=factor)
+    merged.setdefault("original_max_position_embeddings", max_positions)
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        low_freq_factor=_number(merged, "low_freq_factor", where),
+        high_freq_factor=_number(merged, "high_freq_factor", where),
+        original_max_positions=_int(merged, "original_max_position_embeddings", where),
+    )
+
+
+def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
+    """LlamaConfig of a decoder's config dict (or LLaVA's text_config), of a family in convert.families.
+
+    `where` starts the errors; what a family knows and ours does not is refused by name.
+    """
+    family = _choice(config, "model_type", tuple(DECODERS), where)
+    for key, allowed in (FOREIGN | FIXED[family]).items():
+        _choice({key: None, **config}, key, allowed, where)
+    values = _filled(config, DECODERS[family])
+    _choice(values, "hidden_act", ("silu",), where)
+    width, heads = _int(values, "hidden_size", where), _int(values, "num_attention_heads", where)
+    values = _filled(values, dict(num_key_value_heads=heads, head_dim=width // heads))
+    if config.get("num_key_value_heads", 0) is None:
+        values["num_key_value_heads"] = heads
+    kv_heads, max_positions = _int(values, "num_key_value_heads", where), _int(values, "max_position_embeddings", where)
+    if heads % kv_heads:
+        raise InputError(f"{where}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
+    layers = _int(values, "num_hidden_layers", where)
+    return LlamaConfig(
+        vocab_size=_int(values, "vocab_size", where),
+        width=width,
+        mlp_width=_int(values, "intermediate_size", where),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_int(values, "head_dim", where),
+        max_positions=max_positions,
+        norm_eps=_number(values, "rms_norm_eps", where),
+        rope=_rope(values, max_positions, where),
+        tied=_choice(values, "tie_word_embeddings", (True, False), where),
+        attention_bias=_choice(values, "attention_bias", (True, False), where),
+        mlp_bias=_choice(values, "mlp_bias", (True, False), where),
+        family=family,
+        window=_window(config, family, layers, where),
+    )
+
+
+def _window(config: Mapping[str, Any], family: str, layers: int, where: str) -> int:
+    """Positions that a position sees in every layer, 0 for all; a window in some of the layers is refused.
+
+    A null in the file is a choice here: Mistral's class has a window, later checkpoints of it none.
+    """
+    kinds = config.get("layer_types")
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        raise InputError(
+            f"{where}: layer_types has {sorted(set(kinds))}, which is not supported; expected full_attention"
+        )
+    if family == "mistral":
+        given = {"sliding_window": 4096, **config}
+        return 0 if given["sliding_window"] is None else _int(given, "sliding_window", where)
+    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+        first = config.get("max_window_layers", DECODERS["qwen2"]["max_window_layers"])
+        if kinds is None and first < layers:
+            raise InputError(
+                f"{where}: use_sliding_window with max_window_layers {first} of {layers} layers is not supported; "
+                "expected false (a window in none of the layers)"
+            )
+    return 0
+
+
+def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") -> ModelConfig:
+    """ModelConfig from a LlavaForConditionalGeneration config; `dtype` is the compute dtype ours will run in."""
+    _choice(config, "model_type", ("llava", "llava_next"), where)
+    _choice(config, "quantization_config", (None,), where)
+    values = _filled(
+        config,
+        dict(
+            image_token_index=config.get("image_token_id", 32000),
+            projector_hidden_act="gelu",
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
+            multimodal_projector_bias=True,
+        ),
+    )
+    _choice(values, "multimodal_projector_bias", (True,), where)
+    activation = _choice(values, "projector_hidden_act", tuple(_PROJECTORS), where)
+    vision = clip_config(_filled(config.get("vision_config") or {}, _vision_defaults(config)), where + " vision_config")
+    _choice(values, "vision_feature_select_strategy", (select_strategy(vision),), where)
+    text = {"model_type": "llama", **(config.get("text_config") or {})}
+    if config.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True
+    result = ModelConfig(
+        vision=vision,
+        llm=llama_config(text, where + " text_config"),
+        projector=_PROJECTORS[activation],
+        feature_layer=values["vision_feature_layer"],
+        image_token_id=values["image_token_index"],
+        dtype=dtype,
+        pinpoints=_next_pinpoints(config, vision, where) if config["model_type"] == "llava_next" else (),
+    )
+    check_feature_layer(result.feature_layer, vision, where)
+    if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
+        raise InputError(f"{where}: image_token_index is {result.image_token_id!r}; expected a token id")
+    return result
+
+
+def default_pinpoints(vision: ClipConfig) -> tuple[tuple[int, int], ...]:
+    """LLaVA-NeXT's (height, width): two tiles, four or three, for towers of any size."""
+    return tuple((rows * vision.image_size, columns * vision.image_size) for rows, columns in _GRIDS)
+
+
+def _next_pinpoints(config: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
+    _choice({"use_image_newline_parameter": True} | dict(config), "use_image_newline_parameter", (True,), where)
+    given = config.get("image_grid_pinpoints")
+    return pinpoints(_LLAVA_NEXT_PINPOINTS if given is None else given, vision, where)
+
+
+def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of an image_grid_pinpoints, whole tiles each."""
+    size = vision.image_size
+    pairs = isinstance(given, list) and given and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
+    if not pairs or not all(isinstance(side, int) and side > 0 and side % size == 0 for pair in given for side in pair):
+        raise InputError(
+            f"{where}: image_grid_pinpoints is {given!r}; expected a list of [height, width], each a multiple of the "
+            f"vision tower's {size} pixels"
+        )
+    return tuple((height, width) for height, width in given)
+
+
+def _vision_defaults(config: Mapping[str, Any]) -> Json:
+    """LlavaConfig's own vision defaults count only when vision_config is left out altogether."""
+    return dict(model_type="clip_vision_model") if config.get("vision_config") else _LLAVA_VISION
+
+
+def select_strategy(vision: ClipConfig) -> str:
+    """LLaVA's vision_feature_select_strategy that leaves the patches: default drops the class token, full nothing."""
+    return "default" if vision.class_tokens else "full"
+
+
+def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:
+    """The feature layer is one index into the layers+1 hidden states, past the embeddings."""
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise InputError(f"{where}: vision feature layer is {layer!r}; expected one whole number such as -2")
+    held = layer + vision.layers + 1 if layer < 0 else layer
+    if not 1 <= held <= vision.layers:
+        raise InputError(f"{where}: vision feature layer {layer} is outside the {vision.layers} layers of the tower")
+
+
+# ---- ours to theirs ---------------------------------------------------------------------------------------------
+
+
+def clip_json(config: ClipConfig) -> Json:
+    """CLIPVisionConfig's or SiglipVisionConfig's JSON."""
+    head = dict(vision_use_head=config.pooling_head) if config.family == "siglip" else {}
+    return dict(
+        model_type=config.family + "_vision_model",
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_channels=3,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        hidden_act=config.activation,
+        layer_norm_eps=config.norm_eps,
+        **head,
+    )
+
+
+def llama_json(config: LlamaConfig) -> Json:
+    """The decoder's JSON with both rope spellings, so that 4.x and 5.x rotate by the same angles."""
+    rope = config.rope
+    scaling: Json = {} if rope.kind == "default" else dict(rope_type=rope.kind, factor=rope.factor)
+    if rope.kind == "llama3":
+        scaling |= dict(
+            low_freq_factor=rope.low_freq_factor,
+            high_freq_factor=rope.high_freq_factor,
+            original_max_position_embeddings=rope.original_max_positions,
+        )
+    more: Json = dict(attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    if config.family == "mistral":
+        more = dict(sliding_window=config.window or None)
+    elif config.family != "llama":
+        more = dict(use_sliding_window=False, sliding_window=None, max_window_layers=config.layers)
+        more |= dict(attention_bias=config.attention_bias) if config.family == "qwen3" else {}
+    return dict(
+        model_type=config.family,
+        architectures=[ARCHITECTURES[config.family]],
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        hidden_act="silu",
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=config.norm_eps,
+        rope_theta=rope.theta,
+        rope_scaling=scaling or None,
+        rope_parameters=dict(rope_type=rope.kind, rope_theta=rope.theta) | scaling,
+        tie_word_embeddings=config.tied,
+        **more,
+    )
+
+
+def llava_json(config: ModelConfig, *, dtype: str, pad_id: int, bos_id: int | None, eos_id: int | list[int]) -> Json:
+    """LlavaForConditionalGeneration's JSON, or LlavaNextForConditionalGeneration's where the config has pinpoints.
+
+    Readable by transformers 4.46 and 5 and by servers.
+    """
+    tokens = dict(pad_token_id=pad_id, bos_token_id=bos_id, eos_token_id=eos_id)
+    dtypes = dict(dtype=dtype, torch_dtype=dtype)
+    kind: Json = dict(architectures=["LlavaForConditionalGeneration"], model_type="llava")
+    if config.pinpoints:
+        kind = dict(
+            architectures=["LlavaNextForConditionalGeneration"],
+            model_type="llava_next",
+            image_grid_pinpoints=[list(pinpoint) for pinpoint in config.pinpoints],
+            use_image_newline_parameter=True,
+        )
+    return dict(
+        **kind,
+        ignore_index=-100,
+        image_token_index=config.image_token_id,
+        image_seq_length=config.vision.patches,
+        projector_hidden_act={ours: theirs for theirs, ours in _PROJECTORS.items()}[config.projector],
+        multimodal_projector_bias=True,
+        vision_feature_layer=config.feature_layer,
+        vision_feature_select_strategy=select_strategy(config.vision),
+        tie_word_embeddings=config.llm.tied,
+        vocab_size=config.llm.vocab_size,
+        vision_config=clip_json(config.vision) | dtypes,
+        text_config=llama_json(config.llm) | tokens | dtypes,
+        **tokens,
+        **dtypes,
+    )

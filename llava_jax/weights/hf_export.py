@@ -1,0 +1,233 @@
+"""Our parameters to a LlavaForConditionalGeneration folder that transformers 4.46 and 5, vLLM and others load.
+
+Or to the same folder with its weights as orbax.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax.types import InputError, ModelConfig
+from llava_jax.weights import hf_config, name_table, orbax_model
+from llava_jax.weights.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
+from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, open_folder, write_shards
+
+Params = dict[str, Any]
+DTYPES = ("float32", "bfloat16")
+
+
+def write_llava(
+    folder: str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source_vision_folder: str | None,
+    tokenizer_folder: str,
+    template: str,
+    aspect: str,
+    image_position: str,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    weights: str = "safetensors",
+) -> ModelConfig:
+    """Write the folder and return the config as exported (image token and vocabulary may have moved).
+
+    params                {"vision", "projector", "llm"}, numpy or jax arrays in our layout
+    source_vision_folder  the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
+                          None (random towers) writes fresh values there, which no LLaVA ever reads
+    weights               safetensors, or orbax: our own parameters, whole in host memory while they are written
+    Everything is written beside `folder`, read back and compared, and then renamed. InputError when `folder` is
+    already there or the dtype is unknown.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    with finished_folder(folder) as partial:
+        tokens = write_processor(
+            partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
+        )
+        exported = _grown(config, tokens)
+        ours = dict(template=template, aspect=aspect, image_position=image_position)
+        ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
+        _write_configs(partial, exported, tokens, dtype, ours)
+        check_ids(partial, tokenizer_folder, template, image_position)
+        params = with_vocabulary(params, exported.llm.vocab_size)
+        pieces, beyond = all_pieces(exported, params, source_vision_folder, dtype)
+        if weights == "orbax":
+            _save_orbax(partial, params, beyond, dtype)
+        else:
+            write_shards(partial, [*pieces, *beyond], shard_bytes)
+        check_written(partial, [*pieces, *beyond])
+    return exported
+
+
+@contextlib.contextmanager
+def finished_folder(folder: str) -> Iterator[str]:
+    """A temporary folder beside `folder` that takes its name when the block ends, and is removed when it fails."""
+    folder = os.path.abspath(folder)
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise InputError(f"{folder}: already exists and is not empty; choose another target or remove it")
+    parent = os.path.dirname(folder)
+    os.makedirs(parent, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
+    try:
+        yield partial
+        os.chmod(partial, 0o755)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
+    """The config with the exported image token, and the vocabulary grown where image or pad id lie outside."""
+    needed = max(tokens.image_id, tokens.pad_id) + 1
+    vocab = config.llm.vocab_size
+    if needed > vocab:
+        vocab = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    llm = dataclasses.replace(config.llm, vocab_size=vocab)
+    return dataclasses.replace(config, llm=llm, image_token_id=tokens.image_id)
+
+
+def _write_configs(
+    folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, ours: Mapping[str, Any]
+) -> None:
+    ids = dict(pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
+    described = hf_config.llava_json(config, dtype=dtype, **ids) | {"llava_jax": dict(ours)}
+    generation = dict(bos_token_id=tokens.bos_id, eos_token_id=tokens.eos_id, pad_token_id=tokens.pad_id)
+    for name, value in (("config.json", described), ("generation_config.json", generation)):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2)
+    read = hf_config.llava_config(hf_config.read_json(os.path.join(folder, "config.json")), folder, config.dtype)
+    # How pictures become pixels stands in preprocessor_config.json.
+    vision = dataclasses.replace(read.vision, pixels=config.vision.pixels)
+    if dataclasses.replace(read, vision=vision, remat=config.remat) != config:
+        raise ValueError(f"config read back as {read}, wrote {config}")
+
+
+# ---- tensors ----------------------------------------------------------------------------------------------------
+
+
+def all_pieces(
+    config: ModelConfig, params: Params, source_vision_folder: str | None, dtype: str
+) -> tuple[list[Piece], list[Piece]]:
+    """Every tensor of the model in hub layout: (our parameters, what LLaVA does not run and readers ask for)."""
+    beyond = [*_identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
+    return list(_pieces(params, dtype)), beyond
+
+
+def with_vocabulary(params: Params, rows: int) -> Params:
+    """The parameters with the first `rows` of their vocabulary; rows that lack are the mean (of untrained tokens)."""
+    flat = name_table.flatten(params)
+    for path, axis in (("llm/embed/table", 0), ("llm/head/kernel", 1)):
+        if path in flat and flat[path].shape[axis] != rows:
+            flat[path] = np.moveaxis(_with_rows(np.moveaxis(np.asarray(flat[path]), axis, 0), rows), 0, axis)
+    return name_table.unflatten(flat)
+
+
+def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    if array.shape[0] >= rows:
+        return array[:rows]
+    mean = array.astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
+
+
+def _pieces(params: Params, dtype: str) -> Iterator[Piece]:
+    """Every parameter in hub layout, in the table's order, each made when it is written."""
+    flat = name_table.flatten(params)
+    unknown = sorted(set(flat) - set(name_table.ROWS))
+    if unknown:
+        raise ValueError(f"parameters without a row in the table: {unknown}")
+    numpy_dtype = np.dtype(jnp.dtype(dtype))
+    for row in name_table.TABLE:
+        if row.ours not in flat:
+            continue
+        array = flat[row.ours]
+        shape = name_table.hf_shape(row, array.shape[1:] if row.stacked else array.shape)
+        for layer in range(array.shape[0]) if row.stacked else (None,):
+
+            def make(array=array, row=row, layer=layer) -> np.ndarray:
+                return name_table.to_hf(row, np.asarray(array if layer is None else array[layer]))
+
+            yield Piece(row.hf if layer is None else row.hf.format(layer), shape, numpy_dtype, make)
+
+
+def _identity(config: ModelConfig, dtype: str) -> Iterator[Piece]:
+    """The second layer that theirs always has, of a linear projector."""
+    if config.projector == "linear":
+        D, name, numpy_dtype = config.llm.width, name_table.PROJECTOR + "linear_2.", np.dtype(jnp.dtype(dtype))
+        yield Piece(name + "weight", (D, D), numpy_dtype, lambda: np.eye(D))
+        yield Piece(name + "bias", (D,), numpy_dtype, lambda: np.zeros(D))
+
+
+def _save_orbax(folder: str, params: Params, beyond: Iterable[Piece], dtype: str) -> None:
+    numpy_dtype = jnp.dtype(dtype)
+    whole = jax.tree.map(lambda x: np.asarray(x, numpy_dtype), params)
+    orbax_model.save(folder, whole, {piece.name: np.asarray(piece.make(), numpy_dtype) for piece in beyond})
+
+
+def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Iterator[Piece]:
+    """The tower's last blocks, post-norm and SigLIP's head: never run by LLaVA, but transformers asks for them."""
+    width, mlp = config.vision.width, config.vision.mlp_width
+    shapes = {
+        name_table.VISION + "post_layernorm.weight": (width,),
+        name_table.VISION + "post_layernorm.bias": (width,),
+    }
+    for row in name_table.TABLE:
+        if row.ours.startswith("vision/layers/"):
+            out, inner = (mlp, width) if ".fc1" in row.hf else (width, mlp if ".fc2" in row.hf else width)
+            shape = (out, inner) if row.in_dims else (out,)
+            shapes |= {row.hf.format(n): shape for n in range(config.vision_layers, config.vision.layers)}
+    if config.vision.pooling_head:
+        shapes |= _head_shapes(width, mlp)
+    if source is None:
+        print(
+            f"export: no source for the tower's last {config.vision.layers - config.vision_layers} block(s) and "
+            "post-norm, which LLaVA does not run; fresh values are written for them"
+        )
+        yield from (_fresh(name, shape, np.dtype(jnp.dtype(dtype))) for name, shape in shapes.items())
+    else:
+        yield from _copied(source, shapes, np.dtype(jnp.dtype(dtype)))
+
+
+def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    """SigLIP's attention pooling head (transformers' SiglipMultiheadAttentionPoolingHead)."""
+    linear = {"attention.out_proj": (width, width), "mlp.fc1": (mlp, width), "mlp.fc2": (width, mlp)}
+    shapes: dict[str, tuple[int, ...]] = {"probe": (1, 1, width)}
+    shapes |= {"attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
+    for name, (out, inner) in linear.items():
+        shapes |= {name + ".weight": (out, inner), name + ".bias": (out,)}
+    shapes |= {"layernorm.weight": (width,), "layernorm.bias": (width,)}
+    return {name_table.VISION + "head." + name: shape for name, shape in shapes.items()}
+
+
+def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
+    """Those tensors of the source folder; bit-equal where its dtype is the export's."""
+    given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
+    kind = "llava" if given.get("model_type") in ("llava", "llava_next") else "clip"
+    if hf_config.is_original(given):
+        kind = "original"
+    tensors = open_folder(source)
+    names = {name_table.canonical(name, kind): name for name in tensors.names()}
+    wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]
+    if wrong:
+        raise InputError(
+            f"{source}: lacks {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''} in the expected shape; give the "
+            "folder the vision tower came from"
+        )
+    for name, shape in shapes.items():
+        yield Piece(name, shape, dtype, lambda name=name: tensors.get(names[name]).astype(dtype))
+
+
+def _fresh(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Piece:
+    if len(shape) > 1:
+        return Piece(name, shape, dtype, lambda: np.random.default_rng(0).normal(0.0, 0.02, shape))
+    is_scale = "norm" in name and name.endswith("weight")
+    return Piece(name, shape, dtype, lambda: np.ones(shape) if is_scale else np.zeros(shape))

@@ -1,0 +1,210 @@
+"""Our parameters to a folder of the original LLaVA code's layout, and the projector alone to a file."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from llava_jax.data.templates import IM_START_END, TEMPLATES
+from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
+from llava_jax.types import InputError, ModelConfig
+from llava_jax.weights import hf_config, name_table, original
+from llava_jax.weights.hf_export import all_pieces, finished_folder, with_vocabulary
+from llava_jax.weights.processor import TOKENIZER_FILES, own_rows, same_pieces
+from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, open_file, write_shards
+
+Params = dict[str, Any]
+
+# Our decoder's model_type -> (model_type, architecture) of the original code around it.
+ARCHITECTURES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+# data.aspect -> image_aspect_ratio.
+ASPECT_KEYS = {"pad": "pad", "crop": "square", "anyres": "anyres"}
+# The folder inside that the tower is written to; SGLang looks for `clip` in the name that mm_vision_tower gives.
+TOWER = "clip-vision-tower"
+
+
+def write_original(
+    folder: str,
+    config: ModelConfig,
+    params: Params,
+    *,
+    source_vision_folder: str | None,
+    tokenizer_folder: str,
+    template: str,
+    aspect: str,
+    image_position: str,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    tower_name: str = "",
+) -> ModelConfig:
+    """Write the folder as `export.write_llava` does, and return the config as exported.
+
+    Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
+    Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
+    config.json names the tower by; the folder inside by default. InputError when `folder` is already there.
+    """
+    if config.vision.family != "clip" or aspect not in ASPECT_KEYS:
+        raise InputError(
+            f"{folder}: the original's layout knows CLIP towers and pictures {', '.join(ASPECT_KEYS)}, not "
+            f"{config.vision.family} and {aspect}; write hf:DIR"
+        )
+    config = _shrunk(config, tokenizer_folder)
+    settings = dict(template=template, aspect=aspect, image_position=image_position)
+    with finished_folder(folder) as partial:
+        for name in TOKENIZER_FILES:
+            if os.path.isfile(os.path.join(tokenizer_folder, name)):
+                shutil.copyfile(os.path.join(tokenizer_folder, name), os.path.join(partial, name))
+        tower = os.path.join(partial, TOWER)
+        os.mkdir(tower)
+        _write_tower_configs(tower, config, dtype)
+        _write_configs(partial, config, settings, load_tokenizer(tokenizer_folder), dtype, tower_name)
+        params = with_vocabulary(params, config.llm.vocab_size)
+        pieces = sum(all_pieces(config, params, source_vision_folder, dtype), start=[])
+        seen = [_renamed(piece, piece.name.removeprefix("vision_tower.")) for piece in pieces if _is_tower(piece)]
+        rest = [_renamed(piece, name) for piece in pieces if (name := original_name(piece.name, config.projector))]
+        for where, part in ((tower, seen), (partial, rest)):
+            write_shards(where, part, shard_bytes)
+            check_written(where, part)
+        _check_config(partial, tower, config)
+        if not same_pieces(partial, tokenizer_folder, template, image_position):
+            print(
+                f"export: warning: read next to the original's config.json, the tokenizer of {tokenizer_folder} gives "
+                "other ids; copy that of the decoder it came from"
+            )
+    return config
+
+
+def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) -> None:
+    """The projector alone in a .safetensors file, under the names of the original's mm_projector.bin."""
+    if not path.endswith(".safetensors"):
+        raise InputError(f"--to=projector:{path}: expected the name of a .safetensors file")
+    if os.path.exists(path):
+        raise InputError(f"--to=projector:{path}: is already there; choose another name or remove it")
+    tensors = {}
+    for ours, array in name_table.flatten({"projector": params["projector"]}).items():
+        row = name_table.ROWS[ours]
+        tensors[original_name(row.hf, config.projector)] = name_table.to_hf(row, np.asarray(array, jnp.dtype(dtype)))
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors leaves it readable by its owner alone.
+    os.chmod(path, 0o644)
+    written = open_file(path)
+    for name, tensor in tensors.items():
+        if written.get(name).tobytes() != tensor.tobytes():
+            raise OSError(f"{path}: {name} read back differs from what was written")
+
+
+def original_name(name: str, projector: str) -> str:
+    """The original's name of a hub tensor; empty for what its own file does not hold."""
+    if name.startswith(name_table.VISION):
+        return ""
+    if name.startswith(name_table.PROJECTOR) and projector == "linear":
+        return name.replace(name_table.PROJECTOR + "linear_1.", "model.mm_projector.") if "linear_1." in name else ""
+    for ours, theirs in (
+        (name_table.PROJECTOR + "linear_1.", "model.mm_projector.0."),
+        (name_table.PROJECTOR + "linear_2.", "model.mm_projector.2."),
+        (name_table.LLM, "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("image_newline", "model.image_newline"),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"{name} has no name in the original")
+
+
+def _is_tower(piece: Piece) -> bool:
+    return piece.name.startswith(name_table.VISION)
+
+
+def _renamed(piece: Piece, name: str) -> Piece:
+    return dataclasses.replace(piece, name=name)
+
+
+# ---- configs ----------------------------------------------------------------------------------------------------
+
+
+def _shrunk(config: ModelConfig, tokenizer_folder: str) -> ModelConfig:
+    """The config with the rows that are the model's own."""
+    rows = own_rows(tokenizer_folder, config.llm.vocab_size)
+    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
+
+
+def _write_json(path: str, value: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+
+
+def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
+    size = config.vision.image_size
+    dtypes = dict(dtype=dtype, torch_dtype=dtype)
+    _write_json(
+        os.path.join(folder, "config.json"),
+        hf_config.clip_json(config.vision) | dtypes | dict(architectures=["CLIPVisionModel"]),
+    )
+    pictures = dict(
+        image_processor_type="CLIPImageProcessor",
+        do_convert_rgb=True,
+        do_resize=True,
+        size=dict(shortest_edge=size),
+        resample=3,
+        do_center_crop=True,
+        crop_size=dict(height=size, width=size),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(config.vision.pixels.mean),
+        image_std=list(config.vision.pixels.std),
+    )
+    _write_json(os.path.join(folder, "preprocessor_config.json"), pictures)
+
+
+def _write_configs(
+    folder: str, config: ModelConfig, settings: dict[str, str], tokenizer: TextTokenizer, dtype: str, tower_name: str
+) -> None:
+    described = hf_config.llama_json(config.llm)
+    if described["model_type"] not in ARCHITECTURES:
+        raise InputError(
+            f"--to=llava: the original code has no LLaVA around a {described['model_type']} decoder; expected one of "
+            f"{', '.join(ARCHITECTURES)}; write hf:DIR instead"
+        )
+    kind, architecture = ARCHITECTURES[described["model_type"]]
+    tokens = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    described |= dict(
+        model_type=kind,
+        architectures=[architecture],
+        dtype=dtype,
+        torch_dtype=dtype,
+        use_cache=True,
+        mm_vision_tower=tower_name or TOWER,
+        mm_hidden_size=config.vision.width,
+        mm_projector_type=config.projector,
+        mm_vision_select_layer=config.feature_layer,
+        mm_vision_select_feature="patch",
+        mm_patch_merge_type="spatial_unpad" if config.pinpoints else "flat",
+        image_grid_pinpoints=[[width, height] for height, width in config.pinpoints] or None,
+        mm_use_im_start_end=TEMPLATES[settings["template"]].image_tags == IM_START_END,
+        mm_use_im_patch_token=False,
+        use_mm_proj=True,
+        image_aspect_ratio=ASPECT_KEYS[settings["aspect"]],
+        tokenizer_padding_side="right",
+        tokenizer_model_max_length=config.llm.max_positions,
+        llava_jax=settings,
+    )
+    _write_json(os.path.join(folder, "config.json"), described | tokens)
+    _write_json(os.path.join(folder, "generation_config.json"), tokens)
+
+
+def _check_config(folder: str, tower: str, config: ModelConfig) -> None:
+    read = original.read_model_config(original.open_original(folder, original.Beside(vision=tower)))
+    kept = dict(dtype=config.dtype, remat=config.remat, image_token_id=config.image_token_id)
+    if dataclasses.replace(read, **kept) != config:
+        raise ValueError(f"config read back as {read}, wrote {config}")

@@ -1,0 +1,238 @@
+"""Model folders of weight files: one file or shards with an index, read tensor by tensor and written in shards.
+
+Read are .safetensors, torch's .bin files and what we wrote as orbax; written are .safetensors.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llava_jax.types import InputError
+from llava_jax.weights import orbax_model
+from llava_jax.weights.hf_config import read_json
+from llava_jax.weights.torch_bin import DTYPES, TorchFile
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# The same two of torch's own files, looked at where there are no safetensors.
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+SHARD_BYTES = 5_000_000_000
+FLOATS = {"F32", "F16", "BF16"}
+
+
+class File(Protocol):
+    """One opened weight file. `dtype` is safetensors' name of it, `get` the tensor in pages of the file, read-only."""
+
+    def keys(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def get(self, name: str) -> np.ndarray: ...
+
+
+class SafeFile:
+    """The tensors of one .safetensors file; InputError when it is broken.
+
+    Each tensor is mapped by itself, so that the pages of one that was read do not stay in memory.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        self._start = 8 + size
+        self._header = {name: about for name, about in header.items() if name != "__metadata__"}
+
+    def keys(self) -> list[str]:
+        return list(self._header)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._header[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        return self._header[name]["dtype"]
+
+    def get(self, name: str) -> np.ndarray:
+        shape, dtype = self.shape(name), self.dtype(name)
+        if dtype not in DTYPES:
+            raise InputError(f"{self._path}: {name} is {dtype}, which is not read; expected one of {', '.join(DTYPES)}")
+        if not math.prod(shape):
+            return np.zeros(shape, DTYPES[dtype])
+        first = self._start + self._header[name]["data_offsets"][0]
+        return np.asarray(np.memmap(self._path, DTYPES[dtype], "r", first, shape or (1,))).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a folder or file by name; nothing is read before it is asked for."""
+
+    where: str
+    file_of: Mapping[str, File]
+
+    def names(self) -> list[str]:
+        return sorted(self.file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file_of[name].shape(name)
+
+    def dtype(self, name: str) -> str:
+        """safetensors' name of the dtype, e.g. BF16."""
+        return self.file_of[name].dtype(name)
+
+    def get(self, name: str) -> np.ndarray:
+        """The tensor, read-only; it may lie in pages of the file."""
+        return self.file_of[name].get(name)
+
+    def joined(self, other: "Tensors") -> "Tensors":
+        """These and the other's in one; of two with one name the other's is taken."""
+        return Tensors(self.where, {**self.file_of, **other.file_of})
+
+
+def _opened(path: str) -> File:
+    return SafeFile(path) if path.endswith(".safetensors") else TorchFile(path)
+
+
+def open_file(path: str) -> Tensors:
+    """All tensors of one .safetensors or .bin file."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; expected a .safetensors or .bin file")
+    file = _opened(path)
+    return Tensors(path, dict.fromkeys(file.keys(), file))
+
+
+def weight_files(folder: str) -> list[str]:
+    """The files that hold a model folder's tensors, none where it has none: orbax, safetensors, or else .bin."""
+    if orbax_model.is_converted(folder):
+        return orbax_model.files(folder)
+    index, single = _layout(folder)
+    return sorted(set(_indexed(folder, index).values())) if index else [os.path.join(folder, single)] if single else []
+
+
+def _layout(folder: str) -> tuple[str, str]:
+    """(name of the index, name of the only file), the first of them that is there, the other empty."""
+    for index, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
+        if os.path.isfile(os.path.join(folder, index)):
+            return index, ""
+        if os.path.isfile(os.path.join(folder, single)):
+            return "", single
+    return "", ""
+
+
+def open_folder(folder: str) -> Tensors:
+    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, of an index's shards, or of orbax."""
+    if orbax_model.is_converted(folder):
+        file = orbax_model.OrbaxFile(folder)
+        return Tensors(folder, dict.fromkeys(file.keys(), file))
+    index, single = _layout(folder)
+    if not index and not single:
+        raise InputError(
+            f"{folder}: has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE} nor {TORCH_INDEX}); expected a Hugging "
+            "Face model folder"
+        )
+    if single:
+        return dataclasses.replace(open_file(os.path.join(folder, single)), where=folder)
+    path_of = _indexed(folder, index)
+    files = {path: _opened(path) for path in sorted(set(path_of.values()))}
+    held = {path: set(file.keys()) for path, file in files.items()}
+    absent = [name for name, path in path_of.items() if name not in held[path]]
+    if absent:
+        raise InputError(
+            f"{folder}: {index} lists tensors that their shards do not hold ({', '.join(sorted(absent)[:5])}"
+            f"{' …' if len(absent) > 5 else ''}); download the folder again"
+        )
+    # What a shard holds beyond the index counts, too: it may be what the index forgot, or what nobody expects.
+    unlisted = {name: file for file in files.values() for name in file.keys() if name not in path_of}
+    return Tensors(folder, unlisted | {name: files[path] for name, path in path_of.items()})
+
+
+def _indexed(folder: str, index: str) -> dict[str, str]:
+    """Tensor name -> path of its shard, as the index says; InputError when shards are absent."""
+    weight_map = read_json(os.path.join(folder, index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{os.path.join(folder, index)}: has no weight_map; download it again")
+    shards = set()
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
+            raise InputError(
+                f"{os.path.join(folder, index)}: {name} is said to be in {shard!r}; expected the name of a file in the "
+                "folder"
+            )
+        shards.add(shard)
+    absent = sorted(shard for shard in shards if not os.path.isfile(os.path.join(folder, shard)))
+    if absent:
+        raise InputError(f"{folder}: {index} lists shards that are absent: {', '.join(absent)}; download them")
+    return {name: os.path.join(folder, shard) for name, shard in weight_map.items()}
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor to write: made only when its shard is written, so that one shard at a time is in memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(folder: str, pieces: Iterable[Piece], shard_bytes: int = SHARD_BYTES) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` (a larger tensor has its own) with their index."""
+    shards: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + piece.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(piece)
+    if len(shards) == 1:
+        files = [SINGLE]
+    else:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(files, shards, strict=True):
+        path = os.path.join(folder, file)
+        save_file({piece.name: _made(piece) for piece in shard}, path, metadata={"format": "pt"})
+        # safetensors leaves it readable by its owner alone, which keeps a server from loading it.
+        os.chmod(path, 0o644)
+        weight_map |= {piece.name: file for piece in shard}
+    if len(shards) > 1:
+        total = sum(piece.nbytes for shard in shards for piece in shard)
+        with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
+            json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=2, sort_keys=True)
+
+
+def check_written(folder: str, pieces: Iterable[Piece]) -> None:
+    """Read the folder back and compare every tensor bit by bit; a difference means the disk failed us."""
+    written = open_folder(folder)
+    pieces = list(pieces)
+    if written.names() != sorted(piece.name for piece in pieces):
+        raise OSError(f"{folder}: the tensors read back are not those written")
+    for piece in pieces:
+        found, wanted = written.get(piece.name), _made(piece)
+        if found.dtype != wanted.dtype or found.shape != wanted.shape or found.tobytes() != wanted.tobytes():
+            raise OSError(f"{folder}: {piece.name} read back differs from what was written")
+
+
+def _made(piece: Piece) -> np.ndarray:
+    array = np.ascontiguousarray(piece.make(), dtype=piece.dtype)
+    if array.shape != piece.shape:
+        raise ValueError(f"{piece.name}: made {array.shape}, planned {piece.shape}")
+    return array

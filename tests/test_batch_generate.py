@@ -1,0 +1,173 @@
+"""Questions to answers: fields, order, resuming, and every line that cannot be asked."""
+
+import io
+import json
+
+import pytest
+
+from llava_jax.infer import batch_generate
+from llava_jax.infer.batch_generate import answer_file
+from llava_jax.types import InputError, Sampling
+from tests.tiny_llava import model, picture
+
+SAMPLING = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return model(str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A folder with seven questions of several lengths, one without a picture, two under one id."""
+    for index in range(3):
+        picture(index).save(tmp_path / f"{index}.png")
+    rows = [
+        dict(question_id=0, image="0.png", text="What is this?"),
+        dict(question_id="b", text="Who are you?"),
+        dict(question_id=2, image="1.png", text="Tell me more. " * 8),
+        dict(question_id=3, image="2.png", text="What is this?"),
+        dict(question_id=3, image="2.png", text="Is it red?", category="conv"),
+        dict(question_id=5, image="0.png", text="What is this?"),
+        dict(question_id=6, image="1.png", text="<image>\nWhere is it?"),
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(model, folder, name="a.jsonl", sampling=SAMPLING, batch_size=2):
+    progress = io.StringIO()
+    count = answer_file(
+        model,
+        str(folder / "q.jsonl"),
+        str(folder),
+        str(folder / name),
+        sampling,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return count, progress.getvalue()
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_carry_the_fields_and_equal_single_ones(tiny, asked):
+    count, progress = run(tiny, asked)
+    rows, questions = lines(asked / "a.jsonl"), lines(asked / "q.jsonl")
+    assert count == 7 and "answered 7/7" in progress
+    assert [row["question_id"] for row in rows] == [0, "b", 2, 3, 3, 5, 6]
+    assert [row["prompt"] for row in rows] == [row["text"] for row in questions]
+    for row, question in zip(rows, questions, strict=True):
+        assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+        image = str(asked / question["image"]) if "image" in question else None
+        assert row["text"] == tiny.generate(question["text"], image, max_new_tokens=6)[0]
+        assert row["model_id"] == "tiny" and row["metadata"]["template"] == "v1"
+        assert row["metadata"]["max_new_tokens"] == 6
+    assert len({row["answer_id"] for row in rows}) == 7
+
+
+def test_a_half_written_file_is_resumed(tiny, asked, monkeypatch):
+    run(tiny, asked)
+    whole = (asked / "a.jsonl").read_bytes()
+    kept = whole.split(b"\n")[:3]
+    (asked / "half.jsonl").write_bytes(b"\n".join(kept) + b"\n" + whole.split(b"\n")[3][:20])
+    count, progress = run(tiny, asked, "half.jsonl")
+    assert count == 4 and "3 answered already" in progress
+    assert (asked / "half.jsonl").read_bytes() == whole
+    count, progress = run(tiny, asked, "half.jsonl")
+    assert count == 0 and (asked / "half.jsonl").read_bytes() == whole
+
+
+def test_what_is_answered_is_on_disk_before_the_next_batch(tiny, asked):
+    class Killed(Exception):
+        pass
+
+    class Dying:
+        def __init__(self):
+            self.batches = 0
+
+        def __getattr__(self, name):
+            return getattr(tiny, name)
+
+        def answer(self, prompts, sampling, rows):
+            self.batches += 1
+            if self.batches == 3:
+                raise Killed
+            return tiny.answer(prompts, sampling, rows)
+
+    with pytest.raises(Killed):
+        run(Dying(), asked)
+    assert len(lines(asked / "a.jsonl")) == 4
+    count, _ = run(tiny, asked)
+    run(tiny, asked, "straight.jsonl")
+    assert count == 3 and (asked / "a.jsonl").read_bytes() == (asked / "straight.jsonl").read_bytes()
+
+
+def test_every_batch_has_one_shape(tiny, asked):
+    shapes = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(tiny, name)
+
+        def answer(self, prompts, sampling, rows):
+            shapes.append((len(prompts), rows))
+            return tiny.answer(prompts, sampling, rows)
+
+    run(Watched(), asked)
+    assert shapes == [(2, 2), (2, 2), (2, 2), (1, 2)]
+
+
+def test_an_answers_file_of_something_else_is_left_alone(tiny, asked):
+    run(tiny, asked)
+    whole = (asked / "a.jsonl").read_bytes()
+    with pytest.raises(InputError, match="a.jsonl line 1: answered by .* name another answers file"):
+        run(tiny, asked, sampling=Sampling(max_new_tokens=7))
+    (asked / "q.jsonl").write_text(json.dumps(dict(question_id=0, image="0.png", text="What is this?")) + "\n")
+    with pytest.raises(InputError, match='line 2: question "b" is not in the questions file'):
+        run(tiny, asked)
+    assert (asked / "a.jsonl").read_bytes() == whole
+    questions = (asked / "q.jsonl").read_bytes()
+    with pytest.raises(InputError, match="q.jsonl line 1: not an answer"):
+        run(tiny, asked, "q.jsonl")
+    assert (asked / "q.jsonl").read_bytes() == questions
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: expected an object"),
+        ('{"text": "x"}', "line 2: no field question_id;"),
+        ("{}", "line 2: no field question_id and text"),
+        ('{"question_id": 1, "text": ""}', 'line 2: text is ""'),
+        ('{"question_id": 1, "text": 3}', "line 2: text is 3"),
+        ('{"question_id": 1, "text": "x", "image": 3}', "line 2: image is 3"),
+        ('{"question_id": 1, "text": "x", "image": "no.png"}', "line 2: no image .*no.png"),
+        ('{"question_id": 1, "text": "x", "image": "q.jsonl"}', "line 2: image .*q.jsonl: not a picture"),
+        ('{"question_id": 1, "text": "<image> x"}', "line 2: .*1 <image> in the text for 0 images"),
+        ('{"question_id": 1, "text": "' + "long " * 200 + '"}', "line 2: prompt of .* tokens"),
+    ],
+)
+def test_bad_questions_are_named(tiny, asked, line, message):
+    good = json.dumps(dict(question_id=0, image="0.png", text="What is this?"))
+    (asked / "q.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(InputError, match="q.jsonl " + message):
+        run(tiny, asked)
+
+
+def test_questions_may_begin_with_a_byte_order_mark(asked):
+    before = batch_generate.read_questions(str(asked / "q.jsonl"), str(asked))
+    (asked / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + (asked / "q.jsonl").read_bytes())
+    assert batch_generate.read_questions(str(asked / "q.jsonl"), str(asked)) == before
+
+
+def test_no_questions(asked):
+    with pytest.raises(InputError, match="no such file"):
+        batch_generate.read_questions(str(asked / "none.jsonl"), str(asked))
+    (asked / "q.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no rows"):
+        batch_generate.read_questions(str(asked / "q.jsonl"), str(asked))
