@@ -59,7 +59,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.param_dtype = "float32"  # of what learns
     c.train.moment_dtype = "float32"  # of Adam's moments
     c.train.frozen_dtype = "bfloat16"  # of what does not learn; nf4: the decoder's blocks in four bits (stage lora)
-    c.train.remat = "full"  # none, dots, minimal, full, or names: kernel+q+k
+    c.train.remat = "full"  # none, dots, minimal, full, or names: attention+q+k
     c.train.attention = "auto"  # splash (TPU), cudnn (GPU), xla; auto: the best that runs
     c.train.compiler_options = "none"  # tuned: those of the chip; or "option=value,option=value"
     c.train.profile = 0  # updates to trace for the profiler

@@ -22,12 +22,12 @@ from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_b
 from llava_jax.infer.sample import stop_table, stripped
 from llava_jax.infer.stream import StreamDecoder
 from llava_jax.models.llava import build
-from llava_jax.parallel.distributed import place
-from llava_jax.parallel.placement import Stored
+from llava_jax.parallel.placement import LazyTensor, place
 from llava_jax.parallel.sharding import make_mesh, replicated
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
-from llava_jax.weights.load import check_vocabulary, read_model
+from llava_jax.weights.load import read_model
 from llava_jax.weights.source import split
+from llava_jax.weights.spec import check_vocabulary
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
@@ -350,13 +350,13 @@ def load(
 
 
 def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
-    """A model of parameters (numpy, jax or `Stored`), placed on the devices in the dtype of its config."""
+    """A model of parameters (numpy, jax or `LazyTensor`), placed on the devices in the dtype of its config."""
     config = processor.config
     mesh = make_mesh(MeshSettings(-1, 1, 1)) if len(jax.devices()) > 1 else None
     at = SingleDeviceSharding(jax.devices()[0]) if mesh is None else replicated(mesh)
 
     def put(x: Any) -> jax.Array:
-        return place(x, at) if isinstance(x, Stored) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
+        return place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
 
     cast = jax.tree.map(put, params)
     engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)

@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from llava_jax.data import sources
 from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, WEIGHT_NAMES, DataSettings, InputError, Settings
-from llava_jax.weights.source import absolute
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
 
@@ -108,27 +106,6 @@ def write_settings(path: str, settings: Settings) -> None:
         json.dump(dataclasses.asdict(settings), file, indent=2)
         file.write("\n")
     os.replace(temporary, path)
-
-
-def absolute_paths(settings: Settings) -> Settings:
-    """The settings with every path absolute, so that a workdir can be used from any folder; `random:NAME` stays."""
-    model, init, data = settings.model, settings.init, settings.data
-    return dataclasses.replace(
-        settings,
-        model=dataclasses.replace(model, vision=_absolute_tower(model.vision), llm=_absolute_tower(model.llm)),
-        init=dataclasses.replace(init, model=absolute(init.model), projector=_absolute(init.projector)),
-        data=dataclasses.replace(data, annotations=sources.absolute(data.annotations), images=_absolute(data.images)),
-    )
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(path) if path else ""
-
-
-def _absolute_tower(spec: str) -> str:
-    if not spec.startswith(RANDOM):
-        return _absolute(spec)
-    return RANDOM + _absolute(spec.removeprefix(RANDOM)) if spec.endswith(".json") else spec
 
 
 def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

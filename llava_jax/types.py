@@ -15,7 +15,7 @@ import numpy as np
 
 IMAGE_PLACEHOLDER = "<image>"
 # What the backward pass may keep of a decoder block, so as not to compute it again: `train.remat`.
-REMAT_NAMES = ("kernel", "q", "k", "v", "middle", "gate", "up")
+REMAT_NAMES = ("attention", "q", "k", "v", "residual", "gate", "up")
 # The linear layers of a decoder block: what an adapter can be added to, and what is stored in four bits.
 DECODER_LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 # As REMAT_NAMES, of their kernels, which are gathered from all devices, so as not to gather them again.

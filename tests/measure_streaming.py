@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.parallel.distributed import place
+from llava_jax.parallel.placement import place
 from llava_jax.parallel.sharding import make_mesh, param_shardings
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
 from llava_jax.weights import hf, name_table
@@ -81,7 +81,7 @@ class Peak(threading.Thread):
 def measure(folder: pathlib.Path, config: LlamaConfig, dtype: str) -> None:
     model = ModelConfig(CLIP, config)
     at = param_shardings(logical_axes(model), build(model)[1], make_mesh(MeshSettings(1, -1, 1)))["llm"]
-    stored = hf.read_llama(str(folder), dtype=dtype, stored=True)[1]
+    stored = hf.read_llama(str(folder), dtype=dtype, lazy=True)[1]
     jax.tree.map(lambda x: x.delete(), place(stored, at))  # compiles what is compiled once
     before, peak = anonymous(), Peak()
     peak.start()

@@ -90,11 +90,11 @@ def four_rows() -> dict[str, Entry]:
     """4 rows of 2048 a chip, without compiler options and with the chip's tuned ones."""
     found = {}
     for size, stage, topology, chips, remat in (
-        ("7b", "finetune", "v5e:8x8", 64, "kernel+v"),
+        ("7b", "finetune", "v5e:8x8", 64, "attention+v"),
         ("7b", "finetune", "v5p:4x4x4", 64, "minimal"),
-        ("7b", "finetune", "v6e:4x4", 16, "kernel+q+k+v+middle+up"),
+        ("7b", "finetune", "v6e:4x4", 16, "attention+q+k+v+residual+up"),
         ("13b", "finetune", "v5e:8x8", 64, "full"),
-        ("7b", "pretrain", "v5e:8x8", 64, "kernel+gate"),
+        ("7b", "pretrain", "v5e:8x8", 64, "attention+gate"),
     ):
         for options in ("none", "tuned"):
             how, more = tuned(stage, topology) if options == "tuned" else ("", ())
@@ -102,7 +102,11 @@ def four_rows() -> dict[str, Entry]:
             name = f"{size}-{stage}-{topology.replace(':', '-')}-4rows-{options}"
             flags = (f"--config.train.batch_size={4 * chips}", f"--config.train.remat={remat}")
             found[name] = entry(title, size, stage, topology, *flags, *more)
-    only = ("--config.train.batch_size=256", "--config.train.remat=kernel+v", "--config.train.compiler_options=tuned")
+    only = (
+        "--config.train.batch_size=256",
+        "--config.train.remat=attention+v",
+        "--config.train.compiler_options=tuned",
+    )
     title = "7B finetune, 4 rows a chip, tuned"
     found["7b-finetune-v5e-8x8-4rows-one-sum"] = entry(title, "7b", "finetune", "v5e:8x8", *only)
     return found
@@ -119,7 +123,7 @@ def packed() -> dict[str, Entry]:
     for stage, batch, tokens, length, images, remat, mesh in (
         ("pretrain", 256, 598, 2560, 4, "minimal+down_weight", ""),
         ("finetune", 128, 864, 3584, 4, weights, "tensor=2"),
-        ("finetune", 512, 864, 3584, 4, "kernel", "fsdp_inner=8"),
+        ("finetune", 512, 864, 3584, 4, "attention", "fsdp_inner=8"),
         ("finetune", 1024, 864, 3584, 4, "full", "fsdp_inner=8"),
     ):
         flags = ("--config.data.pack=True", f"--tokens_per_row={tokens}", f"--config.train.batch_size={batch}")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from llava_jax.parallel import distributed
+from llava_jax.parallel import distributed, placement
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.types import InputError, MeshSettings
@@ -163,7 +163,7 @@ def test_a_host_reads_the_rows_of_its_devices_wherever_they_lie(monkeypatch):
             return {0: (slice(4, 6),), 1: (slice(0, 2),), 2: (slice(0, 2),)}
 
     monkeypatch.setattr(distributed, "batch_sharding", lambda mesh: Square())
-    assert distributed.local_rows(make_mesh(MeshSettings(1, -1, 1)), 8) == (0, 1, 4, 5)
+    assert placement.local_rows(make_mesh(MeshSettings(1, -1, 1)), 8) == (0, 1, 4, 5)
 
 
 def test_what_one_host_cannot_read_ends_all(inputs, tmp_path):

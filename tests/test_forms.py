@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 import llava_jax
 from llava_jax.types import InputError
 from llava_jax.weights import convert, hf, name_table, orbax_model
+from llava_jax.weights.fingerprints import fingerprint
 from llava_jax.weights.hf_config import clip_json, default_pinpoints, llama_json
-from llava_jax.weights.load import read_model
+from llava_jax.weights.load import read_files, read_model
 from llava_jax.weights.source import parse
-from llava_jax.weights.spec import fingerprint, plan_model, read_files
+from llava_jax.weights.spec import model_spec
 from tests import test_original as original
 from tests.test_convert import CLIP, CONFIG, LLAMA, edit, hub_tensors, part, random_params, write_folder
 from tests.tiny_llava import write_tokenizer
@@ -177,7 +178,7 @@ def test_parts_under_any_name(tmp_path):
             projector = shutil.copy(tmp_path / f"p.{ending}", tmp_path / f"{name}.{ending}")
             given = dict(model__vision=clip, model__llm=llm, init__model="", init__projector=str(projector))
             settings = make_settings(tmp_path, "finetune", **given)
-            read = read_files(settings, plan_model(settings), dict.fromkeys(hf.PARTS, "float32"))
+            read = read_files(settings, model_spec(settings), dict.fromkeys(hf.PARTS, "float32"))
             assert_equal(flat(read), flat(random_params(CONFIG)))
 
 
@@ -200,7 +201,7 @@ def test_through_orbax_and_back_is_byte_for_byte(tmp_path, change, dtype):
 def test_a_run_may_start_from_orbax(tmp_path):
     folder = orbax(tmp_path)
     settings = make_settings(tmp_path, "pretrain", init__model=f"orbax:{folder}")
-    plan = plan_model(settings)
+    plan = model_spec(settings)
     assert (plan.vision_folder, plan.tokenizer) == (str(folder), str(folder))
     read = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), flat(hf.read_llava(str(tmp_path / "m"))[1]))

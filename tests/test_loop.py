@@ -11,9 +11,10 @@ import pytest
 
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.train import checkpoint, loop, profiler, setup
+from llava_jax.train import loop, profiler, setup
 from llava_jax.types import Batch, InputError
-from llava_jax.weights import spec
+from llava_jax.weights import fingerprints, load, spec
+from llava_jax.weights import runs as checkpoints
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
 
 
@@ -117,7 +118,7 @@ def test_workdir_holds_what_the_contract_says(runs):
 
 def test_the_trained_model_comes_back_whole(runs):
     ran = runs("finetune")
-    plan, params, settings = spec.load_trained(str(ran.workdir))
+    plan, params, settings = load.load_trained(str(ran.workdir))
     assert settings == ran.settings and plan.config.image_token_id == 700
     jax.tree.map(np.testing.assert_array_equal, params, {**ran.frozen[0], **ran.trainable[1]})
 
@@ -168,7 +169,7 @@ def test_other_frozen_weights_under_a_run_are_refused(runs, inputs, tmp_path):
     try:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(InputError, match="the frozen .* is not the one this run was trained with"):
-            spec.load_trained(str(ran.workdir))
+            load.load_trained(str(ran.workdir))
     finally:
         path.write_bytes(content)
 
@@ -189,10 +190,10 @@ def test_other_inputs_under_a_run_are_refused(runs, inputs, name, says, loads):
         with pytest.raises(InputError, match=says):
             loop.train(ran.settings, str(ran.workdir))
         if loads:
-            spec.load_trained(str(ran.workdir))
+            load.load_trained(str(ran.workdir))
         else:
             with pytest.raises(InputError, match=says):
-                spec.load_trained(str(ran.workdir))
+                load.load_trained(str(ran.workdir))
     finally:
         (inputs / name).write_bytes(content)
 
@@ -201,9 +202,9 @@ def test_a_run_reads_another_run(runs, inputs):
     """init.model of a workdir: the run's own parts in the dtype asked for, and its newest checkpoint remembered."""
     ran = runs("finetune")
     settings = change(make_settings(inputs, "pretrain"), "init", model=f"orbax:{ran.workdir}")
-    plan = spec.plan_model(settings)
-    assert spec.frozen_sources(settings)["llm"]["fingerprint"] == checkpoint.fingerprint(str(ran.workdir))
-    read = spec.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
+    plan = spec.model_spec(settings)
+    assert fingerprints.frozen_sources(settings)["llm"]["fingerprint"] == checkpoints.fingerprint(str(ran.workdir))
+    read = load.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
     assert set(read) == {"vision", "llm"} and str(read["vision"]["patch"]["kernel"].dtype) == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, read["llm"], ran.trainable[1]["llm"])
 
@@ -211,7 +212,7 @@ def test_a_run_reads_another_run(runs, inputs):
 def test_what_init_model_leaves_unread_is_said(runs, inputs):
     settings = change(make_settings(inputs, "finetune"), "model", projector="linear", feature_layer=-3)
     settings = change(settings, "init", projector=str(runs("pretrain").workdir))
-    said = spec.origins(settings, spec.plan_model(settings))
+    said = spec.origins(settings, spec.model_spec(settings))
     assert "init.model decides the model" in said and "(init.projector)" in said
     assert "model.projector=linear is not read, it has mlp2x_gelu" in said and "feature_layer=-3 is not read" in said
 
@@ -300,7 +301,7 @@ def test_a_packed_run_in_bfloat16(inputs, tmp_path, capsys):
     assert shape and int(shape[1]) < 4
     tokens = [row["tokens"] for row in read_metrics(tmp_path)]
     assert float(shape[4]) == pytest.approx(100 * np.mean(tokens) / (int(shape[1]) * int(shape[2])), abs=0.06)
-    params = checkpoint.load_params(str(tmp_path))[1]
+    params = checkpoints.load_params(str(tmp_path))[1]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     loop.train(settings, str(tmp_path))
     assert "resuming at step 2" in capsys.readouterr().out
@@ -368,7 +369,7 @@ def test_bad_input_is_one_line(inputs, tmp_path, group, changes, says):
 
 def test_a_row_longer_than_the_decoders_positions_is_refused(inputs, tmp_path):
     settings = make_settings(inputs, "pretrain")
-    plan = spec.plan_model(settings)
+    plan = spec.model_spec(settings)
     short = dataclasses.replace(plan.config, llm=dataclasses.replace(plan.config.llm, max_positions=8))
     with pytest.raises(InputError, match="the decoder 8 positions"):
         loop.read_records(settings, short, load_tokenizer(plan.tokenizer))
@@ -378,11 +379,11 @@ def test_random_towers_of_a_config_file(inputs):
     """The specs `random:FILE.json` and `random:NAME`, and the projector drawn as torch.nn.Linear draws it."""
     settings = change(make_settings(inputs, "pretrain"), "init", model="")
     settings = change(settings, "model", vision=f"random:{inputs}/vision.json", llm=f"random:{inputs}/llm/config.json")
-    plan = spec.plan_model(settings)
+    plan = spec.model_spec(settings)
     assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     at = jax.tree.map(lambda _: here, build(plan.config)[1])
-    draw = [spec.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
+    draw = [load.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *draw)
     for name, fan_in in (("linear_1", 16), ("linear_2", 32)):
         for leaf in draw[0]["projector"][name].values():

@@ -22,9 +22,9 @@ from llava_jax.models.flops import adapter_weights, step_flops
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.models.lora import join, kept, split
 from llava_jax.settings import lora_targets, write_settings
-from llava_jax.train import checkpoint, loop
+from llava_jax.train import loop
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
-from llava_jax.weights import hf, spec
+from llava_jax.weights import hf, load, runs, spec
 from llava_jax.weights.adapters import merge_difference
 from llava_jax.weights.convert import convert
 from llava_jax.weights.load import read_model
@@ -193,14 +193,14 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(ran):
 
 def test_checkpoints_hold_projector_and_adapters_alone(ran):
     workdir = ran[0]
-    _, params, meta = checkpoint.load_params(str(workdir))
+    _, params, meta = runs.load_params(str(workdir))
     assert set(params) == set(meta["trainable"]) == {"projector", "lora"} and set(meta["frozen"]) == {"vision", "llm"}
     assert set(params["lora"]["layers"]["attn"]) == {"q", "o"}
 
 
 def test_merged_gives_the_logits_of_the_adapters(ran):
     workdir, settings, seen, _ = ran
-    plan, merged, _ = spec.load_trained(str(workdir))
+    plan, merged, _ = load.load_trained(str(workdir))
     frozen, learnt = seen[3][1]
     config = spec.adapted(settings, plan.config)
     calm = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
@@ -224,7 +224,7 @@ def test_export_merges_and_compares_logits(ran, tmp_path, capsys):
     convert(f"orbax:{workdir}", f"hf:{tmp_path}/out")
     said = re.search(r"adapters merged into float32: logits of a probe differ by (\S+) of", capsys.readouterr().out)
     assert 0 < float(said[1]) <= 1e-4
-    plan, merged, _ = spec.load_trained(str(workdir))
+    plan, merged, _ = load.load_trained(str(workdir))
     out = hf.read_llava(f"{tmp_path}/out")[1]["llm"]["layers"]
     jax.tree.map(np.testing.assert_array_equal, out, merged["llm"]["layers"])
     config, lora = spec.adapted(settings, plan.config), seen[3][1][1]["lora"]
@@ -288,7 +288,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     import jax, numpy as np
     from llava_jax.models import llava, lora
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.weights.spec import random_params
+    from llava_jax.weights.load import random_params
     from llava_jax.train.build_step import split_rank
     from llava_jax.train.step import batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings

@@ -98,7 +98,7 @@ def test_prefill_and_decode_equal_the_full_pass_for_rows_of_different_length(mod
     assert cache.length_B.tolist() == [9, 11]
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "minimal", "kernel+q+up", "minimal+down_weight"])
+@pytest.mark.parametrize("remat", ["dots", "full", "minimal", "attention+q+up", "minimal+down_weight"])
 def test_remat_changes_no_number(remat):
     tokens, params = tokens_with_images("titt"), llava.init(TINY, 0)
     pixels = jax.random.normal(jax.random.key(1), (1, 1, 16, 16, 3))

@@ -17,11 +17,11 @@ from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
-from llava_jax.weights import convert, hf, name_table, spec
+from llava_jax.weights import convert, hf, load, name_table, spec
+from llava_jax.weights.fingerprints import fingerprint
 from llava_jax.weights.hf_config import clip_json, llama_json
 from llava_jax.weights.original import Beside
 from llava_jax.weights.original_export import write_original
-from llava_jax.weights.spec import fingerprint
 from tests.tiny_llava import write_tokenizer
 from tests.tiny_run import make_settings
 from tests.torch_files import write_bin
@@ -282,9 +282,9 @@ def test_a_run_starts_from_it(tmp_path, folders):
     projector = {name: x + 1 for name, x in llava_tensors().items() if "mm_projector" in name}
     file = write_bin(tmp_path / "mm_projector.bin", projector)
     settings = make_settings(tmp_path, "finetune", init__model=f"llava:{folder}", init__projector=file)
-    plan = spec.plan_model(settings)
+    plan = spec.model_spec(settings)
     assert (plan.vision_folder, plan.tokenizer, plan.config.projector) == (tower, folder, "mlp2x_gelu")
-    read = spec.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    read = load.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), expected(hub(llava_tensors() | clip_tensors() | projector)))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from configs import tiny
 from llava_jax import settings as S
+from llava_jax.train.workdir import absolute_paths
 from llava_jax.types import InputError
 
 
@@ -41,8 +42,8 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(train__keep=0), "config key train.keep"),
         (dict(train__steps=0, train__epochs=0.0), "train.steps and train.epochs are both 0"),
         (
-            dict(train__remat="kernel+z"),
-            "train.remat: expected one of none, dots, minimal, full, or names of minimal, kernel",
+            dict(train__remat="attention+z"),
+            "train.remat: expected one of none, dots, minimal, full, or names of minimal, attention",
         ),
         (dict(train__remat="full+down_weight"), "joined by '+', got 'full+down_weight'"),
         (dict(data__pack=True, train__loss_norm="rank_mean"), "expected global_token with data.pack=True"),
@@ -91,7 +92,7 @@ def test_paths_become_absolute_and_named_sizes_stay(tmp_path, monkeypatch):
     made = S.settings_from_dict(
         values(model__vision="random:tiny", model__llm="random:d/config.json", init__model="hf:m", data__images="i/")
     )
-    made = S.absolute_paths(made)
+    made = absolute_paths(made)
     assert (made.model.vision, made.model.llm) == ("random:tiny", f"random:{tmp_path}/d/config.json")
     assert (made.init.model, made.init.projector) == (f"hf:{tmp_path}/m", "")
-    assert made.data.images == f"{tmp_path}/i" and S.absolute_paths(made) == made
+    assert made.data.images == f"{tmp_path}/i" and absolute_paths(made) == made

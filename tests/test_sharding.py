@@ -120,8 +120,8 @@ EIGHT_DEVICES = textwrap.dedent("""
                 close(both(placed, on, accumulate=1, loss_norm="rank_mean", ranks=ranks), want["rank_mean"])
         print("equal", sizes)
 
-    # In two steps: one reduce-scatter of a matrix an axis and weight (seven of the block, projector, head), and a remat
-    # policy that keeps matrix products finds those of `product`.
+    # Hierarchical: one reduce-scatter of a matrix an axis and weight (seven of the block, projector, head), and a remat
+    # policy that keeps matrix products finds those of `matmul`.
     products = {}
     mesh = make_mesh(MeshSettings(1, 8, 1, fsdp_inner=4))
     for remat in ("full", "dots"):
@@ -137,9 +137,8 @@ EIGHT_DEVICES = textwrap.dedent("""
     assert products["dots"] < products["full"], products
     print("equal products")
 
-    # Round the tensor axis: what is gathered (o and down, the others by the compiler) is gathered again on the way back
-    # but where it is kept, activations are never whole, and rows that do not divide are multiplied whole.
-    def traced(sizes, remat, batch=batch):
+    # A kept weight is not gathered again in the backward pass; without fsdp there is nothing to keep.
+    def count(word, sizes, remat):
         how["graphdef"], abstract = llava.build(dataclasses.replace(TINY, remat=remat))
         mesh = make_mesh(MeshSettings(*sizes))
         with jax.set_mesh(mesh):
@@ -147,38 +146,13 @@ EIGHT_DEVICES = textwrap.dedent("""
             on = jax.device_put(batch, batch_sharding(mesh))
             grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(
                 trained, frozen, batch, **how, accumulate=1, loss_norm="global_token", ranks=4))
-            return str(grad.trace(*partition(placed, "finetune"), on).jaxpr)
+            return str(grad.trace(*partition(placed, "finetune"), on).jaxpr).count(word)
 
-    def count(word, sizes, remat):
-        return traced(sizes, remat).count(word)
-
-    # Forward: x to q, k, v; o; x to gate and up; down. Backward: the same, and x again for the gradients of columns.
-    assert count(" ppermute", (1, 4, 2), "minimal") == 4 + 6, count(" ppermute", (1, 4, 2), "minimal")
-    assert count("dot_general", (1, 4, 2), "dots") == count("dot_general", (1, 4, 2), "full") - 12
-    assert count(" all_gather[", (1, 4, 2), "full") == 4
-    assert count(" all_gather[", (1, 4, 2), "o_weight+down_weight") == 2
     for mesh in ((1, 4, 2), (1, 8, 1), (1, 8, 1, 4)):
         none, two = (count("sharding_constraint", mesh, remat) for remat in ("full", "q_weight+up_weight"))
         assert two == none - 2, (mesh, none, two)
     assert count("name=down_weight", (8, 1, 1), "full") == 0 < count("name=down_weight", (1, 8, 1), "full")
-    odd = batch._replace(**{name: getattr(batch, name)[:, :-1] for name in (
-        "tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT")})
-    assert " ppermute" not in traced((1, 4, 2), "full", odd)
-    print("equal rings")
-
-    # Devices along tensor divide the pictures: of two rows a shard; two slots of its one row; three, made four.
-    graphdef, abstract = llava.build(TINY)
-    mesh = make_mesh(MeshSettings(1, 4, 2))
-    for rows, slots in ((8, 2), (4, 2), (4, 3)):
-        shown = rng.normal(size=(rows, slots, 16, 16, 3)).astype(np.float32)
-        see = jax.jit(lambda params, pixels: nnx.merge(graphdef, params).image_features(pixels))
-        want = see(params, shown)
-        with jax.set_mesh(mesh):
-            placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
-            compiled = see.lower(placed, jax.device_put(shown, batch_sharding(mesh))).compile()
-            close(compiled(placed, jax.device_put(shown, batch_sharding(mesh))), want)
-        assert "f32[1,5,32]" in compiled.as_text() and "f32[2,5,32]" not in compiled.as_text(), (rows, slots)
-    print("equal pictures")
+    print("equal kept weights")
 
     # The frozen head, no pictures, and a head that is the embedding, where every axis is used.
     plain = dict(accumulate=1, loss_norm="global_token")
@@ -207,4 +181,4 @@ def test_sharded_loss_and_gradient_equal_the_single_device_ones():
     env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == len(PRESETS) + 7
+    assert done.stdout.count("equal") == len(PRESETS) + 6

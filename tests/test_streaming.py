@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.parallel import distributed
-from llava_jax.parallel.distributed import place
+from llava_jax.parallel.placement import place
 from llava_jax.parallel.sharding import make_mesh, param_shardings
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
 from llava_jax.weights import hf, name_table
@@ -60,7 +60,7 @@ def shardings(mesh):
 def test_the_host_holds_one_tensor_at_a_time(folder, form, dtype):
     """numpy's memory beside what the arrays keep, at its highest: less than 1.5 times the largest tensor."""
     at = shardings(make_mesh(MeshSettings(1, -1, 1)))
-    stored = hf.read_llama(str(folder / form), dtype=dtype, stored=True)[1]
+    stored = hf.read_llama(str(folder / form), dtype=dtype, lazy=True)[1]
     place(stored, at)  # what is compiled once is not the import's
     tracemalloc.start()
     placed = jax.block_until_ready(place(stored, at))
@@ -85,7 +85,7 @@ def test_the_measurement_sees_a_part_that_is_made_whole(folder):
 
 
 def test_one_device(folder):
-    stored = hf.read_llama(str(folder / "s"), stored=True)[1]
+    stored = hf.read_llama(str(folder / "s"), lazy=True)[1]
     at = SingleDeviceSharding(jax.devices()[0])
     placed = place(stored, jax.tree.map(lambda _: at, stored))
     kernel = hf.read_llama(str(folder / "s"))[1]["layers"]["mlp"]["up"]["kernel"]

@@ -33,7 +33,8 @@ from llava_jax.train.loop import train
 from llava_jax.types import ClipConfig, InputError
 from llava_jax.weights import hf, name_table
 from llava_jax.weights.hf_config import default_pinpoints, llava_config, llava_json
-from llava_jax.weights.spec import load_trained, plan_model, read_files, read_projector
+from llava_jax.weights.load import load_trained, read_files, read_projector
+from llava_jax.weights.spec import model_spec
 from tests import tiny_llava, tiny_run
 
 PUBLISHED = Tiling(336, 24, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
@@ -197,18 +198,18 @@ def test_a_folder_is_read_as_written(inputs):
 
 def test_any_model_becomes_a_next_and_none_ceases_to_be_one(inputs):
     settings = settings_of(inputs, model="llava")
-    plan = plan_model(settings)
+    plan = model_spec(settings)
     assert plan.config.pinpoints == default_pinpoints(plan.config.vision)
     read = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     newline = read["projector"]["image_newline"]
     assert newline.shape == (32,) and newline.dtype == np.float32 and 0.5 < newline.std() * 32**0.5 < 1.5
     assert jax.tree.structure(read) == jax.tree.structure(build(plan.config)[1])
     with pytest.raises(InputError, match="data.aspect=pad: init.model=hf:.* is a LLaVA-NeXT.*expected data.aspect=any"):
-        plan_model(settings_of(inputs, data__aspect="pad"))
+        model_spec(settings_of(inputs, data__aspect="pad"))
 
 
 def test_a_projector_file_may_hold_the_newline_or_not(inputs, tmp_path):
-    config = plan_model(settings_of(inputs)).config
+    config = model_spec(settings_of(inputs)).config
     weights = load_file(inputs / "next" / "model.safetensors")
     own = {name: x for name, x in weights.items() if name.startswith(name_table.PROJECTOR)}
     for extra in ({}, {"model.image_newline": weights["image_newline"]}):
@@ -223,7 +224,7 @@ def test_a_projector_file_may_hold_the_newline_or_not(inputs, tmp_path):
 
 def batches_of(settings, row_multiple=1, change=lambda records: records):
     """(model config, records, tokenizer, what was checked, first batch); `change` is done to the records first."""
-    plan = plan_model(settings)
+    plan = model_spec(settings)
     config, tokenizer = plan.config, load_tokenizer(plan.tokenizer)
     records = change(load_records(settings.data.annotations))
     sizes = dict(patches=config.vision.patches, tiling=tiling(config))
@@ -285,7 +286,7 @@ def test_the_check_sees_pictures_of_another_size(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
     shutil.copytree(inputs / "images", tmp_path / "images")
     settings = settings_of(inputs, data__images=str(tmp_path / "images"))
-    plan = plan_model(settings)
+    plan = model_spec(settings)
     records, tokenizer = load_records(settings.data.annotations), load_tokenizer(plan.tokenizer)
     row = next(row for row, record in enumerate(records) if len(record.images) == 1)
     slots = []
@@ -306,7 +307,7 @@ def test_too_small_a_bucket_is_named(inputs):
 def test_a_row_whose_pictures_do_not_fit_is_named(inputs):
     with pytest.raises(InputError, match="beyond max_length 40; raise data.max_length"):
         tiny = settings_of(inputs, data__max_length=40)
-        plan = plan_model(tiny)
+        plan = model_spec(tiny)
         sizes = dict(patches=4, tiling=tiling(plan.config))
         tokenizer = load_tokenizer(plan.tokenizer)
         check_records(load_records(tiny.data.annotations), tiny.data, tokenizer, **sizes).require_clean()
@@ -336,7 +337,7 @@ def test_a_run_trains_the_newline_and_answers(inputs, tmp_path):
 
 def test_compile_gives_a_row_room_for_the_most_tiles(inputs):
     settings = settings_of(inputs, data__max_length=64)
-    config = plan_model(settings).config
+    config = model_spec(settings).config
     shape = batch_shape(settings, config, 1, None)
     assert config.tiles == 5 and (shape.images, shape.pictures) == (5, 8 * 5)
     batch = abstract_batch(config, shape, make_mesh(settings.mesh))

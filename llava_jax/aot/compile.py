@@ -29,7 +29,7 @@ from llava_jax.train.compile_cache import compile_lowered, compiler_options
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
 from llava_jax.weights.hf_config import check_feature_layer, default_pinpoints
-from llava_jax.weights.spec import llm_config, plan_model, vision_config
+from llava_jax.weights.spec import llm_config, model_spec, vision_config
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
@@ -54,7 +54,7 @@ class Shape:
 def plan_config(settings: Settings) -> ModelConfig:
     """The model of a run from its config files alone: no weights, no tokenizer."""
     if settings.init.model:
-        return plan_model(settings).config
+        return model_spec(settings).config
     given = {"llm": settings.model.llm, "vision": settings.model.vision}
     absent = [key for key, spec in given.items() if spec and not spec.startswith(RANDOM) and not os.path.isdir(spec)]
     if absent:

@@ -46,7 +46,8 @@ from llava_jax.types import (
     TrainSettings,
 )
 from llava_jax.weights import hf
-from llava_jax.weights.spec import EMBEDDED_TOKENIZER, random_params
+from llava_jax.weights.load import random_params
+from llava_jax.weights.spec import EMBEDDED_TOKENIZER
 
 # Batches that workers may have ready before they are asked for.
 READ_AHEAD = 6

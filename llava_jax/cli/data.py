@@ -77,10 +77,10 @@ def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
     from llava_jax.data.tiles import tiling
-    from llava_jax.weights.spec import plan_model
+    from llava_jax.weights.spec import model_spec
 
-    plan = plan_model(settings)
-    return settings.data, plan.tokenizer, plan.config.vision.patches, tiling(plan.config)
+    spec = model_spec(settings)
+    return settings.data, spec.tokenizer, spec.config.vision.patches, tiling(spec.config)
 
 
 def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, None]:

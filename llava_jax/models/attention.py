@@ -16,7 +16,7 @@ from llava_jax.parallel.sharding import spec_of
 from llava_jax.types import InputError
 
 # What a rematerialised block may keep of the kernel (its result and sums), so that the backward pass need not run it.
-RESIDUALS = "kernel"
+RESIDUALS = "attention"
 LANES = 128  # of a TPU's vector unit: what the blocks of splash must be multiples of
 
 

@@ -29,11 +29,11 @@ def normalised(pixels_BNXYC: jax.Array, shown_BN: jax.Array, pixels: Pixels) -> 
 class Attention(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         heads = (config.heads, config.width // config.heads)
-        inner = dict(in_axes=("vision_embed",), out_axes=("vision_heads", "head_dim"), bias=True, rngs=rngs)
-        self.q = Linear((config.width,), heads, **inner)
-        self.k = Linear((config.width,), heads, **inner)
-        self.v = Linear((config.width,), heads, **inner)
-        self.o = Linear(heads, (config.width,), ("vision_heads", "head_dim"), ("vision_embed",), bias=True, rngs=rngs)
+        E, into, out = config.width, ("vision_embed",), ("vision_heads", "head_dim")
+        self.q = Linear((E,), heads, into, out, bias=True, rngs=rngs)
+        self.k = Linear((E,), heads, into, out, bias=True, rngs=rngs)
+        self.v = Linear((E,), heads, into, out, bias=True, rngs=rngs)
+        self.o = Linear(heads, (E,), out, into, bias=True, rngs=rngs)
 
     def __call__(self, x_BPE: jax.Array) -> jax.Array:
         return self.o(attention(self.q(x_BPE), self.k(x_BPE), self.v(x_BPE)))
@@ -42,9 +42,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        how = dict(bias=True, rngs=rngs)
-        self.up = Linear((config.width,), (config.mlp_width,), ("vision_embed",), ("vision_mlp",), **how)
-        self.down = Linear((config.mlp_width,), (config.width,), ("vision_mlp",), ("vision_embed",), **how)
+        E, F = config.width, config.mlp_width
+        self.up = Linear((E,), (F,), ("vision_embed",), ("vision_mlp",), bias=True, rngs=rngs)
+        self.down = Linear((F,), (E,), ("vision_mlp",), ("vision_embed",), bias=True, rngs=rngs)
 
     def __call__(self, x_BPE: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x_BPE)))
@@ -71,8 +71,7 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         shape = (config.patch_size, config.patch_size, 3, config.width)
         self.kernel = param(rngs, normal, shape, ("patch", "patch", "patch", "vision_embed"))
-        if config.family == "siglip":
-            self.bias = param(rngs, zeros, (config.width,), ("vision_embed",))
+        self.bias = param(rngs, zeros, (config.width,), ("vision_embed",)) if config.family == "siglip" else None
 
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
         B, X, Y, C = pixels_BXYC.shape
@@ -81,7 +80,7 @@ class PatchEmbed(nnx.Module):
         patches = whole.reshape(B, X // p, p, Y // p, p, C).transpose(0, 1, 3, 2, 4, 5)
         kernel = self.kernel.astype(pixels_BXYC.dtype).reshape(p * p * C, -1)
         y_BPE = patches.reshape(B, (X // p) * (Y // p), p * p * C) @ kernel
-        return y_BPE + self.bias.astype(y_BPE.dtype) if hasattr(self, "bias") else y_BPE
+        return y_BPE if self.bias is None else y_BPE + self.bias.astype(y_BPE.dtype)
 
 
 class Clip(nnx.Module):
@@ -98,11 +97,8 @@ class Clip(nnx.Module):
             self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
 
-    def hidden(self, pixels_BXYC: jax.Array, axis: str = "batch") -> jax.Array:
-        """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches.
-
-        `axis` is the logical axis of B: "pictures" where they also lie split over the tensor axis.
-        """
+    def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
+        """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches."""
         x_BPE = self.patch(pixels_BXYC)
         if self.class_tokens:
             cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
@@ -110,14 +106,14 @@ class Clip(nnx.Module):
         x_BPE = x_BPE + self.position.astype(x_BPE.dtype)
         if hasattr(self, "pre_norm"):
             x_BPE = self.pre_norm(x_BPE)
-        x_BPE = constrain(x_BPE, axis, "position", "activation")
+        x_BPE = constrain(x_BPE, "batch", "position", "activation")
 
         def body(x_BPE: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return constrain(block(x_BPE), axis, "position", "activation"), None
+            return constrain(block(x_BPE), "batch", "position", "activation"), None
 
         x_BPE, _ = jax.lax.scan(body, x_BPE, self.layers)
         return x_BPE
 
-    def __call__(self, pixels_BXYC: jax.Array, axis: str = "batch") -> jax.Array:
+    def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
         """Patch features [B, P, E] of images float[B, X, Y, 3] (normalised), the class token dropped."""
-        return self.hidden(pixels_BXYC, axis)[:, self.class_tokens :]
+        return self.hidden(pixels_BXYC)[:, self.class_tokens :]

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.parallel.matmul import product, sums_in_two_steps
-from llava_jax.parallel.ring import Pieces, columns, rows
-from llava_jax.parallel.sharding import gathered, named
+from llava_jax.parallel.matmul import matmul
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -36,11 +34,7 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequenc
 
 
 class Linear(nnx.Module):
-    """Affine map from the last `in_shape` dimensions to `out_shape`; kernel [*in_shape, *out_shape].
-
-    models.lora may add an `adapter` and keep the kernel in four bits. `remat_name` is what train.remat calls the
-    kernel once it is gathered from all devices.
-    """
+    """Affine map from the last `in_shape` dimensions to `out_shape`; kernel [*in_shape, *out_shape]."""
 
     def __init__(
         self,
@@ -53,48 +47,29 @@ class Linear(nnx.Module):
         bias: bool = False,
         init: Initializer = normal,
         bias_init: Initializer = zeros,
-        remat_name: str = "",
+        name: str = "",
     ):
-        self.in_dims, self.axes, self.remat_name = len(in_shape), (*in_axes, *out_axes), remat_name
+        """Draw kernel and bias.
+
+        Args:
+          in_shape, out_shape: the dimensions that are summed over, and those of the result.
+          in_axes, out_axes: a logical axis of `parallel.sharding.RULES` for each of them.
+          rngs: draws the initial values.
+          bias: whether there is one.
+          init, bias_init: distributions of kernel and bias.
+          name: what `train.remat` calls the kernel of a decoder block ("q": q_weight).
+        """
+        self.in_dims, self.axes, self.name = len(in_shape), (*in_axes, *out_axes), name
         self.kernel = param(rngs, init, (*in_shape, *out_shape), self.axes)
-        if bias:
-            self.bias = param(rngs, bias_init, out_shape, out_axes)
+        self.bias = param(rngs, bias_init, out_shape, out_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Rows as one dimension: over two of them XLA's CPU backend does not take its fast product for the gradient.
-        lead, in_shape = x.shape[: x.ndim - self.in_dims], x.shape[x.ndim - self.in_dims :]
-        flat = x.reshape(-1, *in_shape)
-        if "embed" in self.axes and sums_in_two_steps():
-            y = product(flat, self.kernel.astype(x.dtype), self.axes, self.in_dims, self.remat_name)
-        else:
-            y = jnp.tensordot(flat, self.whole_kernel(x.dtype), axes=self.in_dims)
-        if hasattr(self, "adapter"):
-            y = y + self.adapter(flat)
-        y = y.reshape(*lead, *y.shape[1:])
-        return self.biased(y)
+        y = matmul(x, self.weight(x.dtype), self.axes, self.in_dims, self.name)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
 
-    def whole_kernel(self, dtype: jnp.dtype) -> jax.Array:
-        """The kernel whole along `embed`, in the dtype of a product."""
-        return named(gathered(self.kernel.astype(dtype), *self.axes), self.remat_name)
-
-    def biased(self, y: jax.Array) -> jax.Array:
-        return y + self.bias.astype(y.dtype) if hasattr(self, "bias") else y
-
-
-def through_columns(x_BTD: jax.Array, linears: Sequence[Linear], around: bool) -> tuple[Pieces, ...]:
-    """x times each layer. `around`: x is split along T, and each result is the pieces of ops.ring; else one array."""
-    if not around:
-        return tuple((linear(x_BTD),) for linear in linears)
-    results = columns(x_BTD, [linear.whole_kernel(x_BTD.dtype) for linear in linears])
-    return tuple(tuple(map(linear.biased, pieces)) for linear, pieces in zip(linears, results, strict=True))
-
-
-def through_rows(pieces: Pieces, linear: Linear, around: bool) -> jax.Array:
-    """Features, in pieces or one array as `through_columns` gives them, times a layer: [B, T, D], `around` along T."""
-    if not around:
-        return linear(*pieces)
-    dtype = pieces[0].dtype
-    return linear.biased(rows(pieces, linear.kernel.astype(dtype), linear.axes, linear.remat_name))
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        """Return the kernel in the dtype of the computation."""
+        return self.kernel.astype(dtype)
 
 
 class LayerNorm(nnx.Module):

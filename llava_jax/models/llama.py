@@ -1,7 +1,7 @@
 """LLaMA decoder (arXiv 2302.13971) and its kin, driven by the Hugging Face config: training, prefill and decode."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import Linear, RMSNorm, normal, param, through_columns, through_rows
+from llava_jax.models.layers import Linear, RMSNorm, normal, param
 from llava_jax.models.rope import angles, rotate
-from llava_jax.parallel.ring import in_order, pieces_of
-from llava_jax.parallel.sharding import constrain, gathered, tensor_ways
+from llava_jax.parallel.sharding import constrain, gathered
 from llava_jax.types import REMAT_NAMES, LlamaConfig
+
+# cosines and sines [B, T, H / 2]; keys and values [B, T, K, H]
+Rope = tuple[jax.Array, jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 def remat_policy(remat: str) -> Callable[..., bool]:
@@ -40,90 +43,87 @@ def empty_cache(config: LlamaConfig, batch: int, size: int, dtype: str | jnp.dty
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        heads, kv_heads = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
-        inner = dict(bias=config.attention_bias, rngs=rngs)
-        self.q = Linear((config.width,), heads, ("embed",), ("heads", "head_dim"), remat_name="q_weight", **inner)
-        self.k = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), remat_name="k_weight", **inner)
-        self.v = Linear((config.width,), kv_heads, ("embed",), ("kv_heads", "head_dim"), remat_name="v_weight", **inner)
-        outer = dict(bias=config.output_bias, remat_name="o_weight", rngs=rngs)
-        self.o = Linear(heads, (config.width,), ("heads", "head_dim"), ("embed",), **outer)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, rngs=rngs)
+    """Causal self-attention with grouped key/value heads and rotary positions."""
 
-    def qkv(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], around: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q_BTNH, k_BTKH, v_BTKH = map(in_order, through_columns(x_BTD, (self.q, self.k, self.v), around))
-        if hasattr(self, "q_norm"):
+    def __init__(self, config: LlamaConfig, implementation: str, block: int, *, rngs: nnx.Rngs):
+        D, H = config.width, config.head_dim
+        heads, kv_heads = (config.heads, H), (config.kv_heads, H)
+        bias, out_bias = config.attention_bias, config.output_bias
+        self.implementation, self.block, self.window = implementation, block, config.window
+        self.q = Linear((D,), heads, ("embed",), ("heads", "head_dim"), bias=bias, name="q", rngs=rngs)
+        self.k = Linear((D,), kv_heads, ("embed",), ("kv_heads", "head_dim"), bias=bias, name="k", rngs=rngs)
+        self.v = Linear((D,), kv_heads, ("embed",), ("kv_heads", "head_dim"), bias=bias, name="v", rngs=rngs)
+        self.o = Linear(heads, (D,), ("heads", "head_dim"), ("embed",), bias=out_bias, name="o", rngs=rngs)
+        self.q_norm = RMSNorm(H, config.norm_eps, rngs=rngs) if config.qk_norm else None
+        self.k_norm = RMSNorm(H, config.norm_eps, rngs=rngs) if config.qk_norm else None
+
+    def qkv(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = constrain(rotate(q_BTNH, *rope), "batch", "length", "heads", "head_dim")
         k_BTKH = constrain(rotate(k_BTKH, *rope), "batch", "length", "kv_heads", "head_dim")
         v_BTKH = constrain(v_BTKH, "batch", "length", "kv_heads", "head_dim")
         return checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
 
-    def output(self, out_BTNH: jax.Array, around: bool = False) -> jax.Array:
-        return through_rows(pieces_of(out_BTNH) if around else (out_BTNH,), self.o, around)
+    def __call__(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
+        """Attend within each segment; returns [B, T, D] and this layer's keys and values."""
+        q, k, v = self.qkv(x_BTD, rope)
+        out_BTNH = attention(
+            q,
+            k,
+            v,
+            causal=True,
+            segment_ids_BT=segment_ids_BT,
+            implementation=self.implementation,
+            block=self.block,
+            window=self.window,
+        )
+        return self.o(out_BTNH), (k, v)
 
 
 class Mlp(nnx.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        inner = dict(in_axes=("embed",), out_axes=("mlp",), bias=config.mlp_bias, rngs=rngs)
-        self.gate = Linear((config.width,), (config.mlp_width,), remat_name="gate_weight", **inner)
-        self.up = Linear((config.width,), (config.mlp_width,), remat_name="up_weight", **inner)
-        outer = dict(bias=config.mlp_bias, remat_name="down_weight", rngs=rngs)
-        self.down = Linear((config.mlp_width,), (config.width,), ("mlp",), ("embed",), **outer)
+        D, F, bias = config.width, config.mlp_width, config.mlp_bias
+        self.gate = Linear((D,), (F,), ("embed",), ("mlp",), bias=bias, name="gate", rngs=rngs)
+        self.up = Linear((D,), (F,), ("embed",), ("mlp",), bias=bias, name="up", rngs=rngs)
+        self.down = Linear((F,), (D,), ("mlp",), ("embed",), bias=bias, name="down", rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, around: bool = False) -> jax.Array:
-        def hidden(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-            return jax.nn.silu(checkpoint_name(gate_BTF, "gate")) * checkpoint_name(up_BTF, "up")
-
-        pieces = tuple(map(hidden, *through_columns(x_BTD, (self.gate, self.up), around)))
-        return through_rows(pieces, self.down, around)
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = checkpoint_name(self.gate(x_BTD), "gate")
+        up_BTF = checkpoint_name(self.up(x_BTD), "up")
+        return self.down(jax.nn.silu(gate_BTF) * up_BTF)
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: LlamaConfig, implementation: str, block: int, *, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
-        self.attn = Attention(config, rngs=rngs)
+        self.attn = Attention(config, implementation, block, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids_BT: jax.Array | None, **how: Any
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Full-length pass; also returns this layer's keys and values [B, T, K, H] (rotated).
-
-        `how` is what ops.attention is told beside the arrays: implementation, block, window.
-        """
-        around = self.goes_around(x_BTD.shape[1])
-        lies = ("batch", "split_length" if around else "length", "activation")
-        x_BTD = constrain(x_BTD, *lies)
-        q, k, v = self.attn.qkv(self.attn_norm(x_BTD), rope, around)
-        out_BTNH = attention(q, k, v, causal=True, segment_ids_BT=segment_ids_BT, **how)
-        x_BTD = checkpoint_name(x_BTD + self.attn.output(out_BTNH, around), "middle")
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD), around)
-        return constrain(x_BTD, *lies), (k, v)
-
-    def goes_around(self, length: int) -> bool:
-        """Whether rows of `length` are split along T over the tensor axis and go round it (ops.ring).
-
-        Adapters take whole rows: a decoder that has them gathers and sums instead.
-        """
-        layers = (*vars(self.attn).values(), *vars(self.mlp).values())
-        adapted = any(hasattr(layer, "adapter") for layer in layers)
-        return tensor_ways() > 1 and length % tensor_ways() == 0 and not adapted
+    def __call__(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
+        """Full-length pass; also returns this layer's keys and values."""
+        x_BTD = constrain(x_BTD, "batch", "length", "activation")
+        attended_BTD, kv = self.attn(self.attn_norm(x_BTD), rope, segment_ids_BT)
+        x_BTD = checkpoint_name(x_BTD + attended_BTD, "residual")
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, "batch", "length", "activation"), kv
 
     def decode(
-        self, x_B1D: jax.Array, rope: tuple[jax.Array, jax.Array], cache: Cache, layer: jax.Array, seen_BS: jax.Array
+        self, x_B1D: jax.Array, rope: Rope, cache: Cache, layer: jax.Array, seen_BS: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """One token a row: writes its key and value at slot length_B of `layer` and attends to the slots it sees."""
         q, k, v = self.attn.qkv(self.attn_norm(x_B1D), rope)
         rows = jnp.arange(x_B1D.shape[0])
         k_LBSKH = cache.k_LBSKH.at[layer, rows, cache.length_B].set(k[:, 0])
         v_LBSKH = cache.v_LBSKH.at[layer, rows, cache.length_B].set(v[:, 0])
-        x_B1D = x_B1D + self.attn.output(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
+        x_B1D = x_B1D + self.attn.o(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
         return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBSKH, v_LBSKH, cache.length_B)
 
 
@@ -155,9 +155,9 @@ class Llama(nnx.Module):
         attention_block: int = 512,
     ):
         self.config, self.remat = config, remat
-        self.attention, self.attention_block = attention, attention_block
         self.embed = Embed(config, dtype, rngs=rngs)
-        self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(config.layers))
+        blocks = jax.vmap(lambda r: Block(config, attention, attention_block, rngs=r))
+        self.layers = blocks(rngs.split(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
         if not config.tied:
             self.head = Linear((config.width,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
@@ -177,10 +177,9 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Hidden states after the last norm, and the keys and values of all layers [L, B, T, K, H] if they are kept."""
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
-        how = dict(implementation=self.attention, block=self.attention_block, window=self.config.window)
 
         def body(x_BTD: jax.Array, block: Block):
-            x_BTD, kv = block(x_BTD, rope, segment_ids_BT, **how)
+            x_BTD, kv = block(x_BTD, rope, segment_ids_BT)
             return x_BTD, kv if keep_kv else None
 
         if self.remat != "none":

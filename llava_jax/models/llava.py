@@ -1,6 +1,5 @@
 """LLaVA: CLIP sees, a projector translates, image features take the place of image tokens, LLaMA answers."""
 
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from llava_jax.models.clip import Clip
 from llava_jax.models.layers import Linear, param, torch_uniform
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt
-from llava_jax.parallel.sharding import constrain, tensor_ways
+from llava_jax.parallel.sharding import constrain
 from llava_jax.types import ModelConfig
 
 Params = dict[str, Any]
@@ -29,18 +28,17 @@ class Projector(nnx.Module):
         self.linear_1 = Linear(
             (E,), (D,), ("vision_embed",), ("projected",), bias=True, init=init_E, bias_init=init_E, rngs=rngs
         )
-        if config.projector == "mlp2x_gelu":
+        self.two_layers = config.projector == "mlp2x_gelu"
+        if self.two_layers:
             self.linear_2 = Linear(
                 (D,), (D,), ("embed",), ("projected",), bias=True, init=init_D, bias_init=init_D, rngs=rngs
             )
-        elif config.projector != "linear":
-            raise ValueError(f"unknown projector {config.projector!r}")
         if config.pinpoints:
             self.image_newline = param(rngs, jax.nn.initializers.normal(D**-0.5), (D,), ("projected",))
 
     def __call__(self, features_BPE: jax.Array) -> jax.Array:
         x_BPD = self.linear_1(features_BPE)
-        if hasattr(self, "linear_2"):
+        if self.two_layers:
             x_BPD = self.linear_2(jax.nn.gelu(x_BPD, approximate=False))
         return x_BPD
 
@@ -63,12 +61,6 @@ def merge(
     return jnp.where(is_image_BT[..., None], taken_BTD.astype(x_BTD.dtype), x_BTD)
 
 
-def slots_together(rows: int) -> int:
-    """Picture slots of each of `rows` rows that together divide over all devices; 1 without a tensor axis."""
-    devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
-    return devices // math.gcd(devices, rows) if tensor_ways() > 1 else 1
-
-
 class Llava(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -85,35 +77,24 @@ class Llava(nnx.Module):
         adapt(self.llm, config, rngs=rngs)
 
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
-        """Projected features [B, N*P, D] of N images a row; image slots are zeros where a row has none.
+        """Return projected features [B, N*P, D] of N image slots a row; slots are zeros where a row has no image.
 
-        Slots go through the tower one after the other, those of all rows together, and not at all where no row has a
-        picture in it. Devices along the tensor axis of a mesh have the same rows, and divide the pictures: where the
-        rows do not divide, as many slots go together as make them, blank ones at the end among them.
+        Slots go through the tower one after the other, each for all rows at once, and a slot that no row uses is
+        skipped.
         """
-        B, N = pixels_BNXYC.shape[:2]
-        together = slots_together(B)
-        axis = "pictures" if tensor_ways() > 1 else "batch"
-        if N % together:
-            pixels_BNXYC = jnp.pad(pixels_BNXYC, ((0, 0), (0, -N % together), (0, 0), (0, 0), (0, 0)))
 
         def see(pixels_BXYC: jax.Array) -> jax.Array:
-            return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), axis, *("patch",) * 3), axis)
+            return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), "batch", "patch", "patch", "patch"))
 
-        def see_slots(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
+        def see_slot(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
             like = jax.eval_shape(see, pixels_BXYC)
             blank = lambda pixels: jnp.zeros(like.shape, like.dtype)  # noqa: E731
             return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), see, blank, pixels_BXYC)
 
-        turns, picture = pixels_BNXYC.shape[1] // together, pixels_BNXYC.shape[2:]
-        slots = pixels_BNXYC.reshape(B, turns, together, *picture).swapaxes(0, 1)
-        _, seen = jax.lax.scan(see_slots, None, slots.reshape(turns, B * together, *picture))
-        seen_BNPE = seen.reshape(turns, B, together, *seen.shape[2:]).swapaxes(0, 1)
-        seen_BPE = seen_BNPE.reshape(B, -1, seen.shape[3])
-        if N % together:
-            seen_BPE = seen_BPE[:, : N * seen.shape[2]]
-        seen_BPE = constrain(seen_BPE, "batch", "position", "activation")
-        features_BPD = self.projector(seen_BPE)
+        _, seen_NBPE = jax.lax.scan(see_slot, None, pixels_BNXYC.swapaxes(0, 1))
+        B, E = seen_NBPE.shape[1], seen_NBPE.shape[3]
+        seen_BPE = seen_NBPE.swapaxes(0, 1).reshape(B, -1, E)
+        features_BPD = self.projector(constrain(seen_BPE, "batch", "position", "activation"))
         return constrain(features_BPD, "batch", "position", "activation")
 
     def embed_and_merge(

@@ -45,11 +45,29 @@ class Adapter(nnx.Module):
             self.seed = nnx.Variable(jnp.zeros((), jnp.uint32), axes=())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [rows, *in] -> [rows, *out]."""
+        """x [..., *in] -> [..., *out]."""
+        lead = x.shape[: x.ndim - self.in_dims]
+        x = x.reshape(-1, *x.shape[x.ndim - self.in_dims :])  # dropout draws by row, whatever the batch dimensions
         if self.dropout:
             x = jnp.where(kept(x.shape, self.seed[...], self.dropout), x / (1 - self.dropout), 0).astype(x.dtype)
         a, b = gathered(self.a.astype(x.dtype), *self.a_axes), gathered(self.b.astype(x.dtype), *self.b_axes)
-        return jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
+        y = jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
+        return y.reshape(*lead, *y.shape[1:])
+
+
+class LoraLinear(Linear):
+    """A decoder's linear layer in stage lora: its kernel is frozen, maybe in four bits, and an adapter may be added."""
+
+    def __init__(self, linear: Linear, kernel: nnx.Param | Nf4, adapter: Adapter | None):
+        self.in_dims, self.axes, self.name = linear.in_dims, linear.axes, linear.name
+        self.kernel, self.bias, self.adapter = kernel, linear.bias, adapter
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        return self.kernel.dequantised(dtype) if isinstance(self.kernel, Nf4) else super().weight(dtype)
 
 
 def _rank_axis(others: tuple[str, ...], config: LoraConfig) -> str:
@@ -75,23 +93,30 @@ def adapt(llm: nnx.Module, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
 
     All else is drawn before, so a model has the same weights with adapters as without.
     """
+    if config.lora is None and not config.nf4:
+        return
     for name, linear in linears(llm):
-        kernel, axes, in_dims = linear.kernel[...], linear.axes, linear.in_dims
+        kernel, axes, in_dims = linear.kernel, linear.axes, linear.in_dims
 
-        def adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, in_dims=in_dims) -> Adapter:
+        def make_adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, in_dims=in_dims) -> Adapter:
             return Adapter(kernel, axes, in_dims, config.lora, rngs=rngs)
 
+        def make_nf4(kernel: jax.Array, axes=axes, in_dims=in_dims) -> Nf4:
+            return Nf4(kernel, axes, in_dims)
+
+        adapter = None
         if config.lora is not None and name in config.lora.targets:
-            linear.adapter = jax.vmap(adapter)(rngs.split(kernel.shape[0]), kernel)
-        if config.nf4:
-            linear.kernel = jax.vmap(lambda k, axes=axes, in_dims=in_dims: Nf4(k, axes, in_dims))(kernel)
+            adapter = jax.vmap(make_adapter)(rngs.split(kernel.shape[0]), kernel[...])
+        module, layer = name.split("/")
+        stored = jax.vmap(make_nf4)(kernel[...]) if config.nf4 else kernel
+        setattr(getattr(llm.layers, module), layer, LoraLinear(linear, stored, adapter))
 
 
 def linears(llm: nnx.Module) -> Iterator[tuple[str, Linear]]:
     """(name, layer) of DECODER_LINEARS in a decoder; kernels have a leading L."""
     for name in DECODER_LINEARS:
-        room, layer = name.split("/")
-        yield name, getattr(getattr(llm.layers, room), layer)
+        module, layer = name.split("/")
+        yield name, getattr(getattr(llm.layers, module), layer)
 
 
 # ---- adapters as a part of their own --------------------------------------------------------------------------------

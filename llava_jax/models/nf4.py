@@ -80,7 +80,7 @@ def _level(code: jax.Array) -> jax.Array:
 
 
 class Nf4(nnx.Module):
-    """A Linear's kernel in four bits: `astype` gives the kernel, gathered as codes."""
+    """A linear layer's kernel in four bits."""
 
     def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int):
         self.axes, self.in_dims = axes, in_dims
@@ -92,7 +92,8 @@ class Nf4(nnx.Module):
     def scale_axes(self) -> tuple[str, ...]:
         return (*self.axes[: self.in_dims - 1], "block", *self.axes[self.in_dims :])
 
-    def astype(self, dtype: jnp.dtype) -> jax.Array:
+    def dequantised(self, dtype: jnp.dtype) -> jax.Array:
+        """Return the kernel in `dtype`; what is gathered from the devices are its codes."""
         codes, scale = gathered(self.codes[...], *self.axes), gathered(self.scale[...], *self.scale_axes)
         return dequantise(codes, scale, self.axes, self.in_dims, dtype)
 

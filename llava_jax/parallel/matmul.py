@@ -1,6 +1,12 @@
-"""Product with a weight that is split over both fsdp axes: its gradient is summed along one after the other."""
+"""What a matmul does on a mesh: weights are gathered over fsdp, gradients are summed over the devices.
+
+On a mesh with two fsdp axes (`mesh.fsdp_inner` > 1) the gradient of a weight is summed by a hierarchical
+reduce-scatter: along one axis of the chips' network, then along the other. Along a single axis libtpu compiles a true
+reduce-scatter, which it runs during the matmuls that follow; over two axes at once it makes a synchronous all-reduce.
+"""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,29 +14,38 @@ import jax.numpy as jnp
 from llava_jax.parallel.sharding import gathered, named, scatter_sum, spec_of
 
 
-def sums_in_two_steps() -> bool:
-    """Whether the mesh of `jax.set_mesh` has two fsdp axes (mesh.fsdp_inner > 1).
+def matmul(x: jax.Array, kernel: jax.Array, axes: Sequence[str], in_dims: int, name: str) -> jax.Array:
+    """Multiply x [..., *in] with a kernel [*in, *out] that is stored as its logical `axes` say.
 
-    Round the tensor axis (ops.ring) only o and down are summed along one after the other.
+    Args:
+      x: activations, in the dtype of the product.
+      kernel: the weight, in the same dtype.
+      axes: a logical axis of `sharding.RULES` for each dimension of the kernel.
+      in_dims: how many dimensions of the kernel are inputs.
+      name: the layer; `train.remat` keeps the gathered kernel by NAME_weight.
+
+    Returns:
+      The product [..., *out].
     """
-    return jax.sharding.get_abstract_mesh().shape.get("fsdp_inner", 1) > 1
+    lead, in_shape = x.shape[: x.ndim - in_dims], x.shape[x.ndim - in_dims :]
+    # One leading dimension: over two of them XLA's CPU backend does not take its fast matmul for the gradient.
+    rows = x.reshape(-1, *in_shape)
+    if "embed" in axes and jax.sharding.get_abstract_mesh().shape.get("fsdp_inner", 1) > 1:
+        y = _hierarchical(rows, kernel, tuple(axes), in_dims, name)
+    else:
+        y = jnp.tensordot(rows, named(gathered(kernel, *axes), name), axes=in_dims)
+    return y.reshape(*lead, *y.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def product(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, name: str) -> jax.Array:
-    """x [rows, *in] times kernel [*in, *out] with logical `axes`, of which the first or the last is `embed`.
-
-    Whole, the kernel has the `name` that train.remat knows. Its gradient is made on each device from its own rows and
-    summed by `scatter_sum` as a matrix [embed, rest]: a reduce-scatter along the first dimension is what libtpu runs
-    beside the products that follow.
-    """
+def _hierarchical(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, name: str) -> jax.Array:
     return jnp.tensordot(x, gathered(kernel, *axes), axes=in_dims)
 
 
 def _forward(
     x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, name: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The product itself, not `product`: remat policies that keep matrix products look for it.
+    # The product itself, not `_hierarchical`: remat policies that keep matmuls look for it.
     whole = named(gathered(kernel, *axes), name)
     return jnp.tensordot(x, whole, axes=in_dims), (x, whole)
 
@@ -52,6 +67,7 @@ def _backward(
 
 
 def _local_gradient(x: jax.Array, dy: jax.Array, *, embed_first: bool) -> jax.Array:
+    """The sum as a matrix [embed, rest]: a reduce-scatter along the first dimension is what libtpu overlaps."""
     in_shape, out_shape = x.shape[1:], dy.shape[1:]
     x, dy = (a.reshape(a.shape[0], -1) for a in (x, dy))
     if embed_first:
@@ -59,4 +75,4 @@ def _local_gradient(x: jax.Array, dy: jax.Array, *, embed_first: bool) -> jax.Ar
     return scatter_sum(dy.T @ x, 0).T.reshape(*in_shape, -1)
 
 
-product.defvjp(_forward, _backward)
+_hierarchical.defvjp(_forward, _backward)

@@ -1,14 +1,24 @@
-"""A parameter that still lies in files: its shape and dtype are known, its values are read a layer at a time."""
+"""Arrays onto devices: weights that still lie in files, layer by layer, and the rows of a batch a process reads."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llava_jax.parallel.sharding import batch_sharding
+from llava_jax.types import Batch
+
+# A stack of layers up to this size is read whole: layer by layer costs a compilation, and a wait for each layer.
+AT_ONCE = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A parameter in our layout, in the place of its numpy array.
 
     shape, dtype  of the array; where `stacked`, its first axis counts layers
@@ -32,3 +42,75 @@ class Stored:
         else:
             array[...] = self.one(0)
         return array
+
+
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
+    """The rows of a global batch of `rows` that this process reads: those its devices hold, in order.
+
+    They need not be neighbours: on a TPU a host has a square of chips, and the mesh runs along the rows of the slice.
+    Processes whose devices hold the same rows (a tensor axis across hosts) read the same ones.
+    """
+    where = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for index in where for row in range(*index[0].indices(rows))}))
+
+
+def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
+    """The batch of `rows` rows as global arrays, of which each process gives its `local_rows`; returns at once."""
+    at = batch_sharding(mesh)
+    place_of = {row: place for place, row in enumerate(local_rows(mesh, rows))}
+
+    def assemble(x: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            # A device's own rows are neighbours, in the batch and so in x.
+            return x[place_of[start] : place_of[start] + stop - start]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), at, shard)
+
+    return jax.tree.map(assemble, batch._replace(rows_BM=None))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays as global ones; each process copies what its devices hold. All must hold the same values.
+
+    What still lies in files (`LazyTensor`) is read on the way, a layer at a time, and never whole in host memory; up to
+    AT_ONCE bytes of it at once.
+
+    (device_put would first compare the values of all processes, and so send every weight over the network.)
+    """
+
+    def put(x: np.ndarray | LazyTensor, at: jax.sharding.Sharding) -> jax.Array:
+        if isinstance(x, LazyTensor):
+            if math.prod(x.shape) * x.dtype.itemsize > AT_ONCE:
+                return _streamed(x, at)
+            x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def _streamed(x: LazyTensor, at: jax.sharding.Sharding) -> jax.Array:
+    """A stored parameter at its sharding; the host holds one layer, or one parameter that has none."""
+    if not x.stacked:
+        return _settled(_layer(x.one(0), x, at))
+    at_layer = at
+    if isinstance(at, NamedSharding):
+        # Stacks are never split along their layers (sharding.spec_of).
+        at_layer = NamedSharding(at.mesh, PartitionSpec(*at.spec[1:]), memory_kind=at.memory_kind)
+    whole = jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=at)()
+    write = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=at)
+    for layer in range(x.shape[0]):
+        whole = _settled(write(whole, _layer(x.one(layer), x, at_layer), layer, 0))
+    return whole
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """The array once it is there and the host's copy is gone, or copies of many would wait for the device at once."""
+    x.block_until_ready()
+    jax.device_put(0)  # jax lets go of a copy at the next call into it
+    return x
+
+
+def _layer(one: np.ndarray, x: LazyTensor, at: jax.sharding.Sharding) -> jax.Array:
+    """One layer's values, which may lie in pages of a file, copied shard by shard in the order they are used."""
+    return jax.make_array_from_callback(one.shape, at, lambda index: np.array(one[index], x.dtype, order="C"))

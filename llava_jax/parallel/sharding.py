@@ -17,13 +17,10 @@ MESH_AXES = ("data", *FSDP, "tensor")
 
 # Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their
 # width over fsdp (gathered layer by layer) and their heads, mlp and vocabulary over tensor (Megatron's layout). The
-# vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it, never waits for it, and sees its
-# own pictures.
+# vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it and never waits for it.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP),
-    "pictures": ("data", *FSDP, "tensor"),
     "length": None,
-    "split_length": "tensor",
     "embed": FSDP,
     "vision_embed": None,
     "vision_heads": None,
@@ -117,11 +114,6 @@ def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, axes, abstract, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def tensor_ways() -> int:
-    """Devices along the tensor axis of the mesh of `jax.set_mesh`; 1 without a mesh."""
-    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over data and fsdp, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -139,20 +131,15 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
-    """Inside shard_map: the sum of `x` over data and fsdp, of which each device keeps its part along `dimension`."""
-    return jax.lax.psum(scatter_fsdp(x, dimension), "data")
+    """Inside shard_map: sum `x` over data and fsdp; each device keeps its part along `dimension`.
 
-
-def scatter_fsdp(x: jax.Array, dimension: int) -> jax.Array:
-    """As `scatter_sum`, over fsdp alone.
-
-    One axis after the other: along a single axis of a TPU's network this is a true reduce-scatter, over two at once
-    the compiler makes an all-reduce of it and cuts the result.
+    One fsdp axis after the other: along a single axis of a TPU's network this is a true reduce-scatter, over two at
+    once the compiler makes an all-reduce of it and slices the result.
     """
     for axis in FSDP:
         if jax.sharding.get_abstract_mesh().shape[axis] > 1:
             x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
-    return x
+    return jax.lax.psum(x, "data")
 
 
 def gathered(kernel: jax.Array, *axes: str) -> jax.Array:
@@ -164,7 +151,8 @@ def gathered(kernel: jax.Array, *axes: str) -> jax.Array:
     return constrain(kernel, *("activation" if axis == "embed" else axis for axis in axes))
 
 
-def named(kernel: jax.Array, name: str) -> jax.Array:
-    """A gathered weight under the name that train.remat may keep it by; where fsdp is 1 nothing was gathered."""
+def named(kernel: jax.Array, layer: str) -> jax.Array:
+    """Name a gathered weight LAYER_weight, so that train.remat can keep it; where fsdp is 1 nothing was gathered."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return checkpoint_name(kernel, name) if name and any(sizes.get(axis, 1) > 1 for axis in FSDP) else kernel
+    gathered_here = layer and any(sizes.get(axis, 1) > 1 for axis in FSDP)
+    return checkpoint_name(kernel, f"{layer}_weight") if gathered_here else kernel

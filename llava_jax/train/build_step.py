@@ -15,10 +15,10 @@ from llava_jax.models.lora import split
 from llava_jax.models.nf4 import is_codes
 from llava_jax.parallel.chips import chip_of
 from llava_jax.parallel.sharding import mesh_sizes, param_shardings
-from llava_jax.settings import lora_targets
 from llava_jax.train.optim import make_optimizer, make_schedule
 from llava_jax.train.step import TrainState, make_step, partition, state_shardings
-from llava_jax.types import LoraConfig, ModelConfig, Settings
+from llava_jax.types import ModelConfig, Settings
+from llava_jax.weights.spec import adapted, float_dtype
 
 
 class Run(NamedTuple):
@@ -82,25 +82,11 @@ def choose_attention(settings: Settings, config: ModelConfig, mesh: Mesh, length
     return dataclasses.replace(config, attention=chosen, attention_block=block)
 
 
-def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
-    """The config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
-    if settings.stage != "lora":
-        return config
-    given = settings.lora
-    lora = LoraConfig(given.rank, given.alpha, given.dropout, lora_targets(given.targets))
-    return dataclasses.replace(config, lora=lora, nf4=settings.train.frozen_dtype == "nf4")
-
-
 def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
     """The config with adapters split over the fsdp devices wherever their rank divides."""
     if config.lora is None or config.lora.rank % mesh_sizes(mesh)["fsdp"]:
         return config
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, split_rank=True))
-
-
-def float_dtype(dtype: str) -> str:
-    """What `train.frozen_dtype` makes of weights that are not in four bits."""
-    return "bfloat16" if dtype == "nf4" else dtype
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

@@ -15,9 +15,10 @@ from llava_jax.data.packing import BatchShape, check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_end, load_tokenizer
-from llava_jax.parallel.distributed import check_agreed, global_batch, is_first, say, stop_signal
+from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
+from llava_jax.parallel.placement import global_batch
 from llava_jax.parallel.sharding import make_mesh
-from llava_jax.settings import absolute_paths, write_settings
+from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint, metrics
 from llava_jax.train.build_step import Run, prepare
 from llava_jax.train.compile_cache import compile_step, compiler_options
@@ -33,9 +34,10 @@ from llava_jax.train.setup import (
     total_steps,
 )
 from llava_jax.train.step import TrainState, batch_ranks
+from llava_jax.train.workdir import absolute_paths, hold_workdir
 from llava_jax.types import Batch, InputError, Record, Settings
-from llava_jax.weights.load import check_vocabulary
-from llava_jax.weights.spec import check_plan, plan_model
+from llava_jax.weights.load import read_projector
+from llava_jax.weights.spec import check_vocabulary, model_spec
 
 STOPPED_EXIT_CODE = 42
 
@@ -49,7 +51,7 @@ def train(settings: Settings, workdir: str) -> None:
     """
     settings = absolute_paths(settings)
     find_template(settings.data.template)
-    with checkpoint.hold_workdir(workdir, settings):
+    with hold_workdir(workdir, settings):
         done, steps = train_held(settings, workdir)
     say(f"{done}/{steps} steps done, saved in {workdir}")
     if done < steps:
@@ -62,25 +64,26 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     mesh = make_mesh(settings.mesh)
     check_batch_size(settings.train.batch_size, batch_ranks(mesh) * settings.train.accumulate, settings.data.pack)
     compiler_options(settings.train.compiler_options, mesh.devices.flat[0].device_kind)
-    plan = plan_model(settings)
-    check_plan(settings, plan)
-    tokenizer = load_tokenizer(plan.tokenizer)
-    check_vocabulary(tokenizer, plan.config, plan.tokenizer)
+    spec = model_spec(settings)
+    if settings.init.projector:
+        read_projector(settings.init.projector, spec.config)  # known to fit before the rows are read
+    tokenizer = load_tokenizer(spec.tokenizer)
+    check_vocabulary(tokenizer, spec.config, spec.tokenizer)
     check_end(tokenizer, find_template(settings.data.template))
-    records, checked = read_records(settings, plan.config, tokenizer)
+    records, checked = read_records(settings, spec.config, tokenizer)
     steps = total_steps(settings, len(records))
     batches = plan_data(settings, mesh, records, checked, steps)
-    run = prepare(settings, plan.config, mesh, steps, batches.shape.length)
-    meta = meta_of(settings, plan, records, batches)
+    run = prepare(settings, spec.config, mesh, steps, batches.shape.length)
+    meta = meta_of(settings, spec, records, batches)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, settings.train.keep) as manager,
-        closing(open_data(settings, plan.config, tokenizer, records, batches, mesh)) as data,
+        closing(open_data(settings, spec.config, tokenizer, records, batches, mesh)) as data,
         stop_signal() as stopping,
     ):
-        say(opening(settings, plan, run, len(records), batches))
-        state, frozen = restore_or_start(workdir, settings, plan, run, manager, data, meta)
+        say(opening(settings, spec, run, len(records), batches))
+        state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)

@@ -16,7 +16,8 @@ from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.data.validate import Checked, check_once, plan_once
 from llava_jax.models.flops import step_flops
 from llava_jax.parallel.chips import chip_of
-from llava_jax.parallel.distributed import local_rows, place, say
+from llava_jax.parallel.distributed import say
+from llava_jax.parallel.placement import local_rows, place
 from llava_jax.parallel.sharding import mesh_sizes
 from llava_jax.settings import STAGES
 from llava_jax.train import checkpoint
@@ -25,14 +26,9 @@ from llava_jax.train.optim import describe, warmup_steps
 from llava_jax.train.step import TrainState, batch_ranks, partition
 from llava_jax.types import InputError, ModelConfig, Settings
 from llava_jax.weights.chat_known import chat_template_note
-from llava_jax.weights.spec import (
-    Plan,
-    check_unchanged,
-    frozen_sources,
-    model_inputs,
-    origins,
-    read_params,
-)
+from llava_jax.weights.fingerprints import check_unchanged, frozen_sources, model_inputs
+from llava_jax.weights.load import read_params
+from llava_jax.weights.spec import ModelSpec, origins
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 
@@ -107,7 +103,7 @@ def open_data(
 
 
 def restore_or_start(
-    workdir: str, settings: Settings, plan: Plan, run: Run, manager: Any, data: BatchIterator, meta: dict
+    workdir: str, settings: Settings, spec: ModelSpec, run: Run, manager: Any, data: BatchIterator, meta: dict
 ) -> tuple[TrainState, Any]:
     """(state, frozen parameters): the newest readable checkpoint with `data` at its position, or a fresh start."""
     restored = checkpoint.restore(workdir, manager, run.state, data)
@@ -117,16 +113,16 @@ def restore_or_start(
         state, saved = restored
         check_unchanged(workdir, saved, meta)
         say(f"resuming at step {int(state.step)}")
-        return state, read_params(settings, plan, frozen_dtypes, frozen_at)
+        return state, read_params(settings, spec, frozen_dtypes, frozen_at)
     at = jax.tree.map(lambda x: x.sharding, run.state)
     dtypes = dict.fromkeys(run.state.params, settings.train.param_dtype)
-    read = read_params(settings, plan, frozen_dtypes | dtypes, frozen_at | at.params)
+    read = read_params(settings, spec, frozen_dtypes | dtypes, frozen_at | at.params)
     params, frozen = partition(read, settings.stage)
     opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
     return TrainState(place(np.zeros((), np.int32), at.step), params, opt_state), frozen
 
 
-def meta_of(settings: Settings, plan: Plan, records: Rows, batches: BatchPlan) -> dict:
+def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPlan) -> dict:
     """What a checkpoint says about itself."""
     source = settings.data.annotations
     rows = {"source": source, "fingerprint": records.fingerprint}
@@ -136,7 +132,7 @@ def meta_of(settings: Settings, plan: Plan, records: Rows, batches: BatchPlan) -
         "stage": settings.stage,
         "trainable": list(STAGES[settings.stage]),
         "frozen": frozen_sources(settings),
-        "inputs": model_inputs(plan) | {"data.annotations": rows, "the order of rows": order},
+        "inputs": model_inputs(spec) | {"data.annotations": rows, "the order of rows": order},
     }
 
 
@@ -152,7 +148,7 @@ def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
     return flops / (chip.peak_flops * run.mesh.size)
 
 
-def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchPlan) -> str:
+def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: BatchPlan) -> str:
     """What was decided, printed before the first update."""
     t, steps = settings.train, batches.steps
     epochs = steps * t.batch_size / rows
@@ -160,19 +156,19 @@ def opening(settings: Settings, plan: Plan, run: Run, rows: int, batches: BatchP
     devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
     processes = jax.process_count()
     share = f", {processes} processes" if processes > 1 else ""
-    note = chat_template_note(plan.tokenizer, settings.data.template)
-    of_tile = " a tile, each tile counted as a picture" if plan.config.pinpoints else ""
+    note = chat_template_note(spec.tokenizer, settings.data.template)
+    of_tile = " a tile, each tile counted as a picture" if spec.config.pinpoints else ""
     return "\n".join(
         [
             f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "
             f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
             f"{batches.shape}, at most {batches.most} conversations a row",
-            f"projector {plan.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
+            f"projector {spec.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
             f"accumulate {t.accumulate}, mesh {mesh} on {devices}{share}",
-            origins(settings, plan),
-            f"tokenizer {plan.tokenizer}, template {settings.data.template}, "
-            f"image {plan.config.vision.image_size} px {settings.data.aspect}, "
-            f"{plan.config.vision.patches} image tokens{of_tile} (id {plan.config.image_token_id}), "
+            origins(settings, spec),
+            f"tokenizer {spec.tokenizer}, template {settings.data.template}, "
+            f"image {spec.config.vision.image_size} px {settings.data.aspect}, "
+            f"{spec.config.vision.patches} image tokens{of_tile} (id {spec.config.image_token_id}), "
             f"max_length {settings.data.max_length}",
             *([note] if note else []),
             describe(settings.optim, run.state.params, run.frozen),

@@ -15,7 +15,7 @@ from llava_jax.models.llava import Llava
 from llava_jax.models.lora import join, linears, merged
 from llava_jax.models.nf4 import dequantise, quantise
 from llava_jax.models.rope import angles
-from llava_jax.parallel.distributed import place
+from llava_jax.parallel.placement import place
 from llava_jax.types import LoraConfig, ModelConfig
 
 Params = dict[str, Any]

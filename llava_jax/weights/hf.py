@@ -1,6 +1,6 @@
 """Folders to our parameters: CLIP, LLaMA, LLaVA (Hugging Face's and the original) and projector files, strictly.
 
-Every function takes `stored`: True leaves the values in the files, as `stored.Stored`, to be read layer by layer.
+Every function takes `lazy`: True leaves the values in the files, as `LazyTensor`, to be read layer by layer.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from llava_jax.data.images import ASPECTS
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.llava import build
-from llava_jax.parallel.placement import Stored
+from llava_jax.parallel.placement import LazyTensor
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.chat_known import recognised_template
@@ -68,7 +68,7 @@ class LlavaExtras:
 
 
 def read_clip(
-    folder: str, *, feature_layer: int = -2, dtype: str = "float32", stored: bool = False
+    folder: str, *, feature_layer: int = -2, dtype: str = "float32", lazy: bool = False
 ) -> tuple[ClipConfig, Params]:
     """Config and `vision` parameters (numpy, `dtype`) of a CLIP or SigLIP folder, the whole model or the vision part.
 
@@ -80,32 +80,32 @@ def read_clip(
     hf_config.check_feature_layer(feature_layer, config, where)
     config = with_pixels(config, folder)
     model = ModelConfig(vision=config, llm=_NO_LLM, feature_layer=feature_layer)
-    return config, _read(open_folder(folder), "clip", model, ("vision",), dtype, stored)["vision"]
+    return config, _read(open_folder(folder), "clip", model, ("vision",), dtype, lazy)["vision"]
 
 
-def read_llama(folder: str, *, dtype: str = "float32", stored: bool = False) -> tuple[LlamaConfig, Params]:
+def read_llama(folder: str, *, dtype: str = "float32", lazy: bool = False) -> tuple[LlamaConfig, Params]:
     """Config and `llm` parameters (numpy, `dtype`) of a decoder folder, of a family in convert.families."""
     given = hf_config.read_config(folder, "a Hugging Face LLaMA folder (config.json and safetensors)")
     config = hf_config.llama_config(given, os.path.join(folder, "config.json"))
     model = ModelConfig(vision=_NO_CLIP, llm=config)
-    return config, _read(open_folder(folder), "llama", model, ("llm",), dtype, stored)["llm"]
+    return config, _read(open_folder(folder), "llama", model, ("llm",), dtype, lazy)["llm"]
 
 
 def read_llava(
-    folder: str, *, dtype: str = "float32", stored: bool = False, beside: Beside = HERE
+    folder: str, *, dtype: str = "float32", lazy: bool = False, beside: Beside = HERE
 ) -> tuple[ModelConfig, Params, LlavaExtras]:
     """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration or original LLaVA folder.
 
     `beside` are folders for what an original folder only names.
     """
     config, extras = read_llava_config(folder, beside)
-    return config, _read(*_opened(folder, beside), config, PARTS, dtype, stored), extras
+    return config, _read(*_opened(folder, beside), config, PARTS, dtype, lazy), extras
 
 
-def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, stored: bool = False) -> Params:
+def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, lazy: bool = False) -> Params:
     """The parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; all are checked."""
     config, _ = read_llava_config(folder)
-    return _read(*_opened(folder, HERE), config, PARTS, dtypes, stored)
+    return _read(*_opened(folder, HERE), config, PARTS, dtypes, lazy)
 
 
 def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
@@ -174,7 +174,7 @@ def _read(
     config: ModelConfig,
     parts: tuple[str, ...],
     dtype: str | Mapping[str, str],
-    stored: bool = False,
+    lazy: bool = False,
 ) -> Params:
     """The named parts of the model from `tensors`, or one InputError that lists every difference.
 
@@ -188,7 +188,7 @@ def _read(
     problems += _differences(tensors, kind, config, names, expected)
     if problems:
         raise InputError(f"{tensors.where}: the weights do not fit the config: {'; '.join(problems)}")
-    flat: dict[str, Stored] = {}
+    flat: dict[str, LazyTensor] = {}
     for path, shape in wanted.items():
         part = path.split("/")[0]
         if part not in dtypes:
@@ -199,9 +199,9 @@ def _read(
         def one(layer: int, row: name_table.Row = row, shape: tuple[int, ...] = one_shape) -> np.ndarray:
             return name_table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape)
 
-        flat[path] = Stored(shape, np.dtype(jnp.dtype(dtypes[part])), row.stacked, one)
+        flat[path] = LazyTensor(shape, np.dtype(jnp.dtype(dtypes[part])), row.stacked, one)
     tree = name_table.unflatten(flat)
-    return tree if stored else jax.tree.map(np.asarray, tree)
+    return tree if lazy else jax.tree.map(np.asarray, tree)
 
 
 def _spelled(tensors: Tensors, kind: str) -> tuple[dict[str, str], list[str]]:

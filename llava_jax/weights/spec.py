@@ -1,34 +1,17 @@
 """The model of a run from its settings: config without weights first, then every part read or drawn and placed."""
 
 import dataclasses
-import glob
-import hashlib
 import os
 from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
-
-from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.models.llava import Llava, build
-from llava_jax.models.lora import split as split_adapters
-from llava_jax.models.nf4 import stored_as
-from llava_jax.parallel.distributed import place
-from llava_jax.settings import RANDOM, STAGES, nearest, read_settings
-from llava_jax.train import checkpoint
-from llava_jax.train.build_step import adapted, float_dtype
-from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Settings
+from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
+from llava_jax.settings import RANDOM, lora_targets, nearest, read_settings
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, LoraConfig, ModelConfig, Settings
 from llava_jax.weights import hf, hf_config
-from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
-from llava_jax.weights.processor import TOKENIZER_FILES
-from llava_jax.weights.source import is_workdir, parse, split
-from llava_jax.weights.tensors import weight_files
+from llava_jax.weights.source import parse
 
 Params = dict[str, Any]
 
-# Largest difference of logits, over the largest logit, that merging adapters may make by rounding.
-MERGED_ALIKE = {"float32": 1e-4, "bfloat16": 0.1}
 EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
@@ -63,7 +46,7 @@ LLAMAS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ModelSpec:
     """A model that is not read yet: config, tokenizer folder, the folder its vision tower comes from (None: random)."""
 
     config: ModelConfig
@@ -74,17 +57,17 @@ class Plan:
 # ---- config -----------------------------------------------------------------------------------------------------
 
 
-def plan_model(settings: Settings) -> Plan:
+def model_spec(settings: Settings) -> ModelSpec:
     """Config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
     if settings.init.model:
         form, folder = parse(settings.init.model, "init.model")
         if form == "run":
-            plan = plan_model(read_settings(os.path.join(folder, "config.json")))
+            spec = model_spec(read_settings(os.path.join(folder, "config.json")))
         else:
             config, extras = hf.read_llava_config(folder)
-            plan = Plan(config, extras.tokenizer, extras.vision)
-        config = dataclasses.replace(plan.config, dtype=settings.train.dtype, remat=settings.train.remat)
-        return dataclasses.replace(plan, config=_with_aspect(settings, config))
+            spec = ModelSpec(config, extras.tokenizer, extras.vision)
+        config = dataclasses.replace(spec.config, dtype=settings.train.dtype, remat=settings.train.remat)
+        return dataclasses.replace(spec, config=_with_aspect(settings, config))
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
     hf_config.check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
     tokenizer = tokenizer_folder(settings.model.llm)
@@ -98,7 +81,7 @@ def plan_model(settings: Settings) -> Plan:
         remat=settings.train.remat,
     )
     config = _with_aspect(settings, config)
-    return Plan(config, tokenizer, None if settings.model.vision.startswith(RANDOM) else settings.model.vision)
+    return ModelSpec(config, tokenizer, None if settings.model.vision.startswith(RANDOM) else settings.model.vision)
 
 
 def _with_aspect(settings: Settings, config: ModelConfig) -> ModelConfig:
@@ -151,15 +134,9 @@ def tokenizer_folder(spec: str) -> str:
     return (os.path.dirname(name) or ".") if name.endswith(".json") else EMBEDDED_TOKENIZER
 
 
-def check_plan(settings: Settings, plan: Plan) -> None:
-    """InputError for what a run would only meet after it has read its rows."""
-    if settings.init.projector:
-        read_projector(settings.init.projector, plan.config)
-
-
-def origins(settings: Settings, plan: Plan) -> str:
+def origins(settings: Settings, spec: ModelSpec) -> str:
     """Where each part comes from, and what of the config that leaves unread."""
-    init, config = settings.init, plan.config
+    init, config = settings.init, spec.config
     if not init.model:
         projector = init.projector or f"random ({config.projector})"
         return f"vision {settings.model.vision}, decoder {settings.model.llm}, projector {projector}"
@@ -176,221 +153,42 @@ def origins(settings: Settings, plan: Plan) -> str:
     return "; ".join([line, *unread])
 
 
-# ---- weights ----------------------------------------------------------------------------------------------------
-
-
-def read_params(settings: Settings, plan: Plan, dtypes: dict[str, str], at: Params) -> Params:
-    """The parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed at the shardings `at`."""
-    config = adapted(settings, plan.config)
-    dtypes = {part: float_dtype(dtype) for part, dtype in dtypes.items()}
-    read = read_files(settings, plan, dtypes)
-    for part in read:
-        quantised = part == "llm" and config.nf4
-        read[part] = place_quantised(config, read[part], at[part]) if quantised else place(read[part], at[part])
-    drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    return read | random_params(config, settings.seed, drawn, {part: at[part] for part in drawn})
-
-
-def read_files(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
-    """Those parts of `dtypes` that lie in files, in their dtype, as `Stored` or numpy; the others are drawn."""
-    read = _read_sources(settings, plan, dtypes)
-    if plan.config.pinpoints and "image_newline" not in read.get("projector", {"image_newline": None}):
-        # The source is no LLaVA-NeXT yet.
-        D = plan.config.llm.width
-        drawn = np.random.default_rng(settings.seed).normal(0, D**-0.5, D)
-        read["projector"] |= _cast({"image_newline": drawn}, dtypes["projector"])
-    return read
-
-
-def _read_sources(settings: Settings, plan: Plan, dtypes: dict[str, str]) -> Params:
-    read: Params = {}
-    if "projector" in dtypes and settings.init.projector:
-        read["projector"] = _cast(read_projector(settings.init.projector, plan.config), dtypes["projector"])
-    left = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    if settings.init.model:
-        form, folder = parse(settings.init.model, "init.model")
-        whole = _read_run(folder, left)[1] if form == "run" else hf.read_llava_parts(folder, left, stored=True)
-        return read | whole
-    if "vision" in left and not settings.model.vision.startswith(RANDOM):
-        layer = plan.config.feature_layer
-        found = hf.read_clip(settings.model.vision, feature_layer=layer, dtype=left["vision"], stored=True)
-        read["vision"] = found[1]
-    if "llm" in left and not settings.model.llm.startswith(RANDOM):
-        read["llm"] = hf.read_llama(settings.model.llm, dtype=left["llm"], stored=True)[1]
-    return read
-
-
-def _cast(tree: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda x: np.asarray(x, jax.numpy.dtype(dtype)), tree)
-
-
-def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Params | None) -> Params:
-    """The parts named in `dtypes` of `models.llava.init(config, seed)`, drawn where they lie; no other is computed.
-
-    `at` holds their shardings; None leaves them on the first device.
-    """
-
-    def make(key: jax.Array) -> Params:
-        params = split_adapters(nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key)))))
-        return {part: stored_as(params[part], dtype) for part, dtype in dtypes.items()}
-
-    return jax.jit(make, out_shardings=at)(jax.random.key(seed)) if dtypes else {}
-
-
-def read_projector(source: str, config: ModelConfig) -> Params:
-    """Projector (float32 numpy) of a .safetensors or .bin file or of a run's workdir, checked against the config."""
-    if not os.path.exists(source):
-        raise InputError(
-            f"init.projector={source}: not found, expected a .safetensors or .bin file or a pretrain workdir"
-        )
-    if not os.path.isdir(source):
-        return hf.read_projector(source, config)
-    if not is_workdir(source):
-        raise InputError(f"init.projector={source}: no checkpoints in it, expected the workdir of a pretrain run")
-    found = checkpoint.load_params(source, part="projector")[1]["projector"]
-    if "image_newline" not in found:
-        config = dataclasses.replace(config, pinpoints=())
-    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, build(config)[1]["projector"])]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"init.projector={source}: holds {shapes[0]}, this model needs {shapes[1]}")
-    return found
-
-
-def load_trained(
-    workdir: str, step: int | None = None, dtype: str | None = None, check_merge: bool = False
-) -> tuple[Plan, Params, Settings]:
-    """(plan, whole model as numpy or `Stored`, settings) of a run; `dtype` is by default the one it computes in.
-
-    Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
-    the run saw: InputError otherwise. `check_merge` compares logits before and after adapters are merged.
-    """
-    if not is_workdir(workdir):
-        raise InputError(f"{workdir}: no training run in it, expected config.json and checkpoints/ of `train`")
-    settings = read_settings(os.path.join(workdir, "config.json"))
-    plan, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step, check_merge)
-    return plan, params, settings
-
-
-def load_adapters(workdir: str) -> tuple[ModelConfig, Params]:
-    """(config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest checkpoint."""
-    settings = read_settings(os.path.join(workdir, "config.json"))
+def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
+    """The config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
     if settings.stage != "lora":
-        raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
-    return adapted(settings, plan_model(settings).config), checkpoint.load_params(workdir)[1]
+        return config
+    given = settings.lora
+    lora = LoraConfig(given.rank, given.alpha, given.dropout, lora_targets(given.targets))
+    return dataclasses.replace(config, lora=lora, nf4=settings.train.frozen_dtype == "nf4")
 
 
-def _say_difference(workdir: str, difference: float, dtype: str) -> None:
-    print(f"adapters merged into {dtype}: logits of a probe differ by {difference:.1e} of the largest one")
-    if difference > MERGED_ALIKE[dtype]:
+def float_dtype(dtype: str) -> str:
+    """What `train.frozen_dtype` makes of weights that are not in four bits."""
+    return "bfloat16" if dtype == "nf4" else dtype
+
+
+def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str) -> None:
+    """InputError when the tokenizer in `folder` is that of another model.
+
+    The embedding may have more rows than the tokenizer has ids; `<image>` and the pad token may lie outside, as their
+    rows are never looked up.
+    """
+    rows, image = config.llm.vocab_size, tokenizer.image_token_id(0)
+    outside = {i for i in (config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
+    mend = "copy the tokenizer's files from where the model came from"
+    if tokenizer.size - len(outside) > rows:
         raise InputError(
-            f"{workdir}: the merged model's logits differ by {difference:.1e} from those of the adapters, at most "
-            f"{MERGED_ALIKE[dtype]} is rounding: train with another --config.train.dtype, or take peft:DIR"
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} and the decoder's embedding {rows} rows: "
+            f"expected the tokenizer that belongs to the decoder; {mend}"
         )
-
-
-def _read_run(
-    workdir: str, dtypes: dict[str, str], step: int | None = None, check_merge: bool = False
-) -> tuple[Plan, Params]:
-    """(plan, the parts named in `dtypes` as numpy or `Stored`) of a run; adapters are merged, if asked with a check."""
-    settings = read_settings(os.path.join(workdir, "config.json"))
-    plan = plan_model(settings)
-    _, trained, meta = checkpoint.load_params(workdir, step)
-    check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(plan)})
-    params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
-    frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
-    if "lora" in trained and "llm" in frozen:
-        frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
-    params |= read_files(settings, plan, frozen)
-    drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    params |= jax.tree.map(np.asarray, random_params(plan.config, settings.seed, drawn, None))
-    if "lora" in trained and "llm" in frozen:
-        config = adapted(settings, plan.config)
-        llm = jax.tree.map(np.asarray, params["llm"])
-        merge = merge_adapters(config, llm, trained["lora"], dtypes["llm"])
-        if check_merge:
-            _say_difference(workdir, merge_difference(config, llm, trained["lora"], merge), dtypes["llm"])
-        params["llm"] = merge
-    return plan, params
-
-
-# ---- sources ----------------------------------------------------------------------------------------------------
-
-
-def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
-    """Where each frozen part comes from, with a fingerprint of the folder: kept in every checkpoint."""
-    given = {"vision": settings.model.vision, "llm": settings.model.llm, "projector": settings.init.projector}
-    sources = {}
-    for part in given:
-        if part not in STAGES[settings.stage]:
-            source = settings.init.model or given[part]
-            sources[part] = {"source": source, "fingerprint": fingerprint(source)}
-    return sources
-
-
-def model_inputs(plan: Plan) -> dict[str, dict[str, str]]:
-    """Path and hash of what a model depends on beside its weights: kept in every checkpoint."""
-    files = [os.path.join(plan.tokenizer, name) for name in TOKENIZER_FILES]
-    inputs = file_inputs("the tokenizer", plan.tokenizer, *files)
-    inputs |= file_inputs("the decoder's config.json", os.path.join(plan.tokenizer, "config.json"))
-    if plan.vision_folder:
-        inputs |= file_inputs("the vision tower's config.json", os.path.join(plan.vision_folder, "config.json"))
-        settings = os.path.join(plan.vision_folder, "preprocessor_config.json")
-        inputs |= file_inputs("the vision tower's picture settings", settings)
-    return inputs
-
-
-def file_inputs(name: str, path: str, *files: str) -> dict[str, dict[str, str]]:
-    """{name: path and hash of the content of `files` (the path itself by default)}; absent files count as such."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files or (path,):
-        content = ""
-        if os.path.isfile(file):
-            with open(file, "rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{os.path.basename(file)} {content}\n".encode())
-    return {name: {"source": path, "fingerprint": digest.hexdigest()}}
-
-
-def check_unchanged(workdir: str, saved: dict, now: dict) -> None:
-    """InputError when a frozen part or another input is no longer what the checkpoint was trained on.
-
-    `saved` and `now` are metas of checkpoints; an input that either does not name is not compared.
-    """
-    found = {f"the frozen {part}": (was, now["frozen"][part]) for part, was in saved["frozen"].items()}
-    inputs = saved.get("inputs", {})
-    found |= {name: (inputs[name], given) for name, given in now["inputs"].items() if name in inputs}
-    for name, (was, given) in found.items():
-        if was["fingerprint"] != given["fingerprint"]:
-            raise InputError(
-                f"{workdir}: {name} in {given['source']} is not the one this run was trained with (fingerprint "
-                f"{given['fingerprint']}, was {was['fingerprint']}): put it back, or choose another workdir"
-            )
-
-
-def fingerprint(source: str) -> str:
-    """Hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
-
-    Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
-    count as part of it.
-    """
-    folder = split(source)[1]
-    if is_workdir(folder):
-        return checkpoint.fingerprint(folder)
-    paths = [path for other in hf.weight_folders(folder) for path in _weights(other)] if folder else []
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        size = os.path.getsize(path)
-        digest.update(f"{os.path.basename(path)} {size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest() if paths else ""
-
-
-def _weights(folder: str) -> list[str]:
-    """Weight files of a folder: .safetensors, and others unless the model itself lies in the former."""
-    found, own = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))), weight_files(folder)
-    if any(path in found for path in own):
-        return found
-    return found + sorted({*own, *glob.glob(os.path.join(glob.escape(folder), "*.bin"))})
+    if image < tokenizer.size and image != config.image_token_id:
+        raise InputError(
+            f"{folder}: <image> is {image} in the tokenizer and {config.image_token_id} in the model "
+            f"(image_token_index of config.json): expected one id; {mend}"
+        )
+    word = tokenizer.decode([config.image_token_id]) if config.image_token_id < image == tokenizer.size else ""
+    if word:
+        raise InputError(
+            f"{folder}: the model's image token {config.image_token_id} (image_token_index of config.json) is the text "
+            f"{word!r} in the tokenizer: expected one with <image>; {mend}"
+        )
