@@ -30,7 +30,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.group_by = "none"  # modality_length: rows of like length and kind share an update, as the original
     c.data.pack = False  # several conversations in a row
     c.data.pack_length = 0  # tokens in a packed row; 0: what leaves the least padding
-    c.data.pack_images = 0  # pictures in a packed row; 0: what is needed
+    c.data.pack_images = 0  # images in a packed row; 0: what is needed
     c.data.workers = 0  # threads that make batches, and processes that check rows before the run; 0: one, and none
 
     c.optim = ml_collections.ConfigDict()
@@ -72,7 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1  # -1: the devices that are left
     c.mesh.tensor = 1
-    c.mesh.fsdp_inner = 1  # of the fsdp devices, along a second axis of the network: sums are made in two steps
+    c.mesh.fsdp_inner = 1  # of the fsdp devices, along a second axis of the network: sums are made hierarchically
     return c
 
 

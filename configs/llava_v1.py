@@ -4,7 +4,7 @@
     --config=configs/llava_v1.py:size=13b,stage=finetune       157,712 conversations, batch 32, lr 2e-5, 14,787 steps
 
 7B and 13B share every value. Both stages use the v0 prompt with the placeholder where the row has it, crop their
-pictures and clip gradients at norm 1.
+images and clip gradients at norm 1.
 """
 
 import ml_collections

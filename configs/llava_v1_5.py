@@ -4,7 +4,7 @@
     --config=configs/llava_v1_5.py:size=7b,stage=finetune      665,298 conversations, batch 128, lr 2e-5, 5,198 steps
     --config=configs/llava_v1_5.py:size=7b,stage=lora          the same with adapters (rank 128, alpha 256), lr 2e-4
 
-7B and 13B share every value. Neither stage clips gradients. The first crops its pictures, the second pads them. The
+7B and 13B share every value. Neither stage clips gradients. The first crops its images, the second pads them. The
 original draws its finetune batches by modality and length; here they are drawn from one shuffled stream.
 """
 

@@ -32,15 +32,15 @@ from llava_jax.weights.spec import check_vocabulary
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 Message = Mapping[str, Any]
-Picture = str | os.PathLike[str] | Image.Image
+ImageLike = str | os.PathLike[str] | Image.Image
 
 
-# ---- text and pictures to what the model takes, and back ------------------------------------------------------------
+# ---- text and images to what the model takes, and back ------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Everything between messages and tokens: tokenizer, template and picture settings, as in training."""
+    """Everything between messages and tokens: tokenizer, template and image settings, as in training."""
 
     tokenizer: TextTokenizer
     config: ModelConfig
@@ -53,12 +53,12 @@ class Processor:
         return find_template(self.template)
 
     def tokens(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32[t] of a conversation that the assistant is to go on, each image as its image tokens."""
-        turns, pictures = read_messages(messages)
+        """int32[t] of a conversation that the assistant is to continue, each image as its image tokens."""
+        turns, images = read_messages(messages)
         spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
         encoded = encode(spans, self.tokenizer)
         tiles = tiling(self.config)
-        counts = self.config.vision.patches if tiles is None else tiles.tokens(_sizes(pictures))
+        counts = self.config.vision.patches if tiles is None else tiles.tokens(_sizes(images))
         tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
         room = self.config.llm.max_positions
         if tokens.size >= room:
@@ -69,13 +69,13 @@ class Processor:
         return tokens.astype(np.int32)
 
     def pixels(self, messages: Sequence[Message]) -> np.ndarray:
-        """float32[n, X, Y, C] of the pictures of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
+        """float32[n, X, Y, C] of the images of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
         size, tiles, how = self.config.vision.image_size, tiling(self.config), self.config.vision.pixels
-        _, pictures = read_messages(messages)
+        _, images = read_messages(messages)
         arrays = [np.zeros((0, size, size, 3), np.float32)]
-        for picture in pictures:
-            picture = picture if isinstance(picture, Image.Image) else os.fspath(picture)
-            arrays.append(normalised(load_tiles(picture, size, self.aspect, tiles, how), how))
+        for image in images:
+            image = image if isinstance(image, Image.Image) else os.fspath(image)
+            arrays.append(normalised(load_tiles(image, size, self.aspect, tiles, how), how))
         return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
@@ -107,9 +107,9 @@ class Processor:
         return stop_table(spelled, ids, token_texts(self.tokenizer, size) if spelled else [""] * size)
 
 
-def _sizes(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
-    """(width, height) of each picture; of a file its header is read."""
-    return [p.size if isinstance(p, Image.Image) else image_size(os.fspath(p)) for p in pictures]
+def _sizes(images: Sequence[ImageLike]) -> list[tuple[int, int]]:
+    """(width, height) of each image; of a file its header is read."""
+    return [p.size if isinstance(p, Image.Image) else image_size(os.fspath(p)) for p in images]
 
 
 def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
@@ -119,14 +119,14 @@ def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
     return [tokenizer.decode([before, token])[start:] for token in range(size)]
 
 
-def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[Picture]]:
-    """Turns with one placeholder a picture, and the pictures in order.
+def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[ImageLike]]:
+    """Turns with one placeholder an image, and the images in order.
 
     A message is {"role": "user" | "assistant", "content": text, or a list of parts {"type": "text", "text": …} and
-    {"type": "image", "image": path or PIL image}}. Pictures of a message whose text has no placeholder stand before
+    {"type": "image", "image": path or PIL image}}. Images of a message whose text has no placeholder stand before
     it. Raises InputError for a message of another shape, a count that does not match, or turns that do not alternate.
     """
-    turns, pictures = [], []
+    turns, images = [], []
     for index, message in enumerate(messages):
         where = f"message {index + 1}"
         role = message.get("role")
@@ -136,7 +136,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[P
         text, shown = _read_content(message.get("content"), where)
         found = text.count(IMAGE_PLACEHOLDER)
         if role == "assistant" and (found or shown):
-            raise InputError(f"{where}: a picture in an answer; only the user's messages may have one")
+            raise InputError(f"{where}: an image in an answer; only the user's messages may have one")
         if found == 0:
             text = (IMAGE_PLACEHOLDER + "\n") * len(shown) + text
         elif found != len(shown):
@@ -146,34 +146,34 @@ def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[P
         if not text.strip():
             raise InputError(f"{where}: is empty; expected text")
         turns.append(Turn(SPEAKERS[role], text))
-        pictures += shown
+        images += shown
     if len(turns) % 2 == 0:
         raise InputError(f"{len(turns)} messages: expected the last one to be the user's")
-    return tuple(turns), pictures
+    return tuple(turns), images
 
 
-def _read_content(content: Any, where: str) -> tuple[str, list[Picture]]:
+def _read_content(content: Any, where: str) -> tuple[str, list[ImageLike]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence):
         raise InputError(f"{where}: content is {type(content).__name__}, expected text or a list of parts")
-    texts, pictures = [], []
+    texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind == "image" and isinstance(part.get("image"), (str, os.PathLike, Image.Image)):
-            pictures.append(part["image"])
+            images.append(part["image"])
         else:
             raise InputError(
                 f'{where}: a part is {str(part)[:80]}; expected {{"type": "text", "text": …}} or '
                 '{"type": "image", "image": path or PIL image}'
             )
-    return "\n".join(texts), pictures
+    return "\n".join(texts), images
 
 
-def question(text: str, images: Picture | Sequence[Picture] | None) -> list[Message]:
-    """The messages of one question about no picture, one, or several."""
+def question(text: str, images: ImageLike | Sequence[ImageLike] | None) -> list[Message]:
+    """The messages of one question about no image, one, or several."""
     if images is None:
         images = []
     elif isinstance(images, (str, os.PathLike, Image.Image)):
@@ -209,7 +209,7 @@ class Llava:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What an answer depends on beside the weights and the sampling."""
+        """What an answer depends on next to the weights and the sampling."""
         processor = self.processor
         return {
             "template": processor.template,
@@ -222,15 +222,15 @@ class Llava:
     def generate(
         self,
         prompts: str | Sequence[str],
-        images: Picture | Sequence[Picture | Sequence[Picture] | None] | None = None,
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None] | None = None,
         *,
         batch_size: int = 8,
         **sampling: Any,
     ) -> list[str]:
-        """The answer to each prompt; `images` holds, for each, None, a picture (path or PIL image) or several.
+        """The answer to each prompt; `images` holds, for each, None, an image (path or PIL image) or several.
 
         `sampling` takes the fields of `llava_jax.Sampling`; an answer depends on its own prompt and the sampling only.
-        Without a `<image>` in a prompt its pictures stand before it. Raises InputError for what cannot be asked.
+        Without a `<image>` in a prompt its images stand before it. Raises InputError for what cannot be asked.
         """
         if isinstance(prompts, str):
             prompts, images = [prompts], [images]
@@ -265,11 +265,11 @@ class Llava:
         tokens_BT = np.asarray(tokens_BT, np.int32)
         mask_BT = np.ones_like(tokens_BT) if mask_BT is None else np.asarray(mask_BT, np.int32)
         if self.config.pinpoints:
-            pixels_BNXYC, take_BT = rows_of_tiles(tokens_BT, pixels_BCHW, image_sizes, self.config)
+            pixels_BNXYC, feature_index_BT = rows_of_tiles(tokens_BT, pixels_BCHW, image_sizes, self.config)
         else:
-            pixels_BNXYC, take_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
+            pixels_BNXYC, feature_index_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
         graphdef = self.engine.graphdef
-        return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, take_BT, graphdef=graphdef))
+        return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT, graphdef=graphdef))
 
     # What answers.py and chat.py ask for.
 
@@ -282,7 +282,7 @@ class Llava:
         return self.processor.prompt(messages)
 
     def length(self, messages: Sequence[Message]) -> int:
-        """Tokens of a prompt, its pictures counted but not read."""
+        """Tokens of a prompt, its images counted but not read."""
         return int(self.processor.tokens(messages).size)
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]:
@@ -292,10 +292,16 @@ class Llava:
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _logits(
-    params: dict[str, Any], tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, take_BT: Any, *, graphdef: nnx.GraphDef
+    params: dict[str, Any],
+    tokens_BT: Any,
+    pixels_BNXYC: Any,
+    mask_BT: Any,
+    feature_index_BT: Any,
+    *,
+    graphdef: nnx.GraphDef,
 ) -> jax.Array:
     positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-    return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT, take_BT)
+    return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT, feature_index_BT)
 
 
 def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig) -> np.ndarray | None:

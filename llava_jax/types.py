@@ -28,7 +28,7 @@ class InputError(Exception):
     """Something the user gave cannot be used: one line that says what, where, what was expected and what to do.
 
     The CLI prints it after `error: ` and exits with code 2. Nothing else catches it but what names more than one
-    (`prepare verify`, the check before training), adds the line of a file (answers) or goes on (chat).
+    (`prepare verify`, the check before training), adds the line of a file (answers) or continues (chat).
     """
 
 
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One row of LLaVA's annotations; `images` are paths relative to `data.images`, or pictures as the bytes of a file,
+    """One row of LLaVA's annotations; `images` are paths relative to `data.images`, or images as the bytes of a file,
     in placeholder order.
     """
 
@@ -75,7 +75,7 @@ class Batch(NamedTuple):
     positions_BT    int32; rotary positions, 0.. within each segment
     pixels_BNXYC    uint8, the RGB squares that the tower sees, before they are normalised (the step does it, so that a
                     quarter of the bytes travels); zeros in image slots a row does not use
-    shown_BN        bool, image slots that hold a picture
+    shown_BN        bool, image slots that hold an image
     rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M
                     (host only: None on the device)
     take_BT         int32, with anyres only: which feature of the row's tiles (n * P + p) an image token takes, -1 for
@@ -87,16 +87,16 @@ class Batch(NamedTuple):
     segment_ids_BT: Any
     positions_BT: Any
     pixels_BNXYC: Any
-    shown_BN: Any
+    image_mask_BN: Any
     rows_BM: Any = None
-    take_BT: Any = None
+    feature_index_BT: Any = None
 
 
 # ---- models -----------------------------------------------------------------------------------------------------
 
 
 class Pixels(NamedTuple):
-    """How a tower wants its pictures: resized by `resample` (bicubic, bilinear), then normalised; CLIP's by default."""
+    """How a tower wants its images: resized by `resample` (bicubic, bilinear), then normalised; CLIP's by default."""
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -223,7 +223,7 @@ class ModelConfig:
 
     @property
     def tiles(self) -> int:
-        """The most tiles that a picture is cut into, the whole one included; 1 where it is not cut."""
+        """The most tiles that an image is cut into, the whole one included; 1 where it is not cut."""
         area = max((height * width for height, width in self.pinpoints), default=0)
         return 1 + area // self.vision.image_size**2
 
@@ -265,9 +265,9 @@ class InitSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """`pack`: several conversations in a row of `pack_length` tokens with room for `pack_images` pictures; 0: as
+    """`pack`: several conversations in a row of `pack_length` tokens with room for `pack_images` images; 0: as
     many as leave the least padding. `group_by` is none or modality_length (the original's order). With `aspect` anyres
-    tiles are counted, not pictures.
+    tiles are counted, not images.
     """
 
     annotations: str

@@ -1,9 +1,9 @@
-"""A data set of full size through what `train` does before its first update; and a run that is killed and goes on.
+"""A data set of full size through what `train` does before its first update; and a run that is killed and continues.
 
 `python -m tests.full_size --rows=665000 --folder=DIR` makes the rows (once), then starts twice, in processes of their
 own: from nothing, and again with what the first start has kept. Each start opens the rows, checks them, plans the
 batches, fetches the first batch and says how long each took and what was resident. A third process is killed with
-SIGKILL after `--batches` batches, the next one goes on from there, and their rows are held against the plan.
+SIGKILL after `--batches` batches, the next one resumes from there, and their rows are held against the plan.
 """
 
 import argparse
@@ -40,7 +40,7 @@ IMAGE_ID, PATCHES, SIZE = 32000, 16, 56
 
 
 def make_rows(folder: pathlib.Path, count: int) -> str:
-    """Writes rows.json (about 550 bytes a row) and a few pictures; returns the path of the rows."""
+    """Writes rows.json (about 550 bytes a row) and a few images; returns the path of the rows."""
     path, images = folder / "rows.json", folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def make_rows(folder: pathlib.Path, count: int) -> str:
             speakers = ("human", "gpt") * (len(said) // 2)
             turns = [{"from": who, "value": text} for who, text in zip(speakers, said, strict=True)]
             content = {"id": f"{row}", "conversations": turns}
-            if row % 16:  # every sixteenth without a picture
+            if row % 16:  # every sixteenth without an image
                 turns[0]["value"] = f"<image>\n{turns[0]['value']}"
                 content["image"] = f"{row % 7}.jpg"
             file.write(("[" if row == 0 else ",\n") + json.dumps(content))
@@ -168,7 +168,7 @@ def show(args: argparse.Namespace) -> dict:
 def flags_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=665_000)
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="rows, pictures and what is kept lie here")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="rows, images and what is kept lie here")
     parser.add_argument("--workers", type=int, default=2, help="data.workers")
     parser.add_argument("--batch", type=int, default=128, help="train.batch_size")
     parser.add_argument("--batches", type=int, default=5, help="delivered before the kill")

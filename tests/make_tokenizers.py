@@ -15,7 +15,7 @@ from llava_jax.data.templates import TEMPLATES
 CORPUS = [
     "A red square stands left of a blue circle. What is the position of the skateboard in the image?",
     "The skateboard in the image is in an upside-down position, with its wheels pointing up.",
-    "Can you elaborate on the elements of the picture provided?\nDescribe the image concisely.",
+    "Can you elaborate on the elements of the image provided?\nDescribe the image concisely.",
     "The main focus of the image is a car parked on the side of the road, next to a parking meter.",
     "How many people are visible in the image? There are 3 people: two women and one man.",
     "USER: Is there a dog? ASSISTANT: Yes, there is. </s> ### Human: ### Assistant: [INST] <<SYS>> [/INST]",

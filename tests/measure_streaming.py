@@ -1,4 +1,4 @@
-"""What an import of Vicuna-13B's size holds in host memory beside the arrays it makes.
+"""What an import of Vicuna-13B's size holds in host memory next to the arrays it makes.
 
 `python -m tests.measure_streaming --folder=DIR --layers=6 --dtype=bfloat16` writes a decoder of 13B's widths with so
 many of its 40 blocks (the most held at once does not depend on their number), reads it as `load`, `convert` and `train`
@@ -97,7 +97,7 @@ def measure(folder: pathlib.Path, config: LlamaConfig, dtype: str) -> None:
     largest = config.vocab_size * config.width * itemsize
     print(
         f"{config.layers} blocks, {dtype}: arrays {arrays / 1e9:.2f} GB in {seconds:.1f} s, largest tensor "
-        f"{largest / 1e6:.0f} MB; beside the arrays at most {extra / 1e6:.0f} MB in the process "
+        f"{largest / 1e6:.0f} MB; next to the arrays at most {extra / 1e6:.0f} MB in the process "
         f"({extra / largest:.2f} x), {(most - kept) / 1e6:.0f} MB in numpy ({(most - kept) / largest:.2f} x)"
     )
 

@@ -79,10 +79,10 @@ def small_and_large() -> dict[str, Entry]:
 
 
 def tuned(stage: str, topology: str) -> tuple[str, tuple[str, ...]]:
-    """How the tuned plans are called, and what they are compiled with beside a batch and train.remat."""
+    """How the tuned plans are called, and what they are compiled with next to a batch and train.remat."""
     options = "--config.train.compiler_options=tuned"
     if stage == "finetune" and topology == "v5e:8x8":
-        return ", tuned, sums in two steps", (options, "--config.mesh.fsdp_inner=8")
+        return ", tuned, sums hierarchically", (options, "--config.mesh.fsdp_inner=8")
     return ", tuned", (options,)
 
 
@@ -130,7 +130,7 @@ def packed() -> dict[str, Entry]:
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
         flags += (f"--config.train.remat={remat}", "--config.train.compiler_options=tuned")
         flags += (f"--config.mesh.{mesh}",) * bool(mesh)
-        how = {"": "", "tensor=2": ", tensor 2", "fsdp_inner=8": ", sums in two steps"}[mesh]
+        how = {"": "", "tensor=2": ", tensor 2", "fsdp_inner=8": ", sums hierarchically"}[mesh]
         title = f"{stage} of {batch} conversations, packed, tuned{how}"
         found[f"7b-{stage}-v5e-8x8-packed-{batch}"] = entry(f"7B {title}", "7b", stage, "v5e:8x8", *flags)
     return found
@@ -139,7 +139,7 @@ def packed() -> dict[str, Entry]:
 ENTRIES = {**published(), **small_and_large(), **four_rows(), **packed()}
 CHECKED = ("7b-finetune-v5e-8x8", "7b-pretrain-v5e-8x8")
 # Of no use for a comparison, and different with every run.
-DROPPED = ("dearest", "largest_buffers", "compile_seconds", "lower_seconds", "unknown", "calibration")
+DROPPED = ("costliest", "largest_buffers", "compile_seconds", "lower_seconds", "unknown", "calibration")
 GROWTH = {"peak_bytes": 0.01, "step_seconds": 0.02, "wire_bytes": 0.01}
 EMPTY = ("score_buffers", "logit_buffers", "float32_collectives")
 

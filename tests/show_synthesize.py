@@ -5,7 +5,7 @@
 
 `faults` runs the command against a server that fails at the rates given, kills it with SIGKILL at random points, and
 holds journal and rows against what the server saw. `real` takes DIR/few_shot and the contexts of DIR/*.jsonl (the
-published prompts and the 80 pictures of LLaVA-Bench) and compares requests and verdicts; see test_teacher.py.
+published prompts and the 80 images of LLaVA-Bench) and compares requests and verdicts; see test_teacher.py.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RATES = Faults(delay=0.05, busy=0.05, broken=0.05, cut=0.05, garbage=0.05, wrong
 
 
 def write_contexts(path, count):
-    """`count` pictures that no two requests of one kind are alike for."""
+    """`count` images that no two requests of one kind are alike for."""
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
             captions = [f"Street number {number} in the rain.", "Cars and people on a wet street."]
@@ -84,7 +84,7 @@ class Killed:
         return code
 
     def saved(self):
-        """(kind, picture) of every good answer in the journal, by its whole lines."""
+        """(kind, image) of every good answer in the journal, by its whole lines."""
         lines = self.journal.read_bytes().split(b"\n")[:-1] if self.journal.is_file() else []
         rows = [json.loads(line) for line in lines]
         numbers = {(row["kind"], row["id"]) for row in rows if row["text"] == self.expected(row)}
@@ -102,9 +102,9 @@ class Killed:
         self.kept = whole
         last_busy = {}
         for seen in self.server.seen[begin:]:
-            picture = f"{int(seen.about[1].split()[2]):06d}"
-            if (seen.about[0], picture) in done:
-                self.asked_again.append((seen.about[0], picture))
+            image = f"{int(seen.about[1].split()[2]):06d}"
+            if (seen.about[0], image) in done:
+                self.asked_again.append((seen.about[0], image))
             busy = last_busy.pop(seen.about, None)
             self.impatient += busy is not None and seen.at - busy < self.server.faults.retry_after
             if seen.fate == "busy":
@@ -118,8 +118,8 @@ def faults(folder, contexts, kills, concurrency=16, attempts=6, rates=RATES, see
     with TeacherServer(rates, seed) as server:
         show = Killed(folder, server, folder / "contexts.jsonl", concurrency, attempts)
         for left in range(kills, 0, -1):
-            open_pictures = 3 * contexts - len(show.saved())
-            assert show.run(rng.randrange(0, max(1, 2 * open_pictures // (left + 1))), rng.random() * 0.03) is None
+            open_images = 3 * contexts - len(show.saved())
+            assert show.run(rng.randrange(0, max(1, 2 * open_images // (left + 1))), rng.random() * 0.03) is None
         assert show.run() == 0
         requests = len(server.seen)
         assert show.run() == 0 and len(server.seen) == requests, "a run that had nothing left to ask has asked"
@@ -128,7 +128,7 @@ def faults(folder, contexts, kills, concurrency=16, attempts=6, rates=RATES, see
     good = collections.Counter((row["kind"], row["id"]) for row in journal if row["text"] == show.expected(row))
     fates = collections.Counter(seen.fate for seen in server.seen)
     figures = {
-        "pictures x kinds": 3 * contexts,
+        "images x kinds": 3 * contexts,
         "rows": len(rows),
         "kills": kills,
         "requests": len(server.seen),

@@ -137,7 +137,7 @@ def test_packed_rows_hold_all_conversations_and_divide(length, tokens, ways, exp
     given = settings(tiny, train__batch_size=128, data__pack=True, data__pack_length=length)
     shape = ahead.batch_shape(given, config_of(), ways=ways, tokens_per_row=tokens)
     assert (shape.rows, shape.length) == expected
-    assert shape.rows * shape.images >= 128 == shape.pictures
+    assert shape.rows * shape.images >= 128 == shape.images_used
     assert shape.rows * shape.length * 0.985 >= 128 * tokens
 
 

@@ -21,7 +21,7 @@ from llava_jax.train.loop import train
 from llava_jax.types import IMAGE_MARK, InputError, Sampling, Turn
 from llava_jax.weights import hf
 from llava_jax.weights.hf_export import write_llava
-from tests.tiny_llava import VOCAB, model, picture
+from tests.tiny_llava import VOCAB, draw_image, model
 from tests.tiny_run import make_inputs, make_settings
 
 QUESTIONS = ["What is this?", "Tell me about the two of them.", "Who are you?"]
@@ -33,8 +33,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return [picture(0), [picture(1), picture(2)], None]
+def shown():
+    return [draw_image(0), [draw_image(1), draw_image(2)], None]
 
 
 @pytest.fixture(scope="module")
@@ -66,35 +66,35 @@ def workdir(tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_prompt_is_rendered_encoded_and_expanded_as_in_training(tiny):
-    prompt = tiny.prompt(api.question("What is this?", picture(3)))
+    prompt = tiny.prompt(api.question("What is this?", draw_image(3)))
     turns = [Turn("human", "<image>\nWhat is this?")]
     marked = encode(render(turns, TEMPLATES["v1"], open_turn=True), tiny.processor.tokenizer).tokens
     at = int(np.flatnonzero(marked == IMAGE_MARK)[0])
     patches = tiny.config.vision.patches
     assert list(prompt.tokens) == [*marked[:at], *[VOCAB] * patches, *marked[at + 1 :]]
-    np.testing.assert_array_equal(prompt.pixels, preprocess(picture(3), 16, "pad")[None])
+    np.testing.assert_array_equal(prompt.pixels, preprocess(draw_image(3), 16, "pad")[None])
 
 
-def test_generate_equals_single_questions_and_streams(tiny, pictures):
-    together = tiny.generate(QUESTIONS, pictures, max_new_tokens=12)
+def test_generate_equals_single_questions_and_streams(tiny, shown):
+    together = tiny.generate(QUESTIONS, shown, max_new_tokens=12)
     assert len(set(together)) == 3 and all(together)
-    for text, images, answer in zip(QUESTIONS, pictures, together, strict=True):
+    for text, images, answer in zip(QUESTIONS, shown, together, strict=True):
         assert tiny.generate(text, images, max_new_tokens=12) == [answer]
         pieces = list(tiny.stream(api.question(text, images), max_new_tokens=12))
         assert "".join(pieces) == answer and len(pieces) > 3
-    assert tiny.generate(QUESTIONS, pictures, max_new_tokens=12, batch_size=2) == together
+    assert tiny.generate(QUESTIONS, shown, max_new_tokens=12, batch_size=2) == together
 
 
-def test_streamed_text_equals_batched_text_when_drawing(tiny, pictures):
+def test_streamed_text_equals_batched_text_when_drawing(tiny, shown):
     how = dict(max_new_tokens=12, temperature=1.2, top_p=0.9, seed=4)
-    answer = tiny.generate(QUESTIONS, pictures, **how)[0]
-    assert "".join(tiny.stream(api.question(QUESTIONS[0], pictures[0]), **how)) == answer
+    answer = tiny.generate(QUESTIONS, shown, **how)[0]
+    assert "".join(tiny.stream(api.question(QUESTIONS[0], shown[0]), **how)) == answer
 
 
-def test_pictures_change_the_answer(tiny, tmp_path):
-    picture(1).save(tmp_path / "1.png")
+def test_images_change_the_answer(tiny, tmp_path):
+    draw_image(1).save(tmp_path / "1.png")
     one, other, path, none = tiny.generate(
-        ["What is this?"] * 4, [picture(0), picture(1), str(tmp_path / "1.png"), None], max_new_tokens=12
+        ["What is this?"] * 4, [draw_image(0), draw_image(1), str(tmp_path / "1.png"), None], max_new_tokens=12
     )
     assert other == path and len({one, other, none}) == 3
 
@@ -123,8 +123,8 @@ def test_an_answer_ends_at_the_first_stop_string(tiny, monkeypatch):
         ([dict(role="user")], "content is NoneType"),
         ([dict(role="user", content=[dict(type="video")])], "a part is .*expected"),
         ([dict(role="user", content="a <image> b")], "1 <image> in the text for 0 images"),
-        (api.question("<image> or <image>?", [picture(0)]), "2 <image> in the text for 1 images"),
-        ([*api.question("x", None), dict(role="assistant", content="<image>")], "a picture in an answer"),
+        (api.question("<image> or <image>?", [draw_image(0)]), "2 <image> in the text for 1 images"),
+        ([*api.question("x", None), dict(role="assistant", content="<image>")], "an image in an answer"),
         (api.question("word " * 200, None), "prompt of .* tokens"),
         (api.question("x", "nowhere.png"), "nowhere.png: no such file"),
     ],
@@ -136,7 +136,7 @@ def test_what_cannot_be_asked(tiny, messages, message):
 
 def test_wrong_numbers_of_things(tiny):
     with pytest.raises(InputError, match="1 images for 2 prompts"):
-        tiny.generate(["a", "b"], [picture(0)])
+        tiny.generate(["a", "b"], [draw_image(0)])
     with pytest.raises(InputError, match="batch_size is 0"):
         tiny.generate("a", batch_size=0)
 
@@ -144,8 +144,8 @@ def test_wrong_numbers_of_things(tiny):
 # ---- logits ---------------------------------------------------------------------------------------------------------
 
 
-def test_logits_of_either_padding_equal_the_model_on_each_row(tiny, pictures):
-    prompts = [tiny.prompt(api.question(text, shown)) for text, shown in zip(QUESTIONS, pictures, strict=True)]
+def test_logits_of_either_padding_equal_the_model_on_each_row(tiny, shown):
+    prompts = [tiny.prompt(api.question(text, shown)) for text, shown in zip(QUESTIONS, shown, strict=True)]
     longest = max(len(prompt.tokens) for prompt in prompts)
     pixels_BCHW = np.concatenate([prompt.pixels for prompt in prompts]).transpose(0, 3, 1, 2)
     singles = []
@@ -185,14 +185,14 @@ def test_an_exported_folder_says_how_it_is_asked(exported, tiny):
     assert bare.about["template"] == "v1" and bare.params["projector"]["linear_1"]["kernel"].dtype == jnp.bfloat16
     asked = dataclasses.replace(tiny.processor, template="v0", aspect="crop", image_position="keep")
     same = api.assemble("same", tiny.params, asked)
-    question = ("What is this?", picture(0))
+    question = ("What is this?", draw_image(0))
     assert loaded.generate(*question, max_new_tokens=8) == same.generate(*question, max_new_tokens=8)
 
 
 def test_a_workdir_answers_as_it_was_trained(workdir):
     loaded = llava_jax.load(f"orbax:{workdir}")
     assert loaded.about["template"] == "plain" and loaded.name == "work"
-    assert isinstance(loaded.generate("<image>", picture(0), max_new_tokens=4)[0], str)
+    assert isinstance(loaded.generate("<image>", draw_image(0), max_new_tokens=4)[0], str)
 
 
 def test_sources_that_are_none(tmp_path, workdir, exported):

@@ -56,7 +56,7 @@ def test_a_map_has_one_word_for_each_image_token(words):
     assert sum(len(reading.ids(words, word)) for word in world.place_map(scene)) == backbones.CLIP.patches
 
 
-def test_held_out_scenes_are_in_no_training_text_or_picture(words):
+def test_held_out_scenes_are_in_no_training_text_or_image(words):
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng) for _ in range(2000)]
     assert not any(world.is_held_out(scene) for scene in scenes)

@@ -8,7 +8,7 @@ import pytest
 from llava_jax.infer import batch_generate
 from llava_jax.infer.batch_generate import answer_file
 from llava_jax.types import InputError, Sampling
-from tests.tiny_llava import model, picture
+from tests.tiny_llava import draw_image, model
 
 SAMPLING = Sampling(max_new_tokens=6)
 
@@ -20,9 +20,9 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def asked(tmp_path):
-    """A folder with seven questions of several lengths, one without a picture, two under one id."""
+    """A folder with seven questions of several lengths, one without an image, two under one id."""
     for index in range(3):
-        picture(index).save(tmp_path / f"{index}.png")
+        draw_image(index).save(tmp_path / f"{index}.png")
     rows = [
         dict(question_id=0, image="0.png", text="What is this?"),
         dict(question_id="b", text="Who are you?"),
@@ -147,7 +147,7 @@ def test_an_answers_file_of_something_else_is_left_alone(tiny, asked):
         ('{"question_id": 1, "text": 3}', "line 2: text is 3"),
         ('{"question_id": 1, "text": "x", "image": 3}', "line 2: image is 3"),
         ('{"question_id": 1, "text": "x", "image": "no.png"}', "line 2: no image .*no.png"),
-        ('{"question_id": 1, "text": "x", "image": "q.jsonl"}', "line 2: image .*q.jsonl: not a picture"),
+        ('{"question_id": 1, "text": "x", "image": "q.jsonl"}', "line 2: image .*q.jsonl: not an image"),
         ('{"question_id": 1, "text": "<image> x"}', "line 2: .*1 <image> in the text for 0 images"),
         ('{"question_id": 1, "text": "' + "long " * 200 + '"}', "line 2: prompt of .* tokens"),
     ],

@@ -69,7 +69,7 @@ def test_one_side_alone_has_no_ratio(side):
     "work, ours, theirs, says",
     [
         (TRAIN, {"loss": 2.0}, {"loss": 2.001}, "2.0 and 2.001"),
-        ({"job": "data"}, {"pixels": ["a", "b"]}, {"pixels": ["a", "c"]}, "pictures differ"),
+        ({"job": "data"}, {"pixels": ["a", "b"]}, {"pixels": ["a", "c"]}, "images differ"),
     ],
 )
 def test_different_work_is_refused(work, ours, theirs, says):
@@ -104,7 +104,7 @@ def test_peak_memory_sees_what_was_held():
     assert worker.peak_bytes() - before > 32 * 2**20 and held[0] == 0
 
 
-def test_the_commands_know_what_a_picture_takes():
+def test_the_commands_know_what_a_image_takes():
     assert {size: config.vision.patches for size, config in fixtures.MODELS.items()} == benchmark.PATCHES
 
 
@@ -122,7 +122,7 @@ def refused(words: list[str], capsys) -> str:
         (["benchmark", "train", "--core=9999"], "--core=9999"),
         (["benchmark", "train", "--length=10"], "--length=10"),
         (["benchmark", "data", "--json=no/such/data.json"], "no folder 'no/such'"),
-        (["benchmark", "data", "--pictures=12"], "--pictures=12: expected whole batches, a multiple of 8"),
+        (["benchmark", "data", "--images=12"], "--images=12: expected whole batches, a multiple of 8"),
         (["benchmark", "data", "--peer_python=python3"], "add --peer"),
         (["benchmark", "data", "--peer", "--peer_python=no-such-python"], "no-such-python"),
         (["benchmark", "train", "--stage=lora"], "--stage"),
@@ -150,11 +150,10 @@ def test_train_measures(tmp_path, monkeypatch, capsys):
 
 def test_generate_and_data_measure(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    answers, pictures = tmp_path / "generate.json", tmp_path / "data.json"
+    answers, images = tmp_path / "generate.json", tmp_path / "data.json"
     assert main.main(["benchmark", "generate", "--size=tiny", "--new_tokens=4", "--rounds=1", f"--json={answers}"]) == 0
     assert (
-        main.main(["benchmark", "data", "--pictures=8", "--side=32", "--rows=128", "--rounds=1", f"--json={pictures}"])
-        == 0
+        main.main(["benchmark", "data", "--images=8", "--side=32", "--rows=128", "--rounds=1", f"--json={images}"]) == 0
     )
     assert json.loads(answers.read_text())["ours"]["first_token"] > 0
-    assert json.loads(pictures.read_text())["ours"]["picture"] > 0
+    assert json.loads(images.read_text())["ours"]["image"] > 0

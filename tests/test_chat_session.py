@@ -6,7 +6,7 @@ import pytest
 
 from llava_jax.infer.chat import HELP, chat
 from llava_jax.types import InputError, Sampling
-from tests.tiny_llava import model, picture
+from tests.tiny_llava import draw_image, model
 
 SAMPLING = Sampling(max_new_tokens=6)
 
@@ -18,12 +18,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def photo(tmp_path):
-    picture(0).save(tmp_path / "0.png")
+    draw_image(0).save(tmp_path / "0.png")
     return str(tmp_path / "0.png")
 
 
 class Recorder:
-    """The model, with the conversations it was asked to go on; answers what it is told, or interrupts."""
+    """The model, with the conversations it was asked to continue; answers what it is told, or interrupts."""
 
     def __init__(self, model, *answers):
         self.model, self.answers, self.asked = model, list(answers), []
@@ -64,14 +64,14 @@ def test_a_conversation_equals_the_streamed_answers(tiny, photo):
     assert end == "" and first != second
 
 
-def test_history_reset_and_pictures(tiny, photo):
+def test_history_reset_and_images(tiny, photo):
     told = Recorder(tiny, ["a"], ["b"], ["c"], ["d"])
     talk(told, f"one\ntwo\n\n/reset\nthree\n/image {photo}\nfour\n/quit\nfive\n")
     one, two = asks("one"), asks("two")
     assert told.asked == [[one], [one, ("assistant", "a"), two], [asks("three")], [asks("four", photo)]]
 
 
-def test_the_first_picture_stays_after_a_reset(tiny, photo):
+def test_the_first_image_stays_after_a_reset(tiny, photo):
     told = Recorder(tiny, ["a"], ["b"])
     talk(told, "one\n/reset\ntwo\n", photo)
     assert told.asked == [[asks("one", photo)], [asks("two", photo)]]
@@ -100,11 +100,11 @@ def test_an_interrupt_at_the_prompt_does_not_end_the_chat(tiny):
 
 
 def test_errors_are_one_line_and_the_chat_goes_on(tiny, photo, tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     told = Recorder(tiny, ["a"], InputError("too long"), ["c"])
     shown = talk(told, f"one\n/image {tmp_path}/none.png\n/image {tmp_path}/bad.png\n/image\n/what\ntwo\nthree\n")
     assert "none.png: no such file" in shown[1] and "\n" not in shown[1]
-    assert "bad.png: not a picture" in shown[2] and "\n" not in shown[2]
+    assert "bad.png: not an image" in shown[2] and "\n" not in shown[2]
     assert shown[3].startswith("error: /image: no such command") and shown[4].startswith("error: /what")
     assert shown[5] == "error: too long (/reset starts a new conversation)"
     assert told.asked[2] == [asks("one"), ("assistant", "a"), asks("three")]
@@ -121,6 +121,6 @@ def test_an_empty_answer_is_forgotten(tiny):
     assert told.asked[1] == [asks("two")]
 
 
-def test_a_first_picture_that_is_none_ends_at_once(tiny, tmp_path):
+def test_a_first_image_that_is_none_ends_at_once(tiny, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         talk(tiny, "one\n", str(tmp_path / "none.png"))

@@ -36,7 +36,7 @@ def row(number: int, question: str = "<image>\nWhat is it?", answer: str = "A re
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> pathlib.Path:
-    """A folder with a decoder's config and tokenizer, two pictures (one cut short) and four good rows."""
+    """A folder with a decoder's config and tokenizer, two images (one cut short) and four good rows."""
     folder = tmp_path_factory.mktemp("world")
     write_tokenizer(str(folder / "llm"))
     (folder / "llm" / "config.json").write_text(json.dumps(LLAMA))
@@ -127,9 +127,9 @@ def test_overrides_reach_the_settings():
 
 
 def test_config_imports_what_lies_beside_it(tmp_path):
-    (tmp_path / "beside.py").write_text("SEED = 5\n")
-    text = "import beside\nfrom ml_collections import ConfigDict\n\n"
-    text += "def get_config():\n    return ConfigDict({'seed': beside.SEED})\n"
+    (tmp_path / "next to.py").write_text("SEED = 5\n")
+    text = "import next to\nfrom ml_collections import ConfigDict\n\n"
+    text += "def get_config():\n    return ConfigDict({'seed': next to.SEED})\n"
     (tmp_path / "mine.py").write_text(text)
     before = list(sys.path)
     assert train.load_config([f"--config={tmp_path}/mine.py"]).seed == 5
@@ -211,7 +211,7 @@ def verify_words(world: pathlib.Path, rows: pathlib.Path, *changes: str) -> list
     return [*words, "--max_length=400", "--patches=16", "--template=v1", *changes]
 
 
-# A picture that is cut short is found when it is read, which takes a compiled step: tests/test_pipeline.py.
+# An image that is cut short is found when it is read, which takes a compiled step: tests/test_pipeline.py.
 @pytest.mark.parametrize("bad, says", [BAD_ROWS[name] for name in BAD_ROWS if name != "truncated JPEG"])
 def test_bad_row_stops_training(bad, says, world, tmp_path, capsys):
     rows = tmp_path / "rows.json"
@@ -228,7 +228,7 @@ def test_verify_names_the_bad_row_and_keeps_the_others(bad, says, world, tmp_pat
     out, err = capsys.readouterr()
     assert says in out and "row-0" in out and "2 of 3 rows can be trained" in out
     assert err.startswith(f"error: 1 of 3 rows of {rows} cannot be trained: row 1 (id 'row-0'): ") and says in err
-    assert err.endswith("; mend or remove them\n") and err.count("\n") == 1
+    assert err.endswith("; fix or remove them\n") and err.count("\n") == 1
 
 
 def test_verify_tells_the_first_of_several_bad_rows(world, tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_verify_of_a_config_checks_what_train_would(world, tmp_path, capsys):
     rows.write_text(json.dumps([row(1), row(2, question="<image>\n" + "Why? " * 30)]))
     words = [word for word in train_words(world, tmp_path / "run", rows=rows) if word.startswith("--config")]
     assert main.main(["prepare", "verify", *words]) == 0
-    assert "400 tokens, 16 of them for each picture" in capsys.readouterr().out
+    assert "400 tokens, 16 of them for each image" in capsys.readouterr().out
     assert "row-2" in refused(["prepare", "verify", *words, "--config.data.max_length=200"], capsys)
     assert "nowhere" in refused(["prepare", "verify", *words, "--config.data.images=nowhere"], capsys)
     assert "--patches" in refused(["prepare", "verify", *words, "--patches=4"], capsys)
@@ -256,7 +256,7 @@ def test_verify_takes_the_patches_from_a_clip_folder(world, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     words = [word for word in verify_words(world, world / "rows.json") if not word.startswith("--patches")]
     assert main.main([*words, f"--vision={tmp_path}"]) == 0
-    assert "25 of them for each picture" in capsys.readouterr().out
+    assert "25 of them for each image" in capsys.readouterr().out
     assert "one of them" in refused([*words, f"--vision={tmp_path}", "--patches=25"], capsys)
     assert "--template" in refused([word for word in words if not word.startswith("--template")], capsys)
 
@@ -377,7 +377,7 @@ def test_generate_answers_a_file(exported, world, tmp_path):
     assert [answer["question_id"] for answer in answers] == [0, 1, 2]
 
 
-def test_generate_refuses_a_picture_that_is_cut_short(exported, world, capsys):
+def test_generate_refuses_a_image_that_is_cut_short(exported, world, capsys):
     words = ["generate", f"--model={exported}", f"--image={world}/images/cut.jpg", "--prompt=What is it?"]
     assert "cut.jpg" in refused(words, capsys)
 

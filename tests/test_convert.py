@@ -587,7 +587,7 @@ def test_a_chat_template_that_contradicts_the_template_is_said(tmp_path, sources
     assert "template v1 writes 'A chat" in capsys.readouterr().out
 
 
-def test_pictures_are_normalised_and_resized_as_the_folder_says(tmp_path, sources):
+def test_images_are_normalised_and_resized_as_the_folder_says(tmp_path, sources):
     folder = foreign(tmp_path, sources)
     says = dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.2, 0.3, 0.4], resample=2)
     edit(folder / "preprocessor_config.json", lambda value: value.update(says))
@@ -602,7 +602,7 @@ def test_pictures_are_normalised_and_resized_as_the_folder_says(tmp_path, source
 @pytest.mark.parametrize("change", [
     dict(do_normalize=False), dict(rescale_factor=1 / 127.5), dict(image_std=0.5), dict(resample=0),
 ], ids=str)  # fmt: skip
-def test_other_picture_settings_are_refused_by_name(tmp_path, sources, change):
+def test_other_image_settings_are_refused_by_name(tmp_path, sources, change):
     folder = foreign(tmp_path, sources)
     edit(folder / "preprocessor_config.json", lambda value: value.update(change))
     with pytest.raises(InputError, match=next(iter(change))):
@@ -650,7 +650,7 @@ def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, source
     (dict(crop_size=dict(height=8, width=9)), "crop_size is"), (dict(do_center_crop=False, do_pad=False), "no square"),
     (dict(size=8, crop_size=8), None), (dict(size=None), None),
 ], ids=str)  # fmt: skip
-def test_pictures_that_end_as_no_square_of_the_tower_are_refused(tmp_path, sources, change, says):
+def test_images_that_end_as_no_square_of_the_tower_are_refused(tmp_path, sources, change, says):
     folder = foreign(tmp_path, sources)
     edit(folder / "preprocessor_config.json", lambda value: value.update(change))
     if says is None:

@@ -167,10 +167,10 @@ def test_a_host_reads_the_rows_of_its_devices_wherever_they_lie(monkeypatch):
 
 
 def test_what_one_host_cannot_read_ends_all(inputs, tmp_path):
-    """A picture that is broken, in a row that the second process reads."""
+    """An image that is broken, in a row that the second process reads."""
     rows = json.loads((inputs / "captions.json").read_text())
     shutil.copytree(inputs / "images", tmp_path / "images")
-    (tmp_path / "images" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     rows[3]["image"] = "broken.png"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     paths = dict(data__annotations=f"{tmp_path}/rows.json", data__images=f"{tmp_path}/images")

@@ -21,7 +21,7 @@ from llava_jax.weights.hf_config import clip_config, clip_json, llama_config, ll
 from tests.test_convert import CLIP, LLAMA, random_params
 from tests.tiny_llava import write_tokenizer
 
-# What the published config.json say beside what decides nothing here.
+# What the published config.json say next to what decides nothing here.
 PUBLISHED = {
     "mistral_v0.1": (
         dict(model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5, sliding_window=4096),

@@ -41,15 +41,15 @@ def test_a_small_model_by_hand():
     assert decoder_products(llm) == products
     T, attention = 10, 2 * 2 * 2 * 10 * 64 / 2 * 2  # per token: layers x (scores, values) x 2T(heads head_dim) / 2
     block = 2 * 17 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 17 * 17 * 32
-    picture = 2 * block + 2 * 16 * (8 * 8 * 3) * 32 + 6 * 16 * (32 * 64 + 64 * 64)
-    finetune = 3 * T * (2 * products + attention / 2) + picture
-    pretrain = T * (4 * products + 3 * attention / 2) + picture
+    image = 2 * block + 2 * 16 * (8 * 8 * 3) * 32 + 6 * 16 * (32 * 64 + 64 * 64)
+    finetune = 3 * T * (2 * products + attention / 2) + image
+    pretrain = T * (4 * products + 3 * attention / 2) + image
     assert step_flops(config, "finetune", rows=1, length=T, images=1) == finetune
     assert step_flops(config, "pretrain", rows=1, length=T, images=1) == pretrain
 
 
-def test_rows_and_pictures_count_each():
+def test_rows_and_images_count_each():
     whole = step_flops(CONFIG_7B, "finetune", rows=128, length=2048, images=100)
     text = step_flops(CONFIG_7B, "finetune", rows=1, length=2048, images=0)
-    picture = step_flops(CONFIG_7B, "finetune", rows=0, length=2048, images=1)
-    assert whole == pytest.approx(128 * text + 100 * picture)
+    image = step_flops(CONFIG_7B, "finetune", rows=0, length=2048, images=1)
+    assert whole == pytest.approx(128 * text + 100 * image)

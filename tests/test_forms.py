@@ -67,7 +67,7 @@ def hf4(base, config=CONFIG, **options):
 
 
 def hf5(base):
-    """The same as transformers 5 holds and saves it: its names, its config, picture settings in the processor's."""
+    """The same as transformers 5 holds and saves it: its names, its config, image settings in the processor's."""
     folder = hf4(base)
     tensors = load_file(folder / "model.safetensors")
     renamed = part(tensors, "vision_tower.vision_model.", "model.vision_tower.")
@@ -75,10 +75,10 @@ def hf5(base):
     renamed |= part(tensors, "language_model.lm_head", "lm_head") | part(tensors, "multi_modal", "model.multi_modal")
     assert len(renamed) == len(tensors)
     save_file(renamed, folder / "model.safetensors")
-    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    images = json.loads((folder / "preprocessor_config.json").read_text())
     os.remove(folder / "preprocessor_config.json")
     os.remove(folder / "chat_template.json")
-    edit(folder / "processor_config.json", lambda value: value.update(image_processor=pictures))
+    edit(folder / "processor_config.json", lambda value: value.update(image_processor=images))
 
     def config(value):
         for key in ("vocab_size", "torch_dtype", "ignore_index"):

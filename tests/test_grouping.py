@@ -6,7 +6,7 @@ import pytest
 from llava_jax.data.grouping import count_words, grouped_epoch, grouped_order, modality_lengths, randperm
 from llava_jax.types import Record, Turn
 
-# Words of twelve rows, negative without a picture.
+# Words of twelve rows, negative without an image.
 LENGTHS = [10, 7, -30, 5, -8, 12, 3, -20, 9, 4, -6, 11]
 
 
@@ -54,7 +54,7 @@ def test_ranks_of_an_update_get_much_the_same_words():
 def test_rows_of_one_kind_are_grouped_by_length_alone():
     order = grouped_epoch([5, 3, 9, 1, 7, 2], 1, 2, seed=0)
     assert sorted(order) == list(range(6))
-    # Without pictures the lengths are negative: the original then gives the shortest first.
+    # Without images the lengths are negative: the original then gives the shortest first.
     texts = grouped_epoch([-5, -3, -9, -1, -7, -2], 1, 2, seed=0)
     assert [sorted(order[i : i + 2]) for i in (0, 2, 4)] == [sorted(texts[i : i + 2]) for i in (0, 2, 4)]
     assert texts == [index for i in (0, 2, 4) for index in reversed(order[i : i + 2])]

@@ -1,4 +1,4 @@
-"""Pictures: bit-equal to the published preprocessing, and every bad file named."""
+"""Images: bit-equal to the published preprocessing, and every bad file named."""
 
 import io
 import pathlib
@@ -71,8 +71,8 @@ def test_bit_equal_to_the_published_processor(size, aspect):
 
 
 @pytest.mark.parametrize("number, resample", [(3, "bicubic"), (2, "bilinear")])
-def test_siglip_pictures_are_bit_equal_to_its_processor(number, resample):
-    """The whole picture to the square, bicubic (SigLIP) or bilinear (SigLIP2), mean and deviation 0.5."""
+def test_siglip_images_are_bit_equal_to_its_processor(number, resample):
+    """The whole image to the square, bicubic (SigLIP) or bilinear (SigLIP2), mean and deviation 0.5."""
     half = (0.5, 0.5, 0.5)
     for shape in SHAPES[:6]:
         processor = SiglipImageProcessorPil(size=dict(height=48, width=48), resample=number)
@@ -105,7 +105,7 @@ def test_pad_centres_on_the_mean_colour_with_the_odd_row_below():
     assert background(Pixels()) == (122, 116, 104)
 
 
-def test_strips_of_a_tall_picture_join_without_a_seam(monkeypatch):
+def test_strips_of_a_tall_image_join_without_a_seam(monkeypatch):
     whole = preprocess(noise(60, 200), 48, "pad")
     monkeypatch.setattr("llava_jax.data.images.STRIP_PIXELS", 1400)
     np.testing.assert_array_equal(preprocess(noise(60, 200), 48, "pad"), whole)
@@ -143,15 +143,15 @@ def test_an_animation_is_its_first_frame_and_exif_orientation_is_ignored():
 
 BAD_CONTENTS = {
     "empty": (b"", "empty"),
-    "text": (b"<html>404 not found</html>", "not a picture"),
-    "noise": (bytes(range(256)) * 4, "not a picture"),
+    "text": (b"<html>404 not found</html>", "not an image"),
+    "noise": (bytes(range(256)) * 4, "not an image"),
     "tiff": (encoded(noise(8, 8), "TIFF"), "expected JPEG"),
     "cut jpeg": (encoded(noise(64, 64), "JPEG")[:900], "truncated"),
     "jpeg without its last two bytes": (encoded(noise(64, 64), "JPEG")[:-2], "truncated"),
     "cut png": (encoded(noise(64, 64), "PNG")[:3000], "truncated"),
     "cut gif": (encoded(noise(64, 64), "GIF")[:1200], "truncated"),
-    "cut webp": (encoded(noise(64, 64), "WEBP")[:300], "picture|damaged"),
-    "cut header": (encoded(noise(64, 64), "PNG")[:20], "picture|damaged"),
+    "cut webp": (encoded(noise(64, 64), "WEBP")[:300], "image|damaged"),
+    "cut header": (encoded(noise(64, 64), "PNG")[:20], "image|damaged"),
     "81 megapixels": (png_header(9000, 9000), "64 megapixels"),
     "900 megapixels": (png_header(30000, 30000), "64 megapixels"),
     "a line": (encoded(Image.new("1", (10000, 1)), "PNG"), "200:1"),
@@ -163,7 +163,7 @@ BAD_CONTENTS = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bad_file_is_named_with_its_reason(case, tmp_path):
     content, reason = BAD_CONTENTS[case]
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
     with pytest.raises(InputError, match=reason) as caught:
         check_image(str(path))

@@ -1,4 +1,4 @@
-"""Training on TPU VMs: what happens on a worker, and that a run goes on after a preemption."""
+"""Training on TPU VMs: what happens on a worker, and that a run continues after a preemption."""
 
 import os
 import pathlib

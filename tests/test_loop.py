@@ -107,7 +107,7 @@ def test_workdir_holds_what_the_contract_says(runs):
     assert sorted(p.name for p in (ran.workdir / "checkpoints").iterdir()) == ["2", "4"]
     for said in (
         "stage finetune: 4 steps of 4 conversations",
-        "batches of 4 x 112 tokens with 1 pictures a row",
+        "batches of 4 x 112 tokens with 1 images a row",
         "trainable",
         "frozen",
         "compiled in",
@@ -143,20 +143,20 @@ def test_a_run_does_not_go_on_with_its_rows_in_another_order(runs, monkeypatch):
         loop.train(ran.settings, str(ran.workdir))
 
 
-def test_a_picture_that_breaks_during_the_run_loses_no_update(tmp_path):
-    """Which pictures are whole is seen only when they are decoded; mended, the run goes on where it was."""
+def test_a_image_that_breaks_during_the_run_loses_no_update(tmp_path):
+    """Which images are whole is seen only when they are decoded; fixed, the run continues where it was."""
     make_inputs(tmp_path)
     settings = make_settings(
         tmp_path, "pretrain", data__shuffle=False, train__batch_size=2, train__checkpoint_every=100
     )
     loop.train(settings, str(tmp_path / "whole"))
-    picture = tmp_path / "images" / "3.png"  # of the second update
-    content = picture.read_bytes()
-    picture.write_bytes(content[:-30])
+    image = tmp_path / "images" / "3.png"  # of the second update
+    content = image.read_bytes()
+    image.write_bytes(content[:-30])
     with pytest.raises(InputError, match=r"row 3 .*3\.png: truncated"):
         loop.train(settings, str(tmp_path / "broken"))
     assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["1"]
-    picture.write_bytes(content)
+    image.write_bytes(content)
     loop.train(settings, str(tmp_path / "broken"))
     assert read_metrics(tmp_path / "broken") == read_metrics(tmp_path / "whole")
 
@@ -297,7 +297,7 @@ def test_a_packed_run_in_bfloat16(inputs, tmp_path, capsys):
     loop.train(settings, str(tmp_path))
     said = capsys.readouterr().out
     assert re.search(r"template llava_v1 writes .*human.* chat template of .*llava writes .*data.template=v1", said)
-    shape = re.search(r"batches of (\d+) x (\d+) tokens with (\d+) pictures a row, ([\d.]+)% of the tokens real", said)
+    shape = re.search(r"batches of (\d+) x (\d+) tokens with (\d+) images a row, ([\d.]+)% of the tokens real", said)
     assert shape and int(shape[1]) < 4
     tokens = [row["tokens"] for row in read_metrics(tmp_path)]
     assert float(shape[4]) == pytest.approx(100 * np.mean(tokens) / (int(shape[1]) * int(shape[2])), abs=0.06)

@@ -54,7 +54,7 @@ def test_attention_equals_its_definition_forward_and_backward(causal, segments):
 
 @pytest.mark.parametrize("window", [1, 100, 300])
 def test_a_window_equals_the_definition_forward_and_backward(window):
-    """Three stretches of queries, packed; a window that is longer than the row sees all of it."""
+    """Three chunks of queries, packed; a window that is longer than the row sees all of it."""
     q, k, v = heads(0, 1, 290, 4, 8), heads(1, 1, 290, 2, 8), heads(2, 1, 290, 2, 8)
     ids = jnp.repeat(jnp.array([[1, 2]]), jnp.array([40, 250]), axis=1)
     distance = jnp.arange(290)[:, None] - jnp.arange(290)
@@ -189,7 +189,7 @@ def test_what_is_no_target_has_no_gradient():
 
 @pytest.mark.parametrize("length", [8, 200, 400])
 def test_loss_in_stretches_equals_the_plain_one_forward_and_backward(length):
-    """One stretch, two and four of 256 positions, the last one short; most have no target."""
+    """One chunk, two and four of 256 positions, the last one short; most have no target."""
     hidden, head = heads(0, 2, length, 8), heads(1, 8, 11)
     tokens = jax.random.randint(jax.random.key(2), (2, length), 0, 11)
     targets = jnp.zeros((2, length), bool).at[0, 3:6].set(True).at[1, length // 2 :].set(True)

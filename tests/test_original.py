@@ -181,7 +181,7 @@ def test_linear_projector_and_older_keys(folders):
     np.testing.assert_array_equal(params["projector"]["linear_1"]["kernel"], weight.T)
 
 
-def test_pictures_between_tokens(tmp_path, folders):
+def test_images_between_tokens(tmp_path, folders):
     """mm_use_im_start_end: three rows more, and a template that writes the tokens as tokens, there and back."""
     folder, tower = folders
     with pytest.raises(InputError, match="without <im_start> and <im_end>"):
@@ -478,7 +478,7 @@ def test_convert_refuses(tmp_path, folders):
 
 
 def test_bin_stands_wherever_safetensors_do(tmp_path, folders):
-    """A LLaMA folder of one .bin, and the same tensors as safetensors beside it, which are then taken."""
+    """A LLaMA folder of one .bin, and the same tensors as safetensors next to it, which are then taken."""
     folder, _ = folders
     tensors = {name: x for name, x in llava_tensors().items() if "mm_projector" not in name}
     write_config(tmp_path / "l", llama_json(LLAMA))

@@ -17,12 +17,12 @@ CONFIG = ModelConfig(
 )
 GRAPHDEF, _ = llava.build(CONFIG)
 PARAMS = llava.init(CONFIG, 0)
-# t: text, T: supervised text, i: one of the 4 tokens of a picture
+# t: text, T: supervised text, i: one of the 4 tokens of an image
 ROWS = ("tTiiiit", "iiiitTTt", "ttTTT", "tiiiiTiiiitT")
 
 
 def conversation(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, pictures) of one of ROWS."""
+    """(tokens, targets, images) of one of ROWS."""
     rng, row = np.random.default_rng(index), ROWS[index]
     tokens = np.where([c == "i" for c in row], CONFIG.image_token_id, rng.integers(1, 60, len(row)))
     return tokens, np.array([c == "T" for c in row]), rng.normal(size=(row.count("i") // 4, 16, 16, 3))
@@ -37,15 +37,15 @@ def batch(rows: list[list[int]], length: int, images: int, changed: int | None =
     for b, row in enumerate(rows):
         start = slot = 0
         for number, index in enumerate(row, 1):
-            ids, wanted, pictures = conversation(index)
+            ids, wanted, shown = conversation(index)
             if index == changed:
-                ids, pictures = np.where(ids == CONFIG.image_token_id, ids, 63 - ids), pictures + 1
+                ids, shown = np.where(ids == CONFIG.image_token_id, ids, 63 - ids), shown + 1
             end = start + len(ids)
             tokens[b, start:end], targets[b, start:end] = ids, wanted
             segments[b, start:end], positions[b, start:end] = number, np.arange(len(ids))
-            pixels[b, slot : slot + len(pictures)] = pictures
-            start, slot = end, slot + len(pictures)
-    return Batch(*map(jnp.asarray, (tokens, targets, segments, positions, pixels)), shown_BN=None)
+            pixels[b, slot : slot + len(shown)] = shown
+            start, slot = end, slot + len(shown)
+    return Batch(*map(jnp.asarray, (tokens, targets, segments, positions, pixels)), image_mask_BN=None)
 
 
 PACKED = [[1, 0, 3], [2]]
@@ -91,7 +91,7 @@ def test_the_first_token_of_a_neighbour_is_not_a_target():
 
 
 def test_image_slots_no_row_uses_do_no_work_and_change_nothing():
-    """A slot that is empty in every row is skipped at run time; a data set without pictures has no tower at all."""
+    """A slot that is empty in every row is skipped at run time; a data set without images has no tower at all."""
     few, many = batch(PACKED, 32, 4), batch(PACKED, 32, 6)
     got = loss(few, packed=True), loss(many, packed=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), *got)

@@ -13,16 +13,16 @@ SETTINGS = DataSettings("rows.json", "", "v1", "front", "pad", 2048, True, **{**
 
 
 def instruction_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, pictures) of a stand-in for LLaVA-1.5's instruction data.
+    """(tokens, images) of a stand-in for LLaVA-1.5's instruction data.
 
-    94 % of the rows have a picture of 576 tokens and a text of median 240 (log-normal, sigma 0.6, clipped to 16..1400);
+    94 % of the rows have an image of 576 tokens and a text of median 240 (log-normal, sigma 0.6, clipped to 16..1400);
     the others a text of median 800 (sigma 0.6, clipped to 16..2048).
     """
     rng = np.random.default_rng(seed)
-    pictures = rng.random(count) < 0.94
+    with_image = rng.random(count) < 0.94
     beside = np.clip(rng.lognormal(np.log(240), 0.6, count), 16, 1400) + 576
     alone = np.clip(rng.lognormal(np.log(800), 0.6, count), 16, 2048)
-    return np.where(pictures, beside, alone).astype(np.int32), pictures.astype(np.int64)
+    return np.where(with_image, beside, alone).astype(np.int32), with_image.astype(np.int64)
 
 
 def make_plan(lengths, images, batch_size=16, row_multiple=1, steps=20, seed=0, **changes) -> BatchPlan:
@@ -72,8 +72,8 @@ def test_dealing_gives_every_update_much_the_same():
     order = deal(lengths, images, np.array([40, *[128] * 77, 104]), np.random.default_rng(0))
     assert sorted(order) == list(range(10_000))
     whole = order[40:-104].reshape(77, 128)
-    tokens, pictures = lengths[whole].sum(1), images[whole].sum(1)
-    assert np.ptp(tokens) < 0.03 * tokens.mean() and np.ptp(pictures) <= 2
+    tokens, counts = lengths[whole].sum(1), images[whole].sum(1)
+    assert np.ptp(tokens) < 0.03 * tokens.mean() and np.ptp(counts) <= 2
     # At random the updates differ by several times that.
     assert np.ptp(lengths[: 77 * 128].reshape(77, 128).sum(1)) > 3 * np.ptp(tokens)
     for part in (order[:40], order[-104:]):
@@ -144,17 +144,17 @@ def test_a_given_length_is_kept_and_rows_are_chosen():
     assert plan.shape.rows == 4
 
 
-def test_given_pictures_are_kept():
+def test_given_images_are_kept():
     lengths, images = np.full(200, 100), np.tile([0, 0, 1, 3], 50)
     free = make_plan(lengths, images)
     narrow = make_plan(lengths, images, pack_images=3)
     assert narrow.shape.images == 3 and free.shape.images >= 3
     assert_sound(narrow, lengths, images, 16, 1)
-    # 16 pictures an update, three a row: six rows at least.
+    # 16 images an update, three a row: six rows at least.
     assert narrow.shape.rows >= 6
 
 
-def test_text_alone_needs_no_picture_slots():
+def test_text_alone_needs_no_image_slots():
     lengths = instruction_lengths(100)[0]
     assert make_plan(lengths, np.zeros(100, int)).shape.images == 0
     assert make_plan(lengths, np.zeros(100, int), pack_images=4).shape.images == 0
@@ -170,7 +170,7 @@ def test_an_update_that_needs_exchanges():
     rows = pack_update(np.array([3, 3, 2, 2, 2]), np.zeros(5, int), rows=2, length=6, images=0)
     assert rows.tolist() == [1, 1, 0, 0, 0]
     assert pack_update(np.array([3, 3, 2, 2, 3]), np.zeros(5, int), rows=2, length=6, images=0) is None
-    # Room for the tokens and none for the pictures.
+    # Room for the tokens and none for the images.
     assert pack_update(np.array([1, 1, 1]), np.array([2, 2, 2]), rows=2, length=9, images=3) is None
 
 
@@ -178,7 +178,7 @@ def test_what_cannot_fit_is_named():
     lengths, images = [100, 900, 50], [0, 1, 3]
     with pytest.raises(InputError, match=r"data.pack_length=512: row 1 of rows.json has 900 tokens"):
         make_plan(lengths, images, pack_length=512)
-    with pytest.raises(InputError, match=r"data.pack_images=2: row 2 of rows.json has 3 pictures"):
+    with pytest.raises(InputError, match=r"data.pack_images=2: row 2 of rows.json has 3 images"):
         make_plan(lengths, images, pack_images=2)
 
 

@@ -37,7 +37,7 @@ IMAGE_ID, PATCHES, SIZE, BATCH, STEPS = 999, 4, 16, 4, 16
 
 
 def make_record(index: int) -> Record:
-    """0, 1 or 2 pictures, and words that differ from row to row."""
+    """0, 1 or 2 images, and words that differ from row to row."""
     images = tuple(PICTURES[(index + slot) % 4] for slot in range(index % 3))
     question = "<image>\n" * len(images) + f"question {index}"
     return Record(f"r{index}", images, (Turn("human", question), Turn("gpt", f"answer {index} " * (1 + index % 4))))
@@ -91,8 +91,8 @@ def check(records: list[Record], **changes) -> validate.Checked:
 
 
 def arrays(batch: Batch) -> list[np.ndarray]:
-    """The fields of a batch of whole pictures: take_BT is for tiles (test_anyres.py)."""
-    assert batch.take_BT is None
+    """The fields of a batch of whole images: take_BT is for tiles (test_anyres.py)."""
+    assert batch.feature_index_BT is None
     return list(batch[:-1])
 
 
@@ -146,7 +146,7 @@ def test_a_batch_holds_its_records(reference):
             square = load_image(str(IMAGES / name), SIZE, "pad")
             np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot], square)
         assert not batch.pixels_BNXYC[b, len(record.images) :].any()
-        np.testing.assert_array_equal(batch.shown_BN[b], np.arange(2) < len(record.images))
+        np.testing.assert_array_equal(batch.image_mask_BN[b], np.arange(2) < len(record.images))
 
 
 def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
@@ -171,8 +171,8 @@ def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
                 np.testing.assert_array_equal(tokens[own], one.tokens_BT[real])
                 np.testing.assert_array_equal(targets[own], one.targets_BT[real])
                 np.testing.assert_array_equal(positions[own], one.positions_BT[real])
-                for picture in one.pixels_BNXYC[: len(RECORDS[row].images)]:
-                    np.testing.assert_array_equal(pixels[slot], picture)
+                for image in one.pixels_BNXYC[: len(RECORDS[row].images)]:
+                    np.testing.assert_array_equal(pixels[slot], image)
                     slot += 1
             padding = segments == 0
             assert (tokens[padding] == TOKENIZER.pad_id).all()
@@ -182,7 +182,7 @@ def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
     assert together > len(packed)
 
 
-def test_text_alone_has_no_picture_slots():
+def test_text_alone_has_no_image_slots():
     for pack in (False, True):
         data = stream([RECORDS[0], RECORDS[3]], batch_size=2, pack=pack)
         assert next(data).pixels_BNXYC.shape[1:] == (0, SIZE, SIZE, 3)
@@ -224,7 +224,7 @@ def test_workers_change_neither_the_stream_nor_the_state(packed):
 
 
 def test_threads_make_batches_side_by_side(monkeypatch, reference):
-    """Each picture waits until another thread has come to one as well."""
+    """Each image waits until another thread has come to one as well."""
     meeting, load = threading.Barrier(2, timeout=60), pipeline.load_tiles
 
     def load_together(*args):
@@ -340,7 +340,7 @@ def test_no_rows_and_an_unknown_template():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_breaks_during_the_run_is_named(tmp_path, workers):
+def test_a_image_that_breaks_during_the_run_is_named(tmp_path, workers):
     for name in PICTURES:
         shutil.copy(IMAGES / name, tmp_path)
     whole = (tmp_path / "wide.jpg").read_bytes()

@@ -246,11 +246,11 @@ def test_scienceqa_formats(problems):
     def both(prompt_format):
         return [texts(row) for row in convert(problems, "train", prompt_format)]
 
-    pictured, plain = convert(problems, "train", "QCM-LEA")
-    assert [pictured["id"], pictured["image"], plain["id"]] == ["2", "2/image.png", "1"] and "image" not in plain
+    imaged, plain = convert(problems, "train", "QCM-LEA")
+    assert [imaged["id"], imaged["image"], plain["id"]] == ["2", "2/image.png", "1"] and "image" not in plain
     # Exactly as the converter leaves them: without what is empty, two blanks made one, "Answer: " taken out everywhere.
     asked = "What is it?\nContext: Figure: a bird.\nOptions: (A) a cat (B) a dog (C) an owl\n<image>"
-    assert texts(pictured) == [asked, " The answer is C."]  # three blanks, one pass
+    assert texts(imaged) == [asked, " The answer is C."]  # three blanks, one pass
     asked = "Which is harder?\nContext: N/A\nOptions: (A) wood (B) silk"
     reply = "Hard things\nscratch {soft} ones. look. The answer is B."
     assert texts(plain) == [asked, reply]

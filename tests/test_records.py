@@ -24,7 +24,7 @@ def _write(path, content):
     return str(path)
 
 
-def test_record_of_one_picture_many_or_none():
+def test_record_of_one_image_many_or_none():
     turns = (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
     assert parse_row(_row(), "here") == Record("r1", ("a.png",), turns)
     assert parse_row(_row(image=["x/a.png"]), "here").images == ("x/a.png",)

@@ -85,7 +85,7 @@ def test_killed_three_times_it_ends_as_if_never_killed(start, whole, tmp_path):
     kills = sorted(random.Random(seed).sample(range(1, STEPS - 6), 3))
     for line in kills:
         assert stop_at(start(tmp_path), tmp_path, line, signal.SIGKILL) == -signal.SIGKILL, (seed, kills)
-    # A checkpoint is written while the run goes on: killed early enough, it has none yet and starts again.
+    # A checkpoint is written while the run continues: killed early enough, it has none yet and starts again.
     saved = any(name.isdecimal() for name in os.listdir(tmp_path / "checkpoints"))
     out = finish(start(tmp_path))
     assert ("resuming at step" in out) == saved, (seed, kills, out)

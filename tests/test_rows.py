@@ -180,7 +180,7 @@ def test_batches_of_a_mixture_have_its_rows(tmp_path, pack):
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
-    """tests/full_size.py with few rows: the second start tokenises nothing, and goes on at the exact next row."""
+    """tests/full_size.py with few rows: the second start tokenises nothing, and continues at the exact next row."""
     for module in (index, validate):
         monkeypatch.setattr(module, "KEPT_ROWS", 100)
     full_size.make_rows(tmp_path, 300)
@@ -215,7 +215,7 @@ def test_what_nobody_asks_for_is_let_go_of(cache):
     assert sorted(path.name for path in cache.iterdir()) == ["new.npz", "used.npz"]
 
 
-def test_what_is_kept_belongs_to_content_and_pictures(tmp_path, monkeypatch):
+def test_what_is_kept_belongs_to_content_and_images(tmp_path, monkeypatch):
     for module in (index, validate):
         monkeypatch.setattr(module, "KEPT_ROWS", 10)
     path = full_size.make_rows(tmp_path, 40)
@@ -273,14 +273,14 @@ def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
     source = tfds.data_source("llava_rows", split="train", data_dir=f"{tmp_path}/o")
     given = list(parse_records(path))
     assert len(source) == 60 and [one["id"].decode() for one in source] == [record.id for record in given]
-    picture = (tmp_path / "images" / given[3].images[0]).read_bytes()
-    assert source[3]["images"] == [picture] and source[0]["images"] == []
+    image = (tmp_path / "images" / given[3].images[0]).read_bytes()
+    assert source[3]["images"] == [image] and source[0]["images"] == []
     assert source[3]["conversations"]["value"][0].decode() == given[3].turns[0].text
     assert "tensorflow" not in sys.modules
     folder = f"{tmp_path}/o/llava_rows/1.0.0"
     rows = pickle.loads(pickle.dumps(load_records(folder)))
     assert [record.turns for record in rows] == [record.turns for record in given]
-    assert rows[3].images == (picture,) and rows[10:20][1].id == given[11].id
+    assert rows[3].images == (image,) and rows[10:20][1].id == given[11].id
     capsys.readouterr()
     words = ["prepare", "verify", f"--annotations={folder}", "--template=v1", f"--tokenizer={full_size.TOKENIZER}"]
     assert main(words) == 0 and "60 of 60 rows can be trained" in capsys.readouterr().out

@@ -154,7 +154,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     assert count("name=down_weight", (8, 1, 1), "full") == 0 < count("name=down_weight", (1, 8, 1), "full")
     print("equal kept weights")
 
-    # The frozen head, no pictures, and a head that is the embedding, where every axis is used.
+    # The frozen head, no images, and a head that is the embedding, where every axis is used.
     plain = dict(accumulate=1, loss_norm="global_token")
     text = batch._replace(tokens_BT=np.minimum(tokens, 59), pixels_BNXYC=pixels[:, :0])
     for case, config, data, stage in (
@@ -175,7 +175,7 @@ EIGHT_DEVICES = textwrap.dedent("""
 
 
 def test_sharded_loss_and_gradient_equal_the_single_device_ones():
-    """Packed rows with pictures, the loss in more than one stretch, on every preset; accumulation and both stages."""
+    """Packed rows with images, the loss in more than one chunk, on every preset; accumulation and both stages."""
     # Compiling is nearly all of the time, and what is optimised away is not what is tested.
     cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")

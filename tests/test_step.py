@@ -26,13 +26,13 @@ class Words(Part):
 
 
 class Toy(nnx.Module):
-    """Logits from the token before, with a picture's mean mixed in: all that the step asks of a model."""
+    """Logits from the token before, with an image's mean mixed in: all that the step asks of a model."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.vision, self.projector, self.llm = Part(3, D, rngs=rngs), Part(D, D, rngs=rngs), Words(V, D, rngs=rngs)
 
-    def hidden(self, tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, take_BT):
-        assert segment_ids_BT is None and take_BT is None
+    def hidden(self, tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, feature_index_BT):
+        assert segment_ids_BT is None and feature_index_BT is None
         seen_BD = pixels_BNXYC.mean((1, 2, 3)) @ self.vision.kernel.astype(jnp.float32) @ self.projector.kernel
         return self.llm.kernel[...][tokens_BT] + seen_BD[:, None]
 
@@ -51,7 +51,7 @@ def make_batch(counts=(5, 1, 2, 3)) -> Batch:
         segment_ids_BT=jnp.ones((B, T), jnp.int32),
         positions_BT=jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1)),
         pixels_BNXYC=jnp.asarray(rng.integers(0, 256, (B, 1, 2, 2, 3)), jnp.uint8),
-        shown_BN=jnp.ones((B, 1), bool),
+        image_mask_BN=jnp.ones((B, 1), bool),
     )
 
 

@@ -58,7 +58,7 @@ def shardings(mesh):
 
 @pytest.mark.parametrize("form, dtype", [("s", "bfloat16"), ("b", "float32")])
 def test_the_host_holds_one_tensor_at_a_time(folder, form, dtype):
-    """numpy's memory beside what the arrays keep, at its highest: less than 1.5 times the largest tensor."""
+    """numpy's memory next to what the arrays keep, at its highest: less than 1.5 times the largest tensor."""
     at = shardings(make_mesh(MeshSettings(1, -1, 1)))
     stored = hf.read_llama(str(folder / form), dtype=dtype, lazy=True)[1]
     place(stored, at)  # what is compiled once is not the import's

@@ -97,7 +97,7 @@ def test_coco_folder(tmp_path):
     with pytest.raises(InputError, match="width and height above 0"):
         load_contexts(str(tmp_path))
     (tmp_path / "instances_val2017.json").rename(tmp_path / "instances_train2017.json")
-    with pytest.raises(InputError, match="captions_val2017.json: no .*instances_val2017.json beside it"):
+    with pytest.raises(InputError, match="captions_val2017.json: no .*instances_val2017.json next to it"):
         load_contexts(str(tmp_path))
     (tmp_path / "captions_train2017.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"2 files captions\*.json"):
@@ -212,7 +212,7 @@ def test_nothing_usable_is_an_error_and_writes_nothing(tmp_path):
     assert not (tmp_path / "o.json").exists()
 
 
-def test_the_picture_stands_before_or_after_by_seed(tmp_path):
+def test_the_image_stands_before_or_after_by_seed(tmp_path):
     contexts = write_contexts(tmp_path / "c.jsonl", *({**HARBOUR, "id": str(n)} for n in range(60)))
     firsts = []
     for seed in (0, 0, 1):

@@ -252,7 +252,7 @@ def test_a_dry_run_shows_requests_and_cost_and_asks_nothing(tmp_path, contexts, 
     words = ("--dry_run", "--limit=2", "--price=1000,1000")
     assert command(contexts, tmp_path / "o.json", "--kind=all", "--teacher=m", *words) == 0
     said = capsys.readouterr().out
-    assert "6 requests to send, 0 pictures need none" in said and "USD, at most" in said
+    assert "6 requests to send, 0 images need none" in said and "USD, at most" in said
     for number in range(2):
         assert said.count(f"[user]\nStreet number {number} in the rain.\n") == 3
     assert "Street number 2" not in said and [path.name for path in tmp_path.iterdir()] == ["contexts.jsonl"]
@@ -492,27 +492,27 @@ class Recorded:
 def verdicts_hold(contexts, tmp_path):
     """How many rows are accepted and rejected, all as RECORDED says; AssertionError where one is not."""
     counts = {"accepted": 0, "rejected": 0}
-    pictures = load_contexts(str(contexts))
+    images = load_contexts(str(contexts))
     for kind, recorded in RECORDED.items():
-        given = [recorded[number % len(recorded)] for number in range(len(pictures))]
+        given = [recorded[number % len(recorded)] for number in range(len(images))]
         output = tmp_path / f"{kind}.json"
         with Journal(None) as journal:
             job = open_job(str(contexts), kind, attempts=1)
             written = synthesize(job, str(output), Recorded(given), journal)
-        expected = [(picture.id, why) for picture, (_, _, why) in zip(pictures, given, strict=True)]
+        expected = [(picture.id, why) for picture, (_, _, why) in zip(images, given, strict=True)]
         assert [row["id"] for row in rows_of(output)] == [name for name, why in expected if not why]
         aside = lines_of(tmp_path / f"{kind}.rejected.jsonl")
         assert [(line["id"], line["reason"]) for line in aside] == [pair for pair in expected if pair[1]]
         raw = [text for text, _, why in given if why]
         assert [line["replies"][0]["text"] for line in aside] == raw
-        assert (written.rows, sum(written.rejected.values())) == (len(pictures) - len(raw), len(raw))
+        assert (written.rows, sum(written.rejected.values())) == (len(images) - len(raw), len(raw))
         counts["accepted"] += written.rows
         counts["rejected"] += len(raw)
     return counts
 
 
 def real(data, tmp_path):
-    """Both shows on the published prompts and pictures in `data`; the figures, or AssertionError."""
+    """Both shows on the published prompts and images in `data`; the figures, or AssertionError."""
     (path,) = data.glob("*.jsonl")
     requests = requests_equal(data / "few_shot", path, tmp_path)
     return {"requests equal to the rule": requests, **verdicts_hold(path, tmp_path)}
@@ -526,7 +526,7 @@ def test_recorded_answers_are_judged_as_the_table_says(tmp_path):
     figures = dict(re.findall(r"^(\w[\w ]*?)  +(\S.*)$", card, re.MULTILINE))
     aside = [TALK[number % len(TALK)] for number in range(80)]
     leaks = sum(why.startswith(("box", "speaks")) for _, _, why in aside)
-    assert figures["pictures"] == "80" and figures["leaks among them"] == str(leaks)
+    assert figures["images"] == "80" and figures["leaks among them"] == str(leaks)
     assert figures["rejected of them"] == f"{sum(bool(why) for _, _, why in aside) / 80:.1%}"
     assert re.search(r"conversation: questions begin with\n +\d+  why do they", card)
     page = (tmp_path / "conversation.card.html").read_text(encoding="utf-8")
@@ -619,7 +619,7 @@ def test_one_of_several_coco_files_by_name(tmp_path):
     with pytest.raises(InputError, match="name one of them, as .*captions_train2014.json"):
         load_contexts(str(tmp_path))
     (tmp_path / "instances_train2017.json").unlink()
-    with pytest.raises(InputError, match="no .*instances_train2017.json beside it"):
+    with pytest.raises(InputError, match="no .*instances_train2017.json next to it"):
         load_contexts(str(tmp_path / "captions_train2017.json"))
 
 
@@ -666,7 +666,7 @@ def test_a_key_that_is_none(tmp_path, contexts, capsys, monkeypatch):
     # What is settled is written again without a key that could be used, and nobody is asked.
     monkeypatch.setenv("OPENAI_API_KEY", "sk-ä")
     assert command(contexts, tmp_path / "o.json", *words, "--limit=1", "--teacher=served") == 0
-    assert "0 requests to send, 1 pictures need none" in capsys.readouterr().out
+    assert "0 requests to send, 1 images need none" in capsys.readouterr().out
 
 
 def test_a_name_that_no_disk_takes(tmp_path, contexts, capsys):

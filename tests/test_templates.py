@@ -79,7 +79,7 @@ def test_training_text_continues_the_prompt():
         assert all(stop in _text(render(turns, template)) for stop in template.stop), name
 
 
-def test_plain_keeps_the_picture_and_the_caption():
+def test_plain_keeps_the_image_and_the_caption():
     spans = render([Turn("human", "Describe <image> briefly."), A1], find_template("plain"))
     assert (_text(spans), _targets(spans)) == ("<image>A1\n", "A1\n")
 
@@ -87,8 +87,8 @@ def test_plain_keeps_the_picture_and_the_caption():
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([Q1, A1, Q2, A2], "one picture and its caption, found 4 turns"),
-        ([A1, Q1], "no answer|last turn shows a picture"),
+        ([Q1, A1, Q2, A2], "one image and its caption, found 4 turns"),
+        ([A1, Q1], "no answer|last turn shows an image"),
         ([Turn("human", "Q"), A1], "needs <image> in the first turn"),
     ],
 )
@@ -106,7 +106,7 @@ def test_plain_refuses_conversations(turns, reason):
         ("<image>", "front", "<image>"),
         (" <image> \n", "front", "<image>"),
         ("First <image>, then <image>. ", "front", "First <image>, then <image>. "),
-        ("No picture ", "front", "No picture "),
+        ("No image ", "front", "No image "),
     ],
 )
 def test_image_position(text, position, expected):
@@ -130,7 +130,7 @@ def test_unanswered_and_leading_turns():
         ([Q1, A1, A2], False, "two gpt turns in a row"),
         ([Q2], False, "no answer to train on"),
         ([A1], False, "no answer to train on"),
-        ([Turn("human", "Hi"), A1, Q1], False, "the last turn shows a picture but has no answer"),
+        ([Turn("human", "Hi"), A1, Q1], False, "the last turn shows an image but has no answer"),
         ([Q1, A1], True, "no question to answer"),
         ([], True, "no question to answer"),
     ],

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's pictures: published token counts, what each image token takes, rows, folders and training on them.
+"""LLaVA-NeXT's images: published token counts, what each image token takes, rows, folders and training on them.
 
 The comparison with transformers is tests/parity/test_anyres.py.
 """
@@ -44,7 +44,7 @@ CONFIG = dataclasses.replace(
 SMALL = tiling(CONFIG)  # tiles of 16 pixels and 2 x 2 patches
 
 
-def picture(width: int, height: int) -> Image.Image:
+def draw(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -67,7 +67,7 @@ def test_published_token_counts(size, tokens, tiles):
     assert len(PUBLISHED.takes([size])) == tokens
 
 
-def test_what_the_tokens_of_a_picture_take():
+def test_what_the_tokens_of_a_image_take():
     """40 x 20 on 2 x 1 tiles of 2 x 2 patches: nothing is padding; lines run through both tiles."""
     base, lines = [0, 1, 2, 3], [[4, 5, 8, 9, NEWLINE], [6, 7, 10, 11, NEWLINE]]
     assert SMALL.takes([(40, 20)]).tolist() == base + lines[0] + lines[1]
@@ -77,25 +77,25 @@ def test_what_the_tokens_of_a_picture_take():
 
 
 def test_padding_is_left_out():
-    """16 x 48 fits 3 x 1 tiles wholly; at 12 x 48 the columns beside it are padding but round to a patch each."""
+    """16 x 48 fits 3 x 1 tiles wholly; at 12 x 48 the columns next to it are padding but round to a patch each."""
     assert SMALL.takes([(16, 48)])[4:].reshape(6, 3)[:, :2].tolist() == np.arange(4, 16).reshape(6, 2).tolist()
     assert SMALL.tokens([(16, 48), (2, 48)]) == [4 + 6 * 3, 4 + 6 * 1]
 
 
-def test_tiles_are_the_whole_picture_and_the_grid():
-    image = picture(32, 16)
+def test_tiles_are_the_whole_image_and_the_grid():
+    image = draw(32, 16)
     tiles = SMALL.cut(image)
     assert tiles.shape == (3, 16, 16, 3) and tiles.dtype == np.uint8
     np.testing.assert_array_equal(tiles[0], np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
     np.testing.assert_array_equal(np.concatenate(tiles[1:], axis=1), np.asarray(image))
-    padded = SMALL.cut(picture(32, 10))  # 3 black lines above and below
+    padded = SMALL.cut(draw(32, 10))  # 3 black lines above and below
     np.testing.assert_array_equal(
         padded[1:, :3], np.broadcast_to(SMALL.cut(Image.new("RGB", (8, 8)))[0, :1], (2, 3, 16, 3))
     )
 
 
 def test_a_size_is_read_without_decoding(tmp_path):
-    picture(30, 20).save(tmp_path / "a.png")
+    draw(30, 20).save(tmp_path / "a.png")
     assert image_size(str(tmp_path / "a.png")) == (30, 20)
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
@@ -103,7 +103,7 @@ def test_a_size_is_read_without_decoding(tmp_path):
     with pytest.raises(InputError, match="none.png: no such file"):
         image_size(str(tmp_path / "none.png"))
     (tmp_path / "text.png").write_text("x")
-    with pytest.raises(InputError, match="text.png: not a picture"):
+    with pytest.raises(InputError, match="text.png: not an image"):
         image_size(str(tmp_path / "text.png"))
 
 
@@ -114,10 +114,10 @@ def test_features_and_newlines_go_where_the_plan_says():
     model = nnx.merge(build(CONFIG)[0], tiny_llava.sharp_params(CONFIG))
     tokens_BT = np.full((1, 20), 5, np.int32)
     tokens_BT[0, 3:17] = CONFIG.image_token_id
-    tiles = SMALL.cut(picture(40, 20))
-    pixels, take_BT = rows_of_tiles(tokens_BT, tiles.transpose(0, 3, 1, 2)[None], np.array([[20, 40]]), CONFIG)
+    tiles = SMALL.cut(draw(40, 20))
+    pixels, feature_index_BT = rows_of_tiles(tokens_BT, tiles.transpose(0, 3, 1, 2)[None], np.array([[20, 40]]), CONFIG)
     features_BPD = model.image_features(jnp.asarray(pixels))
-    x_BTD = np.asarray(model.embed_and_merge(jnp.asarray(tokens_BT), features_BPD, jnp.asarray(take_BT)))
+    x_BTD = np.asarray(model.embed_and_merge(jnp.asarray(tokens_BT), features_BPD, jnp.asarray(feature_index_BT)))
     newline = np.asarray(model.projector.image_newline)
     wanted = [newline if n == NEWLINE else features_BPD[0, n] for n in SMALL.takes([(40, 20)])]
     np.testing.assert_array_equal(x_BTD[0, 3:17], wanted)
@@ -127,9 +127,9 @@ def test_features_and_newlines_go_where_the_plan_says():
 def test_tokens_tiles_and_sizes_have_to_belong_together():
     tokens_BT = np.full((2, 30), 5, np.int32)
     tokens_BT[1, :14] = CONFIG.image_token_id
-    pixels = SMALL.cut(picture(40, 20)).transpose(0, 3, 1, 2)[None]
-    found, take_BT = rows_of_tiles(tokens_BT, pixels, np.array([[20, 40]]), CONFIG)
-    assert found.shape == (2, 3, 16, 16, 3) and not found[0].any() and (take_BT[1] == NEWLINE).sum() == 2
+    pixels = SMALL.cut(draw(40, 20)).transpose(0, 3, 1, 2)[None]
+    found, feature_index_BT = rows_of_tiles(tokens_BT, pixels, np.array([[20, 40]]), CONFIG)
+    assert found.shape == (2, 3, 16, 16, 3) and not found[0].any() and (feature_index_BT[1] == NEWLINE).sum() == 2
     with pytest.raises(InputError, match=r"image tokens .* \[0, 14\]; expected \[\]"):
         rows_of_tiles(tokens_BT, None, None, CONFIG)
     with pytest.raises(InputError, match=r"expected \[22\] for"):
@@ -158,11 +158,11 @@ def test_config_both_ways_and_what_it_refuses():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """tiny_run's rows with pictures of many shapes, one row of two; a LLaVA-1.5 and a LLaVA-NeXT folder."""
+    """tiny_run's rows with images of many shapes, one row of two; a LLaVA-1.5 and a LLaVA-NeXT folder."""
     folder = tmp_path_factory.mktemp("anyres")
     tiny_run.make_inputs(folder)
     for i, size in enumerate([(40, 20), (16, 48), (33, 33), (30, 20)]):
-        picture(*size).save(folder / "images" / f"{i}.png")
+        draw(*size).save(folder / "images" / f"{i}.png")
     rows = json.loads((folder / "rows.json").read_text())
     rows[7] |= {"image": ["3.png", "0.png"]}
     rows[7]["conversations"][0]["value"] = "<image>\n<image>\nWhich?"
@@ -242,10 +242,10 @@ def first(inputs, request):
     return batches_of(settings_of(inputs, data__pack=request.param))
 
 
-def test_rows_hold_their_pictures_tokens_tiles_and_targets(inputs, first):
+def test_rows_hold_their_images_tokens_tiles_and_targets(inputs, first):
     config, records, tokenizer, checked, batch = first
     tiles = tiling(config)
-    assert batch.pixels_BNXYC.shape[1] >= 8 and batch.take_BT.dtype == np.int32
+    assert batch.pixels_BNXYC.shape[1] >= 8 and batch.feature_index_BT.dtype == np.int32
     seen = 0
     for b, rows_M in enumerate(batch.rows_BM):
         slot = 0
@@ -255,7 +255,7 @@ def test_rows_hold_their_pictures_tokens_tiles_and_targets(inputs, first):
             sizes = [image.size for image in images]
             is_image = batch.tokens_BT[b, own] == config.image_token_id
             assert is_image.sum() == sum(tiles.tokens(sizes)) and own.sum() == checked.lengths_A[row]
-            np.testing.assert_array_equal(batch.take_BT[b, own][is_image], tiles.takes(sizes, slot))
+            np.testing.assert_array_equal(batch.feature_index_BT[b, own][is_image], tiles.takes(sizes, slot))
             for image in images:
                 wanted = tiles.cut(image)
                 np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot : slot + len(wanted)], wanted)
@@ -269,7 +269,7 @@ def test_rows_hold_their_pictures_tokens_tiles_and_targets(inputs, first):
     assert seen == 8 and checked.slots_A.tolist()[5] == 0 and checked.slots_A.max() == checked.slots_A[7]
 
 
-def test_pictures_that_come_with_their_rows_make_the_same_batch(inputs, first):
+def test_images_that_come_with_their_rows_make_the_same_batch(inputs, first):
     def with_bytes(records):
         folder = inputs / "images"
         return [replace(one, images=tuple((folder / name).read_bytes() for name in one.images)) for one in records]
@@ -281,7 +281,7 @@ def test_pictures_that_come_with_their_rows_make_the_same_batch(inputs, first):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_the_check_sees_pictures_of_another_size(inputs, tmp_path, monkeypatch):
+def test_the_check_sees_images_of_another_size(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(validate, "KEPT_ROWS", 1)
     monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
     shutil.copytree(inputs / "images", tmp_path / "images")
@@ -291,7 +291,7 @@ def test_the_check_sees_pictures_of_another_size(inputs, tmp_path, monkeypatch):
     row = next(row for row, record in enumerate(records) if len(record.images) == 1)
     slots = []
     for size in ((16, 16), (16, 48)):
-        picture(*size).save(tmp_path / "images" / records[row].images[0])
+        draw(*size).save(tmp_path / "images" / records[row].images[0])
         model = dict(patches=4, tiling=tiling(plan.config))
         checked = validate.check_once(records, settings.data, tokenizer, **model)
         checked.require_clean()
@@ -304,7 +304,7 @@ def test_too_small_a_bucket_is_named(inputs):
         batches_of(settings_of(inputs, data__pack=True, data__pack_images=4))
 
 
-def test_a_row_whose_pictures_do_not_fit_is_named(inputs):
+def test_a_row_whose_images_do_not_fit_is_named(inputs):
     with pytest.raises(InputError, match="beyond max_length 40; raise data.max_length"):
         tiny = settings_of(inputs, data__max_length=40)
         plan = model_spec(tiny)
@@ -330,7 +330,7 @@ def test_a_run_trains_the_newline_and_answers(inputs, tmp_path):
     before = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     assert (params["projector"]["image_newline"] != before["projector"]["image_newline"]).all()
     model = api.load(str(tmp_path / "run"))
-    shapes = [picture(40, 20), str(inputs / "images" / "1.png"), None, [picture(33, 33), picture(16, 16)]]
+    shapes = [draw(40, 20), str(inputs / "images" / "1.png"), None, [draw(33, 33), draw(16, 16)]]
     answers = model.generate(["What?"] * 4, shapes, max_new_tokens=4, batch_size=4)
     assert model.generate(["What?"] * 4, shapes[::-1], max_new_tokens=4, batch_size=4) == answers[::-1]
 
@@ -339,6 +339,6 @@ def test_compile_gives_a_row_room_for_the_most_tiles(inputs):
     settings = settings_of(inputs, data__max_length=64)
     config = model_spec(settings).config
     shape = batch_shape(settings, config, 1, None)
-    assert config.tiles == 5 and (shape.images, shape.pictures) == (5, 8 * 5)
+    assert config.tiles == 5 and (shape.images, shape.images_used) == (5, 8 * 5)
     batch = abstract_batch(config, shape, make_mesh(settings.mesh))
-    assert batch.take_BT.shape == (8, 64) and batch.pixels_BNXYC.shape == (8, 5, 16, 16, 3)
+    assert batch.feature_index_BT.shape == (8, 64) and batch.pixels_BNXYC.shape == (8, 5, 16, 16, 3)

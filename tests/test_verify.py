@@ -144,7 +144,7 @@ def test_dump_appears_only_when_complete(tmp_path, images, tokenizer):
         _verify(tmp_path, images, tokenizer, [GOOD], dump_path=str(tmp_path / "none" / "dump.jsonl"))
 
 
-def test_each_picture_is_looked_at_once(tmp_path, images, tokenizer):
+def test_each_image_is_looked_at_once(tmp_path, images, tokenizer):
     seen = []
     report = _verify(
         tmp_path, images, tokenizer, [GOOD, GOOD, _row("text", "Hello", image=None)], check_image=seen.append

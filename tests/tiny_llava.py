@@ -75,6 +75,6 @@ def model(folder: str, template: str = "v1", aspect: str = "pad") -> Llava:
     return assemble("tiny", sharp_params(tiny), Processor(tokenizer, tiny, template, aspect, "front"))
 
 
-def picture(seed: int) -> Image.Image:
+def draw_image(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), np.uint8)
     return Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""A training run small enough for tests: eight rows, four pictures, a tokenizer, configs of tiny towers, a whole model.
+"""A training run small enough for tests: eight rows, four images, a tokenizer, configs of tiny towers, a whole model.
 
 `python -m tests.tiny_run CONFIG_JSON WORKDIR …` trains one such pair after the other: what the tests kill and start
 again.
@@ -46,7 +46,7 @@ ANSWERS = ("A red square.", "A blue circle stands left.", "Two dogs.", "The car 
 
 
 def make_inputs(folder: pathlib.Path) -> None:
-    """Writes rows.json, captions.json, pictures, tokenizer and tower configs into `folder`."""
+    """Writes rows.json, captions.json, images, tokenizer and tower configs into `folder`."""
     trained_llama(folder / "llm", legacy=True)
     (folder / "llm" / "config.json").write_text(json.dumps(LLM))
     (folder / "vision.json").write_text(json.dumps(VISION))

@@ -40,12 +40,12 @@ FILLED = 0.985
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A global batch: `rows` of `length` tokens with `images` slots each; `pictures` is how many slots are used."""
+    """A global batch: `rows` of `length` tokens with `images` slots each; `images` is how many slots are used."""
 
     rows: int
     length: int
     images: int
-    pictures: int
+    images_used: int
 
 
 # ---- what is compiled -------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def plan_config(settings: Settings) -> ModelConfig:
 
 
 def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:
-    """The global batch: one conversation with one picture (anyres: of the most tiles) a row, or as many packed rows as
+    """The global batch: one conversation with one image (anyres: of the most tiles) a row, or as many packed rows as
     they need.
 
     `ways`: device shards times micro-batches, which the rows must divide over. `tokens_per_row`: mean length of a
@@ -98,8 +98,8 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
         tokens = size * tokens_per_row / FILLED
         length = data.pack_length or _pack_length(tokens / ways, data.max_length)
         rows = ways * math.ceil(tokens / length / ways)
-        pictures = min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
-        images = data.pack_images or pictures * config.tiles
+        per_row = min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
+        images = data.pack_images or per_row * config.tiles
     return Shape(rows, length, images, min(size * config.tiles, rows * images))
 
 
@@ -120,7 +120,7 @@ def abstract_batch(config: ModelConfig, shape: Shape, mesh: Mesh) -> Batch:
     pixels, shown = array(np.uint8, shape.images, size, size, 3), array(np.bool_, shape.images)
     take = array(np.int32, T) if config.pinpoints else None
     ids = array(np.int32, T)
-    return Batch(ids, array(np.bool_, T), ids, ids, pixels, shown, take_BT=take)
+    return Batch(ids, array(np.bool_, T), ids, ids, pixels, shown, feature_index_BT=take)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def describe(lowered: Lowered) -> dict[str, Any]:
     tokens_per_row = lowered.tokens_per_row
     chips = len(target.devices)
     parts = {part: _count(tree) for part, tree in sorted({**run.frozen, **run.state.params}.items())}
-    flops = step_flops(run.config, settings.stage, rows=shape.rows, length=shape.length, images=shape.pictures)
+    flops = step_flops(run.config, settings.stage, rows=shape.rows, length=shape.length, images=shape.images_used)
     train = settings.train
     return {
         "chips": chips,
@@ -311,7 +311,7 @@ def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[s
         "wire_bytes": cost.wire_bytes,
         "network_bytes": cost.network_bytes,
         "unknown_loops": cost.unknown_loops,
-        "dearest": [{"seconds": s, "instruction": what, "from": where} for s, what, where in cost.dearest],
+        "costliest": [{"seconds": s, "instruction": what, "from": where} for s, what, where in cost.dearest],
         "largest_buffers": [{"bytes": size, "array": what} for size, what in hlo.largest_buffers(program)],
         "score_buffers": hlo.buffers_shaped(program, scores),
         "logit_buffers": hlo.buffers_shaped(program, logits),

@@ -52,7 +52,7 @@ class Layout:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a computation: seconds, their parts (keys of SECONDS and others), and the dearest (seconds, what, from)."""
+    """Of a computation: seconds, their parts (keys of SECONDS and others), and the costliest (seconds, what, from)."""
 
     seconds: float
     parts: collections.Counter
@@ -341,7 +341,7 @@ def _ends(i: Instruction) -> bool:
 
 
 def _carries(i: Instruction) -> bool:
-    """Whether a fusion computes while a collective goes on that another instruction started."""
+    """Whether a fusion computes while a collective continues that another instruction started."""
     return not _ends(i) and "async_collective_fusion" in (i.calls or "")
 
 

@@ -136,11 +136,11 @@ def advice(figures: Figures) -> list[str]:
     kept = figures["remat"].split("+")
     without = "+".join(name for name in kept if name not in WEIGHT_NAMES) or "full"
     if without != figures["remat"]:
-        lines.append(f"--config.train.remat={without} gathers weights again for the way back")
+        lines.append(f"--config.train.remat={without} gathers weights again for the backward pass")
     if without != "full":
         # What is not in the list keeps some names, and "full" keeps none.
         after = REMATS[REMATS.index(without) + 1] if without in REMATS else "full"
-        lines.append(f"--config.train.remat={after} keeps less for the way back and computes it again")
+        lines.append(f"--config.train.remat={after} keeps less for the backward pass and computes it again")
     if micro > 1:
         flag = f"--config.train.accumulate={figures['accumulate'] * micro}"
         sums = f" (and {gib(4 * held)} for sums of gradients)" if figures["accumulate"] == 1 else ""

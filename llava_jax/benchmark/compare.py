@@ -1,4 +1,4 @@
-"""The two sides of a benchmark beside each other: started, sent turn by turn in alternation, and held together.
+"""The two sides of a benchmark next to each other: started, sent turn by turn in alternation, and held together.
 
 A turn of ours is followed by a turn of the peer's, so that whatever else the machine does slows both. On a CPU both are
 pinned to one core and CPU seconds are counted.
@@ -22,7 +22,7 @@ Figures = dict[str, Any]
 HERE = os.path.dirname(os.path.abspath(__file__))
 OURS, PEER = "ours", "peer"
 # The seconds whose ratio is the result of a job.
-UNIT = {"train": "step", "generate": "token", "data": "picture"}
+UNIT = {"train": "step", "generate": "token", "data": "image"}
 # How far the two losses of the first update may lie apart in float32 (both sides start from the same file).
 LOSS_TOLERANCE = 1e-4
 PARITY_PYTHON = os.path.join(".venv-parity", "bin", "python")
@@ -77,7 +77,7 @@ def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) ->
 def with_paths(work: Mapping[str, Any], folder: str) -> Figures:
     """The work with the places of its files."""
     if work["job"] in ("data", "scaling"):
-        return {**work, "pictures": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
+        return {**work, "images": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
     return {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
 
 
@@ -175,9 +175,9 @@ def check_same(work: Mapping[str, Any], ours: Figures, theirs: Figures) -> str:
     """In words, how it is known that both sides did the same work. Raises InputError where they did not."""
     if work["job"] == "data":
         pairs = list(zip(ours.pop("pixels"), theirs.pop("pixels"), strict=True))
-        differ = [picture for picture, (one, other) in enumerate(pairs) if one != other]
+        differ = [image for image, (one, other) in enumerate(pairs) if one != other]
         if differ:
-            raise InputError(f"benchmark: the pictures differ ({len(differ)} of {len(pairs)}): not the same work")
+            raise InputError(f"benchmark: the images differ ({len(differ)} of {len(pairs)}): not the same work")
         return "bit-equal pixels once ours are normalised, which is left to the step"
     if not work["weights"]:
         return "random weights on each side, not compared"

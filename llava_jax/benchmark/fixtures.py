@@ -1,4 +1,4 @@
-"""What both sides read: a model folder of random weights, a batch, pictures. A program: its argument is the work.
+"""What both sides read: a model folder of random weights, a batch, images. A program: its argument is the work.
 
 It runs by itself, on the CPU, so that nothing of it stands in either side's memory.
 """
@@ -40,12 +40,12 @@ MODELS = {
 
 
 def make(work: Mapping[str, Any]) -> None:
-    """Writes `model` (with weights where `weights` says so), `batch` and the `pictures` that the work names."""
+    """Writes `model` (with weights where `weights` says so), `batch` and the `images` that the work names."""
     if "model" in work:
         config = write_model(work["model"], MODELS[work["size"]], work["weights"])
         write_batch(work["batch"], config, work)
-    for seed, path in enumerate(work.get("pictures", ())):
-        write_picture(path, seed)
+    for seed, path in enumerate(work.get("images", ())):
+        write_image(path, seed)
 
 
 def write_model(folder: str, config: ModelConfig, weights: bool) -> ModelConfig:
@@ -63,9 +63,9 @@ def write_model(folder: str, config: ModelConfig, weights: bool) -> ModelConfig:
 
 
 def write_batch(path: str, config: ModelConfig, work: Mapping[str, Any]) -> None:
-    """Full rows: a few tokens, one picture, the rest text; the last `targets` tokens of a row are supervised.
+    """Full rows: a few tokens, one image, the rest text; the last `targets` tokens of a row are supervised.
 
-    Pictures as `bytes`, which our step takes, and normalised as `pixels`.
+    Images as `bytes`, which our step takes, and normalised as `pixels`.
     """
     rng = np.random.default_rng(0)
     shape, patches, size = (work["rows"], work["length"]), config.vision.patches, config.vision.image_size
@@ -78,7 +78,7 @@ def write_batch(path: str, config: ModelConfig, work: Mapping[str, Any]) -> None
     np.savez(path, tokens=tokens_BT, targets=targets_BT, bytes=pixels_BNXYC, pixels=seen_BNXYC)
 
 
-def write_picture(path: str, seed: int) -> None:
+def write_image(path: str, seed: int) -> None:
     """A JPEG of 640 x 480 (480 x 640 every third), noise smoothed to about the size a photograph has on disk."""
     rng = np.random.default_rng(seed)
     width, height = (480, 640) if seed % 3 == 2 else (640, 480)

@@ -53,9 +53,9 @@ from llava_jax.weights.spec import EMBEDDED_TOKENIZER
 READ_AHEAD = 6
 # Seconds in which workers have read ahead again.
 SETTLE = 0.5
-# Image tokens of a picture in the data's rows; their number does not matter to the pixels.
+# Image tokens of an image in the data's rows; their number does not matter to the pixels.
 PATCHES = 16
-WORDS = "the a red blue square circle left right of above there is in picture and what how many are".split()
+WORDS = "the a red blue square circle left right of above there is in image and what how many are".split()
 
 
 def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
@@ -145,8 +145,8 @@ def read_batch(work: Mapping[str, Any]) -> Batch:
     with np.load(work["batch"]) as arrays:
         tokens_BT, targets_BT, pixels_BNXYC = arrays["tokens"], arrays["targets"], arrays["bytes"]
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
-    shown_BN = np.ones(pixels_BNXYC.shape[:2], bool)
-    return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, pixels_BNXYC, shown_BN)
+    image_mask_BN = np.ones(pixels_BNXYC.shape[:2], bool)
+    return Batch(tokens_BT, targets_BT, np.ones_like(tokens_BT), positions_BT, pixels_BNXYC, image_mask_BN)
 
 
 def model_config(work: Mapping[str, Any]) -> ModelConfig:
@@ -190,36 +190,36 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: all pictures from their files to batches, and all rows from text to packed batches; seconds of each.
+    """One turn: all images from their files to batches, and all rows from text to packed batches; seconds of each.
 
     Both go through the pipeline of `train`, read in this process.
     """
     seconds = clock("cpu")
     tokenizer = load_tokenizer(EMBEDDED_TOKENIZER)
-    pictures, rows = picture_records(work["pictures"]), text_records(work["rows"])
-    folder = os.path.dirname(work["pictures"][0])
+    images, rows = image_records(work["images"]), text_records(work["rows"])
+    folder = os.path.dirname(work["images"][0])
     size = dict(image_size=work["size"], patches=PATCHES)
 
-    def picture_batches() -> BatchIterator:
-        return open_batches(pictures, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
+    def image_batches() -> BatchIterator:
+        return open_batches(images, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
 
     def turn() -> dict[str, float]:
-        with closing(picture_batches()) as batches:
-            spent = drain(batches, len(pictures) // PICTURE_BATCH, seconds)
+        with closing(image_batches()) as batches:
+            spent = drain(batches, len(images) // PICTURE_BATCH, seconds)
         data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, pack=True, workers=0, **size)
         with closing(data):
             packed = drain(data, len(rows) // ROW_BATCH, seconds)
-        return {"picture": spent / len(pictures), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
+        return {"image": spent / len(images), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
 
-    with closing(picture_batches()) as batches:
+    with closing(image_batches()) as batches:
         found = [fingerprint(normalised(one)) for batch in batches for one in batch.pixels_BNXYC[:, 0]]
     return {"pixels": found, "device": "cpu"}, turn
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: batches of pictures from one worker, then from two; wall seconds a picture of each, and their ratio."""
-    tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), picture_records(work["pictures"])
-    folder = os.path.dirname(work["pictures"][0])
+    """One turn: batches of images from one worker, then from two; wall seconds an image of each, and their ratio."""
+    tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), image_records(work["images"])
+    folder = os.path.dirname(work["images"][0])
     how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
     readers = {n: open_batches(records, folder, tokenizer, PICTURE_BATCH, workers=n, **how)[0] for n in (1, 2)}
 
@@ -248,7 +248,7 @@ def open_batches(
     patches: int,
     steps: int = 0,
 ) -> tuple[BatchIterator, int]:
-    """The batches that `train` would get of these records, each record once (or as long as `steps` go on), and how many
+    """The batches that `train` would get of these records, each record once (or for `steps`), and how many
     tokens all of them have."""
     settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
     checked = check_records(records, settings, tokenizer, patches=patches)
@@ -267,13 +267,13 @@ def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> f
     return seconds() - began
 
 
-def picture_records(paths: list[str]) -> list[Record]:
-    """A record with a short question for each picture."""
+def image_records(paths: list[str]) -> list[Record]:
+    """A record with a short question for each image."""
     return [record(str(n), os.path.basename(path), ["<image>\nWhat is this?", "Yes."]) for n, path in enumerate(paths)]
 
 
 def text_records(count: int) -> list[Record]:
-    """Records of two exchanges without pictures, 42 to 102 words each."""
+    """Records of two exchanges without images, 42 to 102 words each."""
     rng = random.Random(0)
     lengths = ((10, 20, 10, rng.randint(2, 62)) for _ in range(count))
     return [record(str(n), "", [" ".join(rng.choices(WORDS, k=k)) for k in said]) for n, said in enumerate(lengths)]

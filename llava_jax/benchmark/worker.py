@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Figures = dict[str, Any]
-# Pictures of a batch on both sides, conversations of a packed batch on ours.
+# Images of a batch on both sides, conversations of a packed batch on ours.
 PICTURE_BATCH, ROW_BATCH = 8, 128
 # One turn: seconds a unit of work, under the names that both sides share.
 Turn = Callable[[], Mapping[str, float]]
@@ -42,7 +42,7 @@ def clock(device: str) -> Callable[[], float]:
 
 
 def fingerprint(pixels_XYC: Any) -> str:
-    """A hash of a picture's values, bit by bit, and of where they stand."""
+    """A hash of an image's values, bit by bit, and of where they stand."""
     return hashlib.sha256(f"{pixels_XYC.dtype} {pixels_XYC.shape}".encode() + pixels_XYC.tobytes()).hexdigest()
 
 

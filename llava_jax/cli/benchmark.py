@@ -1,4 +1,4 @@
-"""The commands that measure: benchmark train, generate and data, alone or beside transformers and PyTorch."""
+"""The commands that measure: benchmark train, generate and data, alone or next to transformers and PyTorch."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ SHAPES = {
     ("7b", "pretrain"): (16, 640, 40),
     ("7b", "finetune"): (8, 1024, 200),
 }
-# Image tokens of a picture.
+# Image tokens of an image.
 PATCHES = {"tiny": 16, "small": 144, "7b": 576}
 # What a side computes in: 7b is for a GPU. `remat` is our train.remat: `minimal` keeps what matrix products and
 # attention give; elementwise operations and attention scores are computed again (the scores are in PyTorch as well).
@@ -50,7 +50,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         help="small: 39 M, float32; tiny: shows that it runs; 7b: bfloat16, for a GPU",
     )
     parser.add_argument("--rows", type=int, help="rows of the batch")
-    parser.add_argument("--length", type=int, help="tokens of a row, those of its picture included")
+    parser.add_argument("--length", type=int, help="tokens of a row, those of its image included")
     parser.add_argument("--compiler_options", default="none", help="as train.compiler_options: none, tuned, or k=v,k=v")
 
 
@@ -106,30 +106,30 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=32, help="JPEGs of 640 x 480 that are made and read (32)")
+    parser.add_argument("--images", type=int, default=32, help="JPEGs of 640 x 480 that are made and read (32)")
     parser.add_argument("--side", type=int, default=336, help="side of the square the model sees (336)")
     parser.add_argument("--rows", type=int, default=2048, help="conversations that are tokenised and packed (2048)")
     common_flags(parser, rounds=7)
 
 
 def data(args: argparse.Namespace) -> int:
-    check_positive(args, "pictures", "side", "rows", "rounds")
-    for name, batch in (("pictures", PICTURE_BATCH), ("rows", ROW_BATCH)):
+    check_positive(args, "images", "side", "rows", "rounds")
+    for name, batch in (("images", PICTURE_BATCH), ("rows", ROW_BATCH)):
         if getattr(args, name) % batch:
             raise InputError(f"--{name}={getattr(args, name)}: expected whole batches, a multiple of {batch}")
     peer, core = sides(args, "small")
-    work = dict(job="data", count=args.pictures, size=args.side, rows=args.rows, core=core)
-    pictures = f"{args.pictures} JPEGs of 640 x 480 to {args.side} x {args.side}, padded, in batches"
-    announce("benchmark data", pictures=pictures, rows=args.rows, turns=args.rounds, **where(core, peer))
+    work = dict(job="data", count=args.images, size=args.side, rows=args.rows, core=core)
+    images = f"{args.images} JPEGs of 640 x 480 to {args.side} x {args.side}, padded, in batches"
+    announce("benchmark data", images=images, rows=args.rows, turns=args.rounds, **where(core, peer))
     result = measure(args, work, peer)
-    print_table(result, ("pictures a CPU second", lambda side: f"{1 / side['picture']:.1f}"))
+    print_table(result, ("images a CPU second", lambda side: f"{1 / side['image']:.1f}"))
     ours = result["ours"]
     print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
-    batches = args.pictures  # each picture as often as a batch has places
-    work = dict(job="scaling", count=args.pictures, size=args.side, batches=batches, core=None)
+    batches = args.images  # each image as often as a batch has places
+    work = dict(job="scaling", count=args.images, size=args.side, batches=batches, core=None)
     scaled = measure(args, work, None)["ours"]
     one, two, ratio = 1 / scaled["workers_1"], 1 / scaled["workers_2"], scaled["ratio"]
-    print(f"  workers: {one:.1f} pictures a second from one, {two:.1f} from two, {ratio:.2f} times as many")
+    print(f"  workers: {one:.1f} images a second from one, {two:.1f} from two, {ratio:.2f} times as many")
     scaling = {"one": one, "two": two, "ratio": ratio, "load": os.getloadavg()[0]}
     return write_json(args, {"command": "data", **result, "scaling": scaling}, [result])
 
@@ -148,7 +148,7 @@ def check_length(work: Mapping[str, Any]) -> None:
     least = PATCHES[work["size"]] + work["targets"] + 2
     if work["length"] < least:
         raise InputError(
-            f"--length={work['length']}: expected {least} or more, for a picture of {PATCHES[work['size']]} tokens and "
+            f"--length={work['length']}: expected {least} or more, for an image of {PATCHES[work['size']]} tokens and "
             f"{work['targets']} supervised ones"
         )
 
@@ -188,7 +188,7 @@ def announce_work(title: str, args: argparse.Namespace, work: Mapping[str, Any],
         title,
         model=f"{args.size}, random weights, {work['dtype']}",
         remat=work["remat"] if work["job"] == "train" else "",
-        batch=f"{work['rows']} rows of {work['length']} tokens, a picture each",
+        batch=f"{work['rows']} rows of {work['length']} tokens, an image each",
         turns=turns,
         compiler_options="" if args.compiler_options == "none" else args.compiler_options,
         **where(work["core"], peer),

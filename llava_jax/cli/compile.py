@@ -91,7 +91,7 @@ def single(args: argparse.Namespace, settings: Settings, target: "Target") -> in
     lowered = compile.lower(settings, target, args.tokens_per_row)
     shape = lowered.shape
     print(
-        f"{shape.rows} rows of {shape.length} tokens and {shape.images} pictures, "
+        f"{shape.rows} rows of {shape.length} tokens and {shape.images} images, "
         f"attention {lowered.run.config.attention}, lowered in {lowered.seconds:.1f} s; compiling …",
         flush=True,
     )

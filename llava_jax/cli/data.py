@@ -17,18 +17,18 @@ NEEDED = ("annotations", "images", "tokenizer", "template")
 def verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", metavar="FILE.jsonl", help="written: ids, targets and supervised text of each row")
     parser.add_argument_group("what `train` would read").description = (
-        "--config=FILE[:arg]      as for `train`, with its --config.KEY=VALUE; the rows, their pictures, template,\n"
+        "--config=FILE[:arg]      as for `train`, with its --config.KEY=VALUE; the rows, their images, template,\n"
         "                         tokenizer and lengths are then those of that run"
     )
     single = parser.add_argument_group("or, without a config")
     single.add_argument("--annotations", metavar="FILE", help="LLaVA's JSON, or JSONL")
-    single.add_argument("--images", metavar="DIR", help="folder the rows' pictures are relative to")
+    single.add_argument("--images", metavar="DIR", help="folder the rows' images are relative to")
     single.add_argument("--tokenizer", metavar="DIR", help="folder of the decoder, or of its tokenizer")
     single.add_argument("--template", help="conversation template: plain, v0, v1, llava_llama_2, …")
     single.add_argument("--image_position", choices=("front", "keep"), help="as in training (front)")
     single.add_argument("--max_length", type=int, help="as in training, image tokens included (2048)")
-    single.add_argument("--vision", metavar="DIR", help="CLIP folder; its config.json says what a picture takes")
-    single.add_argument("--patches", type=int, help="the same as a number: image tokens of one picture (576)")
+    single.add_argument("--vision", metavar="DIR", help="CLIP folder; its config.json says what an image takes")
+    single.add_argument("--patches", type=int, help="the same as a number: image tokens of one image (576)")
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def verify(args: argparse.Namespace) -> int:
         images=data.images,
         tokenizer=folder,
         template=f"{data.template}, image position {data.image_position}",
-        max_length=f"{data.max_length} tokens, {patches} of them for each {'picture' if tiles is None else 'tile'}",
+        max_length=f"{data.max_length} tokens, {patches} of them for each {'image' if tiles is None else 'tile'}",
         dump=args.dump,
     )
     report = checks.verify(
@@ -62,17 +62,17 @@ def verify(args: argparse.Namespace) -> int:
     if report.rejected:
         count = f"{len(report.rejected)} of {report.rows} rows of {data.annotations} cannot be trained"
         more = " (the first of them)" if len(report.rejected) > 1 else ""
-        raise InputError(f"{count}: {report.rejected[0]}{more}; mend or remove them")
+        raise InputError(f"{count}: {report.rejected[0]}{more}; fix or remove them")
     return 0
 
 
 def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any]:
-    """(data settings, tokenizer folder, image tokens of a picture or tile, anyres.Tiling or None) of the run that
+    """(data settings, tokenizer folder, image tokens of an image or tile, anyres.Tiling or None) of the run that
     `--config` describes.
     """
     given = [f"--{name}" for name in SINGLE if getattr(args, name) is not None]
     if given:
-        raise InputError(f"{' and '.join(given)} beside --config: give the --config.KEY=VALUE that `train` gets")
+        raise InputError(f"{' and '.join(given)} next to --config: give the --config.KEY=VALUE that `train` gets")
     settings = load_settings(args.passed)
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
@@ -84,18 +84,20 @@ def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any
 
 
 def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, None]:
-    """The same of the single flags, which show each picture as one square."""
-    # The rows of a data set bring their pictures along.
+    """The same of the single flags, which show each image as one square."""
+    # The rows of a data set bring their images along.
     brings = args.annotations is not None and is_dataset(args.annotations)
     needed = [name for name in NEEDED if name != "images" or not brings]
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
-        raise InputError(f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} beside the others")
+        raise InputError(
+            f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} next to the others"
+        )
     for name in ("max_length", "patches"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name}={getattr(args, name)}: expected 1 or more")
     if args.vision is not None and args.patches is not None:
-        raise InputError("--vision and --patches both say what a picture takes; give one of them")
+        raise InputError("--vision and --patches both say what an image takes; give one of them")
     position, length = args.image_position or "front", args.max_length or 2048
     data = DataSettings(
         args.annotations, args.images or "", args.template, position, "pad", length, shuffle=False, **UNPACKED
@@ -104,7 +106,7 @@ def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, N
 
 
 def patches_of(folder: str | None) -> int:
-    """Image tokens of one picture for a CLIP folder; those of CLIP ViT-L/14 at 336 pixels without one."""
+    """Image tokens of one image for a CLIP folder; those of CLIP ViT-L/14 at 336 pixels without one."""
     if folder is None:
         return 576
     from llava_jax.weights.hf_config import clip_config, read_config

@@ -50,13 +50,13 @@ COMMANDS: dict[str, Command] = {
         passes="--config",
     ),
     "generate": Command(
-        "answer one question about a picture, or a whole file of questions in batches",
+        "answer one question about an image, or a whole file of questions in batches",
         'llava-jax generate --model=runs/finetune --image=cat.jpg --prompt="What is this?"',
         models.generate_flags,
         models.generate,
     ),
     "chat": Command(
-        "talk with a model in the terminal, about a picture or without one",
+        "talk with a model in the terminal, about an image or without one",
         "llava-jax chat --model=runs/finetune --image=cat.jpg",
         models.chat_flags,
         models.chat,
@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
         passes="--config",
     ),
     "prepare captions": Command(
-        "captions of pictures as rows of stage 1, each with a brief question drawn by the seed",
+        "captions of images as rows of stage 1, each with a brief question drawn by the seed",
         "llava-jax prepare captions --captions=captions_train2017.json --output=captions.json",
         prepare.captions_flags,
         prepare.captions,
@@ -95,7 +95,7 @@ COMMANDS: dict[str, Command] = {
         prepare.scienceqa,
     ),
     "prepare arrayrecord": Command(
-        "rows and their pictures as one TFDS data set of ArrayRecord files, read without TensorFlow",
+        "rows and their images as one TFDS data set of ArrayRecord files, read without TensorFlow",
         "llava-jax prepare arrayrecord --annotations=data.json --images=images --output=packed",
         prepare.arrayrecord_flags,
         prepare.arrayrecord,
@@ -113,19 +113,19 @@ COMMANDS: dict[str, Command] = {
         models.convert,
     ),
     "benchmark train": Command(
-        "seconds an update of both stages, with --peer beside transformers and PyTorch",
+        "seconds an update of both stages, with --peer next to transformers and PyTorch",
         "llava-jax benchmark train --peer --json=train.json",
         benchmark.train_flags,
         benchmark.train,
     ),
     "benchmark generate": Command(
-        "tokens a second of greedy answers to prompts with pictures, and seconds to the first token",
+        "tokens a second of greedy answers to prompts with images, and seconds to the first token",
         "llava-jax benchmark generate --peer --json=generate.json",
         benchmark.generate_flags,
         benchmark.generate,
     ),
     "benchmark data": Command(
-        "pictures from file to batch and rows tokenised and packed a CPU second, one worker and two",
+        "images from file to batch and rows tokenised and packed a CPU second, one worker and two",
         "llava-jax benchmark data --peer --json=data.json",
         benchmark.data_flags,
         benchmark.data,

@@ -62,11 +62,11 @@ def generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
     beside_flags(parser)
     one = parser.add_argument_group("one question")
-    one.add_argument("--image", metavar="FILE", help="the picture; none for a question about no picture")
+    one.add_argument("--image", metavar="FILE", help="the image; none for a question about no image")
     one.add_argument("--prompt", metavar="TEXT", help="the question")
     many = parser.add_argument_group("a file of questions")
     many.add_argument("--questions", metavar="FILE.jsonl", help="lines with question_id, image, text")
-    many.add_argument("--images", metavar="DIR", help="folder of the pictures they name")
+    many.add_argument("--images", metavar="DIR", help="folder of the images they name")
     many.add_argument("--answers", metavar="FILE.jsonl", help="written; a half-written one is resumed")
     many.add_argument("--batch_size", type=int, default=8, help="questions answered at once (8)")
     sampling_flags(parser)
@@ -79,9 +79,9 @@ def generate(args: argparse.Namespace) -> int:
     if (args.prompt is None) == (args.questions is None):
         raise InputError("generate needs --prompt (one question) or --questions (a file of them), and not both")
     if args.questions is not None and (args.images is None or args.answers is None):
-        raise InputError("--questions needs --images=DIR (the pictures) and --answers=FILE.jsonl (to be written)")
+        raise InputError("--questions needs --images=DIR (the images) and --answers=FILE.jsonl (to be written)")
     if args.questions is not None and args.image is not None:
-        raise InputError("--image goes with --prompt; with --questions each line names its picture, below --images")
+        raise InputError("--image goes with --prompt; with --questions each line names its image, below --images")
     if args.prompt is not None and (args.images is not None or args.answers is not None):
         raise InputError("--images and --answers go with --questions; one --prompt takes --image")
     sampling = sampling_of(args, args.beams)
@@ -126,7 +126,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
 def chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
     beside_flags(parser)
-    parser.add_argument("--image", metavar="FILE", help="the picture to talk about; /image shows another one")
+    parser.add_argument("--image", metavar="FILE", help="the image to talk about; /image shows another one")
     sampling_flags(parser, max_new_tokens=512)
 
 
@@ -196,7 +196,7 @@ def announce_model(model: "Llava") -> None:
         dtype=about["dtype"],
     )
     if model.processor.rules.caption_only:
-        print(f"template {about['template']} writes captions: the prompt is not used, only its picture\n", flush=True)
+        print(f"template {about['template']} writes captions: the prompt is not used, only its image\n", flush=True)
 
 
 def need_file(flag: str, path: str | None) -> None:

@@ -20,9 +20,7 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
 
 def captions_flags(parser: argparse.ArgumentParser) -> None:
     caption_flags(parser)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the questions, and of where the picture stands (0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the questions, and of where the image stands (0)")
 
 
 def caption_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +111,7 @@ def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="written: rows that `train` takes")
     parser.add_argument("--format", default="QCM-LEA", help="prompt format: QCM-LEA, QCM-LEPA, CQM-A, … (QCM-LEA)")
     parser.add_argument(
-        "--subset", choices=("all", "image", "text"), default="all", help="problems with a picture, or without (all)"
+        "--subset", choices=("all", "image", "text"), default="all", help="problems with an image, or without (all)"
     )
     parser.add_argument(
         "--newlines", choices=("keep", "escape"), default="keep", help="of lecture and solution; escape: as \\n (keep)"
@@ -136,7 +134,7 @@ def scienceqa(args: argparse.Namespace) -> int:
     )
     rows = room.convert(args.source, args.split, args.format, subset=args.subset, newlines=args.newlines)
     write_rows(args.output, rows)
-    print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with a picture: {args.output}")
+    print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with an image: {args.output}")
     return 0
 
 
@@ -145,7 +143,7 @@ def scienceqa(args: argparse.Namespace) -> int:
 
 def arrayrecord_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", required=True, metavar="SRC", help="rows, as data.annotations names them")
-    parser.add_argument("--images", default="", metavar="DIR", help="folder the rows' pictures are relative to")
+    parser.add_argument("--images", default="", metavar="DIR", help="folder the rows' images are relative to")
     parser.add_argument("--output", required=True, metavar="DIR", help="written: DIR/llava_rows/1.0.0")
     parser.add_argument("--split", default="train", help="name of the split (train)")
     parser.add_argument("--shards", type=int, default=0, help="files to write; 0: by size (0)")

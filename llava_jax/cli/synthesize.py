@@ -30,7 +30,7 @@ def synthesize_flags(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="FILE.json", help="written: rows that `train` takes, or FILE.jsonl"
     )
     parser.add_argument("--prompts", metavar="DIR", help="prompts in place of those that come with the package")
-    parser.add_argument("--limit", type=int, default=0, help="only the first pictures, this many; 0, all (0)")
+    parser.add_argument("--limit", type=int, default=0, help="only the first images, this many; 0, all (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
     parser.add_argument("--dry_run", action="store_true", help="print requests (of --limit, else the first) and cost")
     teacher = parser.add_argument_group("the teacher")
@@ -51,7 +51,7 @@ def synthesize_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def synthesize(args: argparse.Namespace) -> int:
-    """0 when every picture is settled, 1 when some are still open: the same command goes on."""
+    """0 when every image is settled, 1 when some are still open: the same command continues."""
     settings, prices = _check(args)
     from llava_jax.synthesize import journal, write
 
@@ -64,7 +64,7 @@ def synthesize(args: argparse.Namespace) -> int:
         endpoint=args.endpoint,
         request=json.dumps(settings) if args.teacher != EMBEDDED else None,
         prompts=args.prompts,
-        pictures=f"the first {args.limit}" if args.limit else "all",
+        images=f"the first {args.limit}" if args.limit else "all",
         budget=_budget(args),
         seed=args.seed,
     )
@@ -87,7 +87,7 @@ def synthesize(args: argparse.Namespace) -> int:
     aside = f"; set aside: {stem}.rejected.jsonl" if written.rejected else ""
     print(f"{written}: {args.output}{aside}; data card: {stem}.card.html")
     if written.unanswered:
-        print("not complete; the same command goes on where this one ended")
+        print("not complete; the same command continues where this one ended")
     return 1 if written.unanswered else 0
 
 
@@ -223,7 +223,7 @@ def _journal(args: argparse.Namespace) -> str | None:
 
 
 def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], prices: "Prices | None") -> int:
-    """Prints the requests of the first --limit pictures, or the first of each kind, and what all will cost."""
+    """Prints the requests of the first --limit images, or the first of each kind, and what all will cost."""
     from llava_jax.synthesize import journal, write
 
     shown: set[str] = set()

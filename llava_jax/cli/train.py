@@ -98,7 +98,7 @@ def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 @contextlib.contextmanager
 def importing_beside(path: str) -> Iterator[None]:
-    """Lets a config import what lies beside it, as `common` or as `configs.common`, wherever we were started."""
+    """Lets a config import what lies next to it, as `common` or as `configs.common`, wherever we were started."""
     folder = os.path.dirname(os.path.abspath(path))
     before = list(sys.path)
     sys.path[:0] = [folder, os.path.dirname(folder)]

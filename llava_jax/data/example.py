@@ -19,7 +19,7 @@ def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenize
     """The record's ids and targets at full length, each image once as IMAGE_MARK.
 
     Raises InputError when the template cannot hold the turns, or when marks and images differ in number (one mark more
-    or less would show a picture to the wrong words).
+    or less would show an image to the wrong words).
     """
     spans = render(record.turns, find_template(settings.template), image_position=settings.image_position)
     encoded = encode(spans, tokenizer)
@@ -46,17 +46,17 @@ def encode_record(
 
 
 def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]:
-    """(width, height) of the record's pictures, from their headers."""
+    """(width, height) of the record's images, from their headers."""
     return [image_size(path) for path in image_paths(record, settings)]
 
 
 def image_paths(record: Record, settings: DataSettings) -> list[str | bytes]:
-    """Where the record's pictures lie, in placeholder order; a picture that came with its row is given itself."""
+    """Where the record's images lie, in placeholder order; an image that came with its row is given itself."""
     return [image if isinstance(image, bytes) else os.path.join(settings.images, image) for image in record.images]
 
 
 def require_images(images: Iterable[str], settings: DataSettings) -> None:
-    """Raise InputError naming the first of these pictures that does not exist (nothing is decoded)."""
+    """Raise InputError naming the first of these images that does not exist (nothing is decoded)."""
     for image in images:
         path = os.path.join(settings.images, image)
         if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""The original's order of rows: batches of like length, of rows with a picture or of rows without one, never of both.
+"""The original's order of rows: batches of like length, of rows with an image or of rows without one, never of both.
 
 LLaVA's `group_by_modality_length`, for runs that are to be compared with it. It draws from torch's global generator, so
 torch's `randperm` is here as well, draw for draw.
@@ -18,7 +18,7 @@ def count_words(record: Record) -> int:
 
 
 def modality_lengths(records: Sequence[Record], words_A: np.ndarray, images_A: np.ndarray) -> list[int]:
-    """Words of each row (`count_words`), negative without a picture; `images_A` are the pictures of each.
+    """Words of each row (`count_words`), negative without an image; `images_A` are the images of each.
 
     InputError for a row without words, as the original asserts.
     """
@@ -52,12 +52,12 @@ def grouped_epoch(lengths: Sequence[int], rank_batch: int, world: int, seed: int
     aside, and the rows of the two stand at the end in the order of the file.
     """
     draws = np.random.RandomState(seed)
-    pictures = [row for row, length in enumerate(lengths) if length > 0]
+    images = [row for row, length in enumerate(lengths) if length > 0]
     texts = [row for row, length in enumerate(lengths) if length < 0]
-    if not pictures or not texts:
+    if not images or not texts:
         return [row for update in _group(lengths, rank_batch, world, draws) for row in update]
     updates, rest = [], []
-    for rows in (pictures, texts):
+    for rows in (images, texts):
         groups = _group([abs(lengths[row]) for row in rows], rank_batch, world, draws)
         groups = [[rows[index] for index in group] for group in groups]
         updates += groups[:-1]

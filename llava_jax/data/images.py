@@ -1,8 +1,8 @@
-"""Pictures: decode with care, then the published preprocessing of CLIP and SigLIP (numpy and PIL only).
+"""Images: decode with care, then the published preprocessing of CLIP and SigLIP (numpy and PIL only).
 
 The pixels are bit-equal to transformers' processors (PIL backend). Aspect `crop` is `CLIPImageProcessor`: shortest side
-to `size` with a truncated long side, centre crop, / 255, normalise. Aspect `pad` first centres the picture on a square
-of the mean colour, as LLaVA-1.5's second stage does. Aspect `squash` is `SiglipImageProcessor`: the whole picture to
+to `size` with a truncated long side, centre crop, / 255, normalise. Aspect `pad` first centres the image on a square
+of the mean colour, as LLaVA-1.5's second stage does. Aspect `squash` is `SiglipImageProcessor`: the whole image to
 the square, whatever its shape. As in the original, EXIF orientation is ignored, transparency is dropped, and an
 animation is its first frame.
 """
@@ -32,7 +32,7 @@ ASPECTS = ("pad", "crop", "squash")
 CLIP = Pixels()
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# Pixels widened to the padded square at one time (a tall picture would otherwise need side x side of memory).
+# Pixels widened to the padded square at one time (a tall image would otherwise need side x side of memory).
 STRIP_PIXELS = 4_000_000
 
 # What Pillow's decoders raise on damaged files.
@@ -47,12 +47,12 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
     return (scaled[None, :] - mean[:, None]) / std[:, None]
 
 
-def load_image(picture: str | bytes | Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """uint8[size, size, 3]: the square that the tower sees of a picture (path, content of a file, or in memory).
+def load_image(source: str | bytes | Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+    """uint8[size, size, 3]: the square that the tower sees of an image (path, content of a file, or in memory).
 
     `aspect` is pad, crop or squash. InputError as in `decode`.
     """
-    image = usable(decode(picture) if isinstance(picture, str | bytes) else picture)
+    image = usable(decode(source) if isinstance(source, str | bytes) else source)
     resample = _RESAMPLE[pixels.resample]
     if aspect not in ASPECTS:
         raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
@@ -66,19 +66,19 @@ def load_image(picture: str | bytes | Image.Image, size: int, aspect: str, pixel
 
 
 def image_size(source: str | bytes) -> tuple[int, int]:
-    """(width, height) of a picture (path, or content of a file) from its header; InputError as in `decode`, as far as
+    """(width, height) of an image (path, or content of a file) from its header; InputError as in `decode`, as far as
     that shows it.
     """
     return _opened(source, "", lambda file, name, length: _open(file, name, length).size)
 
 
 def check_image(path: str | bytes) -> None:
-    """Decode the whole picture at `path`, or in these bytes; InputError, naming path and reason, where that fails."""
+    """Decode the whole image at `path`, or in these bytes; InputError, naming path and reason, where that fails."""
     decode(path)
 
 
 def decode(source: str | bytes, name: str = "") -> Image.Image:
-    """RGB picture of a file (a path) or of its content (bytes); `name` stands for the source in messages.
+    """RGB image of a file (a path) or of its content (bytes); `name` stands for the source in messages.
 
     Raises InputError for a file that is missing, empty, truncated, damaged, in no format of FORMATS, above MAX_PIXELS
     or MAX_SIDE, or with one side more than MAX_ASPECT times the other. The limits are checked on the header, before any
@@ -90,7 +90,7 @@ def decode(source: str | bytes, name: str = "") -> Image.Image:
 def _opened(source: str | bytes, name: str, read: Callable[[BinaryIO, str, int], Result]) -> Result:
     """What `read` makes of the file, its name for messages (`name`, or the source's own) and its length."""
     if isinstance(source, bytes):
-        return read(io.BytesIO(source), name or "picture", len(source))
+        return read(io.BytesIO(source), name or "image", len(source))
     name = name or source
     try:
         with open(source, "rb") as file:
@@ -102,7 +102,7 @@ def _opened(source: str | bytes, name: str, read: Callable[[BinaryIO, str, int],
 
 
 def _open(file: BinaryIO, name: str, length: int) -> Image.Image:
-    """The picture with its header read and checked."""
+    """The image with its header read and checked."""
     if length == 0:
         raise InputError(f"image {name}: the file is empty; replace it")
     try:
@@ -110,7 +110,7 @@ def _open(file: BinaryIO, name: str, length: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise InputError(_too_large(name)) from None
     except Image.UnidentifiedImageError:
-        raise InputError(f"image {name}: not a picture; expected {', '.join(FORMATS)}") from None
+        raise InputError(f"image {name}: not an image; expected {', '.join(FORMATS)}") from None
     except DECODE_ERRORS as error:
         raise InputError(f"image {name}: damaged header ({error}); replace the file") from None
     _check_shape(image, name)
@@ -140,8 +140,8 @@ def _check_shape(image: Image.Image, name: str) -> None:
         raise InputError(f"image {name}: {width}x{height} is thinner than {MAX_ASPECT}:1; crop it")
 
 
-def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
-    """The picture in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """The image in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
     if image.mode == "F":
         raise InputError(f"image {name}: floating-point pixels have no known range; convert it to 8 bit")
     if image.mode.startswith("I"):
@@ -153,13 +153,13 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """float32[size, size, 3], normalised, of a picture in memory; `aspect` is pad, crop or squash."""
+    """float32[size, size, 3], normalised, of an image in memory; `aspect` is pad, crop or squash."""
     return normalised(load_image(image, size, aspect, pixels), pixels)
 
 
 def usable(image: Image.Image) -> Image.Image:
-    """A picture in memory in mode RGB; InputError for sides and pixels as in `decode`."""
-    _check_shape(image, "picture")
+    """An image in memory in mode RGB; InputError for sides and pixels as in `decode`."""
+    _check_shape(image, "image")
     return to_rgb(image)
 
 
@@ -170,7 +170,7 @@ def normalised(bytes_XYC: np.ndarray, pixels: Pixels = CLIP) -> np.ndarray:
 
 
 def background(pixels: Pixels) -> tuple[int, ...]:
-    """The mean colour as bytes: what surrounds a picture that is padded to a square."""
+    """The mean colour as bytes: what surrounds an image that is padded to a square."""
     return tuple(int(255 * mean) for mean in pixels.mean)
 
 
@@ -183,7 +183,7 @@ def _crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Im
 
 
 def _pad(image: Image.Image, size: int, resample: Image.Resampling, colour: tuple[int, ...]) -> Image.Image:
-    """The picture centred on a square of `colour`, resized to `size`; the full square is never made.
+    """The image centred on a square of `colour`, resized to `size`; the full square is never made.
 
     Pillow resizes rows first and columns then, rounding to 8 bit between; doing the two one after the other gives the
     same bytes, skips what only sees background, and needs no more than STRIP_PIXELS of the square at a time.

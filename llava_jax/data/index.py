@@ -158,5 +158,5 @@ def _value(decode: Callable[[str, int], tuple], text: _Text, path: str) -> int:
                 at = text.before + getattr(error, "pos", text.place)
                 raise _broken(path, str(getattr(error, "msg", error)).removesuffix(" at"), at) from None
             continue
-        # A number at the end of the window may go on behind it; no row is one, so the next letter tells.
+        # A number at the end of the window may continue behind it; no row is one, so the next letter tells.
         return end - text.place

@@ -31,18 +31,18 @@ LENGTHS, TRIES = 32, 8
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
     """Rows of a batch, tokens and image slots of a row; and of the run's batches the mean share of tokens that are not
-    padding, and of pictures.
+    padding, and of images.
     """
 
     rows: int
     length: int
     images: int
     filled: float
-    pictures: float
+    images_used: float
 
     def __str__(self) -> str:
         return (
-            f"batches of {self.rows} x {self.length} tokens with {self.images} pictures a row, "
+            f"batches of {self.rows} x {self.length} tokens with {self.images} images a row, "
             f"{self.filled:.1%} of the tokens real"
         )
 
@@ -103,7 +103,7 @@ def plan_batches(
 ) -> BatchPlan:
     """The plan of `steps` updates of `batch_size` conversations, of which `Checked` knows the rest.
 
-    `lengths_A` are their tokens, `slots_A` their pictures (tiles under anyres), `words_A` their words, which group_by
+    `lengths_A` are their tokens, `slots_A` their images (tiles under anyres), `words_A` their words, which group_by
     needs. Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one
     conversation and max_length tokens. InputError when that does not divide, or the settings contradict each other or
     the data.
@@ -124,8 +124,8 @@ def plan_batches(
         places = steps * batch_size
         order_UC = _stream(len(records), settings.shuffle, seed, places, mixture).reshape(steps, batch_size)
     filled = float(lengths_A[order_UC].mean() / settings.max_length)
-    pictures = float(slots_A[order_UC].sum(axis=1).mean())
-    shape = BatchShape(batch_size, settings.max_length, int(slots_A.max()), filled, pictures)
+    images_used = float(slots_A[order_UC].sum(axis=1).mean())
+    shape = BatchShape(batch_size, settings.max_length, int(slots_A.max()), filled, images_used)
     rows_UC = np.tile(np.arange(batch_size, dtype=np.int32), (steps, 1))
     return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
 
@@ -141,7 +141,7 @@ def plan_packed(
     seed: int,
     mixture: Mixture | None = None,
 ) -> BatchPlan:
-    """The packed plan; `images_A` are the pictures of each conversation.
+    """The packed plan; `images_A` are the images of each conversation.
 
     Update u takes places [u * batch_size, (u + 1) * batch_size) of an endless stream that runs through the
     conversations epoch after epoch; the last update of an epoch is filled up from the next. With settings.shuffle an
@@ -181,16 +181,16 @@ def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture 
 
 
 def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
-    """The places of one epoch; its first and last update it may share with the epochs beside it."""
+    """The places of one epoch; its first and last update it may share with the epochs next to it."""
     start, stop = epoch * len(lengths_A), (epoch + 1) * len(lengths_A)
     bounds = np.arange(start // batch_size, (stop - 1) // batch_size + 2) * batch_size
     return deal(lengths_A, images_A, np.diff(bounds.clip(start, stop)), np.random.default_rng([seed, epoch]))
 
 
 def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order in which each update has much the same tokens and pictures; update u takes shares_U[u] places.
+    """A random order in which each update has much the same tokens and images; update u takes shares_U[u] places.
 
-    The conversations, sorted by pictures and length, are dealt in rounds of one to each update: every second round at
+    The conversations, sorted by images and length, are dealt in rounds of one to each update: every second round at
     random, the others giving the longest to the update that has had least.
     """
     order = rng.permutation(len(lengths_A))
@@ -216,7 +216,7 @@ def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng:
 def _check_limits(lengths_A: np.ndarray, images_A: np.ndarray, settings: DataSettings) -> None:
     for key, given, needed_A, what in (
         ("data.pack_length", settings.pack_length, lengths_A, "tokens"),
-        ("data.pack_images", settings.pack_images, images_A, "tiles" if settings.aspect == "anyres" else "pictures"),
+        ("data.pack_images", settings.pack_images, images_A, "tiles" if settings.aspect == "anyres" else "images"),
     ):
         row = int(needed_A.argmax())
         if 0 < given < needed_A[row]:
@@ -235,14 +235,14 @@ def _choose(
     settings: DataSettings,
 ) -> tuple[BatchShape, np.ndarray]:
     """The cheapest shape into which every update packs, and the batch row of each conversation as int32[U, C]."""
-    totals_U, pictures_U = lengths_UC.sum(1), images_UC.sum(1)
+    totals_U, images_U = lengths_UC.sum(1), images_UC.sum(1)
     shapes = list(_shapes(lengths_UC.shape[1], int(totals_U.max()), longest, row_multiple, settings.pack_length))
     # Long updates fail soonest; one that has failed is tried first from then on.
     hardest = np.argsort(-totals_U, kind="stable").tolist()
     pack = functools.partial(_pack_all, lengths_UC, images_UC, hardest)
     for rows, length in sorted(shapes, key=lambda shape: _cost(*shape, totals_U.mean())):
-        fewest = max(most_images, math.ceil(pictures_U.max() / rows))
-        allowed = int(pictures_U.max())
+        fewest = max(most_images, math.ceil(images_U.max() / rows))
+        allowed = int(images_U.max())
         if settings.pack_images:
             fewest = allowed = settings.pack_images if most_images else 0
         rows_UC = pack(rows, length, allowed)
@@ -256,7 +256,7 @@ def _choose(
                 break
         images = allowed if settings.pack_images else max(needed, most_images)
         filled = float(totals_U.mean() / (rows * length))
-        return BatchShape(rows, length, images, filled, float(pictures_U.mean())), rows_UC
+        return BatchShape(rows, length, images, filled, float(images_U.mean())), rows_UC
     raise AssertionError("one conversation a row always fits")
 
 
@@ -298,7 +298,7 @@ def _pack_all(
 
 
 def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: int, images: int) -> np.ndarray | None:
-    """The row of each conversation so that no row has more than `length` tokens or `images` pictures, or None.
+    """The row of each conversation so that no row has more than `length` tokens or `images` images, or None.
 
     The longest come first, each into the emptiest row (or, in every second try, the fullest that it fits); then
     conversations of the fullest row change places with shorter ones until none is too full. Later tries start from
@@ -315,24 +315,24 @@ def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: 
     return None
 
 
-Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # row of each conversation; tokens and pictures of each row
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # row of each conversation; tokens and images of each row
 
 
 def _place_into_emptiest(
     lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, images: int
 ) -> Packed | None:
-    """Each conversation into the row with the fewest tokens of those with slots for its pictures; None without one."""
+    """Each conversation into the row with the fewest tokens of those with slots for its images; None without one."""
     rows_C = np.empty(len(order), np.int64)
     tokens_R, images_R, emptiest = [0] * rows, [0] * rows, [(0, row) for row in range(rows)]
-    for c, tokens, pictures in zip(*(x.tolist() for x in (order, lengths_C[order], images_C[order])), strict=True):
+    for c, tokens, added in zip(*(x.tolist() for x in (order, lengths_C[order], images_C[order])), strict=True):
         full = []
-        while emptiest and images_R[emptiest[0][1]] + pictures > images:
+        while emptiest and images_R[emptiest[0][1]] + added > images:
             full.append(heapq.heappop(emptiest))
         if not emptiest:
             return None
         rows_C[c] = row = emptiest[0][1]
         tokens_R[row] += tokens
-        images_R[row] += pictures
+        images_R[row] += added
         heapq.heapreplace(emptiest, (tokens_R[row], row))
         for entry in full:
             heapq.heappush(emptiest, entry)
@@ -375,7 +375,7 @@ def _relieve(
     """
     conversations, rows = len(rows_C), len(tokens_R)
     sizes = np.concatenate([lengths_C, np.zeros(rows, np.int64)])
-    pictures = np.concatenate([images_C, np.zeros(rows, np.int64)])
+    counts = np.concatenate([images_C, np.zeros(rows, np.int64)])
     while True:
         full = tokens_R.argmax()
         if tokens_R[full] <= length:
@@ -383,7 +383,7 @@ def _relieve(
         places = np.concatenate([rows_C, np.arange(rows)])
         inside, outside = np.flatnonzero(rows_C == full), np.flatnonzero(places != full)
         tokens = sizes[inside, None] - sizes[outside]
-        moved = pictures[inside, None] - pictures[outside]
+        moved = counts[inside, None] - counts[outside]
         others = places[outside]
         fuller = np.maximum(tokens_R[full] - tokens, tokens_R[others] + tokens)
         fits = (images_R[full] - moved <= images) & (images_R[others] + moved <= images)

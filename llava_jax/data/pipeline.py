@@ -6,7 +6,7 @@ a row, and which host, changes neither the order nor the content; where a run st
 batches delivered, and that is the iterator's whole state.
 
 Rows are read by threads: Pillow lets go of Python's lock while it decodes and resizes, which is nearly all of the work
-on a row with a picture, and a batch need not be carried from one process to another. Rows of text alone gain nothing
+on a row with an image, and a batch need not be carried from one process to another. Rows of text alone gain nothing
 from a second thread; one makes thousands of them a second (docs/results.md has the figures).
 """
 
@@ -114,7 +114,7 @@ def _stack(rows: Sequence[Batch]) -> Batch:
 class BatchIterator(grain.DatasetIterator):
     """Batches from `batches`, read ahead by so many threads: each makes whole batches, and they come in order.
 
-    The state is `{"batches": k}`, the number delivered: it does not know threads or hosts, so a run may go on with
+    The state is `{"batches": k}`, the number delivered: it does not know threads or hosts, so a run may continue with
     others. A fresh reader is made where the state is set.
     """
 

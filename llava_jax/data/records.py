@@ -92,7 +92,7 @@ class FileRows(Rows):
 
     def _read(self, start: int, length: int) -> bytes:
         """Bytes of the file; rows that are read one after another come from larger pieces, which saves system calls."""
-        # Another thread may read at the same time, so each goes on with what it has taken from self once.
+        # Another thread may read at the same time, so each continues with what it has taken from self once.
         file = self._file
         if file is None:
             self._file = file = open(self.path, "rb", buffering=0)  # noqa: SIM115
@@ -107,7 +107,7 @@ class FileRows(Rows):
 
 
 class DatasetRows(Rows):
-    """Rows of a TFDS data set, as `prepare arrayrecord` writes it: pictures come with the row, as bytes."""
+    """Rows of a TFDS data set, as `prepare arrayrecord` writes it: images come with the row, as bytes."""
 
     def __init__(self, name: str, start: int = 0, stop: int | None = None):
         self.name, self.start = name, start
@@ -134,7 +134,7 @@ class DatasetRows(Rows):
         turns = zip(said["from"], said["value"], strict=True)
         return {
             "id": _text(found["id"]),
-            "images": [bytes(picture) for picture in found["images"]],
+            "images": [bytes(image) for image in found["images"]],
             "conversations": [{"from": _text(who), "value": _text(text)} for who, text in turns],
         }
 
@@ -245,7 +245,7 @@ def _open_source(source: Source) -> Rows:
         raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
     content = sources.digest(path)
     places = index_file(path, sources.is_lines(source.path), content)
-    # As assemble.file_inputs has it, so that a run goes on from a checkpoint that was made by it.
+    # As assemble.file_inputs has it, so that a run resumes from a checkpoint that was made by it.
     line = f"{os.path.basename(source.path)} {content}\n"
     return FileRows(path, places, hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
 

@@ -1,7 +1,7 @@
 """One row of LLaVA annotations, checked.
 
 What a row must hold: `conversations` with strictly known speakers and non-empty texts, and as many `<image>` in the
-human turns as it names or brings pictures. Ids need not be unique.
+human turns as it names or brings images. Ids need not be unique.
 """
 
 import dataclasses

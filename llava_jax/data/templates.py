@@ -71,8 +71,8 @@ def render(
 ) -> list[Span]:
     """The prompt as spans; with `open_turn` it ends where the assistant is to speak.
 
-    `image_position` front moves the placeholder of a turn with one picture to the front of that turn (and strips the
-    rest, as the released LLaVA does); keep, and turns with several pictures, leave it as written.
+    `image_position` front moves the placeholder of a turn with one image to the front of that turn (and strips the
+    rest, as the released LLaVA does); keep, and turns with several images, leave it as written.
     """
     check_image_position(image_position)
     turns = select_turns(turns, template, open_turn=open_turn)
@@ -96,7 +96,7 @@ def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool =
         kept = kept[1:]
     if kept and kept[-1].speaker == "human" and not open_turn:
         if IMAGE_PLACEHOLDER in kept[-1].text:
-            raise InputError("the last turn shows a picture but has no answer; answer it or remove it")
+            raise InputError("the last turn shows an image but has no answer; answer it or remove it")
         kept = kept[:-1]
     for before, turn in itertools.pairwise(kept):
         if turn.speaker == before.speaker:
@@ -113,13 +113,13 @@ def _check_caption(turns: Sequence[Turn], open_turn: bool) -> None:
     expected = 1 if open_turn else 2
     if len(turns) != expected or turns[0].speaker != "human":
         raise InputError(
-            f"template plain holds one picture and its caption, found {len(turns)} turns; "
+            f"template plain holds one image and its caption, found {len(turns)} turns; "
             "train conversations with another template"
         )
     if IMAGE_PLACEHOLDER not in turns[0].text:
         raise InputError(
             f"template plain needs {IMAGE_PLACEHOLDER} in the first turn; "
-            "train rows without a picture with another template"
+            "train rows without an image with another template"
         )
 
 
@@ -251,7 +251,7 @@ TEMPLATES: dict[str, Template] = {
     "mistral_direct": _CHATML_DIRECT,
 }
 
-# The same around pictures between two tokens, as models with mm_use_im_start_end of the original were trained.
+# The same around images between two tokens, as models with mm_use_im_start_end of the original were trained.
 TEMPLATES |= {
     f"{name}_im_start_end": dataclasses.replace(TEMPLATES[name], image_tags=IM_START_END)
     for name in ("v0", "v1", "llava_llama_2")

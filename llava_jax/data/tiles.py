@@ -1,6 +1,6 @@
-"""LLaVA-NeXT's pictures ("anyres"): tiles of a picture, and which feature of the tiles each image token takes.
+"""LLaVA-NeXT's images ("anyres"): tiles of an image, and which feature of the tiles each image token takes.
 
-A picture is shown as a whole, squeezed to one square tile, and again at the resolution of `pinpoints` that suits it
+An image is shown as a whole, squeezed to one square tile, and again at the resolution of `pinpoints` that suits it
 best, padded with black and cut into tiles. Its image tokens are the features of the first tile and, line by line over
 the grid, those of the others that are not padding, each line closed by the model's `image_newline`. Tiles, counts and
 order are those of transformers' LlavaNext; where it differs from the original (rounding of the padding), transformers'.
@@ -31,15 +31,15 @@ class Tiling:
     pixels: Pixels = CLIP
 
     def tiles(self, sizes: Iterable[Size]) -> list[int]:
-        """Tiles of each picture, the whole one included."""
+        """Tiles of each image, the whole one included."""
         return [1 + math.prod(self._grid(size)) for size in sizes]
 
     def tokens(self, sizes: Iterable[Size]) -> list[int]:
-        """Image tokens of each picture."""
+        """Image tokens of each image."""
         return [len(self._takes(size)) for size in sizes]
 
     def takes(self, sizes: Sequence[Size], first: int = 0) -> np.ndarray:
-        """int32[t]: what the image tokens of pictures take whose tiles follow each other from tile `first` on.
+        """int32[t]: what the image tokens of images take whose tiles follow each other from tile `first` on.
 
         Feature p of tile n is number n * side**2 + p, `image_newline` is NEWLINE.
         """
@@ -51,7 +51,7 @@ class Tiling:
         return np.concatenate(found).astype(np.int32)
 
     def cut(self, image: Image.Image) -> np.ndarray:
-        """uint8[n, size, size, 3]: the tiles of a picture, the whole one first."""
+        """uint8[n, size, size, 3]: the tiles of an image, the whole one first."""
         image = usable(image)
         rows, columns = self._grid(image.size)
         width, height = columns * self.size, rows * self.size
@@ -68,12 +68,12 @@ class Tiling:
         return np.concatenate([whole[None], grid.reshape(-1, self.size, self.size, 3)])
 
     def _grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles beside the whole one."""
+        """Rows and columns of tiles next to the whole one."""
         height, width = best_resolution(size, self.pinpoints)
         return height // self.size, width // self.size
 
     def _takes(self, size: Size) -> np.ndarray:
-        """`takes` of one picture whose first tile is number 0."""
+        """`takes` of one image whose first tile is number 0."""
         (width, height), (rows, columns), patches = size, self._grid(size), self.side**2
         tile_RC = 1 + np.arange(rows * columns).reshape(rows, columns)
         patch_AB = np.arange(patches).reshape(self.side, self.side)
@@ -91,7 +91,7 @@ class Tiling:
 
 
 def tiling(config: ModelConfig) -> Tiling | None:
-    """How the model's pictures are tiled; None where a picture is one square (`data.image`)."""
+    """How the model's images are tiled; None where an image is one square (`data.image`)."""
     if not config.pinpoints:
         return None
     vision = config.vision
@@ -99,7 +99,7 @@ def tiling(config: ModelConfig) -> Tiling | None:
 
 
 def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) that shows most of the picture's pixels, of these the one with the least padding."""
+    """The (height, width) that shows most of the image's pixels, of these the one with the least padding."""
 
     def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / size[0], pinpoint[0] / size[1])
@@ -110,15 +110,15 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
 
 
 def load_tiles(
-    picture: str | bytes | Image.Image, size: int, aspect: str, tiles: Tiling | None, pixels: Pixels = CLIP
+    source: str | bytes | Image.Image, size: int, aspect: str, tiles: Tiling | None, pixels: Pixels = CLIP
 ) -> np.ndarray:
-    """uint8[n, size, size, 3] of a picture (path, bytes of a file, or in memory).
+    """uint8[n, size, size, 3] of an image (path, bytes of a file, or in memory).
 
     Its tiles, or the one square that `aspect` makes.
     """
     if tiles is None:
-        return load_image(picture, size, aspect, pixels)[None]
-    return tiles.cut(decode(picture) if isinstance(picture, str | bytes) else picture)
+        return load_image(source, size, aspect, pixels)[None]
+    return tiles.cut(decode(source) if isinstance(source, str | bytes) else source)
 
 
 def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ def rows_of_tiles(
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """A batch as transformers' LlavaNext processor gives it, for our model: tiles float32[B, N, X, Y, C] and take_BT.
 
-    `image_sizes` holds height and width of each picture. None for tiles without pictures; InputError where tokens,
+    `image_sizes` holds height and width of each image. None for tiles without images; InputError where tokens,
     tiles and sizes do not belong together.
     """
     tiles = tiling(config)
@@ -146,9 +146,9 @@ def rows_of_tiles(
             f"image tokens (id {config.image_token_id}) a row are {slots_B.tolist()}; expected {counts_N.tolist()} for "
             f"images of width and height {sizes}"
         )
-    take_BT = np.zeros(tokens_BT.shape, np.int32)
+    feature_index_BT = np.zeros(tokens_BT.shape, np.int32)
     if not sizes:
-        return None, take_BT
+        return None, feature_index_BT
     pixels, tile = np.asarray(pixels_NTCXY, np.float32), (3, tiles.size, tiles.size)
     if pixels.ndim != 5 or len(pixels) != len(sizes) or pixels.shape[1] < max(tiles_N) or pixels.shape[2:] != tile:
         raise InputError(f"pixels are {list(pixels.shape)}; expected {[len(sizes), max(tiles_N), *tile]}")
@@ -157,8 +157,8 @@ def rows_of_tiles(
     pixels_BNXYC = np.zeros((len(rows), most, tiles.size, tiles.size, 3), np.float32)
     for b, row in enumerate(rows):
         takes = tiles.takes([sizes[n] for n in row])
-        take_BT[b] = spread(tokens_BT[b], config.image_token_id, takes)
+        feature_index_BT[b] = spread(tokens_BT[b], config.image_token_id, takes)
         shown = [pixels[n, : tiles_N[n]].transpose(0, 2, 3, 1) for n in row]
         if shown:
             pixels_BNXYC[b, : sum(map(len, shown))] = np.concatenate(shown)
-    return pixels_BNXYC, take_BT
+    return pixels_BNXYC, feature_index_BT

@@ -27,7 +27,7 @@ _FIRST_MARK = 0xFDD0
 _MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
 _NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 END = "</s>"
-# Chunks without targets that are kept: what stands before the first picture is the same in most rows.
+# Chunks without targets that are kept: what stands before the first image is the same in most rows.
 KNOWN = 16
 # model_type of the original code's folders -> that of the decoder inside.
 ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -368,7 +368,7 @@ def _check_tokenizer_json(path: str) -> None:
 
 
 def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
-    """eos_token_id, one or several, of generation_config.json beside the tokenizer, else of config.json.
+    """eos_token_id, one or several, of generation_config.json next to the tokenizer, else of config.json.
 
     That order is transformers': Llama 3 Instruct and Qwen2.5 Instruct end their turns with a token of their own.
     """

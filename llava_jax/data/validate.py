@@ -39,7 +39,7 @@ class Checked:
 
     `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
     `cut_tokens` tokens to max_length. `counts_AF` (int32) are the five figures of each row that `_check_row` counts, 0
-    where it cannot be trained, and `pictures` the different paths among all rows.
+    where it cannot be trained, and `images` the different paths among all rows.
     """
 
     rows: int
@@ -50,7 +50,7 @@ class Checked:
     cut_rows: int
     cut_tokens: int
     counts_AF: np.ndarray = dataclasses.field(compare=False, repr=False)
-    pictures: frozenset[str] = dataclasses.field(compare=False, repr=False)
+    image_paths: frozenset[str] = dataclasses.field(compare=False, repr=False)
 
     @property
     def lengths_A(self) -> np.ndarray:
@@ -59,7 +59,7 @@ class Checked:
 
     @property
     def slots_A(self) -> np.ndarray:
-        """Pictures (anyres: tiles) that each row shows."""
+        """Images (anyres: tiles) that each row shows."""
         return self.counts_AF[:, 3].copy()
 
     @property
@@ -86,11 +86,11 @@ def check_records(
     patches: int,
     tiling: Tiling | None = None,
 ) -> Checked:
-    """Tokenise every row and look for its picture files (without decoding them), in settings.workers processes.
+    """Tokenise every row and look for its image files (without decoding them), in settings.workers processes.
 
     They are spawned: they import the main module again, so that must do nothing when imported.
 
-    With `tiling` (data.anyres) each picture's header says how many tokens it takes.
+    With `tiling` (data.anyres) each image's header says how many tokens it takes.
     """
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
@@ -104,53 +104,53 @@ def check_records(
             results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
     else:
         results = [check(0, records)]
-    counts, problems, pictures = zip(*results, strict=True)
-    return summarise(np.concatenate(counts), sum(problems, ()), frozenset().union(*pictures))
+    counts, problems, image_paths = zip(*results, strict=True)
+    return summarise(np.concatenate(counts), sum(problems, ()), frozenset().union(*image_paths))
 
 
-def summarise(counts_AF: np.ndarray, problems: tuple[Rejected, ...], pictures: frozenset[str]) -> Checked:
+def summarise(counts_AF: np.ndarray, problems: tuple[Rejected, ...], image_paths: frozenset[str]) -> Checked:
     """What was seen, from the five figures of each row (`_check_row`; zeros for a row that cannot be trained)."""
     lengths_A, targets_A, cut_A = counts_AF.T[:3]
     tokens, targets, cut_tokens = (int(figure_A.sum(dtype=np.int64)) for figure_A in (lengths_A, targets_A, cut_A))
     longest, cut_rows = int(lengths_A.max(initial=0)), int(np.count_nonzero(cut_A))
-    return Checked(len(counts_AF), problems, tokens, targets, longest, cut_rows, cut_tokens, counts_AF, pictures)
+    return Checked(len(counts_AF), problems, tokens, targets, longest, cut_rows, cut_tokens, counts_AF, image_paths)
 
 
 def _check_part(
     start: int, records: Sequence[Record], **check: Any
 ) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
-    """Five figures of each row as int32, those that cannot be trained, paths of pictures; the first row is `start`."""
-    counts, problems, pictures = array("i"), [], set()
+    """Five figures of each row as int32, those that cannot be trained, paths of images; the first row is `start`."""
+    counts, problems, image_paths = array("i"), [], set()
     for row in range(len(records)):
         record = records.entry(row) if isinstance(records, Rows) else records[row]
         if isinstance(record, Record):
-            result = _check_row(record, pictures, **check)
+            result = _check_row(record, image_paths, **check)
             if not isinstance(result, str):
                 counts.extend(result)
                 continue
             record = Rejected(row, record.id, result)
         counts.extend((0,) * FIGURES)
         problems.append(dataclasses.replace(record, row=start + row))
-    return np.array(counts, np.int32).reshape(-1, FIGURES), tuple(problems), pictures
+    return np.array(counts, np.int32).reshape(-1, FIGURES), tuple(problems), image_paths
 
 
 def _check_row(
     record: Record,
-    pictures: set[str],
+    image_paths: set[str],
     settings: DataSettings,
     tokenizer: TextTokenizer,
     patches: int,
     tiling: Tiling | None,
 ) -> tuple[int, int, int, int, int] | str:
-    """Tokens, targets, tokens cut off, pictures or tiles, and words; or the reason why the row cannot be trained.
+    """Tokens, targets, tokens cut off, images or tiles, and words; or the reason why the row cannot be trained.
 
-    `pictures` are those that are known to be there; the row's are added.
+    `images` are those that are known to be there; the row's are added.
     """
     try:
-        fresh = [image for image in record.images if isinstance(image, str) and image not in pictures]
+        fresh = [image for image in record.images if isinstance(image, str) and image not in image_paths]
         if fresh:
             require_images(fresh, settings)
-            pictures.update(fresh)
+            image_paths.update(fresh)
         encoded = encode_turns(record, settings, tokenizer)
         counts, slots = patches, len(record.images)
         if tiling is not None:
@@ -191,25 +191,25 @@ def check_once(
 ) -> Checked:
     """`check_records`, or what it found before in the same rows with the same tokenizer and settings.
 
-    A result without a problem is kept for data sets of KEPT_ROWS rows or more. Whether the pictures are there is looked
+    A result without a problem is kept for data sets of KEPT_ROWS rows or more. Whether the images are there is looked
     up each time; where one is gone, every row is checked again, so that the rows are named. With `tiling` nothing is
-    kept: how many tokens a row has then depends on the sizes of its pictures, which may change in their files.
+    kept: how many tokens a row has then depends on the sizes of its images, which may change in their files.
     """
     model = dict(patches=patches, tiling=tiling)
     if len(records) < KEPT_ROWS or tiling is not None:
-        return dataclasses.replace(check_records(records, settings, tokenizer, **model), pictures=frozenset())
+        return dataclasses.replace(check_records(records, settings, tokenizer, **model), image_paths=frozenset())
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}
     name = key_of("check", code(), records.fingerprint, tokenizer.fingerprint, patches, facts)
     kept = recall(name)
     if kept is not None:
-        pictures = kept["pictures"].tobytes().decode().split("\0") if kept["pictures"].size else []
-        if all(os.path.isfile(os.path.join(settings.images, picture)) for picture in pictures):
+        image_paths = kept["images"].tobytes().decode().split("\0") if kept["images"].size else []
+        if all(os.path.isfile(os.path.join(settings.images, path)) for path in image_paths):
             return summarise(kept["counts"], (), frozenset())
     checked = check_records(records, settings, tokenizer, **model)
     if not checked.problems:
-        pictures = "\0".join(sorted(checked.pictures)).encode()
-        keep(name, {"counts": checked.counts_AF, "pictures": np.frombuffer(pictures, np.uint8)})
-    return dataclasses.replace(checked, pictures=frozenset())
+        image_paths = "\0".join(sorted(checked.image_paths)).encode()
+        keep(name, {"counts": checked.counts_AF, "images": np.frombuffer(image_paths, np.uint8)})
+    return dataclasses.replace(checked, image_paths=frozenset())
 
 
 def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: Any) -> BatchPlan:
@@ -221,8 +221,8 @@ def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: 
     long = sizes["steps"] * sizes["batch_size"] >= KEPT_ROWS
     kept = recall(name) if long else None
     if kept is not None:
-        rows_, length, images, filled, pictures, most = kept["shape"].tolist()
-        shape = BatchShape(int(rows_), int(length), int(images), filled, pictures)
+        rows_, length, images, filled, used, most = kept["shape"].tolist()
+        shape = BatchShape(int(rows_), int(length), int(images), filled, used)
         return BatchPlan(shape, kept["order"], kept["rows"], int(most))
     how = dict(slots_A=slots_A, words_A=words_A, mixture=records.mixture)
     plan = plan_batches(records, lengths_A, settings, **sizes, **how)

@@ -1,6 +1,6 @@
 """Which rows of an annotation file can be trained, why the others cannot, and what exactly is trained.
 
-Every row takes the way of training: parsed, rendered, encoded, cut, its pictures decoded.
+Every row takes the way of training: parsed, rendered, encoded, cut, its images decoded.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def verify(
 ) -> VerifyReport:
     """Checks every row; writes what is trained to `dump_path` (JSONL, a line a kept row) when given.
 
-    `check_image` raises InputError for a picture that cannot be read; each picture is looked at once. InputError is
+    `check_image` raises InputError for an image that cannot be read; each image is looked at once. InputError is
     raised only for what spoils all rows: no annotations, an unknown template, an images folder that is none.
     """
     check_image_position(image_position)
@@ -73,7 +73,7 @@ def verify(
         annotations, images, template, image_position, aspect, max_length, shuffle=False, **UNPACKED
     )
     entries = parse_records(annotations)
-    picture_errors: dict[str, str | None] = {}
+    image_errors: dict[str, str | None] = {}
     has_folder = os.path.isdir(images)
     rejected, longest, rows = [], (0, 0), 0
     tokens = targets = cut_rows = leading = trailing = 0
@@ -90,7 +90,7 @@ def verify(
                 encoded = encode_turns(record, settings, tokenizer)
                 counts = patches if tiling is None else tiling.tokens(image_sizes(record, settings))
                 trained = cut(encoded, counts, max_length)
-                _require_pictures(image_paths(record, settings), check_image, picture_errors)
+                _require_images(image_paths(record, settings), check_image, image_errors)
             except InputError as error:
                 rejected.append(Rejected(row, record.id, str(error)))
                 continue
@@ -123,7 +123,7 @@ def report_lines(report: VerifyReport) -> list[str]:
     return lines
 
 
-def _require_pictures(
+def _require_images(
     paths: list[str | bytes], check_image: Callable[[str | bytes], None], errors: dict[str, str | None]
 ) -> None:
     for path in paths:
@@ -131,12 +131,12 @@ def _require_pictures(
             check_image(path)
             continue
         if path not in errors:
-            errors[path] = _picture_error(path, check_image)
+            errors[path] = _image_error(path, check_image)
         if errors[path] is not None:
             raise InputError(errors[path])
 
 
-def _picture_error(path: str, check_image: Callable[[str | bytes], None]) -> str | None:
+def _image_error(path: str, check_image: Callable[[str | bytes], None]) -> str | None:
     try:
         check_image(path)
     except InputError as error:

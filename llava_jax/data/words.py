@@ -106,7 +106,7 @@ class Words:
 
 
 def _are_words(runs: Sequence[str | int]) -> bool:
-    """Whether each text begins with a word where it stands alone, and with a blank where it goes on from another."""
+    """Whether each text begins with a word where it stands alone, and with a blank where it resumes from another."""
     alone = True
     for run in runs:
         if isinstance(run, str):

@@ -1,6 +1,6 @@
 """Train the demo's two backbones and its tokenizer again: `python -m llava_jax.demo.backbones --output=DIR`.
 
-They stand in for the published CLIP and Vicuna. The CLIP learns by contrast between pictures and captions; the LLaMA
+They stand in for the published CLIP and Vicuna. The CLIP learns by contrast between images and captions; the LLaMA
 learns to read: a description or a map in words, questions about it, answers found in it. Neither ever sees what the
 demo teaches: image features in place of words.
 """
@@ -92,28 +92,28 @@ def fit(
 
 
 class Contrast(nnx.Module):
-    """CLIP for training: picture and caption towers, both projected to one space, and a temperature."""
+    """CLIP for training: image and caption towers, both projected to one space, and a temperature."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.vision = Clip(CLIP, CLIP.layers, rngs=rngs)
         self.post_norm = LayerNorm(CLIP.width, CLIP.norm_eps, rngs=rngs)
-        self.picture = Linear((CLIP.width,), (128,), ("vision_embed",), ("projected",), rngs=rngs)
+        self.image = Linear((CLIP.width,), (128,), ("vision_embed",), ("projected",), rngs=rngs)
         self.text = Llama(TEXT, rngs=rngs)
         self.caption = Linear((TEXT.width,), (128,), ("embed",), ("projected",), rngs=rngs)
         self.scale = nnx.Param(jnp.log(1 / 0.07), axes=())
 
     def __call__(self, pixels_BXYC: jax.Array, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
-        """Similarities float32[B, B], pictures by captions."""
-        pictures = self.picture(self.post_norm(self.vision.hidden(pixels_BXYC)[:, 0]))
+        """Similarities float32[B, B], images by captions."""
+        images = self.image(self.post_norm(self.vision.hidden(pixels_BXYC)[:, 0]))
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         states = self.text(self.text.embed(tokens_BT), positions_BT)
         captions = self.caption(states[jnp.arange(states.shape[0]), last_B])
-        pictures, captions = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (pictures, captions))
-        return jnp.exp(jnp.minimum(self.scale[...], jnp.log(100.0))) * pictures @ captions.T
+        images, captions = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (images, captions))
+        return jnp.exp(jnp.minimum(self.scale[...], jnp.log(100.0))) * images @ captions.T
 
 
 def clip_batches(tokenizer: TextTokenizer, rows: int, pool: int, seed: int) -> Iterator[tuple]:
-    """Batches of pictures and captions where every scene comes with a near miss of itself, to be told apart."""
+    """Batches of images and captions where every scene comes with a near miss of itself, to be told apart."""
     rng = np.random.default_rng(seed)
     scenes = [scene for first in world.sample_scenes(rng, pool) for scene in (first, world.near_miss(first, rng))]
     pixels = np.stack([preprocess(world.draw(scene, rng)[0], CLIP.image_size, "crop") for scene in scenes])
@@ -162,7 +162,7 @@ def save_clip(params: Params, folder: str) -> None:
 
 
 def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, go_on: bool = False) -> None:
-    """Trains the decoder from a fresh start, or goes on with the one that lies in `folder`."""
+    """Trains the decoder from a fresh start, or continues with the one that lies in `folder`."""
     model = Llama(LLAMA, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
 
@@ -203,7 +203,7 @@ CONSTANT = 0.5
 def look_back(params: Params) -> Params:
     """The parameters with the first layer's heads set to look 1, 2, 3, 4, 6 and 7 tokens back.
 
-    What belongs together stands at such distances (in sentences, and in maps and pictures of six fields a row). Left
+    What belongs together stands at such distances (in sentences, and in maps and images of six fields a row). Left
     to themselves these glances and the search that uses them wait for each other, and the decoder stays at guessing.
     A constant in the first embedding dimension gives query and key a fixed direction; RoPE turns the offset between
     the two into an attention peak at that distance.

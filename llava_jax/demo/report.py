@@ -1,4 +1,4 @@
-"""The demo's report: one HTML page that needs nothing beside itself."""
+"""The demo's report: one HTML page that needs nothing next to itself."""
 
 import base64
 import dataclasses
@@ -15,7 +15,7 @@ SMOOTHING = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """One question about a picture, what the model answered and what was right."""
+    """One question about an image, what the model answered and what was right."""
 
     kind: str
     question: str
@@ -26,10 +26,10 @@ class Said:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One held-out picture (a PNG file's bytes) and what was asked about it."""
+    """One held-out image (a PNG file's bytes) and what was asked about it."""
 
     title: str
-    picture: bytes
+    image: bytes
     said: tuple[Said, ...]
 
 
@@ -49,7 +49,7 @@ def page(
     body = [
         _head(report),
         _section("Does it see?", _table(report), TABLE_NOTE),
-        _section("Pictures it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not chosen."),
+        _section("Images it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not chosen."),
         _section("Where it went wrong", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
         if mistakes
         else _section("Where it went wrong", "", "Nowhere: every answer about the held-out scenes is right."),
@@ -68,12 +68,12 @@ def page(
 
 TABLE_NOTE = (
     "Share of questions about held-out scenes that are answered with exactly the right word. "
-    "<b>Shuffled</b> is the same model, but each question comes with the picture of a scene where it has another "
+    "<b>Shuffled</b> is the same model, but each question comes with the image of a scene where it has another "
     "answer: a model that looks must fail. <b>Read as text</b> is the language model alone, before it ever saw "
-    "a picture, with a sentence about the scene in place of the picture: what it could answer at best."
+    "an image, with a sentence about the scene in place of the image: what it could answer at best."
 )
 CHART_NOTE = "Loss per supervised token at each step: faint as measured, strong as a running mean."
-CHAT_NOTE = "The model just trained, in the terminal, with a picture that was not in the training data."
+CHAT_NOTE = "The model just trained, in the terminal, with an image that was not in the training data."
 
 
 # ---- parts of the page --------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def _head(report: dict[str, Any]) -> str:
     return (
         "<header>\n<h1>A language model learns to see</h1>\n"
         "<p>This is LLaVA played end to end at a small size: a vision encoder, a projector and a language model; "
-        "instruction data written from captions and boxes by a teacher that never saw a picture; two stages of "
+        "instruction data written from captions and boxes by a teacher that never saw an image; two stages of "
         f"training. It took {_minutes(report['total_seconds'])} on this machine.</p>\n"
         f'<div class="tiles">{"".join(tiles)}</div>\n</header>'
     )
@@ -138,9 +138,9 @@ def _card(card: Card) -> str:
                 f'<span class="expected">right: {html.escape(said.expected)}</span>'
             )
         lines.append(f"<dt>{html.escape(said.question)}</dt><dd>{verdict}</dd>")
-    source = base64.b64encode(card.picture).decode()
-    picture = f'<img alt="scene {html.escape(card.title)}" src="data:image/png;base64,{source}" width="96" height="96">'
-    return f"<figure>{picture}<figcaption><dl>{''.join(lines)}</dl></figcaption></figure>"
+    source = base64.b64encode(card.image).decode()
+    image = f'<img alt="scene {html.escape(card.title)}" src="data:image/png;base64,{source}" width="96" height="96">'
+    return f"<figure>{image}<figcaption><dl>{''.join(lines)}</dl></figcaption></figure>"
 
 
 def _parts(report: dict[str, Any]) -> str:

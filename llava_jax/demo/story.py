@@ -1,7 +1,7 @@
 """`demo`: the paper played end to end at a small size, by the same commands and functions as a real run.
 
 Every part that is finished is remembered in the workdir (parts.json) and skipped the next time; a part that was
-stopped halfway goes on by itself where its command can (train, generate).
+stopped halfway continues by itself where its command can (train, generate).
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ CONDITIONS = {
     "shuffled": Condition("shuffled", "finetune", "shuffled"),
     "stage_1_only": Condition("stage 1 only", "pretrain", "questions"),
     "without_stage_1": Condition("without stage 1", "finetune_without_stage_1", "questions"),
-    # Stage 1 leaves the decoder as it is, to the bit: without a picture its model is the shipped decoder alone.
+    # Stage 1 leaves the decoder as it is, to the bit: without an image its model is the shipped decoder alone.
     "read_as_text": Condition("read as text", "pretrain", "text"),
 }
 CARDS, MISTAKES = 9, 6
@@ -322,7 +322,7 @@ def goals(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     text = results["read_as_text"]["accuracy"]
     measured = (
         ("right after both stages", both, "%", both >= 85, "85 % or more"),
-        ("more than with shuffled pictures", both - shuffled, "points", both - shuffled >= 30, "30 points or more"),
+        ("more than with shuffled images", both - shuffled, "points", both - shuffled >= 30, "30 points or more"),
         ("more than after stage 1 only", both - one, "points", both > one, "more than 0"),
         ("more than without stage 1", both - without, "points", both > without, "more than 0"),
         ("right when the decoder reads the scene as text", text, "%", text >= 95, "95 % or more"),

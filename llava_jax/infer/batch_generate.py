@@ -56,7 +56,7 @@ class Question:
 
 
 def read_questions(path: str, folder: str) -> list[Question]:
-    """The questions of a JSONL file, their pictures below `folder`; InputError names the line that cannot be asked."""
+    """The questions of a JSONL file, their images below `folder`; InputError names the line that cannot be asked."""
     questions = []
     for where, row in read_lines(path, "one question"):
         if not isinstance(row, dict):
@@ -170,7 +170,7 @@ def answer_file(
     print(f"{len(asked)} questions, {already} answered already, {len(batches)} batches of {rows}", file=progress)
     start, answered = time.monotonic(), 0
     with open(answers, "a", encoding="utf-8") as file, ThreadPoolExecutor(1) as reader:
-        # Pictures of the next batch are read while the device answers this one.
+        # Images of the next batch are read while the device answers this one.
         ahead = reader.submit(_prompts, model, batches[0]) if batches else None
         for index, batch in enumerate(batches):
             prompts = ahead.result()

@@ -120,7 +120,7 @@ def beam_search(
     """
     model: Llava = nnx.merge(graphdef, params)
     B, W, V = logits_BV.shape[0], beams, logits_BV.shape[1]
-    # Enough that W can go on when every beam is also continued by the end token and by one that completes a stop.
+    # Enough that W can continue when every beam is also continued by the end token and by one that completes a stop.
     keep = min(W * V, 3 * W)
 
     def grow(state: Beams) -> Beams:

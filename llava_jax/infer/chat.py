@@ -7,8 +7,8 @@ from typing import Any, Protocol, TextIO
 from llava_jax.types import InputError, Sampling
 
 HELP = """\
-/image PATH  show a picture and start a new conversation about it
-/reset       forget the conversation, keep the picture
+/image PATH  show an image and start a new conversation about it
+/reset       forget the conversation, keep the image
 /quit        leave (Ctrl-D does, too); Ctrl-C stops an answer"""
 
 
@@ -23,8 +23,8 @@ class Model(Protocol):
 def chat(model: Model, image: str | None, input: TextIO, output: TextIO, sampling: Sampling | None = None) -> None:
     """Read one message a line from `input` and write the answers to `output` until /quit or the end of `input`.
 
-    A message that cannot be answered (no such picture, too long) is told in one line and forgotten; the
-    conversation goes on. Only a first `image` that cannot be read raises InputError.
+    A message that cannot be answered (no such image, too long) is told in one line and forgotten; the
+    conversation continues. Only a first `image` that cannot be read raises InputError.
     """
     sampling = sampling or Sampling(max_new_tokens=512)
     if image is not None:
@@ -63,7 +63,7 @@ def _check_image(model: Model, path: str) -> None:
 def _command(
     model: Model, text: str, image: str | None, messages: list[dict[str, Any]], output: TextIO
 ) -> tuple[str | None, list[dict[str, Any]]]:
-    """The picture and the conversation after a command."""
+    """The image and the conversation after a command."""
     name, _, argument = text.partition(" ")
     if name == "/reset" and not argument:
         print("(a new conversation)", file=output)

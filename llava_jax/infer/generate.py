@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     length_B: Any
     pixels_BNXYC: Any
     hash_B: Any
-    take_BT: Any = None
+    feature_index_BT: Any = None
 
 
 class Decoding(NamedTuple):
@@ -83,16 +83,16 @@ def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
     images = max(len(prompt.pixels) for prompt in prompts)
     shape = (rows, row_bucket(images), *prompts[0].pixels.shape[1:])
     pixels_BNXYC = np.zeros(shape, np.float32) if images else None
-    take_BT = None if prompts[0].take is None else np.zeros_like(tokens_BT)
+    feature_index_BT = None if prompts[0].take is None else np.zeros_like(tokens_BT)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
         length_B[row] = len(prompt.tokens)
-        if take_BT is not None:
-            take_BT[row, : len(prompt.tokens)] = prompt.take
+        if feature_index_BT is not None:
+            feature_index_BT[row, : len(prompt.tokens)] = prompt.take
         hash_B[row] = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
         if len(prompt.pixels):
             pixels_BNXYC[row, : len(prompt.pixels)] = prompt.pixels
-    return Inputs(tokens_BT, length_B, pixels_BNXYC, hash_B, take_BT)
+    return Inputs(tokens_BT, length_B, pixels_BNXYC, hash_B, feature_index_BT)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "size"))
@@ -107,7 +107,7 @@ def prefill(
     length_B = jnp.maximum(inputs.length_B, 1)
     segment_ids_BT = (positions_BT < length_B[:, None]).astype(jnp.int32)
     features = None if inputs.pixels_BNXYC is None else model.image_features(inputs.pixels_BNXYC)
-    x_BTD = model.embed_and_merge(inputs.tokens_BT, features, inputs.take_BT)
+    x_BTD = model.embed_and_merge(inputs.tokens_BT, features, inputs.feature_index_BT)
     cache = empty_cache(config.llm, B, size, config.dtype)
     hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, cache)
     last_B1D = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)
@@ -195,7 +195,7 @@ def _place(engine: Engine, tree: Any) -> Any:
 
 
 class Prefilled(NamedTuple):
-    """A batch before its first id: what `begin` and `beam_search` go on from, `room` being their room for ids."""
+    """A batch before its first id: what `begin` and `beam_search` resume from, `room` being their room for ids."""
 
     logits_BV: jax.Array
     cache: Cache

@@ -93,9 +93,9 @@ def attention(
 def _in_blocks(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, window: int
 ) -> jax.Array:
-    """Causal attention a stretch of queries at a time: none computes what none of it sees, scores are made twice.
+    """Causal attention a chunk of queries at a time: none computes what none of it sees, scores are made twice.
 
-    At most 16 stretches: each is a piece of the program.
+    At most 16 chunks: each is a piece of the program.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]

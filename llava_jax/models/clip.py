@@ -16,14 +16,14 @@ ACTIVATIONS = {
 }
 
 
-def normalised(pixels_BNXYC: jax.Array, shown_BN: jax.Array, pixels: Pixels) -> jax.Array:
+def normalised(pixels_BNXYC: jax.Array, image_mask_BN: jax.Array, pixels: Pixels) -> jax.Array:
     """float32 [B, N, X, Y, C] of RGB bytes with the tower's mean and deviation, zeros in slots that are not shown.
 
     As `data.image.normalised`, but for the last bit: XLA multiplies where that divides by a constant.
     """
     mean, std = (jnp.array(values, jnp.float32) for values in (pixels.mean, pixels.std))
     seen_BNXYC = (pixels_BNXYC.astype(jnp.float32) / 255 - mean) / std
-    return jnp.where(shown_BN[..., None, None, None], seen_BNXYC, 0.0)
+    return jnp.where(image_mask_BN[..., None, None, None], seen_BNXYC, 0.0)
 
 
 class Attention(nnx.Module):

@@ -25,7 +25,7 @@ def adapter_weights(config: LlamaConfig, lora: LoraConfig) -> int:
 
 
 def clip_forward_flops(config: ClipConfig, layers: int) -> float:
-    """FLOPs of one picture through the patch embedding and `layers` blocks."""
+    """FLOPs of one image through the patch embedding and `layers` blocks."""
     tokens, width = config.patches + config.class_tokens, config.width
     block = 2 * tokens * (4 * width**2 + 2 * width * config.mlp_width) + 4 * tokens**2 * width
     return layers * block + 2 * config.patches * 3 * config.patch_size**2 * width
@@ -38,7 +38,7 @@ def projector_weights(config: ModelConfig) -> int:
 
 
 def step_flops(config: ModelConfig, stage: str, *, rows: int, length: int, images: int) -> float:
-    """Model FLOPs of one whole update over `rows` rows of `length` tokens and `images` pictures in all.
+    """Model FLOPs of one whole update over `rows` rows of `length` tokens and `images` images in all.
 
     Every token of a row counts, image tokens as text; attention counts what is seen of the row, half of it without a
     window; nothing that remat computes again counts. Training a part is three times its forward pass, passing gradients

@@ -47,17 +47,17 @@ def merge(
     x_BTD: jax.Array,
     features_BPD: jax.Array,
     is_image_BT: jax.Array,
-    take_BT: jax.Array | None = None,
+    feature_index_BT: jax.Array | None = None,
     newline_D: jax.Array | None = None,
 ) -> jax.Array:
     """Put the row's image features where `is_image_BT` is True: in order, or those numbered by `take_BT`, of which -1
     is `newline_D`; static shapes, any image position.
     """
-    index_BT = jnp.cumsum(is_image_BT, axis=1) - 1 if newline_D is None else take_BT
+    index_BT = jnp.cumsum(is_image_BT, axis=1) - 1 if newline_D is None else feature_index_BT
     index_BT = jnp.clip(index_BT, 0, features_BPD.shape[1] - 1)
     taken_BTD = jnp.take_along_axis(features_BPD, index_BT[..., None], axis=1)
     if newline_D is not None:
-        taken_BTD = jnp.where((take_BT < 0)[..., None], newline_D.astype(taken_BTD.dtype), taken_BTD)
+        taken_BTD = jnp.where((feature_index_BT < 0)[..., None], newline_D.astype(taken_BTD.dtype), taken_BTD)
     return jnp.where(is_image_BT[..., None], taken_BTD.astype(x_BTD.dtype), x_BTD)
 
 
@@ -98,7 +98,7 @@ class Llava(nnx.Module):
         return constrain(features_BPD, "batch", "position", "activation")
 
     def embed_and_merge(
-        self, tokens_BT: jax.Array, features_BPD: jax.Array | None, take_BT: jax.Array | None = None
+        self, tokens_BT: jax.Array, features_BPD: jax.Array | None, feature_index_BT: jax.Array | None = None
     ) -> jax.Array:
         """Embeddings [B, T, D] with image features in the image slots; None where no row has an image.
 
@@ -110,7 +110,7 @@ class Llava(nnx.Module):
         is_image_BT = tokens_BT == self.config.image_token_id
         if not self.config.pinpoints:
             return merge(x_BTD, features_BPD, is_image_BT)
-        return merge(x_BTD, features_BPD, is_image_BT, take_BT, self.projector.image_newline)
+        return merge(x_BTD, features_BPD, is_image_BT, feature_index_BT, self.projector.image_newline)
 
     def hidden(
         self,
@@ -118,14 +118,14 @@ class Llava(nnx.Module):
         pixels_BNXYC: jax.Array | None,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-        take_BT: jax.Array | None = None,
+        feature_index_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Decoder states [B, T, D] before the head; positions default to 0..T-1."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         sees = pixels_BNXYC is not None and pixels_BNXYC.shape[1] > 0
         features_BPD = self.image_features(pixels_BNXYC) if sees else None
-        return self.llm(self.embed_and_merge(tokens_BT, features_BPD, take_BT), positions_BT, segment_ids_BT)
+        return self.llm(self.embed_and_merge(tokens_BT, features_BPD, feature_index_BT), positions_BT, segment_ids_BT)
 
     def __call__(
         self,
@@ -133,10 +133,10 @@ class Llava(nnx.Module):
         pixels_BNXYC: jax.Array | None,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-        take_BT: jax.Array | None = None,
+        feature_index_BT: jax.Array | None = None,
     ) -> jax.Array:
         """float32 logits [B, T, V]."""
-        return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, take_BT))
+        return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, feature_index_BT))
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685): low-rank adapters on linear layers of the decoder, whose own weights stay as they are.
 
 In the model an adapter is part of its Linear (`llm/layers/attn/q/adapter/a`); in a run all of them are the part `lora`
-(`lora/layers/attn/q/a`) beside vision, projector and llm, so that a stage trains and saves whole parts.
+(`lora/layers/attn/q/a`) next to vision, projector and llm, so that a stage trains and saves whole parts.
 
 qwix 0.1.8 is not used. It finds the weights of a model by running it once while jax's own functions are replaced, puts
 objects without axes into the tree of weights, and so stops at our scan over stacked layers (IndexError in

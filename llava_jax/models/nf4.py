@@ -2,7 +2,7 @@
 
 Each weight is one of sixteen levels times the largest magnitude of its block of 64 inputs, as in bitsandbytes; that
 magnitude is kept in bfloat16 instead of being quantised a second time (4.25 bits a weight in place of 4.13). Levels are
-chosen by fifteen selects, which a TPU does elementwise beside the product; a table of sixteen would be a gather there.
+chosen by fifteen selects, which a TPU does elementwise next to the product; a table of sixteen would be a gather there.
 """
 
 import math

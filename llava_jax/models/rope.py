@@ -10,7 +10,7 @@ from llava_jax.types import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32[H/2] rotation per position; `linear` stretches all of them, `llama3` only the slow ones.
+    """float32[H/2] rotation per position; `linear` chunks all of them, `llama3` only the slow ones.
 
     The llama3 rule is the one published with Llama 3.1 (transformers `rope_type` llama3).
     """

@@ -57,7 +57,7 @@ KINDS = {
 }
 
 # A matrix product holds more of its operands in VMEM at once; gradients are summed meanwhile, on the SparseCores or, on
-# v5e with mesh.fsdp_inner, beside the products.
+# v5e with mesh.fsdp_inner, next to the products.
 # Chosen by what the compiler says of its programs. Not confirmed on hardware.
 SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
@@ -69,7 +69,7 @@ SPARSE_CORE = {
 TUNED = {
     "v5e": {
         "xla_tpu_scoped_vmem_limit_kib": "32768",
-        # Only with mesh.fsdp_inner is there a reduce-scatter that these can run beside matrix products.
+        # Only with mesh.fsdp_inner is there a reduce-scatter that these can run next to matrix products.
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
     },

@@ -102,7 +102,9 @@ def explicit_arguments(given: dict[str, str]) -> dict[str, Any]:
     """What the three variables say. InputError when one is absent or no number."""
     absent = [name for name in EXPLICIT if name not in given]
     if absent:
-        raise InputError(f"{absent[0]} is not set beside {', '.join(given)}: set all of {', '.join(EXPLICIT)}, or none")
+        raise InputError(
+            f"{absent[0]} is not set next to {', '.join(given)}: set all of {', '.join(EXPLICIT)}, or none"
+        )
     address, count, index = (given[name] for name in EXPLICIT)
     if ":" not in address or not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         shown = " ".join(f"{name}={value}" for name, value in given.items())

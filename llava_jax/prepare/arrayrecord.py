@@ -1,7 +1,7 @@
-"""A TFDS data set in ArrayRecord files: rows with their pictures as the bytes of the files, read without TensorFlow.
+"""A TFDS data set in ArrayRecord files: rows with their images as the bytes of the files, read without TensorFlow.
 
 `tfds.data_source("llava_rows", split="train", data_dir=OUTPUT)` gives the rows by number, in their order; `train` takes
-OUTPUT/llava_rows/1.0.0 as data.annotations. Pictures are stored as text features, which hold any bytes: TFDS would
+OUTPUT/llava_rows/1.0.0 as data.annotations. Images are stored as text features, which hold any bytes: TFDS would
 decode an Image inside a Sequence at every read.
 """
 
@@ -39,7 +39,7 @@ class LlavaRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(**how)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        about = "Conversations about pictures, rows of LLaVA's format; images are the bytes of picture files."
+        about = "Conversations about images, rows of LLaVA's format; images are the bytes of image files."
         return tfds.core.DatasetInfo(builder=self, description=about, features=FEATURES, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
@@ -49,14 +49,14 @@ class LlavaRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for row in range(len(self._rows)):
             record = self._rows[row]
             said = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
-            pictures = [picture_bytes(image, self._images) for image in record.images]
-            yield row, {"id": record.id, "images": pictures, "conversations": said}
+            files = [image_bytes(image, self._images) for image in record.images]
+            yield row, {"id": record.id, "images": files, "conversations": said}
 
 
 def write(annotations: str, images: str, output: str, *, split: str = "train", shards: int = 0) -> tuple[str, int]:
     """Writes the data set below `output` and returns its folder and the number of rows; `shards` 0 goes by size.
 
-    Every row is checked before the first is written. InputError names those that cannot be used and missing pictures.
+    Every row is checked before the first is written. InputError names those that cannot be used and missing images.
     """
     if not SPLIT.fullmatch(split) or split == "all":
         raise InputError(f"--split={split}: expected a name of letters, digits and _, other than all")
@@ -88,7 +88,7 @@ def problem_of(entry: Record | Rejected, row: int, images: str) -> str | None:
     return None
 
 
-def picture_bytes(image: str | bytes, folder: str) -> bytes:
+def image_bytes(image: str | bytes, folder: str) -> bytes:
     if isinstance(image, bytes):
         return image
     with open(os.path.join(folder, image), "rb") as file:

@@ -46,7 +46,7 @@ SUBSETS = ("all", "image", "text")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One problem: what enters a prompt, and `image`, the name of its picture or None."""
+    """One problem: what enters a prompt, and `image`, the name of its image or None."""
 
     id: str
     question: str
@@ -61,8 +61,8 @@ class Problem:
 def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all", newlines: str = "keep") -> list[dict]:
     """The rows of a split of `folder` (problems.json and pid_splits.json), in the order of the split.
 
-    `subset` takes all problems, or those with a picture, or those without; `newlines` are those of lecture and
-    solution: kept, or written as backslash and n. Pictures are named ID/image.png, as ScienceQA's folders have them.
+    `subset` takes all problems, or those with an image, or those without; `newlines` are those of lecture and
+    solution: kept, or written as backslash and n. Images are named ID/image.png, as ScienceQA's folders have them.
     """
     question, answer = formats(prompt_format)
     problems = load_split(folder, split)

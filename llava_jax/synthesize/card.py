@@ -21,11 +21,11 @@ def _counter() -> Counter:
 class Tally:
     """The figures of one kind.
 
-    `pictures` = `rows` + those set aside (by reason) + `unanswered`; `replies` counts every answer saved, `bad_replies`
+    `images` = `rows` + those set aside (by reason) + `unanswered`; `replies` counts every answer saved, `bad_replies`
     those that cannot be used, by reason. Lengths are in words: how many texts have how many.
     """
 
-    pictures: int = 0
+    images: int = 0
     rows: int = 0
     unanswered: int = 0
     turns: int = 0
@@ -49,7 +49,7 @@ class Tally:
 
     def add(self, verdict: Verdict, problem: str) -> None:
         """Counts one task: a row, or set aside because of `problem`, or unanswered where there is neither."""
-        self.pictures += 1
+        self.images += 1
         self.replies += len(verdict.replies)
         self.bad_replies.update(verdict.reasons)
         if problem:
@@ -129,14 +129,14 @@ def card_text(card: Card) -> str:
 
 
 FIGURES = (
-    ("pictures", lambda tally: str(tally.pictures)),
+    ("images", lambda tally: str(tally.images)),
     ("rows", lambda tally: str(tally.rows)),
     ("set aside", lambda tally: str(sum(tally.set_aside.values()))),
     ("unanswered", lambda tally: str(tally.unanswered)),
     ("questions", lambda tally: str(sum(tally.question_words.values()))),
     ("words a question", lambda tally: _spread(tally.question_words)),
     ("words an answer", lambda tally: _spread(tally.answer_words)),
-    ("picture first", lambda tally: f"{tally.image_first / tally.rows:.1%}" if tally.rows else "-"),
+    ("image first", lambda tally: f"{tally.image_first / tally.rows:.1%}" if tally.rows else "-"),
     ("answers of the teacher", lambda tally: str(tally.replies)),
     ("rejected of them", lambda tally: f"{tally.rejected_share:.1%}"),
     ("leaks among them", lambda tally: str(tally.leaks)),

@@ -1,4 +1,4 @@
-"""The data card as one HTML page that needs nothing beside itself."""
+"""The data card as one HTML page that needs nothing next to itself."""
 
 import html
 import importlib.resources
@@ -21,7 +21,7 @@ def card_page(card: Card) -> str:
         _bars("Rows by kind", Counter({kind: tally.rows for kind, tally in card.tallies.items()})),
         "<h2>Figures</h2>",
         "<p>Lengths in words: the mean, and from the 10th to the 90th percentile. An answer of the teacher that could "
-        "not be used was asked for again; a picture without a usable answer is set aside.</p>",
+        "not be used was asked for again; an image without a usable answer is set aside.</p>",
         _table(card),
         *(_kind(kind, tally) for kind, tally in card.tallies.items()),
     ]
@@ -53,7 +53,7 @@ def _kind(kind: str, tally: Tally) -> str:
         _bars("Questions begin with", tally.question_openings),
         _bars("Answers begin with", tally.answer_openings),
         _bars("Answers of the teacher that cannot be used", tally.bad_replies, "lost"),
-        _bars("Pictures set aside", tally.set_aside, "lost"),
+        _bars("Images set aside", tally.set_aside, "lost"),
     ]
     return f'<h2>{html.escape(kind)}</h2>\n<div class="charts">{"".join(charts)}</div>'
 

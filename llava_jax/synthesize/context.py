@@ -132,7 +132,7 @@ def _inside(box: tuple[float, ...], where: str) -> tuple[float, float, float, fl
 
 
 @dataclasses.dataclass
-class _Picture:
+class _Image:
     """What COCO says of one picture: file name, width, height; captions; five numbers a box, its category first."""
 
     name: str
@@ -146,7 +146,7 @@ class CocoContexts:
     """The contexts of COCO's two files: captions, names and boxes are held, the rest of the files never is."""
 
     def __init__(self, captions_path: str, instances_path: str):
-        self._pictures: dict[Any, _Picture] = {}
+        self._images: dict[Any, _Image] = {}
         self._categories: dict[Any, str] = {}
         self._instances_path = instances_path
         captions = self._read(captions_path, ("image_id", "caption"))
@@ -158,11 +158,11 @@ class CocoContexts:
             self._picture(captions_path, number, note).captions.append(note["caption"].strip())
         for number, note in self._read(instances_path, ("image_id", "category_id", "bbox")):
             self._picture(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
-        if not self._pictures:
+        if not self._images:
             raise InputError(f"{captions_path}: holds no pictures, expected COCO's `images`")
 
     def __iter__(self) -> Iterator[Context]:
-        for picture in self._pictures.values():
+        for picture in self._images.values():
             numbers = picture.boxes
             boxes = [numbers[start : start + 5] for start in range(0, len(numbers), 5)]
             things = tuple(self._instance(picture, int(category), *box) for category, *box in boxes)
@@ -181,10 +181,10 @@ class CocoContexts:
             if not isinstance(item[needed[0]], str | int):
                 raise InputError(f"{path}: {key} {item!r:.60}: {needed[0]} is no number, expected COCO's format")
             if key == "images":
-                self._pictures.setdefault(item["id"], _coco_picture(item, path))
+                self._images.setdefault(item["id"], _coco_image(item, path))
             elif key == "categories":
                 self._categories[item["id"]] = str(item["name"])
-            elif item["image_id"] in self._pictures:
+            elif item["image_id"] in self._images:
                 yield number, item
             else:
                 # Of a file that names its pictures last.
@@ -194,12 +194,12 @@ class CocoContexts:
             raise InputError(f"{path}: no list `annotations`, expected COCO's format")
         yield from notes
 
-    def _picture(self, path: str, number: int, note: dict) -> _Picture:
-        if note["image_id"] not in self._pictures:
+    def _picture(self, path: str, number: int, note: dict) -> _Image:
+        if note["image_id"] not in self._images:
             raise InputError(f"{path} annotation {number}: image_id {note['image_id']} is no image of the file")
-        return self._pictures[note["image_id"]]
+        return self._images[note["image_id"]]
 
-    def _instance(self, picture: _Picture, category: int, x: float, y: float, width: float, height: float) -> Instance:
+    def _instance(self, picture: _Image, category: int, x: float, y: float, width: float, height: float) -> Instance:
         if category not in self._categories:
             raise InputError(f"{self._instances_path}: category_id {category} of image {picture.name} is no category")
         across, down = picture.width, picture.height
@@ -209,11 +209,11 @@ class CocoContexts:
         )
 
 
-def _coco_picture(item: dict, path: str) -> _Picture:
+def _coco_image(item: dict, path: str) -> _Image:
     name, size = item["file_name"], (item["width"], item["height"])
     if not isinstance(name, str) or not name.strip() or not all(_is_number(side) and side > 0 for side in size):
         raise InputError(f"{path}: image {item!r:.120}, expected a file_name, and width and height above 0")
-    return _Picture(name, *size)
+    return _Image(name, *size)
 
 
 def _coco_box(note: dict, where: str) -> tuple[float, ...]:

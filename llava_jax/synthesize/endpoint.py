@@ -93,7 +93,7 @@ class EndpointTeacher:
             ) from error
         if error.code == "insufficient_quota":
             raise InputError(
-                f"{self._endpoint}: the quota is spent: {says}; the same command goes on when there is more"
+                f"{self._endpoint}: the quota is spent: {says}; the same command continues when there is more"
             ) from error
         if status < 500 and status not in PASSING:
             raise RequestFailed(f"refused with status {status}: {says}") from error

@@ -24,7 +24,7 @@ BEGINS = b'{"key": "'
 
 
 def key_of(context_id: str, kind: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
-    """What an answer is kept under: another picture, kind, prompt or setting gives another key."""
+    """What an answer is kept under: another image, kind, prompt or setting gives another key."""
     text = json.dumps([context_id, kind, dict(settings), list(messages)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -59,7 +59,7 @@ class _Reader:
                 if not self._more():
                     raise
                 continue
-            # A number that ends where the text ends, or at its point, may go on in the next chunk.
+            # A number that ends where the text ends, or at its point, may continue in the next chunk.
             if self._text[end : end + 1] in AFTER or not self._more():
                 self._at = end
                 return value

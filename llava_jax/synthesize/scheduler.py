@@ -1,4 +1,4 @@
-"""Ask the teacher about every picture that is still open, several at a time, each answer saved before it counts."""
+"""Ask the teacher about every image that is still open, several at a time, each answer saved before it counts."""
 
 import collections
 import concurrent.futures
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_REPORTS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One picture and one kind: what is sent, the key of its answers; or the `problem` for which nothing is asked."""
+    """One image and one kind: what is sent, the key of its answers; or the `problem` for which nothing is asked."""
 
     context: Context
     kind: str
@@ -70,7 +70,7 @@ def tasks_of(
 
 
 def _problem(context: Context, text: str, seen: Container[str]) -> str:
-    """Why nothing is asked about a picture, by training's own reader of rows as well; "" where something is."""
+    """Why nothing is asked about an image, by training's own reader of rows as well; "" where something is."""
     if context.id in seen:
         return "id seen before in the contexts"
     if not context.captions:

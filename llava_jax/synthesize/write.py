@@ -26,9 +26,9 @@ REASONS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is asked about which pictures: the prompts of each kind, and how replies become rows.
+    """What is asked about which images: the prompts of each kind, and how replies become rows.
 
-    `seed` draws (where the picture stands, the question of a description), `limit` takes the first pictures only (0,
+    `seed` draws (where the image stands, the question of a description), `limit` takes the first images only (0,
     all), and `attempts` is how many answers to one request there may be until one can be used.
     """
 
@@ -44,7 +44,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a run of `synthesize` did: rows, turns in them, pictures set aside and not answered yet, by reason.
+    """What a run of `synthesize` did: rows, turns in them, images set aside and not answered yet, by reason.
 
     `stopped` is why it ended before all was asked, "" where it did not.
     """
@@ -65,7 +65,7 @@ class Written:
 
 
 def _reasons(counts: Mapping[str, int], more: str = "") -> str:
-    """In brackets the most frequent reasons: some name a picture, and there can be as many of them as pictures."""
+    """In brackets the most frequent reasons: some name an image, and there can be as many of them as images."""
     named = collections.Counter(counts).most_common(REASONS)
     others = sum(counts.values()) - sum(count for _, count in named)
     said = [f"{count} {reason}" for reason, count in named]
@@ -96,9 +96,9 @@ def synthesize(
     stop: threading.Event | None = None,
     say: Callable[[str], None] = print,
 ) -> Written:
-    """Asks the teacher about every picture that the journal does not settle, and writes the rows to `output`.
+    """Asks the teacher about every image that the journal does not settle, and writes the rows to `output`.
 
-    Beside it stand what was set aside with its reason (.rejected.jsonl) and the data card (.card.txt, .card.html).
+    Next to it stand what was set aside with its reason (.rejected.jsonl) and the data card (.card.txt, .card.html).
     `tokens` and `money` bound what all answers of the journal cost; 0 is no bound. Raises InputError; a reply that
     cannot be used is counted and set aside, not written.
     """
@@ -184,7 +184,7 @@ def _require_rows(card: Card, journal: Journal, still_open: str) -> None:
     if not set_aside:
         raise InputError(f"{card.teacher}: no answer that can be used yet{still_open}; nothing written")
     saved = f"; they are in {journal.path}" if replies and journal.path else ""
-    problem = f"none of its {replies} replies could be used" if replies else "there is no picture to ask about"
+    problem = f"none of its {replies} replies could be used" if replies else "there is no image to ask about"
     raise InputError(f"{card.teacher}: {problem}{_reasons(set_aside)}; nothing written{saved}")
 
 
@@ -215,7 +215,7 @@ class Estimate:
     def lines(self, prices: Prices | None) -> list[str]:
         """For a person."""
         lines = [
-            f"{self.requests} requests to send, {self.settled} pictures need none",
+            f"{self.requests} requests to send, {self.settled} images need none",
             f"about {self.tokens_in} tokens asked and {self.tokens_out} answered, at most {self.most_out}",
         ]
         if prices:

@@ -5,7 +5,7 @@ saved; meta says where they came from. A checkpoint that cannot be read is moved
 it is taken.
 
 Of several processes each writes the arrays on its own devices, the first one all the rest. Nothing says how many there
-were: any number on any mesh goes on from there.
+were: any number on any mesh resumes from there.
 """
 
 import os
@@ -56,7 +56,7 @@ def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterat
         meta=ocp.args.JsonSave(meta),
     )
     if not manager.save(step, args=args):
-        raise RuntimeError(f"orbax refused to save step {step} beside steps {manager.all_steps()}")
+        raise RuntimeError(f"orbax refused to save step {step} next to steps {manager.all_steps()}")
 
 
 def restore(
@@ -80,10 +80,10 @@ def restore(
         except UNREADABLE as error:
             damaged[step] = first_line(error)
             if jax.process_count() > 1:
-                # The others may be able to read it, and would then go on from another step than this process.
+                # The others may be able to read it, and would then resume from another step than this process.
                 raise InputError(
                     f"{folder} cannot be read by process {jax.process_index()} ({damaged[step]}): restore it from a "
-                    "copy, or move it away to go on from the one before"
+                    "copy, or move it away to resume from the one before"
                 ) from error
             print(f"checkpoint {folder} cannot be read ({damaged[step]}), trying the one before")
             continue

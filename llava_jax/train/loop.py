@@ -43,7 +43,7 @@ STOPPED_EXIT_CODE = 42
 
 
 def train(settings: Settings, workdir: str) -> None:
-    """Trains one stage in `workdir`; goes on by itself where a checkpoint of the same config lies there.
+    """Trains one stage in `workdir`; continues by itself where a checkpoint of the same config lies there.
 
     Several processes that `hosts.connected` has joined train together, each calling this with the same arguments.
     InputError for anything given that cannot be used, for a batch without targets, and for a loss or gradient that is
@@ -55,7 +55,7 @@ def train(settings: Settings, workdir: str) -> None:
         done, steps = train_held(settings, workdir)
     say(f"{done}/{steps} steps done, saved in {workdir}")
     if done < steps:
-        say("stopped by SIGTERM: the same command goes on from here")
+        say("stopped by SIGTERM: the same command resumes from here")
         raise SystemExit(STOPPED_EXIT_CODE)
 
 

@@ -32,8 +32,8 @@ def weighted_nll(
     """float32 sum over all positions of weight times negative log-likelihood of the label.
 
     Differentiable in `hidden_BTD`, and in `head_DV` (whole along D) where `head_learns`. Each device takes its own
-    rows: positions with a weight first, a stretch of them at a time; stretches without any are not computed. The
-    gradient is made beside the loss, so that logits are made once.
+    rows: positions with a weight first, a chunk of them at a time; chunks without any are not computed. The
+    gradient is made next to the loss, so that logits are made once.
     """
     return _sharded(hidden_BTD, head_DV, labels_BT, weights_BT, head_learns).loss
 

@@ -126,7 +126,7 @@ def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPl
     """What a checkpoint says about itself."""
     source = settings.data.annotations
     rows = {"source": source, "fingerprint": records.fingerprint}
-    # A run that goes on counts batches: with the rows in another order some would come twice and some never.
+    # A run that continues counts batches: with the rows in another order some would come twice and some never.
     order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC, digest_size=16).hexdigest()}
     return {
         "stage": settings.stage,
@@ -144,7 +144,7 @@ def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
     chip = chip_of(run.mesh.devices.flat[0].device_kind)
     if chip is None:
         return None
-    flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=shape.pictures)
+    flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=shape.images_used)
     return flops / (chip.peak_flops * run.mesh.size)
 
 
@@ -157,7 +157,7 @@ def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: B
     processes = jax.process_count()
     share = f", {processes} processes" if processes > 1 else ""
     note = chat_template_note(spec.tokenizer, settings.data.template)
-    of_tile = " a tile, each tile counted as a picture" if spec.config.pinpoints else ""
+    of_tile = " a tile, each tile counted as an image" if spec.config.pinpoints else ""
     return "\n".join(
         [
             f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "

@@ -63,7 +63,9 @@ def loss_terms(
     params, frozen = stored_as((params, frozen), dtype)
     model = nnx.merge(graphdef, join({**frozen, **params}, key))
     segment_ids_BT = batch.segment_ids_BT if packed else None
-    hidden_BTD = model.hidden(batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT, batch.take_BT)
+    hidden_BTD = model.hidden(
+        batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT, batch.feature_index_BT
+    )
     labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
     targets = counted_BT.sum(dtype=jnp.int32)
     weights_BT, weight = counted_BT.astype(jnp.float32), targets.astype(jnp.float32)
@@ -101,7 +103,7 @@ def loss_and_grads(
 ) -> tuple[jax.Array, Params, jax.Array]:
     """(loss, gradients, targets) of the whole batch; numerators and denominators are summed and divided once.
 
-    Pictures are normalised already (`train_step` does it), `key` is what the adapters' dropout draws from.
+    Images are normalised already (`train_step` does it), `key` is what the adapters' dropout draws from.
     """
     grad_fn = jax.value_and_grad(partial(loss_terms, ranks=ranks, **how), has_aux=True)
     if accumulate == 1:
@@ -136,13 +138,13 @@ def train_step(
     """One update. When the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
 
     Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding). `pixels` says
-    how the batch's pictures are normalised, `how` is what `loss_and_grads` is told beside the arrays. Dropout draws
-    from the seed and the update's number alone, so that a run that goes on from a checkpoint draws what it would have
+    how the batch's images are normalised, `how` is what `loss_and_grads` is told next to the arrays. Dropout draws
+    from the seed and the update's number alone, so that a run that resumes from a checkpoint draws what it would have
     drawn.
     """
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-    seen_BNXYC = normalised(batch.pixels_BNXYC, batch.shown_BN, pixels)
-    seen = batch._replace(pixels_BNXYC=seen_BNXYC, shown_BN=None)
+    seen_BNXYC = normalised(batch.pixels_BNXYC, batch.image_mask_BN, pixels)
+    seen = batch._replace(pixels_BNXYC=seen_BNXYC, image_mask_BN=None)
     loss, grads, targets = loss_and_grads(state.params, frozen, seen, key, **how)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

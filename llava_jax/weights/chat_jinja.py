@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from llava_jax.data.templates import Span, Template
 from llava_jax.types import IMAGE_PLACEHOLDER
 
-# Content is text, or parts of type text and image; pictures without a placeholder in the text stand before it.
+# Content is text, or parts of type text and image; images without a placeholder in the text stand before it.
 _TEXT = """\
 {%- set ns = namespace(text='', images='') -%}
 {%- if message['content'] is string -%}

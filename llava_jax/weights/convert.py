@@ -83,7 +83,7 @@ def convert(
         weights = "orbax" if kind == "orbax" else "safetensors"
         exported = write_llava(destination, config, params, **settings, weights=weights)
     _say_rows(config, exported)
-    print(f"wrote {target}: {config.dtype}, template {rules.template}, pictures {rules.aspect}; read back and compared")
+    print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
 
 
 def convert_adapters(source: str, destination: str) -> None:

@@ -101,7 +101,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (None, True), "mlp_bias": _OFF},
     "qwen3": {"mlp_bias": _OFF},
 }
-# What a rope object may hold beside its type; anything else would turn by other angles than ours.
+# What a rope object may hold next to its type; anything else would turn by other angles than ours.
 ROPE_KEYS = {
     "type",
     "rope_type",

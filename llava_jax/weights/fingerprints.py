@@ -25,14 +25,14 @@ def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
 
 
 def model_inputs(spec: ModelSpec) -> dict[str, dict[str, str]]:
-    """Path and hash of what a model depends on beside its weights: kept in every checkpoint."""
+    """Path and hash of what a model depends on next to its weights: kept in every checkpoint."""
     files = [os.path.join(spec.tokenizer, name) for name in TOKENIZER_FILES]
     inputs = file_inputs("the tokenizer", spec.tokenizer, *files)
     inputs |= file_inputs("the decoder's config.json", os.path.join(spec.tokenizer, "config.json"))
     if spec.vision_folder:
         inputs |= file_inputs("the vision tower's config.json", os.path.join(spec.vision_folder, "config.json"))
         settings = os.path.join(spec.vision_folder, "preprocessor_config.json")
-        inputs |= file_inputs("the vision tower's picture settings", settings)
+        inputs |= file_inputs("the vision tower's image settings", settings)
     return inputs
 
 

@@ -22,7 +22,7 @@ from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.chat_known import recognised_template
 from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.original import HERE, Beside
-from llava_jax.weights.processor import read_pictures, with_pixels
+from llava_jax.weights.processor import read_images, with_pixels
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
 
 Params = dict[str, Any]
@@ -36,7 +36,7 @@ __all__ = [
     "read_llava",
     "read_llava_config",
     "read_llava_parts",
-    "read_pictures",
+    "read_images",
     "read_projector",
     "stored_dtype",
     "with_pixels",
@@ -50,7 +50,7 @@ _NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, pat
 
 @dataclasses.dataclass(frozen=True)
 class LlavaExtras:
-    """What a LLaVA folder says beside config and weights; `tokenizer` is a folder.
+    """What a LLaVA folder says next to config and weights; `tokenizer` is a folder.
 
     `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
     that holds the tower's weights, those that LLaVA does not run included.
@@ -96,7 +96,7 @@ def read_llava(
 ) -> tuple[ModelConfig, Params, LlavaExtras]:
     """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration or original LLaVA folder.
 
-    `beside` are folders for what an original folder only names.
+    `next to` are folders for what an original folder only names.
     """
     config, extras = read_llava_config(folder, beside)
     return config, _read(*_opened(folder, beside), config, PARTS, dtype, lazy), extras
@@ -142,7 +142,7 @@ def stored_dtype(folder: str) -> str:
 def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
     """`projector` parameters of a .safetensors or .bin file in any of the usual spellings, checked against `config`.
 
-    A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole pictures and trains none.
+    A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole images and trains none.
     """
     if not path.endswith((".safetensors", ".bin")):
         raise InputError(f"{path}: expected a .safetensors or .bin projector file, or the workdir of a pretrain run")
@@ -281,7 +281,7 @@ def _grouped(names: list[str]) -> list[str]:
 
 
 def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
-    """Our key in config.json; a foreign folder has none and says it in its chat template and picture settings.
+    """Our key in config.json; a foreign folder has none and says it in its chat template and image settings.
 
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
     """
@@ -297,6 +297,6 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
                 f"{where}: llava_jax.{key} is {value!r}; expected one of {', '.join(allowed.get(key, ()))}"
             )
     template = None if "template" in ours else recognised_template(folder)
-    aspect = read_pictures(folder)
+    aspect = read_images(folder)
     said = {"aspect": "anyres" if tiled else aspect} | ({"template": template} if template else {}) | ours
     return LlavaExtras(**said, tokenizer=folder, template_assumed="template" not in said, vision=folder)

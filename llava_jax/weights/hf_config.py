@@ -26,7 +26,7 @@ _LLAVA_NEXT_PINPOINTS = [[336 * rows, 336 * columns] for rows, columns in _GRIDS
 _PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}
 _WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-# Pictures for SigLIP, where the folder does not say otherwise.
+# Images for SigLIP, where the folder does not say otherwise.
 SIGLIP_PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -55,7 +55,7 @@ def read_config(folder: str, expected: str) -> Json:
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is that of the original LLaVA code, whose keys for pictures no other has."""
+    """Whether config.json is that of the original LLaVA code, whose keys for images no other has."""
     return "mm_vision_tower" in config or "mm_projector_type" in config
 
 

@@ -45,7 +45,7 @@ def write_llava(
     source_vision_folder  the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
                           None (random towers) writes fresh values there, which no LLaVA ever reads
     weights               safetensors, or orbax: our own parameters, whole in host memory while they are written
-    Everything is written beside `folder`, read back and compared, and then renamed. InputError when `folder` is
+    Everything is written next to `folder`, read back and compared, and then renamed. InputError when `folder` is
     already there or the dtype is unknown.
     """
     if dtype not in DTYPES:
@@ -71,7 +71,7 @@ def write_llava(
 
 @contextlib.contextmanager
 def finished_folder(folder: str) -> Iterator[str]:
-    """A temporary folder beside `folder` that takes its name when the block ends, and is removed when it fails."""
+    """A temporary folder next to `folder` that takes its name when the block ends, and is removed when it fails."""
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise InputError(f"{folder}: already exists and is not empty; choose another target or remove it")
@@ -106,7 +106,7 @@ def _write_configs(
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(value, file, indent=2)
     read = hf_config.llava_config(hf_config.read_json(os.path.join(folder, "config.json")), folder, config.dtype)
-    # How pictures become pixels stands in preprocessor_config.json.
+    # How images become pixels stands in preprocessor_config.json.
     vision = dataclasses.replace(read.vision, pixels=config.vision.pixels)
     if dataclasses.replace(read, vision=vision, remat=config.remat) != config:
         raise ValueError(f"config read back as {read}, wrote {config}")

@@ -1,4 +1,4 @@
-"""A whole model as an orbax checkpoint: our parameters, and beside them the tensors that LLaVA does not run.
+"""A whole model as an orbax checkpoint: our parameters, and next to them the tensors that LLaVA does not run.
 
 It lies in the folder `weights` of a model folder, whose other files are those of an export to Hugging Face.
 """

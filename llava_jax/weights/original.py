@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 ADAPTER = "adapter_config.json"
 OTHERS = "non_lora_trainables.bin"
-# What of a picture's key in config.json we do, as data.aspect.
+# What of an image's key in config.json we do, as data.aspect.
 ASPECTS = {"pad": "pad", "square": "crop", None: "crop", "anyres": "anyres"}
 
 
@@ -59,7 +59,7 @@ class Original:
 
 
 def open_original(folder: str, beside: Beside) -> Original:
-    """The folder with the folders beside it; InputError where one is not at hand."""
+    """The folder with the folders next to it; InputError where one is not at hand."""
     given = hf_config.read_config(folder, "an original LLaVA folder")
     base = _base(folder, beside.base)
     has_tokenizer = any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
@@ -153,7 +153,7 @@ def aspect(original: Original) -> str:
 
 
 def template(original: Original, name: str) -> str:
-    """The template of that name, with pictures between `<im_start>` and `<im_end>` where the folder says so."""
+    """The template of that name, with images between `<im_start>` and `<im_end>` where the folder says so."""
     if not original.given.get("mm_use_im_start_end") or TEMPLATES[name].image_tags == IM_START_END:
         return name
     tagged = f"{name}_im_start_end"

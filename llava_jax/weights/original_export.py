@@ -55,7 +55,7 @@ def write_original(
     """
     if config.vision.family != "clip" or aspect not in ASPECT_KEYS:
         raise InputError(
-            f"{folder}: the original's layout knows CLIP towers and pictures {', '.join(ASPECT_KEYS)}, not "
+            f"{folder}: the original's layout knows CLIP towers and images {', '.join(ASPECT_KEYS)}, not "
             f"{config.vision.family} and {aspect}; write hf:DIR"
         )
     config = _shrunk(config, tokenizer_folder)
@@ -150,7 +150,7 @@ def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
         os.path.join(folder, "config.json"),
         hf_config.clip_json(config.vision) | dtypes | dict(architectures=["CLIPVisionModel"]),
     )
-    pictures = dict(
+    images = dict(
         image_processor_type="CLIPImageProcessor",
         do_convert_rgb=True,
         do_resize=True,
@@ -164,7 +164,7 @@ def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
         image_mean=list(config.vision.pixels.mean),
         image_std=list(config.vision.pixels.std),
     )
-    _write_json(os.path.join(folder, "preprocessor_config.json"), pictures)
+    _write_json(os.path.join(folder, "preprocessor_config.json"), images)
 
 
 def _write_configs(

@@ -1,6 +1,6 @@
-"""What an exported folder holds beside weights: tokenizer with `<image>`, picture settings, chat template.
+"""What an exported folder holds next to weights: tokenizer with `<image>`, image settings, chat template.
 
-LLaVA tokenises the text around a picture piece by piece; a folder's users tokenise the whole string. The exported
+LLaVA tokenises the text around an image piece by piece; a folder's users tokenise the whole string. The exported
 tokenizer is chosen so that both give the same ids, and `check_ids` says so or prints what differs.
 """
 
@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
 DROPPED = ("backend", "is_local", "local_files_only")
 # PIL's numbers, as image processors write them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
-# A SentencePiece text begins with ▁, and so does each piece after a picture; in one string this rule puts it there.
+# A SentencePiece text begins with ▁, and so does each piece after an image; in one string this rule puts it there.
 AFTER_IMAGE = {"type": "Replace", "pattern": {"Regex": r"(?<=<image>)(?!<image>|\z|[ ▁])"}, "content": "▁"}
 
 
@@ -55,13 +55,13 @@ class ExportedTokens:
 def write_processor(
     folder: str, tokenizer_folder: str, config: ModelConfig, *, template: str, aspect: str, image_position: str
 ) -> ExportedTokens:
-    """Tokenizer, picture and chat files into `folder`, whose config.json is not there yet."""
+    """Tokenizer, image and chat files into `folder`, whose config.json is not there yet."""
     find_template(template)
     ours = load_tokenizer(tokenizer_folder)
     chat = _write_chat(folder, template, image_position, ours)
     tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id, _processor_class(config))
-    _write_pictures(folder, config, aspect)
-    # One that ends a turn beside the tokenizer's own stays an end; a single one is written as a number.
+    _write_images(folder, config, aspect)
+    # One that ends a turn next to the tokenizer's own stays an end; a single one is written as a number.
     return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
 
 
@@ -83,7 +83,7 @@ def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
     return vocab_size if whole or vocab_size != grown else own
 
 
-# ---- pictures and chat --------------------------------------------------------------------------------------------
+# ---- images and chat --------------------------------------------------------------------------------------------
 
 
 def _write_json(folder: str, name: str, value: Json) -> None:
@@ -91,8 +91,8 @@ def _write_json(folder: str, name: str, value: Json) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
 
 
-def _write_pictures(folder: str, config: ModelConfig, aspect: str) -> None:
-    """The picture settings; where pictures are padded no class is named.
+def _write_images(folder: str, config: ModelConfig, aspect: str) -> None:
+    """The image settings; where images are padded no class is named.
 
     transformers then takes the one of the model type: in version 5 LlavaImageProcessor, which pads, in 4.46
     CLIPImageProcessor, which does not know do_pad and crops. Naming the first would keep 4.46 from loading the folder.
@@ -152,7 +152,7 @@ def _write_chat(folder: str, template: str, image_position: str, tokenizer: Text
 # ---- what a foreign folder says --------------------------------------------------------------------------------------
 
 
-def _picture_settings(folder: str) -> tuple[Json, str]:
+def _image_settings(folder: str) -> tuple[Json, str]:
     """The image processor's settings and the file they are in: that of transformers 4, else that of 5."""
     path = os.path.join(folder, "preprocessor_config.json")
     given = read_json(path) if os.path.isfile(path) else {}
@@ -162,9 +162,9 @@ def _picture_settings(folder: str) -> tuple[Json, str]:
     return given, path
 
 
-def read_pictures(folder: str) -> str:
-    """`pad`, `crop` or `squash`, as the folder's picture settings say (crop where there are none)."""
-    given, _ = _picture_settings(folder)
+def read_images(folder: str) -> str:
+    """`pad`, `crop` or `squash`, as the folder's image settings say (crop where there are none)."""
+    given, _ = _image_settings(folder)
     squashed = "height" in _sides(given.get("size")) and not given.get("do_center_crop")
     return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
 
@@ -176,7 +176,7 @@ def _sides(size: Any) -> Json:
 
 
 def _check_square(given: Json, path: str, size: int) -> None:
-    """InputError unless pictures end as squares of the tower's `size`, and are resized to nothing else before."""
+    """InputError unless images end as squares of the tower's `size`, and are resized to nothing else before."""
     sides = _sides(given.get("size"))
     keys = ("size",) if given.get("do_center_crop") is False else ("size", "crop_size")
     for key in keys:
@@ -191,8 +191,8 @@ def _check_square(given: Json, path: str, size: int) -> None:
 
 
 def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
-    """The tower with how the folder's picture settings normalise and resize; InputError for what ours cannot do."""
-    given, path = _picture_settings(folder)
+    """The tower with how the folder's image settings normalise and resize; InputError for what ours cannot do."""
+    given, path = _image_settings(folder)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(key) is False:
             raise InputError(f"{path}: {key} is false, which is not supported; expected true")
@@ -265,7 +265,7 @@ def _with_tokens(content: Json, ids: dict[str, int]) -> Json:
 def _edit_companions(
     folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any, processor_class: str
 ) -> None:
-    """The small files beside tokenizer.json, changed only where they must say the same."""
+    """The small files next to tokenizer.json, changed only where they must say the same."""
     path = os.path.join(folder, "tokenizer_config.json")
     config = read_json(path) if os.path.isfile(path) else {}
     config = {key: value for key, value in config.items() if key not in DROPPED}
@@ -302,13 +302,13 @@ def check_ids(folder: str, source: str, template: str, image_position: str) -> N
     """Make whole-string tokenisation in `folder` (complete by now) give the ids we train on; print what cannot.
 
     The source's own file comes first; where transformers reads the source by other rules than those written in it
-    (`legacy`), these are written; where ▁ after a picture is lost, `AFTER_IMAGE` is added.
+    (`legacy`), these are written; where ▁ after an image is lost, `AFTER_IMAGE` is added.
     """
     expected = _expected(load_tokenizer(source), template, image_position)
 
     def difference() -> str | None:
         if _expected(load_tokenizer(folder), template, image_position) != expected:
-            return "the exported tokenizer reads the pieces around a picture otherwise than the source"
+            return "the exported tokenizer reads the pieces around an image otherwise than the source"
         return _difference(folder, expected)
 
     path = os.path.join(folder, "tokenizer.json")
@@ -326,7 +326,7 @@ def check_ids(folder: str, source: str, template: str, image_position: str) -> N
 
 
 def same_pieces(folder: str, source: str, template: str, image_position: str) -> bool:
-    """Whether the tokenizers of two folders read the text around pictures alike."""
+    """Whether the tokenizers of two folders read the text around images alike."""
     one, other = (_expected(load_tokenizer(path), template, image_position) for path in (folder, source))
     return one == other
 
@@ -352,7 +352,7 @@ def _with_rule(content: Json) -> Json:
 
 
 def _expected(tokenizer: TextTokenizer, template: str, image_position: str) -> list[tuple[str, list[int]]]:
-    """(whole string, ids piece by piece with pictures as IMAGE_MARK) of the sample conversations that fit."""
+    """(whole string, ids piece by piece with images as IMAGE_MARK) of the sample conversations that fit."""
     rules = find_template(template)
     samples = _SAMPLES[1:] if rules.caption_only else _SAMPLES
     found = []
@@ -366,7 +366,7 @@ def _expected(tokenizer: TextTokenizer, template: str, image_position: str) -> l
 
 
 def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | None:
-    """What the folder's tokenizer reads differently, pictures repeated as its processor does; None when nothing."""
+    """What the folder's tokenizer reads differently, images repeated as its processor does; None when nothing."""
     tokenizer = _transformers(folder)
     image = tokenizer.get_vocab()[IMAGE_PLACEHOLDER]
     for text, ids in expected:
@@ -377,6 +377,6 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
             pieces = [tokenizer.convert_ids_to_tokens(ids[max(at - 2, 0) : at + 3]) for ids in (given, wanted)]
             return (
                 f"the exported tokenizer reads {text!r} otherwise than it was trained on: {pieces[0]} instead of "
-                f"{pieces[1]} at token {at}; tokenise the text around each picture by itself when you serve it"
+                f"{pieces[1]} at token {at}; tokenise the text around each image by itself when you serve it"
             )
     return None

@@ -88,7 +88,7 @@ def _with_aspect(settings: Settings, config: ModelConfig) -> ModelConfig:
     """The config as `data.aspect` asks for it: anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that."""
     if settings.data.aspect != "anyres" and config.pinpoints:
         raise InputError(
-            f"data.aspect={settings.data.aspect}: init.model={settings.init.model} is a LLaVA-NeXT, whose pictures are "
+            f"data.aspect={settings.data.aspect}: init.model={settings.init.model} is a LLaVA-NeXT, whose images are "
             "cut into tiles: expected data.aspect=anyres"
         )
     if settings.data.aspect == "anyres" and not config.pinpoints:

@@ -1,7 +1,7 @@
 """Runs where transformers 4.46.3 is: `python peer_446.py FOLDER …` writes what that version makes of each model folder.
 
-FOLDER/inputs.npz holds input_ids, attention_mask and pixel_values; beside it are written logits_446.npy (float32) and
-ids_446.npy, the processor's ids for FOLDER/prompt.txt with one picture. It fails on a tensor missing or unexpected.
+FOLDER/inputs.npz holds input_ids, attention_mask and pixel_values; next to it are written logits_446.npy (float32) and
+ids_446.npy, the processor's ids for FOLDER/prompt.txt with one image. It fails on a tensor missing or unexpected.
 """
 
 import sys
@@ -25,8 +25,8 @@ def run(folder: str) -> None:
     with open(folder + "/prompt.txt", encoding="utf-8") as file:
         prompt = file.read()
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    picture = Image.new("RGB", (20, 30), (10, 200, 90))
-    ids = processor(images=picture, text=prompt, return_tensors="np")["input_ids"][0]
+    image = Image.new("RGB", (20, 30), (10, 200, 90))
+    ids = processor(images=image, text=prompt, return_tensors="np")["input_ids"][0]
     np.save(folder + "/ids_446.npy", ids)
 
 

@@ -13,7 +13,7 @@ from llava_jax.cli.main import main
         ["train", "--size=tiny", "--stage=pretrain", "--steps=1"],
         ["train", "--size=tiny", "--stage=finetune", "--steps=1"],
         ["generate", "--size=tiny", "--new_tokens=8"],
-        ["data", "--pictures=8", "--rows=128", "--side=56"],
+        ["data", "--images=8", "--rows=128", "--side=56"],
     ],
     ids=" ".join,
 )

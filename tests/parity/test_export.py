@@ -1,4 +1,4 @@
-"""A folder that we write, as transformers reads it: weights, logits, tokens, chat template, pictures, answers."""
+"""A folder that we write, as transformers reads it: weights, logits, tokens, chat template, images, answers."""
 
 import json
 
@@ -119,7 +119,7 @@ def test_whole_string_ids_equal_ours(tmp_path, style, capsys):
     ours = load_tokenizer(str(tmp_path / "llama"))
     theirs = AutoTokenizer.from_pretrained(folder)
     image = theirs.convert_tokens_to_ids("<image>")
-    for question in ("<image>\nWhat is this?", "<image>And this?", "Say, é: <image>", "no picture"):
+    for question in ("<image>\nWhat is this?", "<image>And this?", "Say, é: <image>", "no image"):
         spans = render([Turn("human", question), *TURNS[1:]], TEMPLATES["v1"], image_position="keep", open_turn=True)
         wanted = [image if token == IMAGE_MARK else token for token in encode(spans, ours).tokens.tolist()]
         assert theirs("".join(span.text for span in spans)).input_ids == wanted
@@ -142,7 +142,7 @@ def test_chat_template_renders_as_ours(tmp_path, folder_with_tokenizer, template
     rules = TEMPLATES[template]
     conversations = [[Turn("human", "Look: <image> here. ")]]
     if not rules.caption_only:
-        conversations += [TURNS[:1], TURNS[:3], TURNS, [Turn("human", " No picture. ")], TURNS[:4]]
+        conversations += [TURNS[:1], TURNS[:3], TURNS, [Turn("human", " No image. ")], TURNS[:4]]
     for turns in conversations:
         messages = [
             {"role": {"human": "user", "gpt": "assistant"}[turn.speaker], "content": turn.text} for turn in turns
@@ -174,7 +174,7 @@ def test_processor_gives_our_pixels_and_tokens(tmp_path, aspect):
 
 
 def test_greedy_answers(tmp_path):
-    """Ten prompts, every second one about a picture, through `llava_jax.load` and through transformers."""
+    """Ten prompts, every second one about an image, through `llava_jax.load` and through transformers."""
     folder, _, _ = exported(tmp_path, aspect="pad")
     ours, theirs = llava_jax.load("hf:" + folder), peers.load_strict(folder)
     processor = AutoProcessor.from_pretrained(folder)

@@ -77,7 +77,7 @@ WORDS = ["What", "is", "this", "it", "a", "cat", "so", "Because", "Why", "here"]
 
 
 def make(folder: str, decoder: str, tower: str) -> None:
-    """A whole random model, its tokenizer and how its pictures become pixels, as transformers 5 writes them."""
+    """A whole random model, its tokenizer and how its images become pixels, as transformers 5 writes them."""
     text_class, text = DECODERS[decoder]
     vision_class, vision, strategy, layer, pixels, aspect = TOWERS[tower]
     text = TEXT | {key: value for key, value in text.items() if key != "tied"}
@@ -110,7 +110,7 @@ def make(folder: str, decoder: str, tower: str) -> None:
 
 
 def inputs(vision: ClipConfig) -> dict[str, torch.Tensor]:
-    """Two rows of 50 tokens with a picture each, at different places."""
+    """Two rows of 50 tokens with an image each, at different places."""
     rng = np.random.default_rng(3)
     tokens = rng.integers(3, IMAGE_ID, (2, 50))
     for row, start in enumerate((1, 6)):
@@ -184,7 +184,7 @@ def test_logits_of_ours_and_of_both_transformers(folders, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_text_and_what_the_processor_gives(folders, name):
-    """Six prompts, every second one about a picture; pixels and ids as transformers 5 and 4.46.3 make them."""
+    """Six prompts, every second one about an image; pixels and ids as transformers 5 and 4.46.3 make them."""
     _, whole, second = folders[name]
     ours, theirs = llava_jax.load("orbax:" + whole), peers.load_strict(second)
     processor = transformers.AutoProcessor.from_pretrained(second)
@@ -211,14 +211,14 @@ def test_greedy_text_and_what_the_processor_gives(folders, name):
         ids = processor(
             images=Image.new("RGB", (20, 30)), text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="np"
         )["input_ids"][0]
-        # 4.46.3 knows no tower without a class token and counts one image token too many (mended in 4.49).
+        # 4.46.3 knows no tower without a class token and counts one image token too many (fixed in 4.49).
         extra = [] if FAMILIES[name][1].startswith("clip") else [IMAGE_ID]
         assert sorted(np.load(second + "/ids_446.npy").tolist()) == sorted(ids.tolist() + extra)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_siglip_folder_and_a_decoder_folder_become_one(tmp_path, whole):
-    """SiglipModel or SiglipVisionModel beside Qwen2ForCausalLM: features, and what no LLaVA runs copied through."""
+    """SiglipModel or SiglipVisionModel next to Qwen2ForCausalLM: features, and what no LLaVA runs copied through."""
     vision = transformers.SiglipVisionConfig(**peers.VISION | SIGLIP)
     model = transformers.SiglipVisionModel(vision)
     if whole:

@@ -1,4 +1,4 @@
-"""Our grouped order and random permutation beside torch's own generator and a plain transcription of the sampler."""
+"""Our grouped order and random permutation next to torch's own generator and a plain transcription of the sampler."""
 
 import numpy as np
 import pytest

@@ -31,7 +31,7 @@ STAGES = {
 
 
 def write_rows(folder, rows):
-    """An annotation file as LLaVA's and two pictures, neither of them square."""
+    """An annotation file as LLaVA's and two images, neither of them square."""
     rng = np.random.default_rng(1)
     for name, shape in (("a.png", (20, 31, 3)), ("b.jpg", (40, 24, 3))):
         Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / name)
