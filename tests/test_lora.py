@@ -290,7 +290,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.weights.load import random_params
     from llava_jax.train.build_step import split_rank
-    from llava_jax.train.step import batch_ranks, loss_and_grads, partition
+    from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
     from tests.test_lora import LORA
     from tests.test_sharding import TINY
@@ -307,7 +307,8 @@ EIGHT_DEVICES = textwrap.dedent("""
 
     def both(config, params, batch, key, **more):
         how = dict(graphdef=llava.build(config)[0], dtype="float32", packed=True, loss_norm="global_token")
-        grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, key, **how, **more))
+        loss = LossConfig(**how, **more)
+        grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, loss, key))
         return jax.block_until_ready(grad(*partition(params, "lora"), batch))
 
     def close(got, want):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from llava_jax.models import llava
-from llava_jax.train.step import loss_and_grads, partition
+from llava_jax.train.step import LossConfig, loss_and_grads, partition
 from llava_jax.types import Batch, ClipConfig, LlamaConfig, ModelConfig
 
 CONFIG = ModelConfig(
@@ -53,8 +53,8 @@ PACKED = [[1, 0, 3], [2]]
 
 def loss(data: Batch, packed: bool):
     trainable, frozen = partition(PARAMS, "finetune")
-    how = dict(graphdef=GRAPHDEF, dtype="float32", packed=packed, accumulate=1, loss_norm="global_token", ranks=1)
-    return jax.jit(lambda t, f, d: loss_and_grads(t, f, d, **how))(trainable, frozen, data)
+    config = LossConfig(GRAPHDEF, dtype="float32", packed=packed, loss_norm="global_token", ranks=1)
+    return jax.jit(lambda t, f, d: loss_and_grads(t, f, d, config))(trainable, frozen, data)
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -78,7 +78,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     from flax import nnx
     from llava_jax.models import llava
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.train.step import batch_ranks, loss_and_grads, partition
+    from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
     from tests.test_sharding import KEPT, PRESETS, TIED, TINY
 
@@ -96,7 +96,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     how = dict(graphdef=graphdef, dtype="float32", packed=True)
 
     def both(params, batch, stage="finetune", **more):
-        grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, **how, **more))
+        grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, LossConfig(**how, **more)))
         return jax.block_until_ready(grad(*partition(params, stage), batch))
 
     def close(got, want):
@@ -128,7 +128,7 @@ EIGHT_DEVICES = textwrap.dedent("""
         how["graphdef"], abstract = llava.build(dataclasses.replace(TINY, remat=remat))
         with jax.set_mesh(mesh):
             grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(
-                trained, frozen, batch, **how, accumulate=1, loss_norm="global_token", ranks=8))
+                trained, frozen, batch, LossConfig(**how, loss_norm="global_token", ranks=8)))
             traced = grad.trace(*partition(jax.device_put(params, param_shardings(
                 llava.logical_axes(TINY), abstract, mesh)), "finetune"), jax.device_put(batch, batch_sharding(mesh)))
         products[remat] = str(traced.jaxpr).count("dot_general")
@@ -145,7 +145,7 @@ EIGHT_DEVICES = textwrap.dedent("""
             placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
             on = jax.device_put(batch, batch_sharding(mesh))
             grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(
-                trained, frozen, batch, **how, accumulate=1, loss_norm="global_token", ranks=4))
+                trained, frozen, batch, LossConfig(**how, loss_norm="global_token", ranks=4)))
             return str(grad.trace(*partition(placed, "finetune"), on).jaxpr).count(word)
 
     for mesh in ((1, 4, 2), (1, 8, 1), (1, 8, 1, 4)):

@@ -67,13 +67,10 @@ def update(stage="finetune", batch=None, params=None, count=1, **how):
     trainable, frozen = S.partition(params, stage)
     tx = optax.chain(optax.trace(0.9), optax.scale(-0.1))
     at, frozen_at = jax.tree.map(lambda _: replicated(mesh), (trainable, frozen))
-    how = dict(dtype="float32", packed=False, accumulate=1, loss_norm="global_token") | how
-    how |= dict(graphdef=GRAPHDEF, tx=tx, learning_rate=rates, pixels=Pixels())
+    loss = dict(dtype="float32", packed=False, accumulate=1, loss_norm="global_token", ranks=1) | how
+    how = dict(config=S.LossConfig(GRAPHDEF, **loss), tx=tx, learning_rate=rates, pixels=Pixels())
     state_at = S.state_shardings(mesh, tx, trainable, at)
-    if "ranks" in how:
-        jitted = jax.jit(lambda s, f, b: S.train_step(s, f, b, **how))
-    else:
-        jitted = S.make_step(mesh, state_at, frozen_at, **how)
+    jitted = S.make_step(mesh, state_at, frozen_at, **how)
     state = jax.device_put(S.TrainState(jnp.int32(0), trainable, tx.init(trainable)), state_at)
     for _ in range(count):
         state, metrics = jitted(state, frozen, make_batch() if batch is None else batch)
@@ -153,10 +150,10 @@ def test_rank_mean_is_the_mean_of_the_ranks_means(accumulate, ranks, rows):
         assert abs(means.mean() - nll.sum() / count.sum()) > 1e-3
 
 
-def test_micro_batches_keep_rows_on_their_rank():
+def test_microbatches_keep_rows_on_their_rank():
     x = jnp.arange(8)
-    assert S.micro_batches(x, 2, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert S.micro_batches(x, 2, 1).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert S.microbatches(x, 2, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert S.microbatches(x, 2, 1).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_frozen_weights_may_be_of_another_dtype():

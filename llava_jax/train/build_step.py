@@ -16,7 +16,7 @@ from llava_jax.models.nf4 import is_codes
 from llava_jax.parallel.chips import chip_of
 from llava_jax.parallel.sharding import mesh_sizes, param_shardings
 from llava_jax.train.optim import make_optimizer, make_schedule
-from llava_jax.train.step import TrainState, make_step, partition, state_shardings
+from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, partition, state_shardings
 from llava_jax.types import ModelConfig, Settings
 from llava_jax.weights.spec import adapted, float_dtype
 
@@ -47,17 +47,21 @@ def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, len
     tx = make_optimizer(settings.optim, steps, params, settings.train.moment_dtype)
     state_at = state_shardings(mesh, tx, params, params_at)
     schedule = make_schedule(settings.optim, steps)
+    loss = LossConfig(
+        graphdef,
+        dtype=settings.train.dtype,
+        packed=settings.data.pack,
+        loss_norm=settings.train.loss_norm,
+        ranks=batch_ranks(mesh),
+        accumulate=settings.train.accumulate,
+    )
     step = make_step(
         mesh,
         state_at,
         frozen_at,
-        graphdef=graphdef,
+        config=loss,
         tx=tx,
         learning_rate=lambda n: settings.optim.lr * schedule(n),
-        accumulate=settings.train.accumulate,
-        dtype=settings.train.dtype,
-        packed=settings.data.pack,
-        loss_norm=settings.train.loss_norm,
         pixels=config.vision.pixels,
         dropout_seed=settings.seed if config.lora is not None and config.lora.dropout else None,
     )

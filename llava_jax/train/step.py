@@ -1,5 +1,6 @@
 """One update: loss and gradients of the stage's partition over the global batch, AdamW, metrics."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -38,50 +39,66 @@ def partition(params: Params, stage: str) -> tuple[Params, Params]:
     return trainable, {key: value for key, value in params.items() if key not in trainable}
 
 
-def loss_terms(
-    params: Params,
-    frozen: Params,
-    batch: Batch,
-    key: jax.Array | None,
-    *,
-    graphdef: nnx.GraphDef,
-    dtype: str,
-    packed: bool,
-    loss_norm: str,
-    ranks: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(numerator, (denominator, targets)) of the loss of one micro-batch; the loss is the ratio of their sums.
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the loss of a batch is computed.
 
-    global_token: summed nll over the number of targets. rank_mean, the original's: mean over ranks of each rank's own
-    mean, where a rank is one of `ranks` runs of neighbouring rows. Without targets the ratio is 0/0: not finite.
-
-    Weights enter the computation in `dtype` before anything gathers them, so that what travels between devices, their
-    gradients included, has that dtype. Rows of one conversation (not `packed`) need no segments: their padding comes
-    last, where causal attention hides it. `key` is what the adapters' dropout draws from, None where there is none.
+    Attributes:
+      graphdef: the model, without parameters.
+      dtype: of the computation.
+      packed: whether a row holds several conversations, which must not see each other.
+      loss_norm: global_token divides the summed nll by the number of targets; rank_mean, the original's, is the mean
+        over ranks of each rank's own mean.
+      ranks: shards of neighbouring rows that a batch is cut into (`batch_ranks`).
+      accumulate: microbatches a batch is computed in.
     """
-    # Copied here, not where they are used: inside the scan over layers the float32 weights would be gathered.
-    params, frozen = stored_as((params, frozen), dtype)
-    model = nnx.merge(graphdef, join({**frozen, **params}, key))
-    segment_ids_BT = batch.segment_ids_BT if packed else None
+
+    graphdef: nnx.GraphDef
+    dtype: str
+    packed: bool
+    loss_norm: str
+    ranks: int
+    accumulate: int = 1
+
+
+def loss_terms(
+    params: Params, frozen: Params, batch: Batch, key: jax.Array | None, config: LossConfig
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return (numerator, (denominator, targets)) of one microbatch; the loss is the ratio of their sums.
+
+    Without targets the ratio is 0/0: not finite. `key` is what the adapters' dropout draws from, None where there is
+    none.
+
+    Weights enter the computation in `config.dtype` before anything gathers them, so that what travels between devices,
+    their gradients included, has that dtype. Rows of one conversation need no segments: their padding comes last,
+    where causal attention hides it.
+    """
+    # Cast here, not where they are used: inside the scan over layers the float32 weights would be gathered.
+    params, frozen = stored_as((params, frozen), config.dtype)
+    model = nnx.merge(config.graphdef, join({**frozen, **params}, key))
     hidden_BTD = model.hidden(
-        batch.tokens_BT, batch.pixels_BNXYC, segment_ids_BT, batch.positions_BT, batch.feature_index_BT
+        batch.tokens_BT,
+        batch.pixels_BNXYC,
+        batch.segment_ids_BT if config.packed else None,
+        batch.positions_BT,
+        batch.feature_index_BT,
     )
     labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
     targets = counted_BT.sum(dtype=jnp.int32)
     weights_BT, weight = counted_BT.astype(jnp.float32), targets.astype(jnp.float32)
-    if loss_norm == "rank_mean":
-        count_R = counted_BT.reshape(ranks, -1).sum(1)
-        weights_BT = (weights_BT.reshape(ranks, -1) / count_R[:, None]).reshape(weights_BT.shape)
-        weight = jnp.float32(ranks)
+    if config.loss_norm == "rank_mean":
+        count_R = counted_BT.reshape(config.ranks, -1).sum(1)
+        weights_BT = (weights_BT.reshape(config.ranks, -1) / count_R[:, None]).reshape(weights_BT.shape)
+        weight = jnp.float32(config.ranks)
     head_DV = model.llm.head_kernel(hidden_BTD.dtype)
     learns = "llm" in params
     return weighted_nll(hidden_BTD, head_DV, labels_BT, weights_BT, learns), (weight, targets)
 
 
-def micro_batches(batch: Batch, accumulate: int, ranks: int) -> Batch:
-    """Every array [B, ...] as [accumulate, B/accumulate, ...], each rank's rows staying on that rank.
+def microbatches(batch: Batch, accumulate: int, ranks: int) -> Batch:
+    """Reshape every array [B, ...] to [accumulate, B/accumulate, ...], each rank's rows staying on that rank.
 
-    A batch is `ranks` shards of neighbouring rows, a shard is `accumulate` runs: micro-batch a takes run a of each.
+    A batch is `ranks` shards of neighbouring rows, a shard is `accumulate` runs: microbatch a takes run a of each.
     """
 
     def split(x: jax.Array) -> jax.Array:
@@ -92,26 +109,19 @@ def micro_batches(batch: Batch, accumulate: int, ranks: int) -> Batch:
 
 
 def loss_and_grads(
-    params: Params,
-    frozen: Params,
-    batch: Batch,
-    key: jax.Array | None = None,
-    *,
-    accumulate: int,
-    ranks: int,
-    **how: Any,
+    params: Params, frozen: Params, batch: Batch, config: LossConfig, key: jax.Array | None = None
 ) -> tuple[jax.Array, Params, jax.Array]:
-    """(loss, gradients, targets) of the whole batch; numerators and denominators are summed and divided once.
+    """Return (loss, gradients, targets) of the whole batch; numerators and denominators are summed and divided once.
 
-    Images are normalised already (`train_step` does it), `key` is what the adapters' dropout draws from.
+    The batch's images are normalised already (`train_step` does it); `key` is what the adapters' dropout draws from.
     """
-    grad_fn = jax.value_and_grad(partial(loss_terms, ranks=ranks, **how), has_aux=True)
-    if accumulate == 1:
-        (total, (weight, targets)), grads = grad_fn(params, frozen, batch, key)
+    grad_fn = jax.value_and_grad(loss_terms, has_aux=True)
+    if config.accumulate == 1:
+        (total, (weight, targets)), grads = grad_fn(params, frozen, batch, key, config)
     else:
 
         def add(sums: Any, part: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
-            (total, (weight, targets)), grads = grad_fn(params, frozen, *part)
+            (total, (weight, targets)), grads = grad_fn(params, frozen, *part, config)
             # Otherwise libtpu moves the sum over the devices out of the loop, and fails at it (0.0.42).
             grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(lambda old, new: old + new, sums, (total, weight, targets, grads)), None
@@ -119,7 +129,8 @@ def loss_and_grads(
         # Sums of bfloat16 gradients are kept in float32: many small terms.
         empty = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         zeros = (jnp.float32(0), jnp.float32(0), jnp.int32(0), empty)
-        parts = micro_batches(batch, accumulate, ranks), None if key is None else jax.random.split(key, accumulate)
+        keys = None if key is None else jax.random.split(key, config.accumulate)
+        parts = microbatches(batch, config.accumulate, config.ranks), keys
         (total, weight, targets, grads), _ = jax.lax.scan(add, zeros, parts)
     return total / weight, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads), targets
 
@@ -129,23 +140,33 @@ def train_step(
     frozen: Params,
     batch: Batch,
     *,
+    config: LossConfig,
     tx: optax.GradientTransformation,
     learning_rate: Schedule,
     pixels: Pixels,
     dropout_seed: int | None = None,
-    **how: Any,
 ) -> tuple[TrainState, Metrics]:
-    """One update. When the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
+    """Apply one update; where the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
 
-    Metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but padding). `pixels` says
-    how the batch's images are normalised, `how` is what `loss_and_grads` is told next to the arrays. Dropout draws
-    from the seed and the update's number alone, so that a run that resumes from a checkpoint draws what it would have
-    drawn.
+    Args:
+      state: donated by the jitted step.
+      frozen: the parts that do not learn.
+      batch: one global batch.
+      config: how its loss is computed.
+      tx: the optimizer.
+      learning_rate: of an update, for the metrics.
+      pixels: how the batch's images are normalised.
+      dropout_seed: dropout draws from it and the update's number alone, so that a resumed run draws what it would have
+        drawn; None without dropout.
+
+    Returns:
+      The new state, and metrics: loss, grad_norm (before clipping), lr, targets (supervised tokens), tokens (all but
+      padding).
     """
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
     seen_BNXYC = normalised(batch.pixels_BNXYC, batch.image_mask_BN, pixels)
     seen = batch._replace(pixels_BNXYC=seen_BNXYC, image_mask_BN=None)
-    loss, grads, targets = loss_and_grads(state.params, frozen, seen, key, **how)
+    loss, grads, targets = loss_and_grads(state.params, frozen, seen, config, key)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)
@@ -173,12 +194,24 @@ def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Params
     return TrainState(whole, shardings, slots)
 
 
-def make_step(mesh: Mesh, state_at: TrainState, frozen_at: Params, **how: Any) -> Callable:
-    """The jitted `train_step`, state donated; `how` are its keyword arguments except `ranks`."""
-    whole = replicated(mesh)
+def make_step(
+    mesh: Mesh,
+    state_at: TrainState,
+    frozen_at: Params,
+    *,
+    config: LossConfig,
+    tx: optax.GradientTransformation,
+    learning_rate: Schedule,
+    pixels: Pixels,
+    dropout_seed: int | None = None,
+) -> Callable:
+    """Return the jitted `train_step` of these arguments; `state_at` and `frozen_at` are shardings, state is donated."""
+    step = partial(
+        train_step, config=config, tx=tx, learning_rate=learning_rate, pixels=pixels, dropout_seed=dropout_seed
+    )
     return jax.jit(
-        partial(train_step, ranks=batch_ranks(mesh), **how),
+        step,
         donate_argnums=0,
         in_shardings=(state_at, frozen_at, batch_sharding(mesh)),
-        out_shardings=(state_at, whole),
+        out_shardings=(state_at, replicated(mesh)),
     )
