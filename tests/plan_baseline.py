@@ -181,19 +181,20 @@ def grown(figures: dict, before: dict) -> list[str]:
 
 def check(name: str) -> list[str]:
     """Lines about what grew; compiles only when the lowered program is not the stored one. Run in ENVIRONMENT."""
-    from llava_jax.aot import compile, target
-    from llava_jax.cli.main import main
+    from llava_jax.aot import compile as ahead
+    from llava_jax.aot import target
+    from llava_jax.cli.main import split_passed
     from llava_jax.cli.train import load_settings
 
     before = stored(name)
     if before is None:
         return [f"{name}: nothing stored, run python -m tests.plan_baseline {name}"]
-    passed, _ = main.split_passed(ENTRIES[name].argv, "--config")
-    lowered = compile.lower(load_settings(passed), target.named_target(before["topology"]))
+    passed, _ = split_passed(ENTRIES[name].argv, "--config")
+    lowered = ahead.lower(load_settings(passed), target.named_target(before["topology"]))
     if lowered.hash == before["program_sha256"]:
         print(f"{name}: program unchanged")
         return []
-    figures, _ = compile.compile_plan(lowered)
+    figures, _ = ahead.compile_plan(lowered)
     seconds = figures["compile_seconds"]
     print(f"{name}: program changed, compiled in {seconds:.0f} s; python -m tests.plan_baseline {name} stores it")
     return [f"{name}: {line}" for line in grown(figures, before)]
