@@ -1,0 +1,29 @@
+"""What `python -m tests.same_numbers` calls a difference."""
+
+from tests.same_numbers import MAY_MOVE, difference, verdict
+
+STEPS = {"step 0": {"loss": 2.0, "grad_norm": 1.0, "tokens": 7}, "step 1": {"loss": 1.0, "grad_norm": 1.0, "tokens": 7}}
+
+
+def moved(**changes) -> dict:
+    return STEPS | {"step 1": STEPS["step 1"] | changes}
+
+
+def test_the_first_difference_is_named_with_both_values():
+    assert difference(STEPS, STEPS) == ""
+    assert difference(STEPS, moved(loss=1.25)) == "step 1: loss is 1.25, was 1.0"
+    assert difference(STEPS, {"step 0": STEPS["step 0"]}) == "step 1: loss is absent, was 1.0"
+    assert difference({"step 0": STEPS["step 0"]}, STEPS) == "step 1: loss is 1.0, was absent"
+
+
+def test_a_tolerance_is_for_the_losses_of_named_cases_alone():
+    near, far, other = moved(loss=1 + 9e-7), moved(loss=1 + 2e-6), moved(tokens=8)
+    case = next(iter(MAY_MOVE))
+    assert [verdict(case, STEPS, after, 1e-6)[0] for after in (near, far, other)] == [True, False, False]
+    assert not verdict(case, STEPS, near, 0.0)[0]
+    assert not verdict("another", STEPS, near, 1e-6)[0]
+
+
+def test_a_command_that_failed_on_both_sides_is_no_agreement():
+    failed = {"command": {"failed": "exit code 2: no such file"}}
+    assert verdict("hf", failed, failed, 0.0) == (False, "FAILED     hf: before, exit code 2: no such file")
