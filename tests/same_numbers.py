@@ -191,6 +191,7 @@ ANYRES = {
     "model.vision": "random:../inputs/small_clip.json",
     "model.llm": "random:../inputs/small_llama/config.json",
     "data.aspect": "anyres",
+    "data.max_length": 88,
 }
 CHAIN = "finetune-from-pretrain"
 
