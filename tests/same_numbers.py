@@ -364,8 +364,12 @@ def record(cases: list[Case], tree: pathlib.Path, folder: pathlib.Path) -> dict[
 
 def export_tree(revision: str, folder: pathlib.Path) -> str:
     """Write the files of a revision into `folder` and return its hash."""
-    name = ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"]
-    commit = subprocess.run(name, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    name = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    commit = subprocess.run(name, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        raise SystemExit(
+            f"--against={revision}: no commit of that name; give a branch, a tag or a hash of this repository"
+        )
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
