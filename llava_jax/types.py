@@ -251,37 +251,76 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
+    """The backbones and the projector; not read where `init.model` names a whole model."""
+
     vision: str
+    """CLIP or SigLIP folder of Hugging Face; `random:NAME` (`tiny`, `clip-l-14`, `clip-l-14-336`) or
+    `random:FILE.json` (a Hugging Face config) for random weights.
+    """
     llm: str
+    """Decoder folder of Hugging Face with its tokenizer; `random:NAME` (`tiny`, `vicuna-7b`, `vicuna-13b`) or
+    `random:FILE.json` for random weights, with the demo's tokenizer or the one next to the file.
+    """
     projector: str
+    """What maps image features to the decoder's width."""
     feature_layer: int
+    """Hidden state of the vision tower that is used; -2 is the one before the last block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InitSettings:
+    """Where the weights at the start come from."""
+
     model: str
+    """A whole model to start from: `hf:DIR`, `llava:DIR`, `orbax:DIR` or DIR. It replaces every `model.` key."""
     projector: str
+    """A projector to start from, also in place of the one in `init.model`: the workdir of a pretrain run, or a
+    `.safetensors` or `.bin` file. Empty: random.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """`pack`: several conversations in a row of `pack_length` tokens with room for `pack_images` images; 0: as
-    many as leave the least padding. `group_by` is none or modality_length (the original's order). With `aspect` anyres
-    tiles are counted, not images.
-    """
+    """What is trained on, and how rows become batches."""
 
     annotations: str
+    """Rows: a JSON or JSONL file, a folder of `prepare arrayrecord`, or `tfds:NAME`. Several one after another as
+    `a.json,b.json`, mixed by weight as `a.json:0.7,b.json:0.3`.
+    """
     images: str
+    """Folder that the image paths of the rows are relative to."""
     template: str
+    """How a conversation becomes text, and which part of it is supervised: `plain` (captions), `v1`, `v0`,
+    `llava_llama_2`, `mistral_instruct`, `chatml_direct`, …
+    """
     image_position: str
+    """`front` moves the placeholder of a turn with one image to the front of that turn, as the released LLaVA code
+    does; `keep` leaves it where the row has it.
+    """
     aspect: str
+    """How an image becomes the tower's square: `pad` (to the longer side, with the mean colour), `crop` (the centre),
+    `squash` (the whole image, as SigLIP's processor), or `anyres` (LLaVA-NeXT's tiles).
+    """
     max_length: int
+    """Longest row in tokens, image tokens included; a longer one is truncated."""
     shuffle: bool
+    """A new order each epoch, the same for the same seed."""
     group_by: str
+    """`modality_length` forms updates from rows of similar length, all with or all without images, in the order of
+    the original sampler.
+    """
     pack: bool
+    """Several conversations in one row, each with its own attention segment and positions. `train.batch_size` still
+    counts conversations.
+    """
     pack_length: int
+    """Tokens in a packed row; 0 takes the length with the least padding."""
     pack_images: int
+    """Images (with `data.aspect=anyres`: tiles) in a packed row; 0 takes what is needed."""
     workers: int
+    """Threads that read rows and images, and processes that check the rows before the run; 0: one thread, and the
+    main process checks.
+    """
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.
@@ -290,69 +329,107 @@ UNPACKED = dict(group_by="none", pack=False, pack_length=0, pack_images=0, worke
 
 @dataclasses.dataclass(frozen=True)
 class OptimSettings:
-    """`groups` is 'pattern=lr,pattern=lr': regex on the parameter path, first match wins, the rest takes `lr`."""
+    """AdamW and its schedule."""
 
     lr: float
+    """Peak learning rate."""
     groups: str
+    """Other peak rates by parameter path, as `REGEX=LR,REGEX=LR`: the first pattern found in the path wins, all other
+    parameters take `optim.lr`. Paths begin with `projector/`, `llm/` or `lora/`, as in `^projector/=2e-5`.
+    """
     schedule: str
+    """Shape of the rate after the warmup."""
     warmup_ratio: float
+    """Share of the steps in which the rate rises from 0."""
     weight_decay: float
+    """Of AdamW."""
     clip_norm: float
+    """Largest norm of the gradient; 0 is off."""
     b1: float
+    """Decay of AdamW's first moment."""
     b2: float
+    """Decay of AdamW's second moment."""
     eps: float
+    """Of AdamW."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """Of stage lora: adapters W + alpha/rank * A B on the decoder's linear layers whose full path `targets` matches."""
+    """Adapters of `stage=lora`: W x + `alpha` / `rank` * B A x on the decoder's linear layers."""
 
     rank: int
+    """Rank of A and B."""
     alpha: float
+    """The adapter's output is multiplied by `lora.alpha` / `lora.rank`."""
     dropout: float
+    """Share of an adapter's inputs that is dropped in training."""
     targets: str
+    """Regular expression on the whole path of a decoder's linear layer, `llm/layers/attn/q` (`k`, `v`, `o`) or
+    `llm/layers/mlp/gate` (`up`, `down`). A pattern that matches none is an error.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """`batch_size` counts conversations. `steps` 0 means: `epochs` decide; `checkpoint_every` 0 means off (the last one
-    is always saved), `profile` is the number of updates to trace.
-
-    `dtype` is that of the computation, `param_dtype` of what learns, `moment_dtype` of Adam's moments, `frozen_dtype`
-    of the rest (nf4: kernels of the decoder's blocks in four bits, all else bfloat16). `compiler_options` is none,
-    tuned (chips.compiler_options) or 'option=value,option=value'.
-    """
+    """Batches, precision, memory, and what a run writes."""
 
     batch_size: int
+    """Conversations in one update, over all devices."""
     steps: int
+    """Updates; 0 lets `train.epochs` decide."""
     epochs: float
+    """Passes over the data."""
     accumulate: int
+    """Microbatches that an update is computed in, one after another, to save memory."""
     dtype: str
+    """Dtype of the computation."""
     param_dtype: str
+    """Dtype of the weights that learn; `bfloat16` rounds each update stochastically: small ones are not lost."""
     moment_dtype: str
+    """Dtype of Adam's two moments; `bfloat16` is rounded stochastically."""
     frozen_dtype: str
+    """Dtype of the weights that do not learn. `nf4` (with `stage=lora`) keeps the kernels of the decoder's blocks in
+    four bits and the rest in bfloat16: QLoRA.
+    """
     remat: str
+    """What a decoder block keeps for the backward pass; the rest is computed again. `full` keeps nothing, `none`
+    everything, `dots` every matrix product; else names joined by `+`, or `minimal` for all activations among them. A
+    `_weight` is the weight as it was gathered from the other devices (`mesh.fsdp` above 1).
+    """
     attention: str
+    """Implementation of the decoder's attention: `splash` (TPU), `cudnn` (GPU) or `xla`; `auto` takes the first that
+    runs.
+    """
     compiler_options: str
+    """`none`, `tuned` (the chip's options of `parallel/chips.py`), or `option=value,option=value` for the compiler."""
     profile: int
+    """Updates to trace for the profiler; 0 is off."""
     log_every: int
+    """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int
+    """Steps between checkpoints; 0 saves the last step only."""
     keep: int
+    """Checkpoints kept."""
     loss_norm: str
+    """`global_token` divides the summed loss by the supervised tokens of the whole batch; `rank_mean` is the mean of
+    the devices' means, as in the original.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each mesh axis; -1 (at most once) takes what is left.
-
-    `fsdp_inner` of the fsdp devices lie along a second axis of the chips' network, and gradients are summed along one
-    axis after the other (ops/product.py).
-    """
+    """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
     data: int
+    """Copies of the model."""
     fsdp: int
+    """Shards of the weights and the optimizer's state."""
     tensor: int
+    """Devices that share a row: heads, MLP columns and images are split over them."""
     fsdp_inner: int = 1
+    """How many of the `mesh.fsdp` devices lie along a second axis of the chips' network (8 on v5e 8x8); gradients are
+    then reduce-scattered along one axis after the other. 1: at once.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,7 +437,11 @@ class Settings:
     """One training stage, complete: what `--config` and its overrides become, and what config.json holds."""
 
     stage: str
+    """What learns: `pretrain` the projector, `finetune` the projector and the decoder, `lora` the projector and
+    adapters of the decoder.
+    """
     seed: int
+    """Of the initial projector, of random weights and of the row order."""
     model: ModelSettings
     init: InitSettings
     data: DataSettings
