@@ -1,4 +1,4 @@
-"""Write reference/config.md and reference/commands.md from the code: `python docs/generate.py`.
+"""Write reference/config.md and reference/commands.md from the code: `python -m docs.generate`.
 
 A key's description is the docstring below its field in `llava_jax/types.py`, its choices and range are those that
 `llava_jax/settings.py` checks, its default is that of `configs/common.py`; a flag's is what argparse knows of it.
@@ -10,20 +10,17 @@ import dataclasses
 import inspect
 import math
 import pathlib
-import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from configs import common, llava_v1, llava_v1_5, tiny
+from llava_jax.cli.flags import Parser
+from llava_jax.cli.main import COMMANDS
+from llava_jax.settings import CHOICES, RANGES, REMATS, flatten
+from llava_jax.types import REMAT_NAMES, WEIGHT_NAMES, Settings
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configs import common, llava_v1, llava_v1_5, tiny  # noqa: E402
-from llava_jax.cli.flags import Parser  # noqa: E402
-from llava_jax.cli.main import COMMANDS  # noqa: E402
-from llava_jax.settings import CHOICES, RANGES, REMATS, flatten  # noqa: E402
-from llava_jax.types import REMAT_NAMES, WEIGHT_NAMES, Settings  # noqa: E402
-
 RECIPES = {
     "llava_v1": (llava_v1.get_config, ("size=7b,stage=pretrain", "size=7b,stage=finetune")),
     "llava_v1_5": (
@@ -32,7 +29,7 @@ RECIPES = {
     ),
     "tiny": (tiny.get_config, ("stage=pretrain", "stage=finetune", "stage=lora")),
 }
-GENERATED = "<!-- Written by docs/generate.py: change the code it reads, then run it. -->"
+GENERATED = "<!-- Written by `python -m docs.generate` from the code it describes. -->"
 
 
 def field_docs(cls: type) -> dict[str, str]:
