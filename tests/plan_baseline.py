@@ -1,6 +1,6 @@
-"""The plans that the README shows and that CI holds against growth; one command makes them again.
+"""The plans that docs/notes/compile_plans.md shows and that CI holds against growth; one command makes them again.
 
-python -m tests.plan_baseline                 every plan compiled again (1-3 minutes each), stored, README's table
+python -m tests.plan_baseline                 every plan compiled again (1-3 minutes each), stored, with the table
 python -m tests.plan_baseline NAME NAME       only these
 python -m tests.plan_baseline --table         only the table, from what is stored
 python -m tests.plan_baseline --check         CI: the two of CHECKED, compiled only when their program changed
@@ -19,7 +19,7 @@ from llava_jax.cli.compile import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parent.parent
 STORED = ROOT / "tests" / "data" / "plan"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "notes" / "compile_plans.md"
 MARKERS = ("<!-- plan table -->", "<!-- /plan table -->")
 
 ROWS = {"pretrain": 558_128, "finetune": 665_298}
@@ -28,7 +28,7 @@ DECODER_34B = "tests/data/plan/decoder_34b.json"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One plan: what the README calls it, and the arguments of `compile`."""
+    """One plan: what the table calls it, and the arguments of `compile`."""
 
     title: str
     argv: tuple[str, ...]
@@ -82,7 +82,7 @@ def tuned(stage: str, topology: str) -> tuple[str, tuple[str, ...]]:
     """How the tuned plans are called, and what they are compiled with next to a batch and train.remat."""
     options = "--config.train.compiler_options=tuned"
     if stage == "finetune" and topology == "v5e:8x8":
-        return ", tuned, sums hierarchically", (options, "--config.mesh.fsdp_inner=8")
+        return ", tuned, hierarchical reduce-scatter", (options, "--config.mesh.fsdp_inner=8")
     return ", tuned", (options,)
 
 
@@ -130,7 +130,7 @@ def packed() -> dict[str, Entry]:
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
         flags += (f"--config.train.remat={remat}", "--config.train.compiler_options=tuned")
         flags += (f"--config.mesh.{mesh}",) * bool(mesh)
-        how = {"": "", "tensor=2": ", tensor 2", "fsdp_inner=8": ", sums hierarchically"}[mesh]
+        how = {"": "", "tensor=2": ", tensor 2", "fsdp_inner=8": ", hierarchical reduce-scatter"}[mesh]
         title = f"{stage} of {batch} conversations, packed, tuned{how}"
         found[f"7b-{stage}-v5e-8x8-packed-{batch}"] = entry(f"7B {title}", "7b", stage, "v5e:8x8", *flags)
     return found
@@ -200,7 +200,7 @@ def check(name: str) -> list[str]:
     return [f"{name}: {line}" for line in grown(figures, before)]
 
 
-# ---- the README's table -----------------------------------------------------------------------------------------
+# ---- the table --------------------------------------------------------------------------------------------------
 
 
 def table() -> str:
@@ -233,12 +233,12 @@ def row(title: str, figures: dict) -> str:
 
 
 def write_table() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if any(text.count(marker) != 1 for marker in MARKERS):
-        raise SystemExit(f"{README.name}: expected {MARKERS[0]} and {MARKERS[1]} once each")
+        raise SystemExit(f"{PAGE.name}: expected {MARKERS[0]} and {MARKERS[1]} once each")
     head, rest = text.split(MARKERS[0])
     tail = rest.split(MARKERS[1])[1]
-    README.write_text(f"{head}{MARKERS[0]}\n{table()}\n{MARKERS[1]}{tail}", encoding="utf-8")
+    PAGE.write_text(f"{head}{MARKERS[0]}\n{table()}\n{MARKERS[1]}{tail}", encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

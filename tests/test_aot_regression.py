@@ -68,7 +68,7 @@ def test_the_table_has_a_line_for_each_stored_plan():
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_the_readme_shows_what_is_stored():
-    shown = plan_baseline.README.read_text(encoding="utf-8").split(plan_baseline.MARKERS[0])[1]
+def test_the_page_shows_what_is_stored():
+    shown = plan_baseline.PAGE.read_text(encoding="utf-8").split(plan_baseline.MARKERS[0])[1]
     assert shown.split(plan_baseline.MARKERS[1])[0].strip() == plan_baseline.table()
     assert all(plan_baseline.stored(name) for name in ENTRIES)
