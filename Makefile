@@ -2,12 +2,13 @@
 # make test    the tests, without torch
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make bench   speed and memory beside torch and transformers
+# make docs    the documentation, warnings as errors, its notebooks executed
 # make lint    ruff
 #
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file changes.
 
-.PHONY: demo test parity bench lint
+.PHONY: demo test parity bench docs lint
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -28,6 +29,10 @@ bench: .venv/.runtime .venv-parity/.parity
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark train --peer
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark generate --peer
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark data --peer
+
+docs: .venv/.docs
+	.venv/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 lint: .venv/.dev
 	.venv/bin/python -m ruff check .
@@ -55,6 +60,10 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 
 .venv/.dev: .venv/.runtime requirements-dev.txt
 	@$(call install,.venv,-r requirements-dev.txt)
+	@touch $@
+
+.venv/.docs: .venv/.runtime requirements-docs.txt
+	@$(call install,.venv,-r requirements-docs.txt)
 	@touch $@
 
 .venv-parity/.parity: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml

@@ -31,7 +31,7 @@ def command_lines(path: pathlib.Path) -> list[str]:
     """Every call of our command in a page's code blocks or a notebook's cells, continued lines joined."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        found = ["".join(cell["source"]).replace("!llava-jax", "llava-jax") for cell in json.loads(text)["cells"]]
+        found = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
     else:
         found = blocks(text)
     lines = [line for block in found for line in block.replace("\\\n", " ").splitlines()]
