@@ -11,6 +11,7 @@ project = "llava_jax"
 copyright = "The llava_jax authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+highlight_language = "none"
 html_theme = "furo"
 html_title = "llava_jax"
 

@@ -129,6 +129,7 @@ def commands_page() -> str:
 
 
 def flags_section(parser: argparse.ArgumentParser) -> Iterator[str]:
+    # argparse has no public way to list its flags.
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if group.title not in ("options", "positional arguments") and (actions or group.description):

@@ -335,7 +335,8 @@ class OptimSettings:
     """Peak learning rate."""
     groups: str
     """Other peak rates by parameter path, as `REGEX=LR,REGEX=LR`: the first pattern found in the path wins, all other
-    parameters take `optim.lr`. Paths begin with `projector/`, `llm/` or `lora/`, as in `^projector/=2e-5`.
+    parameters take `optim.lr`. Paths begin with `projector/`, `llm/` or `lora/`, as in `^projector/=2e-5`. A pattern
+    that decides no parameter that learns is an error.
     """
     schedule: str
     """Shape of the rate after the warmup."""
