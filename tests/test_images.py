@@ -9,14 +9,26 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_jax.data.images import FORMATS, MAX_SIDE, background, check_image, decode, normalised, preprocess
+from llava_jax.data.images import (
+    FORMATS,
+    MAX_SIDE,
+    background,
+    check_image,
+    decode,
+    image_size,
+    normalised,
+    preprocess,
+)
+from llava_jax.data.tiles import Tiling
 from llava_jax.models import clip
 from llava_jax.types import InputError, Pixels
 
+SMALL = Tiling(16, 2, ((16, 32), (32, 16)))
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
 SHAPES = [
     (640, 480),
@@ -98,6 +110,51 @@ def test_the_step_normalises_every_byte_as_the_processor_does(pixels):
     assert not np.any(seen[0, 1])
 
 
+@pytest.mark.parametrize("form", ["AVIF", "TIFF", "JPEG2000", "PPM"])
+def test_formats_that_downloads_hide_under_another_name_are_read(form, tmp_path):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(encoded(noise(40, 30), form))
+    whole = np.asarray(Image.open(path).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode(str(path))), whole)
+    assert image_size(str(path)) == (40, 30)
+
+
+def long_text(place: str) -> bytes:
+    """A whole PNG whose text or colour profile unpacks to more than Pillow takes."""
+    text, image = PngInfo(), noise(40, 30)
+    if place == "profile":
+        return encoded(image, "PNG", icc_profile=bytes(2 << 20))
+    if place == "zTXt":
+        text.add_text("workflow", "x" * (2 << 20), zip=True)
+    if place == "iTXt":
+        text.add_itxt("workflow", "é" * (2 << 20), zip=True)
+    if place == "together":
+        for key in range(66):
+            text.add_text(f"part {key}", "x" * (1 << 20), zip=True)
+    if place == "after the pixels":
+        text.add(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2 << 20)), after_idat=True)
+    return encoded(image, "PNG", pnginfo=text)
+
+
+@pytest.mark.parametrize("place", ["zTXt", "iTXt", "profile", "together", "after the pixels"])
+def test_a_whole_png_with_a_long_text_is_read(place, tmp_path):
+    content = long_text(place)
+    np.testing.assert_array_equal(np.asarray(decode(content)), np.asarray(noise(40, 30)))
+    assert image_size(content) == (40, 30)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        decode(content[:-1500] if place == "after the pixels" else content[:-600])
+
+
+def test_an_image_in_memory_that_is_cut_short_is_named(tmp_path):
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(encoded(noise(64, 64), "JPEG")[:900])
+    with Image.open(path) as opened, pytest.raises(InputError, match=f"image {path}: truncated or damaged"):
+        preprocess(opened, 48, "pad")
+    opened = Image.open(io.BytesIO(encoded(noise(64, 64), "PNG")[:3000]))
+    with pytest.raises(InputError, match="image in memory: truncated or damaged"):
+        SMALL.cut(opened)
+
+
 def test_pad_centres_on_the_mean_colour_with_the_odd_row_below():
     white = Image.new("RGB", (8, 5), (255, 255, 255))
     rows = preprocess(white, 8, "pad")[:, 0, 0]
@@ -143,14 +200,19 @@ def test_an_animation_is_its_first_frame_and_exif_orientation_is_ignored():
 
 BAD_CONTENTS = {
     "empty": (b"", "empty"),
-    "text": (b"<html>404 not found</html>", "not an image"),
+    "text": (b"404 not found", "not an image"),
     "noise": (bytes(range(256)) * 4, "not an image"),
-    "tiff": (encoded(noise(8, 8), "TIFF"), "expected JPEG"),
+    "web page": (b"<!doctype html><title>404</title>", "is a web page; expected JPEG, .*convert or"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC; expected JPEG"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer; expected"),
     "cut jpeg": (encoded(noise(64, 64), "JPEG")[:900], "truncated"),
     "jpeg without its last two bytes": (encoded(noise(64, 64), "JPEG")[:-2], "truncated"),
     "cut png": (encoded(noise(64, 64), "PNG")[:3000], "truncated"),
     "cut gif": (encoded(noise(64, 64), "GIF")[:1200], "truncated"),
     "cut webp": (encoded(noise(64, 64), "WEBP")[:300], "image|damaged"),
+    "cut avif": (encoded(noise(64, 64), "AVIF")[:1500], "is a damaged AVIF"),
+    "cut tiff": (encoded(noise(64, 64), "TIFF")[:3000], "truncated"),
+    "cut jpeg 2000": (encoded(noise(64, 64), "JPEG2000")[:1000], "truncated"),
     "cut header": (encoded(noise(64, 64), "PNG")[:20], "image|damaged"),
     "81 megapixels": (png_header(9000, 9000), "64 megapixels"),
     "900 megapixels": (png_header(30000, 30000), "64 megapixels"),
@@ -183,6 +245,7 @@ def test_a_missing_file_a_folder_and_an_impossible_name(tmp_path):
         preprocess(noise(8, 8), 48, "square")
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 def test_damaged_files_raise_nothing_but_input_errors():
     random = np.random.default_rng(0)
     refused = 0

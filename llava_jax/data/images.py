@@ -7,10 +7,10 @@ the square, whatever its shape. As in the original, EXIF orientation is ignored,
 animation is its first frame.
 """
 
+import contextlib
 import functools
 import io
 import math
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -23,7 +23,26 @@ from llava_jax.types import InputError, Pixels
 
 Result = TypeVar("Result")
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF", "JPEG2000", "PPM")
+# What else is found under the name of an image, by the place and bytes that tell it.
+OTHERS = (
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (4, b"ftypavi", "a damaged AVIF"),
+    (4, b"ftyp", "a video"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "XML or SVG"),
+    (0, b"<!DOCTYPE", "a web page"),
+    (0, b"<html", "a web page"),
+    (0, b"version https://git-lfs", "a git-lfs pointer"),
+)
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 32_768
 MAX_ASPECT = 200
@@ -36,7 +55,17 @@ _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.B
 STRIP_PIXELS = 4_000_000
 
 # What Pillow's decoders raise on damaged files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    IndexError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 
 
 @functools.cache
@@ -69,7 +98,7 @@ def image_size(source: str | bytes) -> tuple[int, int]:
     """(width, height) of an image (path, or content of a file) from its header; InputError as in `decode`, as far as
     that shows it.
     """
-    return _opened(source, "", lambda file, name, length: _open(file, name, length).size)
+    return _opened(source, "", lambda image, name: image.size)
 
 
 def check_image(path: str | bytes) -> None:
@@ -84,46 +113,71 @@ def decode(source: str | bytes, name: str = "") -> Image.Image:
     or MAX_SIDE, or with one side more than MAX_ASPECT times the other. The limits are checked on the header, before any
     pixel is decoded.
     """
-    return _opened(source, name, _decode_file)
+    return _opened(source, name, to_rgb)
 
 
-def _opened(source: str | bytes, name: str, read: Callable[[BinaryIO, str, int], Result]) -> Result:
-    """What `read` makes of the file, its name for messages (`name`, or the source's own) and its length."""
+def _opened(source: str | bytes, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
+    """What `use` makes of the image, whose header is checked, and its name for messages (`name`, or its own)."""
     if isinstance(source, bytes):
-        return read(io.BytesIO(source), name or "image", len(source))
+        return _read(io.BytesIO(source), name or "image", use)
     name = name or source
     try:
         with open(source, "rb") as file:
-            return read(file, name, os.path.getsize(source))
+            return _read(file, name, use)
     except FileNotFoundError:
         raise InputError(f"image {name}: no such file; check the path, or data.images") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"image {name}: cannot be read ({error}); check the file") from None
+        raise InputError(f"image {name}: cannot be read ({error}); expected a file, check the path") from None
 
 
-def _open(file: BinaryIO, name: str, length: int) -> Image.Image:
-    """The image with its header read and checked."""
-    if length == 0:
+def _read(file: BinaryIO, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
+    head = file.read(32)
+    if not head:
         raise InputError(f"image {name}: the file is empty; replace it")
+    try:
+        return use(_open(file, name), name)
+    except Image.UnidentifiedImageError:
+        raise InputError(_not_an_image(head, name)) from None
+    except DECODE_ERRORS as error:
+        reason = str(error)
+    if head.startswith(PNG):
+        with contextlib.suppress(*DECODE_ERRORS):
+            return use(_open(_without_text(file), name), name)
+    raise InputError(_damaged(name, reason))
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         raise InputError(_too_large(name)) from None
-    except Image.UnidentifiedImageError:
-        raise InputError(f"image {name}: not an image; expected {', '.join(FORMATS)}") from None
-    except DECODE_ERRORS as error:
-        raise InputError(f"image {name}: damaged header ({error}); replace the file") from None
     _check_shape(image, name)
     return image
 
 
-def _decode_file(file: BinaryIO, name: str, length: int) -> Image.Image:
-    image = _open(file, name, length)
-    try:
-        image.load()
-        return to_rgb(image, name)
-    except DECODE_ERRORS as error:
-        raise InputError(f"image {name}: truncated or damaged ({error}); replace the file") from None
+def _without_text(file: BinaryIO) -> BinaryIO:
+    """The PNG without its texts and colour profile, which no pixel needs: Pillow refuses a file where they are long."""
+    file.seek(len(PNG))
+    content, kept, start = file.read(), [PNG], 0
+    while start + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, start)
+        end = start + 8 + length + 4
+        if kind not in PNG_TEXT:
+            kept.append(content[start:end])
+        start = end
+    return io.BytesIO(b"".join(kept))
+
+
+def _damaged(name: str, reason: str) -> str:
+    return f"image {name}: truncated or damaged ({reason}); replace the file"
+
+
+def _not_an_image(head: bytes, name: str) -> str:
+    expected = f"expected {', '.join(FORMATS)}"
+    for place, mark, kind in OTHERS:
+        if head[place:].lower().startswith(mark.lower()):
+            return f"image {name}: is {kind}; {expected}; convert or replace the file"
+    return f"image {name}: not an image, or damaged where it begins; {expected}; replace the file"
 
 
 def _too_large(name: str) -> str:
@@ -140,8 +194,11 @@ def _check_shape(image: Image.Image, name: str) -> None:
         raise InputError(f"image {name}: {width}x{height} is thinner than {MAX_ASPECT}:1; crop it")
 
 
-def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """The image in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
+    image.load()
+    if image.mode == "RGB":
+        return image
     if image.mode == "F":
         raise InputError(f"image {name}: floating-point pixels have no known range; convert it to 8 bit")
     if image.mode.startswith("I"):
@@ -149,7 +206,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         if grey.min() < 0 or grey.max() > 65535:
             raise InputError(f"image {name}: integer pixels outside 0..65535; convert it to 8 bit")
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
@@ -158,9 +215,13 @@ def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP
 
 
 def usable(image: Image.Image) -> Image.Image:
-    """An image in memory in mode RGB; InputError for sides and pixels as in `decode`."""
-    _check_shape(image, "image")
-    return to_rgb(image)
+    """An image in memory in mode RGB; InputError as in `decode`, as it may be opened and not yet read."""
+    name = str(getattr(image, "filename", "")) or "in memory"
+    _check_shape(image, name)
+    try:
+        return to_rgb(image, name)
+    except DECODE_ERRORS as error:
+        raise InputError(_damaged(name, str(error))) from None
 
 
 def normalised(bytes_XYC: np.ndarray, pixels: Pixels = CLIP) -> np.ndarray:
