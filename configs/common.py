@@ -25,6 +25,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.template = "v1"
     c.data.image_position = "front"  # keep: where the row has it
     c.data.aspect = "pad"  # crop, squash (SigLIP's), anyres (tiles)
+    c.data.exif = "apply"  # turn images upright as EXIF says; ignore: as stored, as the original
     c.data.max_length = 2048
     c.data.shuffle = True
     c.data.group_by = "none"  # modality_length: rows of like length and kind share an update, as the original

@@ -47,6 +47,7 @@ class Processor:
     template: str
     aspect: str
     image_position: str
+    exif: str = "apply"
 
     @property
     def rules(self) -> Template:
@@ -58,7 +59,7 @@ class Processor:
         spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
         encoded = encode(spans, self.tokenizer)
         tiles = tiling(self.config)
-        counts = self.config.vision.patches if tiles is None else tiles.tokens(_sizes(images))
+        counts = self.config.vision.patches if tiles is None else tiles.tokens(self._sizes(images))
         tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
         room = self.config.llm.max_positions
         if tokens.size >= room:
@@ -75,15 +76,19 @@ class Processor:
         arrays = [np.zeros((0, size, size, 3), np.float32)]
         for image in images:
             image = image if isinstance(image, Image.Image) else os.fspath(image)
-            arrays.append(normalised(load_tiles(image, size, self.aspect, tiles, how), how))
+            arrays.append(normalised(load_tiles(image, size, self.aspect, tiles, how, self.exif), how))
         return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         tokens, tiles = self.tokens(messages), tiling(self.config)
         if tiles is None:
             return Prompt(tokens, self.pixels(messages))
-        takes = tiles.takes(_sizes(read_messages(messages)[1]))
+        takes = tiles.takes(self._sizes(read_messages(messages)[1]))
         return Prompt(tokens, self.pixels(messages), spread(tokens, self.config.image_token_id, takes))
+
+    def _sizes(self, images: Sequence[ImageLike]) -> list[tuple[int, int]]:
+        """(width, height) of each image; of a file its header is read."""
+        return [image_size(p if isinstance(p, Image.Image) else os.fspath(p), self.exif) for p in images]
 
     def text(self, ids: Iterable[int]) -> str:
         """The answer that ids spell: up to the template's first stop, without white space at its ends."""
@@ -105,11 +110,6 @@ class Processor:
         spelled = [stop for stop in self.rules.stop if self.tokenizer.special_id(stop) is None]
         size = self.config.llm.vocab_size
         return stop_table(spelled, ids, token_texts(self.tokenizer, size) if spelled else [""] * size)
-
-
-def _sizes(images: Sequence[ImageLike]) -> list[tuple[int, int]]:
-    """(width, height) of each image; of a file its header is read."""
-    return [p.size if isinstance(p, Image.Image) else image_size(os.fspath(p)) for p in images]
 
 
 def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
@@ -215,6 +215,7 @@ class Llava:
             "template": processor.template,
             "aspect": processor.aspect,
             "image_position": processor.image_position,
+            "exif": processor.exif,
             "dtype": self.config.dtype,
             "weights": self.weights,
         }
@@ -350,7 +351,9 @@ def load(
     config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base)
     config, tokenizer = dataclasses.replace(config, remat="none"), load_tokenizer(extras.tokenizer)
     check_vocabulary(tokenizer, config, extras.tokenizer)
-    processor = Processor(tokenizer, config, template or extras.template, extras.aspect, extras.image_position)
+    processor = Processor(
+        tokenizer, config, template or extras.template, extras.aspect, extras.image_position, extras.exif
+    )
     model = assemble(os.path.basename(os.path.abspath(split(source)[1])), params, processor)
     return dataclasses.replace(model, template_assumed=template is None and extras.template_assumed)
 

@@ -23,6 +23,7 @@ CHOICES = {
     "model.projector": ("linear", "mlp2x_gelu"),
     "data.image_position": ("front", "keep"),
     "data.aspect": ("pad", "crop", "squash", "anyres"),
+    "data.exif": ("apply", "ignore"),
     "data.group_by": ("none", "modality_length"),
     "optim.schedule": ("cosine", "constant", "linear"),
     "train.dtype": DTYPES,

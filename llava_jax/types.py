@@ -321,6 +321,8 @@ class DataSettings:
     """Threads that read rows and images, and processes that check the rows before the run; 0: one thread, and the
     main process checks.
     """
+    exif: str = "ignore"
+    """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original does."""
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.

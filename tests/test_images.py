@@ -8,7 +8,8 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+import transformers.image_utils
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -21,10 +22,11 @@ from llava_jax.data.images import (
     check_image,
     decode,
     image_size,
+    load_image,
     normalised,
     preprocess,
 )
-from llava_jax.data.tiles import Tiling
+from llava_jax.data.tiles import Tiling, load_tiles
 from llava_jax.models import clip
 from llava_jax.types import InputError, Pixels
 
@@ -152,7 +154,7 @@ def test_an_image_in_memory_that_is_cut_short_is_named(tmp_path):
         preprocess(opened, 48, "pad")
     opened = Image.open(io.BytesIO(encoded(noise(64, 64), "PNG")[:3000]))
     with pytest.raises(InputError, match="image in memory: truncated or damaged"):
-        SMALL.cut(opened)
+        load_tiles(opened, 16, "", SMALL)
 
 
 def test_pad_centres_on_the_mean_colour_with_the_odd_row_below():
@@ -190,12 +192,47 @@ def test_sixteen_bit_is_scaled_not_clipped():
         preprocess(Image.new("I", (4, 4), 70000), 48, "pad")
 
 
-def test_an_animation_is_its_first_frame_and_exif_orientation_is_ignored():
+def test_an_animation_is_its_first_frame():
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
     assert decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    assert decode(encoded(noise(30, 20), "JPEG", exif=turned)).size == (30, 20)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_transformers_does(form, orientation, tmp_path):
+    path = tmp_path / "phone.jpg"
+    path.write_bytes(encoded(noise(30, 20), form, exif=turned(orientation)))
+    wanted = transformers.image_utils.load_image(str(path))
+    with Image.open(path) as lazy:
+        for source in (str(path), path.read_bytes(), lazy):
+            assert image_size(source) == wanted.size
+            np.testing.assert_array_equal(np.asarray(decode(source)), np.asarray(wanted))
+    np.testing.assert_array_equal(load_tiles(str(path), 16, "", SMALL), SMALL.cut(wanted))
+    np.testing.assert_array_equal(preprocess(Image.open(path), 48, "crop"), preprocess(wanted, 48, "crop"))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_can_be_ignored_as_in_the_original(form):
+    content = encoded(noise(30, 20), form, exif=turned(6))
+    wanted = Image.open(io.BytesIO(content)).convert("RGB")
+    for source in (content, Image.open(io.BytesIO(content))):
+        assert image_size(source, exif="ignore") == (30, 20)
+        np.testing.assert_array_equal(np.asarray(decode(source, exif="ignore")), np.asarray(wanted))
+        tiles = load_tiles(source, 16, "", SMALL, exif="ignore")
+        np.testing.assert_array_equal(tiles, SMALL.cut(wanted))
+        square = load_image(source, 48, "pad", exif="ignore")
+        np.testing.assert_array_equal(normalised(square), preprocess(Image.fromarray(np.asarray(wanted)), 48, "pad"))
+
+
+def test_exif_that_cannot_be_read_turns_nothing():
+    content = encoded(noise(30, 20), "JPEG", exif=b"Exif\0\0no such thing")
+    assert decode(content).size == image_size(content) == (30, 20)
 
 
 BAD_CONTENTS = {

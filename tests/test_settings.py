@@ -33,6 +33,7 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(zzzz=1), "unknown config key zzzz"),
         (dict(seed=1.5), "config key seed: expected int, got 1.5 (float)"),
         (dict(seed=True), "config key seed: expected int, got True (bool)"),
+        (dict(data__exif="turn"), "config key data.exif: expected one of apply, ignore, got 'turn'"),
         (dict(data__shuffle=1), "config key data.shuffle: expected bool, got 1"),
         (dict(model=3), "config key model: expected a group of keys"),
         (dict(stage="align"), "config key stage: expected one of pretrain, finetune"),
@@ -70,6 +71,12 @@ def test_absent_key_is_named():
     del tree["train"]["keep"]
     with pytest.raises(InputError, match="config key train.keep is absent"):
         S.settings_from_dict(tree)
+
+
+def test_a_run_from_before_a_key_did_what_its_default_says():
+    tree = values()
+    assert tree["data"].pop("exif") == "apply"
+    assert S.settings_from_dict(tree).data.exif == "ignore"
 
 
 def test_groups_keep_their_order():

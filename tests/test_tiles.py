@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.numpy import load_file, save_file
 
 from llava_jax import api
@@ -31,9 +31,9 @@ from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.train.loop import train
 from llava_jax.types import ClipConfig, InputError
-from llava_jax.weights import hf, name_table
+from llava_jax.weights import convert, hf, name_table
 from llava_jax.weights.hf_config import default_pinpoints, llava_config, llava_json
-from llava_jax.weights.load import load_trained, read_files, read_projector
+from llava_jax.weights.load import load_trained, read_files, read_model, read_projector
 from llava_jax.weights.spec import model_spec
 from tests import tiny_llava, tiny_run
 
@@ -279,6 +279,73 @@ def test_images_that_come_with_their_rows_make_the_same_batch(inputs, first):
     ours = batches_of(settings_of(inputs, data__pack=packed), change=with_bytes)[-1]
     for mine, theirs in zip(ours, batch, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_a_sideways_photograph_is_checked_cut_and_counted_as_it_is_shown(inputs, tmp_path, exif):
+    """Stored 48 x 16 with EXIF saying that it is to be turned by a quarter: 16 x 48 where EXIF is applied."""
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    shutil.copyfile(inputs / "rows.json", tmp_path / "rows.json")
+    names = {name for record in load_records(str(inputs / "rows.json")) for name in record.images}
+    stored, orientation = draw(48, 16), Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    shown = stored.transpose(Image.Transpose.ROTATE_270) if exif == "apply" else stored
+
+    def batch_of(image, **how):
+        for name in names:
+            image.save(tmp_path / "images" / name, **how)
+        files = dict(data__annotations=str(tmp_path / "rows.json"), data__images=str(tmp_path / "images"))
+        settings = settings_of(inputs, data__exif=exif, **files)
+        return settings, batches_of(settings)
+
+    settings, (config, records, tokenizer, checked, batch) = batch_of(stored, exif=orientation)
+    for mine, theirs in zip(batch, batch_of(shown)[1][-1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    batch_of(stored, exif=orientation)
+    files = (settings.data.annotations, settings.data.images)
+    report = verify(*files, tokenizer, "v1", max_length=112, patches=4, tiling=tiling(config), exif=exif)
+    assert (report.kept, report.tokens) == (8, checked.tokens)
+    model = api.load(str(inputs / "next"))
+    asked = dataclasses.replace(model.processor, exif=exif)
+    prompts = []
+    for image in (tmp_path / "images" / sorted(names)[0], Image.open(tmp_path / "images" / sorted(names)[0]), shown):
+        prompts.append(asked.prompt(api.question("What?", image)))
+    for prompt in prompts[:2]:
+        for mine, theirs in zip(prompt, prompts[2], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_folder_says_whether_exif_is_applied(inputs, tmp_path):
+    def said(**ours):
+        given = json.loads((inputs / "next" / "config.json").read_text())
+        given["llava_jax"] |= ours
+        if not ours:
+            del given["llava_jax"]
+        (folder / "config.json").write_text(json.dumps(given))
+        return hf.read_llava_config(str(folder))[1].exif
+
+    folder = shutil.copytree(inputs / "next", tmp_path / "next")
+    assert hf.read_llava_config(str(folder))[1].exif == api.load(str(folder)).about["exif"] == "apply"
+    assert (said(exif="ignore"), said(exif="apply")) == ("ignore", "apply")
+    assert said() == "apply"  # a foreign folder
+    with pytest.raises(InputError, match="llava_jax.exif is 'turn'; expected one of apply, ignore"):
+        said(exif="turn")
+    given = json.loads((inputs / "next" / "config.json").read_text())
+    del given["llava_jax"]["exif"]  # ours, of a run that knew no EXIF
+    (folder / "config.json").write_text(json.dumps(given))
+    assert hf.read_llava_config(str(folder))[1].exif == "ignore"
+
+
+@pytest.mark.parametrize("form", ["hf", "llava", "orbax"])
+def test_an_export_keeps_what_the_run_did_with_exif(inputs, tmp_path, form):
+    settings = settings_of(inputs, data__exif="ignore", train__steps=1)
+    train(settings, str(tmp_path / "run"))
+    assert api.load(str(tmp_path / "run")).about["exif"] == "ignore"
+    convert.convert(f"orbax:{tmp_path}/run", f"{form}:{tmp_path}/out")
+    found = read_model(
+        f"{form}:{tmp_path}/out", "model", vision=str(tmp_path / "out/clip-vision-tower") * (form == "llava")
+    )
+    assert found[2].exif == "ignore"
 
 
 def test_the_check_sees_images_of_another_size(inputs, tmp_path, monkeypatch):

@@ -56,6 +56,7 @@ def verify(args: argparse.Namespace) -> int:
         max_length=data.max_length,
         patches=patches,
         tiling=tiles,
+        exif=data.exif,
         dump_path=args.dump,
     )
     print("\n".join(checks.report_lines(report)))

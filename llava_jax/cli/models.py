@@ -193,6 +193,7 @@ def announce_model(model: "Llava") -> None:
         template=about["template"] + (" (assumed)" if model.template_assumed else ""),
         aspect=about["aspect"],
         image_position=about["image_position"],
+        exif=about["exif"] + (" (images are turned upright)" if about["exif"] == "apply" else " (images as stored)"),
         dtype=about["dtype"],
     )
     if model.processor.rules.caption_only:

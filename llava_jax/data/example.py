@@ -47,7 +47,7 @@ def encode_record(
 
 def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]:
     """(width, height) of the record's images, from their headers."""
-    return [image_size(path) for path in image_paths(record, settings)]
+    return [image_size(path, settings.exif) for path in image_paths(record, settings)]
 
 
 def image_paths(record: Record, settings: DataSettings) -> list[str | bytes]:

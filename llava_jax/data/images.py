@@ -3,8 +3,10 @@
 The pixels are bit-equal to transformers' processors (PIL backend). Aspect `crop` is `CLIPImageProcessor`: shortest side
 to `size` with a truncated long side, centre crop, / 255, normalise. Aspect `pad` first centres the image on a square
 of the mean colour, as LLaVA-1.5's second stage does. Aspect `squash` is `SiglipImageProcessor`: the whole image to
-the square, whatever its shape. As in the original, EXIF orientation is ignored, transparency is dropped, and an
-animation is its first frame.
+the square, whatever its shape. As in the original, transparency is dropped, and an animation is its first frame.
+
+`exif` is apply (an image is turned upright as its EXIF orientation says, as transformers' `load_image` does) or ignore
+(the pixels as they are stored, as in the original; a TIFF, which Pillow turns by itself, is upright in both).
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava_jax.types import InputError, Pixels
 
@@ -48,6 +50,18 @@ MAX_SIDE = 32_768
 MAX_ASPECT = 200
 
 ASPECTS = ("pad", "crop", "squash")
+EXIF = ("apply", "ignore")
+# EXIF orientation -> what turns the image upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)
 CLIP = Pixels()
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -76,12 +90,14 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
     return (scaled[None, :] - mean[:, None]) / std[:, None]
 
 
-def load_image(source: str | bytes | Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
+def load_image(
+    source: str | bytes | Image.Image, size: int, aspect: str, pixels: Pixels = CLIP, exif: str = "apply"
+) -> np.ndarray:
     """uint8[size, size, 3]: the square that the tower sees of an image (path, content of a file, or in memory).
 
     `aspect` is pad, crop or squash. InputError as in `decode`.
     """
-    image = usable(decode(source) if isinstance(source, str | bytes) else source)
+    image = decode(source, exif=exif)
     resample = _RESAMPLE[pixels.resample]
     if aspect not in ASPECTS:
         raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
@@ -94,11 +110,14 @@ def load_image(source: str | bytes | Image.Image, size: int, aspect: str, pixels
     return np.asarray(square)
 
 
-def image_size(source: str | bytes) -> tuple[int, int]:
-    """(width, height) of an image (path, or content of a file) from its header; InputError as in `decode`, as far as
-    that shows it.
-    """
-    return _opened(source, "", lambda image, name: image.size)
+def image_size(source: str | bytes | Image.Image, exif: str = "apply") -> tuple[int, int]:
+    """(width, height) that `decode` would give, of a file from its header; InputError as far as that shows it."""
+
+    def size(image: Image.Image, _: str) -> tuple[int, int]:
+        width, height = image.size
+        return (height, width) if exif == "apply" and _orientation(image) in SIDEWAYS else (width, height)
+
+    return _opened(source, "", size)
 
 
 def check_image(path: str | bytes) -> None:
@@ -106,18 +125,21 @@ def check_image(path: str | bytes) -> None:
     decode(path)
 
 
-def decode(source: str | bytes, name: str = "") -> Image.Image:
-    """RGB image of a file (a path) or of its content (bytes); `name` stands for the source in messages.
+def decode(source: str | bytes | Image.Image, name: str = "", exif: str = "apply") -> Image.Image:
+    """RGB image of a file (a path), of its content (bytes) or of an image in memory, which may not be read yet; `name`
+    stands for the source in messages.
 
     Raises InputError for a file that is missing, empty, truncated, damaged, in no format of FORMATS, above MAX_PIXELS
     or MAX_SIDE, or with one side more than MAX_ASPECT times the other. The limits are checked on the header, before any
     pixel is decoded.
     """
-    return _opened(source, name, to_rgb)
+    return _opened(source, name, lambda image, name: _to_rgb(image, name, exif))
 
 
-def _opened(source: str | bytes, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
+def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
     """What `use` makes of the image, whose header is checked, and its name for messages (`name`, or its own)."""
+    if isinstance(source, Image.Image):
+        return _in_memory(source, name or str(getattr(source, "filename", "")) or "in memory", use)
     if isinstance(source, bytes):
         return _read(io.BytesIO(source), name or "image", use)
     name = name or source
@@ -144,6 +166,15 @@ def _read(file: BinaryIO, name: str, use: Callable[[Image.Image, str], Result]) 
         with contextlib.suppress(*DECODE_ERRORS):
             return use(_open(_without_text(file), name), name)
     raise InputError(_damaged(name, reason))
+
+
+def _in_memory(image: Image.Image, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
+    _check_shape(image, name)
+    try:
+        image.load()  # a PNG may say its orientation after its pixels, and would be of another size when used again
+        return use(image, name)
+    except DECODE_ERRORS as error:
+        raise InputError(_damaged(name, str(error))) from None
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
@@ -194,11 +225,21 @@ def _check_shape(image: Image.Image, name: str) -> None:
         raise InputError(f"image {name}: {width}x{height} is thinner than {MAX_ASPECT}:1; crop it")
 
 
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF counts them; 1 (upright) where it says nothing that can be read, or Pillow turns the image."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        # The base class's: that of a PNG decodes the whole image to look behind its pixels.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1
+
+
+def _to_rgb(image: Image.Image, name: str, exif: str) -> Image.Image:
     """The image in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
+    turn = TURNS.get(_orientation(image)) if exif == "apply" else None
     image.load()
-    if image.mode == "RGB":
-        return image
     if image.mode == "F":
         raise InputError(f"image {name}: floating-point pixels have no known range; convert it to 8 bit")
     if image.mode.startswith("I"):
@@ -206,22 +247,14 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         if grey.min() < 0 or grey.max() > 65535:
             raise InputError(f"image {name}: integer pixels outside 0..65535; convert it to 8 bit")
         image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
     """float32[size, size, 3], normalised, of an image in memory; `aspect` is pad, crop or squash."""
     return normalised(load_image(image, size, aspect, pixels), pixels)
-
-
-def usable(image: Image.Image) -> Image.Image:
-    """An image in memory in mode RGB; InputError as in `decode`, as it may be opened and not yet read."""
-    name = str(getattr(image, "filename", "")) or "in memory"
-    _check_shape(image, name)
-    try:
-        return to_rgb(image, name)
-    except DECODE_ERRORS as error:
-        raise InputError(_damaged(name, str(error))) from None
 
 
 def normalised(bytes_XYC: np.ndarray, pixels: Pixels = CLIP) -> np.ndarray:

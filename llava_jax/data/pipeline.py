@@ -90,7 +90,7 @@ def _make_row(
             counts = patches if tiling is None else tiling.tokens(sizes)
             ours, ours_targets = encode_record(record, settings, tokenizer, image_token_id, counts)
             for path in image_paths(record, settings):
-                tiles_NXYC = load_tiles(path, image_size, settings.aspect, tiling, pixels)
+                tiles_NXYC = load_tiles(path, image_size, settings.aspect, tiling, pixels, settings.exif)
                 pixels_NXYC[slot : slot + len(tiles_NXYC)] = tiles_NXYC
                 slot += len(tiles_NXYC)
         except InputError as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from llava_jax.data.images import CLIP, decode, load_image, usable
+from llava_jax.data.images import CLIP, decode, load_image
 from llava_jax.types import InputError, ModelConfig, Pixels
 
 NEWLINE = -1
@@ -51,8 +51,7 @@ class Tiling:
         return np.concatenate(found).astype(np.int32)
 
     def cut(self, image: Image.Image) -> np.ndarray:
-        """uint8[n, size, size, 3]: the tiles of an image, the whole one first."""
-        image = usable(image)
+        """uint8[n, size, size, 3]: the tiles of an RGB image, the whole one first."""
         rows, columns = self._grid(image.size)
         width, height = columns * self.size, rows * self.size
         by_width, by_height = width / image.width, height / image.height
@@ -110,15 +109,20 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
 
 
 def load_tiles(
-    source: str | bytes | Image.Image, size: int, aspect: str, tiles: Tiling | None, pixels: Pixels = CLIP
+    source: str | bytes | Image.Image,
+    size: int,
+    aspect: str,
+    tiles: Tiling | None,
+    pixels: Pixels = CLIP,
+    exif: str = "apply",
 ) -> np.ndarray:
     """uint8[n, size, size, 3] of an image (path, bytes of a file, or in memory).
 
     Its tiles, or the one square that `aspect` makes.
     """
     if tiles is None:
-        return load_image(source, size, aspect, pixels)[None]
-    return tiles.cut(decode(source) if isinstance(source, str | bytes) else source)
+        return load_image(source, size, aspect, pixels, exif)[None]
+    return tiles.cut(decode(source, exif=exif))
 
 
 def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:

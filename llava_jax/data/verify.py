@@ -58,6 +58,7 @@ def verify(
     patches: int = 576,
     aspect: str = "pad",
     tiling: Tiling | None = None,
+    exif: str = "apply",
     dump_path: str | None = None,
     check_image: Callable[[str | bytes], None] = images.check_image,
 ) -> VerifyReport:
@@ -70,7 +71,7 @@ def verify(
     check_end(tokenizer, find_template(template))
     drops_leading = find_template(template).drop_leading_answer
     settings = DataSettings(
-        annotations, images, template, image_position, aspect, max_length, shuffle=False, **UNPACKED
+        annotations, images, template, image_position, aspect, max_length, shuffle=False, exif=exif, **UNPACKED
     )
     entries = parse_records(annotations)
     image_errors: dict[str, str | None] = {}

@@ -71,6 +71,7 @@ def convert(
         template=rules.template,
         aspect=rules.aspect,
         image_position=rules.image_position,
+        exif=rules.exif,
         dtype=config.dtype,
     )
     if kind == "llava":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.data.images import ASPECTS
+from llava_jax.data.images import ASPECTS, EXIF
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.llava import build
 from llava_jax.parallel.placement import LazyTensor
@@ -62,6 +62,7 @@ class LlavaExtras:
     tokenizer: str = ""
     template_assumed: bool = False
     vision: str = ""
+    exif: str = "apply"
 
 
 # ---- public -----------------------------------------------------------------------------------------------------
@@ -283,14 +284,15 @@ def _grouped(names: list[str]) -> list[str]:
 def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     """Our key in config.json; a foreign folder has none and says it in its chat template and image settings.
 
-    Where it does not, it gets LLaVA-1.5's template and CLIP's cropping.
+    Where it does not, it gets LLaVA-1.5's template and CLIP's cropping. A foreign folder's images are turned upright as
+    EXIF says; ours without `exif` is of a time when none was.
     """
     ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
     tiled = given["model_type"] == "llava_next"
     if hf_config.is_original(given):
         tiled = given.get("image_aspect_ratio") == "anyres"
     aspects = ("anyres",) if tiled else ASPECTS
-    allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"))
+    allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"), exif=EXIF)
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(
@@ -298,5 +300,6 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
             )
     template = None if "template" in ours else recognised_template(folder)
     aspect = read_images(folder)
-    said = {"aspect": "anyres" if tiled else aspect} | ({"template": template} if template else {}) | ours
+    said = {"aspect": "anyres" if tiled else aspect, "exif": "ignore" if ours else "apply"}
+    said |= ({"template": template} if template else {}) | ours
     return LlavaExtras(**said, tokenizer=folder, template_assumed="template" not in said, vision=folder)

@@ -35,6 +35,7 @@ def write_llava(
     template: str,
     aspect: str,
     image_position: str,
+    exif: str = "apply",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     weights: str = "safetensors",
@@ -55,7 +56,7 @@ def write_llava(
             partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
         )
         exported = _grown(config, tokens)
-        ours = dict(template=template, aspect=aspect, image_position=image_position)
+        ours = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
         ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
         _write_configs(partial, exported, tokens, dtype, ours)
         check_ids(partial, tokenizer_folder, template, image_position)

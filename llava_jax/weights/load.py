@@ -44,7 +44,12 @@ def read_model(
         config, rules = spec.config, settings.data
         dtype = dtype or config.dtype
         extras = LlavaExtras(
-            rules.template, rules.aspect, rules.image_position, spec.tokenizer, vision=spec.vision_folder or ""
+            rules.template,
+            rules.aspect,
+            rules.image_position,
+            spec.tokenizer,
+            vision=spec.vision_folder or "",
+            exif=rules.exif,
         )
     else:
         dtype = dtype or stored_dtype(folder)

@@ -43,6 +43,7 @@ def write_original(
     template: str,
     aspect: str,
     image_position: str,
+    exif: str = "apply",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     tower_name: str = "",
@@ -59,7 +60,7 @@ def write_original(
             f"{config.vision.family} and {aspect}; write hf:DIR"
         )
     config = _shrunk(config, tokenizer_folder)
-    settings = dict(template=template, aspect=aspect, image_position=image_position)
+    settings = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
     with finished_folder(folder) as partial:
         for name in TOKENIZER_FILES:
             if os.path.isfile(os.path.join(tokenizer_folder, name)):
