@@ -42,6 +42,17 @@ class Turn(NamedTuple):
     text: str
 
 
+class ImageBytes(bytes):
+    """The content of an image file that came with its row; `name` is the file's, for messages."""
+
+    name: str
+
+    def __new__(cls, content: bytes, name: str = "") -> "ImageBytes":
+        image = super().__new__(cls, content)
+        image.name = name
+        return image
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One row of LLaVA's annotations; `images` are paths relative to `data.images`, or images as the bytes of a file,

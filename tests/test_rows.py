@@ -11,15 +11,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from llava_jax.cli.main import main
 from llava_jax.data import index, records, sources, validate
+from llava_jax.data.images import check_image
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
 from llava_jax.data.records import load_records, parse_records
 from llava_jax.data.rows import Rejected
 from llava_jax.data.sources import Source, absolute, split_sources
 from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.prepare import arrayrecord
 from llava_jax.types import InputError
 from tests import full_size
 
@@ -291,11 +294,41 @@ def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_message_about_a_packed_image_names_its_file(tmp_path):
+    """Packed again, too, and from a data set that was packed before it kept names."""
+    os.mkdir(tmp_path / "images")
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    path = write(tmp_path / "a.json", [row("one", image="a.png")])
+    arrayrecord.write(path, f"{tmp_path}/images", f"{tmp_path}/first")
+    arrayrecord.write(f"{tmp_path}/first/llava_rows/1.0.0", "", f"{tmp_path}/again")
+    (image,) = load_records(f"{tmp_path}/again/llava_rows/1.0.0")[0].images
+    assert image == (tmp_path / "images" / "a.png").read_bytes()
+    assert pickle.loads(pickle.dumps(image)).name == image.name == "a.png"
+    with pytest.raises(InputError, match="image a.png: truncated or damaged"):
+        check_image(type(image)(image[:-30], image.name))
+
+    features = tmp_path / "first" / "llava_rows" / "1.0.0" / "features.json"
+    described = json.loads(features.read_text())
+    del described["featuresDict"]["features"]["image_names"]
+    features.write_text(json.dumps(described))
+    (unnamed,) = load_records(str(features.parent))[0].images
+    assert unnamed == image
+    with pytest.raises(InputError, match="image that came with its row: truncated or damaged"):
+        check_image(type(image)(image[:-30], unnamed.name))
+
+
 def test_arrayrecord_names_what_cannot_be_packed(tmp_path, capsys):
-    path = write(tmp_path / "a.json", [row("good"), row("lost", image="none.png"), {"id": "bad"}])
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
+    path = write(
+        tmp_path / "a.json",
+        [row("good", image="whole.png"), row("lost", image="none.png"), {"id": "bad"}, row("cut", image="cut.png")],
+    )
     words = ["prepare", "arrayrecord", f"--annotations={path}", f"--images={tmp_path}", f"--output={tmp_path}/o"]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "2 of 3 rows cannot be packed: row 1 (id 'lost')" in error and "row 2 (id 'bad')" in error
+    assert "3 of 4 rows cannot be packed: row 1 (id 'lost')" in error and "row 2 (id 'bad')" in error
+    assert f"row 3 (id 'cut'): image {tmp_path}/cut.png: truncated or damaged" in error
+    assert not (tmp_path / "o").exists()
     with pytest.raises(InputError, match="tfds:none_such: TFDS cannot read"):
         load_records("tfds:none_such")

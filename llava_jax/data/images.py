@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
-from llava_jax.types import InputError, Pixels
+from llava_jax.types import ImageBytes, InputError, Pixels
 
 Result = TypeVar("Result")
 
@@ -141,7 +141,8 @@ def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.I
     if isinstance(source, Image.Image):
         return _in_memory(source, name or str(getattr(source, "filename", "")) or "in memory", use)
     if isinstance(source, bytes):
-        return _read(io.BytesIO(source), name or "image", use)
+        name = name or (source.name if isinstance(source, ImageBytes) else "") or "that came with its row"
+        return _read(io.BytesIO(source), name, use)
     name = name or source
     try:
         with open(source, "rb") as file:

@@ -18,7 +18,7 @@ from llava_jax.data.index import index_file, line_of
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.rows import Rejected, parse_or_reject, parse_row
 from llava_jax.data.sources import Source, split_sources
-from llava_jax.types import InputError, Record
+from llava_jax.types import ImageBytes, InputError, Record
 
 __all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]
 
@@ -134,7 +134,7 @@ class DatasetRows(Rows):
         turns = zip(said["from"], said["value"], strict=True)
         return {
             "id": _text(found["id"]),
-            "images": [bytes(image) for image in found["images"]],
+            "images": _images(found),
             "conversations": [{"from": _text(who), "value": _text(text)} for who, text in turns],
         }
 
@@ -248,6 +248,13 @@ def _open_source(source: Source) -> Rows:
     # As assemble.file_inputs has it, so that a run resumes from a checkpoint that was made by it.
     line = f"{os.path.basename(source.path)} {content}\n"
     return FileRows(path, places, hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
+
+
+def _images(found: dict[str, Any]) -> list[ImageBytes]:
+    """The images of a row; a data set that was packed before it kept their names has none."""
+    images = found["images"]
+    names = found.get("image_names", [b""] * len(images))
+    return [ImageBytes(content, os.fsdecode(name)) for content, name in zip(images, names, strict=True)]
 
 
 def _text(value: bytes | str) -> str:

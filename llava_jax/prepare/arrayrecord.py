@@ -2,27 +2,32 @@
 
 `tfds.data_source("llava_rows", split="train", data_dir=OUTPUT)` gives the rows by number, in their order; `train` takes
 OUTPUT/llava_rows/1.0.0 as data.annotations. Images are stored as text features, which hold any bytes: TFDS would
-decode an Image inside a Sequence at every read.
+decode an Image inside a Sequence at every read. `image_names` are the files' names, for messages.
 """
 
+import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow_datasets as tfds
 
+from llava_jax.data.images import check_image
 from llava_jax.data.records import Rows, load_records
 from llava_jax.data.rows import Rejected
-from llava_jax.types import InputError, Record
+from llava_jax.types import InputError
 
 SPLIT = re.compile(r"[A-Za-z]\w*", re.ASCII)
 NAME, VERSION = "llava_rows", "1.0.0"
+CHUNK = 4096  # rows that wait for threads at one time
 FEATURES = tfds.features.FeaturesDict(
     {
         "id": tfds.features.Text(),
         "images": tfds.features.Sequence(tfds.features.Text()),
+        "image_names": tfds.features.Sequence(tfds.features.Text()),
         "conversations": tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()}),
     }
 )
@@ -50,13 +55,15 @@ class LlavaRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             record = self._rows[row]
             said = [{"from": turn.speaker, "value": turn.text} for turn in record.turns]
             files = [image_bytes(image, self._images) for image in record.images]
-            yield row, {"id": record.id, "images": files, "conversations": said}
+            names = [image_name(image) for image in record.images]
+            yield row, {"id": record.id, "images": files, "image_names": names, "conversations": said}
 
 
 def write(annotations: str, images: str, output: str, *, split: str = "train", shards: int = 0) -> tuple[str, int]:
     """Writes the data set below `output` and returns its folder and the number of rows; `shards` 0 goes by size.
 
-    Every row is checked before the first is written. InputError names those that cannot be used and missing images.
+    Every row is checked and every image decoded before the first is written. InputError names those that cannot be
+    used, with their files.
     """
     if not SPLIT.fullmatch(split) or split == "all":
         raise InputError(f"--split={split}: expected a name of letters, digits and _, other than all")
@@ -64,9 +71,9 @@ def write(annotations: str, images: str, output: str, *, split: str = "train", s
     folder = os.path.join(output, NAME, VERSION)
     if os.path.exists(folder):
         raise InputError(f"--output={output}: {folder} is there already; remove it, or choose another folder")
-    problems = [problem for row in range(len(rows)) if (problem := problem_of(rows.entry(row), row, images))]
     if shards > len(rows):
         raise InputError(f"--shards={shards}: more than the {len(rows)} rows; expected a file a row or fewer")
+    problems = find_problems(rows, images)
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"{len(problems)} of {len(rows)} rows cannot be packed: {'; '.join(problems[:3])}{more}")
@@ -77,15 +84,39 @@ def write(annotations: str, images: str, output: str, *, split: str = "train", s
     return folder, len(rows)
 
 
-def problem_of(entry: Record | Rejected, row: int, images: str) -> str | None:
-    """Why a row cannot be packed; None where it can."""
-    if isinstance(entry, Rejected):
-        return str(entry)
-    for image in entry.images:
-        path = image if isinstance(image, bytes) else os.path.join(images, image)
-        if isinstance(path, str) and not (os.path.isfile(path) and os.path.getsize(path)):
-            return str(Rejected(row, entry.id, f"image {path}: no such file, or empty"))
+def find_problems(rows: Rows, images: str) -> list[str]:
+    """Why rows cannot be packed, in their order; an image file that several rows show is decoded once."""
+    of_file = functools.cache(image_problem)
+
+    def problem_of(row: int) -> str | None:
+        entry = rows.entry(row)
+        if isinstance(entry, Rejected):
+            return str(entry)
+        found = (
+            image_problem(image) if isinstance(image, bytes) else of_file(os.path.join(images, image))
+            for image in entry.images
+        )
+        return next((str(Rejected(row, entry.id, problem)) for problem in found if problem), None)
+
+    problems: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(rows), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(rows)))
+            problems += filter(None, pool.map(problem_of, chunk))
+    return problems
+
+
+def image_problem(image: str | bytes) -> str | None:
+    try:
+        check_image(image)
+    except InputError as error:
+        return str(error)
     return None
+
+
+def image_name(image: str | bytes) -> bytes:
+    """The file's name as the file system has it; empty for an image that came with its row and had none."""
+    return os.fsencode(getattr(image, "name", "") if isinstance(image, bytes) else image)
 
 
 def image_bytes(image: str | bytes, folder: str) -> bytes:
