@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llava_jax.models.flops import clip_forward_flops, decoder_products, projector_weights, step_flops
+from llava_jax.models.flops import clip_forward_flops, decoder_weights, projector_weights, step_flops
 from llava_jax.types import ModelConfig
 from llava_jax.weights.spec import CLIPS, LLAMAS
 
@@ -13,8 +13,8 @@ CONFIG_13B = ModelConfig(vision=CLIPS["clip-l-14-336"], llm=LLAMAS["vicuna-13b"]
 
 
 def test_parts_of_the_published_models():
-    assert decoder_products(CONFIG_7B.llm) == 6_607_077_376
-    assert decoder_products(CONFIG_13B.llm) == 12_851_609_600
+    assert decoder_weights(CONFIG_7B.llm) == 6_607_077_376
+    assert decoder_weights(CONFIG_13B.llm) == 12_851_609_600
     assert projector_weights(CONFIG_7B) == 1024 * 4096 + 4096 * 4096
     assert projector_weights(dataclasses.replace(CONFIG_7B, projector="linear")) == 1024 * 4096
     assert CONFIG_7B.vision_layers == 23
@@ -38,7 +38,7 @@ def test_a_small_model_by_hand():
     llm = dataclasses.replace(LLAMAS["tiny"], tied=True)  # width 64, mlp 128, 2 layers, 4 heads of 16, 2 kv heads
     config = ModelConfig(vision=CLIPS["tiny"], llm=llm)
     products = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128) + 64 * 2048
-    assert decoder_products(llm) == products
+    assert decoder_weights(llm) == products
     T, attention = 10, 2 * 2 * 2 * 10 * 64 / 2 * 2  # per token: layers x (scores, values) x 2T(heads head_dim) / 2
     block = 2 * 17 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 17 * 17 * 32
     image = 2 * block + 2 * 16 * (8 * 8 * 3) * 32 + 6 * 16 * (32 * 64 + 64 * 64)

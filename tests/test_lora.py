@@ -20,7 +20,7 @@ from configs import llava_v1_5
 from llava_jax.models import nf4
 from llava_jax.models.flops import adapter_weights, step_flops
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.models.lora import join, kept, split
+from llava_jax.models.lora import join, keep_mask, split
 from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import loop
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
@@ -128,7 +128,7 @@ def test_adapters_are_a_part_of_their_own():
 
 
 def test_dropout_is_fair_and_different_everywhere():
-    masks = np.stack([kept((256, 512), jnp.uint32(seed), 0.05) for seed in (0, 1, 2**31)])
+    masks = np.stack([keep_mask((256, 512), jnp.uint32(seed), 0.05) for seed in (0, 1, 2**31)])
     assert abs(1 - masks.mean() - 0.05) < 1e-3
     dropped = (~masks).astype(float)
     assert np.abs(1 - masks.mean((0, 1)) - 0.05).max() < 0.04 and np.abs(1 - masks.mean((0, 2)) - 0.05).max() < 0.04
@@ -336,7 +336,8 @@ EIGHT_DEVICES = textwrap.dedent("""
         placed, on = jax.device_put(params, at), jax.device_put(batch, batch_sharding(mesh))
         close(both(calm, placed, on, None, accumulate=2, ranks=4), want)
         print("equal on eight devices, packed, in four bits, in two micro-batches")
-        mask = lambda: lora.kept((B, T), jax.numpy.uint32(5), 0.1)
+        mask = lambda: lora.keep_mask(
+(B, T), jax.numpy.uint32(5), 0.1)
         close(jax.jit(mask, out_shardings=batch_sharding(mesh))(), mask())
         assert not mask().all()
         print("equal dropout")

@@ -1,8 +1,8 @@
-"""Attention: one function for the vision tower, training, prefill and decode, and the kernel that does it.
+"""Attention for the vision tower, training, prefill and decode, and the choice of the kernel that computes it.
 
-`xla` runs everywhere and takes every argument; `splash` (a Pallas kernel of jax) is for TPUs and `cudnn` for NVIDIA
-GPUs: neither holds the scores of a row, [N, T, S], in memory. (cuDNN takes segments as a bias [B, 1, T, T] only, which
-stands in memory with its gradient; packed rows on a GPU pay that. It has not been run: no GPU was at hand.)
+`xla` runs everywhere and takes every argument; `splash` (jax's Pallas kernel) is for TPUs and `cudnn` for NVIDIA GPUs:
+neither holds the scores [N, T, S] of a row in memory. (cuDNN takes segments only as a bias [B, 1, T, T], which is in
+memory with its gradient; packed rows on a GPU pay for that. It has not been run: no GPU was at hand.)
 """
 
 import functools
@@ -15,16 +15,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from llava_jax.parallel.sharding import spec_of
 from llava_jax.types import InputError
 
-# What a rematerialised block may keep of the kernel (its result and sums), so that the backward pass need not run it.
+# The name for remat of the kernel's result and sums: where they are kept, the backward pass need not run it again.
 RESIDUALS = "attention"
-LANES = 128  # of a TPU's vector unit: what the blocks of splash must be multiples of
+LANES = 128  # of a TPU's vector unit: splash's blocks must be multiples of it
 
 
 def choose(requested: str, *, platform: str, dtype: str, length: int, head_dim: int, window: int = 0) -> str:
-    """The implementation for causal attention over rows of `length`: splash, cudnn or xla.
+    """Return the implementation for causal attention over rows of `length`: splash, cudnn or xla.
 
-    `auto` takes the kernel of the platform ('tpu', 'gpu', 'cpu') where it can run and xla elsewhere; a kernel asked for
-    by name that cannot run is an InputError with the reason.
+    `auto` takes the kernel of the platform ('tpu', 'gpu', 'cpu') where it can run and xla elsewhere. Raises an
+    InputError with the reason when a kernel requested by name cannot run.
     """
     reasons = {
         "splash": _first(
@@ -63,11 +63,20 @@ def attention(
     block: int = 512,
     window: int = 0,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped key/value heads; returns BTNH in the dtype of q.
+    """Compute scaled dot-product attention with grouped key/value heads; the softmax runs in float32.
 
-    `segment_ids_BT` lets a position see only its own segment (T == S); `key_mask_BS` bool hides cache slots that
-    hold nothing (xla only). The softmax runs in float32. `block` is the tile of splash along T. A `window` above 0 is
-    how many positions a position sees, itself the last of them (Mistral, arXiv 2310.06825); causal only, not cudnn.
+    Args:
+      q_BTNH, k_BSKH, v_BSKH: queries, keys and values; N is a multiple of K.
+      causal: whether a position sees only itself and those before it.
+      segment_ids_BT: int32; a position sees only its own segment (T == S).
+      key_mask_BS: bool; hides cache slots that hold nothing (xla only).
+      implementation: what `choose` returns.
+      block: the tile of splash along T.
+      window: how many positions a position sees, itself the last of them (Mistral, arXiv 2310.06825); 0 is no limit.
+        Causal only, not cudnn.
+
+    Returns:
+      [B, T, N, H] in the dtype of q.
     """
     window = window if window < q_BTNH.shape[1] else 0
     if implementation != "xla" and (not causal or key_mask_BS is not None):
@@ -93,26 +102,26 @@ def attention(
 def _in_blocks(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, window: int
 ) -> jax.Array:
-    """Causal attention a chunk of queries at a time: none computes what none of it sees, scores are made twice.
+    """Compute causal attention one chunk of queries at a time, without the keys that none of the chunk sees.
 
-    At most 16 chunks: each is a piece of the program.
+    The backward pass computes the scores again. At most 16 chunks, because each one is unrolled into the program.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     block = max(LANES, -(-T // 16))
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    stretch = jax.checkpoint(functools.partial(_stretch, window=window), prevent_cse=False)
-    parts = []
+    attend = jax.checkpoint(functools.partial(_attend, window=window), prevent_cse=False)
+    chunks = []
     for first in range(0, T, block):
         last = min(first + block, T)
         keys = slice(max(0, first - window + 1) if window else 0, last)
         ids = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, first:last], segment_ids_BT[:, keys])
-        parts.append(stretch(q_BKGTH[:, :, :, first:last], k_BKTH[:, :, keys], v_BKTH[:, :, keys], *ids))
-    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        chunks.append(attend(q_BKGTH[:, :, :, first:last], k_BKTH[:, :, keys], v_BKTH[:, :, keys], *ids))
+    return jnp.concatenate(chunks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _stretch(
+def _attend(
     q_BKGQH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
@@ -121,7 +130,7 @@ def _stretch(
     *,
     window: int,
 ) -> jax.Array:
-    """The last Q of S positions attend to all of them that are not behind them; G query heads share a key head."""
+    """Let the last Q of S positions attend to all that are not after them; G query heads share a key head."""
     Q, S = q_BKGQH.shape[3], k_BKSH.shape[2]
     distance = jnp.arange(S - Q, S)[:, None] - jnp.arange(S)
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
@@ -135,7 +144,7 @@ def _stretch(
 def _splash(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None, block: int, window: int
 ) -> jax.Array:
-    """Each device runs the kernel on its own rows and heads: the compiler cannot split a Pallas call by itself."""
+    """Run the kernel on each device's own rows and heads: the compiler cannot split a Pallas call by itself."""
     heads = spec_of(("batch", "length", "heads", "head_dim"), 4)
     kv_heads = spec_of(("batch", "length", "kv_heads", "head_dim"), 4)
     segments = None if segment_ids_BT is None else spec_of(("batch", "length"), 2)

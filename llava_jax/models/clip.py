@@ -17,13 +17,13 @@ ACTIVATIONS = {
 
 
 def normalised(pixels_BNXYC: jax.Array, image_mask_BN: jax.Array, pixels: Pixels) -> jax.Array:
-    """float32 [B, N, X, Y, C] of RGB bytes with the tower's mean and deviation, zeros in slots that are not shown.
+    """Return RGB bytes as float32 [B, N, X, Y, C] with the tower's mean and deviation; empty slots are zeros.
 
-    As `data.image.normalised`, but for the last bit: XLA multiplies where that divides by a constant.
+    The same as `data.images.normalised` but for the last bit: XLA multiplies where that divides by a constant.
     """
     mean, std = (jnp.array(values, jnp.float32) for values in (pixels.mean, pixels.std))
-    seen_BNXYC = (pixels_BNXYC.astype(jnp.float32) / 255 - mean) / std
-    return jnp.where(image_mask_BN[..., None, None, None], seen_BNXYC, 0.0)
+    scaled_BNXYC = (pixels_BNXYC.astype(jnp.float32) / 255 - mean) / std
+    return jnp.where(image_mask_BN[..., None, None, None], scaled_BNXYC, 0.0)
 
 
 class Attention(nnx.Module):
@@ -63,7 +63,7 @@ class Block(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches as one matrix product: a convolution whose stride is its kernel size.
+    """Non-overlapping patches as one matmul: a convolution whose stride is its kernel size.
 
     Pixels at the right and bottom that fill no patch are left out (384 = 27 * 14 + 6); SigLIP's has a bias.
     """
@@ -76,8 +76,8 @@ class PatchEmbed(nnx.Module):
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
         B, X, Y, C = pixels_BXYC.shape
         p = self.kernel.shape[0]
-        whole = pixels_BXYC[:, : X // p * p, : Y // p * p]
-        patches = whole.reshape(B, X // p, p, Y // p, p, C).transpose(0, 1, 3, 2, 4, 5)
+        cropped = pixels_BXYC[:, : X // p * p, : Y // p * p]
+        patches = cropped.reshape(B, X // p, p, Y // p, p, C).transpose(0, 1, 3, 2, 4, 5)
         kernel = self.kernel.astype(pixels_BXYC.dtype).reshape(p * p * C, -1)
         y_BPE = patches.reshape(B, (X // p) * (Y // p), p * p * C) @ kernel
         return y_BPE if self.bias is None else y_BPE + self.bias.astype(y_BPE.dtype)
@@ -91,14 +91,14 @@ class Clip(nnx.Module):
         self.class_tokens = config.class_tokens
         if config.family == "clip":
             self.class_embedding = param(rngs, normal, (config.width,), ("vision_embed",))
-        places = (config.class_tokens + config.patches, config.width)
-        self.position = param(rngs, normal, places, ("position", "vision_embed"))
+        shape = (config.class_tokens + config.patches, config.width)
+        self.position = param(rngs, normal, shape, ("position", "vision_embed"))
         if config.family == "clip":
             self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
 
     def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
-        """Hidden state [B, P, E] after the blocks held; CLIP's has the class token before its patches."""
+        """Return hidden states [B, P, E] after the blocks held; CLIP's has the class token before its patches."""
         x_BPE = self.patch(pixels_BXYC)
         if self.class_tokens:
             cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
@@ -115,5 +115,5 @@ class Clip(nnx.Module):
         return x_BPE
 
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:
-        """Patch features [B, P, E] of images float[B, X, Y, 3] (normalised), the class token dropped."""
+        """Return patch features [B, P, E] of normalised images float[B, X, Y, 3], without the class token."""
         return self.hidden(pixels_BXYC)[:, self.class_tokens :]

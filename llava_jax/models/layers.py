@@ -17,7 +17,7 @@ ones = jax.nn.initializers.ones
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch.nn.Linear's default for weight and bias, LLaVA's projector init."""
+    """Return U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of torch.nn.Linear and so of LLaVA's projector."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
@@ -27,7 +27,7 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
-    """A float32 parameter whose dimensions carry the logical `axes` of sharding.RULES."""
+    """Draw a float32 parameter whose dimensions carry the logical `axes` of sharding.RULES."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=tuple(axes))
@@ -73,7 +73,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last dimension in float32, result in the dtype of x."""
+    """Normalisation of the last dimension in float32; the result has the dtype of x."""
 
     def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
         self.eps = eps

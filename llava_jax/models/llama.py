@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Linear, RMSNorm, normal, param
 from llava_jax.models.rope import angles, rotate
-from llava_jax.parallel.sharding import constrain, gathered
+from llava_jax.parallel.sharding import constrain, unshard
 from llava_jax.types import REMAT_NAMES, LlamaConfig
 
 # cosines and sines [B, T, H / 2]; keys and values [B, T, K, H]
@@ -20,7 +20,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 
 def remat_policy(remat: str) -> Callable[..., bool]:
-    """What the backward pass finds of a block: the names in `remat`, joined by '+'; minimal: all of REMAT_NAMES."""
+    """Return which results of a block are kept for the backward pass: those named in `remat`, joined by '+'."""
     if remat == "dots":
         return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     names = set() if remat == "full" else set(remat.split("+"))
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         return checkpoint_name(q_BTNH, "q"), checkpoint_name(k_BTKH, "k"), checkpoint_name(v_BTKH, "v")
 
     def __call__(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
-        """Attend within each segment; returns [B, T, D] and this layer's keys and values."""
+        """Attend within each segment; return [B, T, D] and this layer's keys and values."""
         q, k, v = self.qkv(x_BTD, rope)
         out_BTNH = attention(
             q,
@@ -108,7 +108,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
-        """Full-length pass; also returns this layer's keys and values."""
+        """Run the block over whole rows; return [B, T, D] and this layer's keys and values."""
         x_BTD = constrain(x_BTD, "batch", "length", "activation")
         attended_BTD, kv = self.attn(self.attn_norm(x_BTD), rope, segment_ids_BT)
         x_BTD = checkpoint_name(x_BTD + attended_BTD, "residual")
@@ -118,7 +118,7 @@ class Block(nnx.Module):
     def decode(
         self, x_B1D: jax.Array, rope: Rope, cache: Cache, layer: jax.Array, seen_BS: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        """One token a row: writes its key and value at slot length_B of `layer` and attends to the slots it sees."""
+        """Run one token a row: write its key and value to slot length_B of `layer` and attend to the slots it sees."""
         q, k, v = self.attn.qkv(self.attn_norm(x_B1D), rope)
         rows = jnp.arange(x_B1D.shape[0])
         k_LBSKH = cache.k_LBSKH.at[layer, rows, cache.length_B].set(k[:, 0])
@@ -133,10 +133,10 @@ class Embed(nnx.Module):
         self.table = param(rngs, normal, (config.vocab_size, config.width), ("vocab", "embed"))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
+        """Return embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
         inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
-        # Without the pin the compiler lays the batch out as the table, and never finds back.
-        table_VD = gathered(self.table.astype(self.dtype), "vocab", "embed")
+        # Without the pin the compiler gives the batch the table's layout and keeps it.
+        table_VD = unshard(self.table.astype(self.dtype), "vocab", "embed")
         x_BTD = jnp.take(table_VD, jnp.where(inside, tokens_BT, 0), axis=0)
         return constrain(x_BTD, "batch", "length", "activation")
 
@@ -163,19 +163,19 @@ class Llama(nnx.Module):
             self.head = Linear((config.width,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
 
     def head_kernel(self, dtype: jnp.dtype) -> jax.Array:
-        """[D, V] whole along D, so that a loop over positions does not gather it again."""
+        """Return the head [D, V], gathered along D, so that a loop over positions does not gather it again."""
         kernel_DV = self.embed.table.astype(dtype).T if self.config.tied else self.head.kernel.astype(dtype)
-        return gathered(kernel_DV, "embed", "vocab")
+        return unshard(kernel_DV, "embed", "vocab")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm."""
+        """Return vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm."""
         logits_BTV = hidden_BTD @ self.head_kernel(hidden_BTD.dtype)
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
     def _forward(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Hidden states after the last norm, and the keys and values of all layers [L, B, T, K, H] if they are kept."""
+        """Return hidden states after the last norm, and with `keep_kv` keys and values [L, B, T, K, H]."""
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
 
         def body(x_BTD: jax.Array, block: Block):
@@ -189,13 +189,13 @@ class Llama(nnx.Module):
         return self.norm(x_BTD), kv
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """Hidden states [B, T, D] after the last norm; attention is causal within each segment."""
+        """Return hidden states [B, T, D] after the last norm; attention is causal within each segment."""
         return self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=False)[0]
 
     def prefill(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """As `__call__` for right-padded rows (segment 0 is padding), and the filled cache."""
+        """Run right-padded rows (segment 0 is padding) as `__call__`; return hidden states and the filled cache."""
         hidden_BTD, (k_LBTKH, v_LBTKH) = self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=True)
         length_B = (segment_ids_BT > 0).sum(-1, dtype=jnp.int32)
         k_LBSKH, v_LBSKH = (
@@ -205,7 +205,7 @@ class Llama(nnx.Module):
         return hidden_BTD, Cache(k_LBSKH, v_LBSKH, length_B)
 
     def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One more token a row at position length_B: hidden [B, 1, D] and the cache with length_B + 1."""
+        """Run one more token a row at position length_B; return hidden [B, 1, D] and the cache with length_B + 1."""
         rope = angles(cache.length_B[:, None], self.config.rope, self.config.head_dim)
         slots = jnp.arange(cache.k_LBSKH.shape[2])
         seen_BS = slots <= cache.length_B[:, None]

@@ -1,4 +1,4 @@
-"""LLaVA: CLIP sees, a projector translates, image features take the place of image tokens, LLaMA answers."""
+"""LLaVA (arXiv 2304.08485): a vision tower, a projector, and a decoder that reads image features as tokens."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ Params = dict[str, Any]
 class Projector(nnx.Module):
     """`linear`, or `mlp2x_gelu`: two layers with the exact (erf) GELU between them (LLaVA-1.5 §3.2).
 
-    A LLaVA-NeXT's also holds `image_newline`, which closes each line of tile features.
+    A LLaVA-NeXT's also holds `image_newline`, which ends each line of tile features.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -50,8 +50,14 @@ def merge(
     feature_index_BT: jax.Array | None = None,
     newline_D: jax.Array | None = None,
 ) -> jax.Array:
-    """Put the row's image features where `is_image_BT` is True: in order, or those numbered by `take_BT`, of which -1
-    is `newline_D`; static shapes, any image position.
+    """Replace embeddings where `is_image_BT` is True by the row's image features; shapes are static.
+
+    Args:
+      x_BTD: embeddings.
+      features_BPD: the row's image features.
+      is_image_BT: bool.
+      feature_index_BT: int32, used with `newline_D`: which feature stands where, -1 for the newline.
+      newline_D: a LLaVA-NeXT's newline; without it the features are taken in order.
     """
     index_BT = jnp.cumsum(is_image_BT, axis=1) - 1 if newline_D is None else feature_index_BT
     index_BT = jnp.clip(index_BT, 0, features_BPD.shape[1] - 1)
@@ -77,32 +83,31 @@ class Llava(nnx.Module):
         adapt(self.llm, config, rngs=rngs)
 
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
-        """Return projected features [B, N*P, D] of N image slots a row; slots are zeros where a row has no image.
+        """Return projected features [B, N*P, D] of N image slots a row; pixels are zeros in empty slots.
 
-        Slots go through the tower one after the other, each for all rows at once, and a slot that no row uses is
-        skipped.
+        Slots go through the tower one after the other, each for all rows at once; a slot that no row uses is skipped.
         """
 
-        def see(pixels_BXYC: jax.Array) -> jax.Array:
+        def encode(pixels_BXYC: jax.Array) -> jax.Array:
             return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), "batch", "patch", "patch", "patch"))
 
-        def see_slot(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
-            like = jax.eval_shape(see, pixels_BXYC)
+        def encode_slot(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
+            like = jax.eval_shape(encode, pixels_BXYC)
             blank = lambda pixels: jnp.zeros(like.shape, like.dtype)  # noqa: E731
-            return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), see, blank, pixels_BXYC)
+            return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), encode, blank, pixels_BXYC)
 
-        _, seen_NBPE = jax.lax.scan(see_slot, None, pixels_BNXYC.swapaxes(0, 1))
-        B, E = seen_NBPE.shape[1], seen_NBPE.shape[3]
-        seen_BPE = seen_NBPE.swapaxes(0, 1).reshape(B, -1, E)
-        features_BPD = self.projector(constrain(seen_BPE, "batch", "position", "activation"))
+        _, features_NBPE = jax.lax.scan(encode_slot, None, pixels_BNXYC.swapaxes(0, 1))
+        B, E = features_NBPE.shape[1], features_NBPE.shape[3]
+        features_BPE = features_NBPE.swapaxes(0, 1).reshape(B, -1, E)
+        features_BPD = self.projector(constrain(features_BPE, "batch", "position", "activation"))
         return constrain(features_BPD, "batch", "position", "activation")
 
     def embed_and_merge(
         self, tokens_BT: jax.Array, features_BPD: jax.Array | None, feature_index_BT: jax.Array | None = None
     ) -> jax.Array:
-        """Embeddings [B, T, D] with image features in the image slots; None where no row has an image.
+        """Return embeddings [B, T, D] with `features_BPD` (None: no image in any row) in the image slots.
 
-        `take_BT` (Batch) says which of them a LLaVA-NeXT puts where; other models put them in order.
+        `feature_index_BT` (see Batch) says which feature a LLaVA-NeXT puts where; other models put them in order.
         """
         x_BTD = self.llm.embed(tokens_BT)
         if features_BPD is None:
@@ -120,11 +125,11 @@ class Llava(nnx.Module):
         positions_BT: jax.Array | None = None,
         feature_index_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Decoder states [B, T, D] before the head; positions default to 0..T-1."""
+        """Return decoder states [B, T, D] before the head; positions default to 0..T-1."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        sees = pixels_BNXYC is not None and pixels_BNXYC.shape[1] > 0
-        features_BPD = self.image_features(pixels_BNXYC) if sees else None
+        has_images = pixels_BNXYC is not None and pixels_BNXYC.shape[1] > 0
+        features_BPD = self.image_features(pixels_BNXYC) if has_images else None
         return self.llm(self.embed_and_merge(tokens_BT, features_BPD, feature_index_BT), positions_BT, segment_ids_BT)
 
     def __call__(
@@ -135,18 +140,18 @@ class Llava(nnx.Module):
         positions_BT: jax.Array | None = None,
         feature_index_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """float32 logits [B, T, V]."""
+        """Return float32 logits [B, T, V] of the arguments of `hidden`."""
         return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, feature_index_BT))
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    """The model without weights: its graph definition and float32 ShapeDtypeStructs as a plain dict."""
+    """Return the model without weights: its graph definition and float32 ShapeDtypeStructs as a plain dict."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
 
 
 def init(config: ModelConfig, seed: int) -> Params:
-    """Random float32 parameters: normal(0.02) as LLaMA and CLIP, the projector as torch.nn.Linear."""
+    """Draw float32 parameters: normal(0.02) as LLaMA and CLIP, the projector as torch.nn.Linear."""
 
     def make(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
@@ -155,7 +160,7 @@ def init(config: ModelConfig, seed: int) -> Params:
 
 
 def logical_axes(config: ModelConfig) -> Params:
-    """The logical axes of every parameter, in the structure of `build`'s dict."""
+    """Return the logical axes of every parameter, in the structure of `build`'s dict."""
     state = nnx.state(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
     flat = {path: tuple(variable.get_metadata()["axes"]) for path, variable in nnx.to_flat_state(state)}
     return nnx.traversals.unflatten_mapping(flat)

@@ -1,12 +1,12 @@
 """LoRA (arXiv 2106.09685): low-rank adapters on linear layers of the decoder, whose own weights stay as they are.
 
 In the model an adapter is part of its Linear (`llm/layers/attn/q/adapter/a`); in a run all of them are the part `lora`
-(`lora/layers/attn/q/a`) next to vision, projector and llm, so that a stage trains and saves whole parts.
+(`lora/layers/attn/q/a`) next to vision, projector and llm, so that a stage trains and saves complete parts.
 
-qwix 0.1.8 is not used. It finds the weights of a model by running it once while jax's own functions are replaced, puts
-objects without axes into the tree of weights, and so stops at our scan over stacked layers (IndexError in
-jax.lax.scan); a scan's body would also get its adapters on modules that are thrown away after the trace. Its rules go
-by weight, not by the path of a layer, and its dropout draws from a counter, not from the number of the update.
+qwix 0.1.8 is not used: it finds a model's weights by running it with jax's own functions replaced and puts objects
+without axes into the tree of weights, which our scan over stacked layers refuses (IndexError in jax.lax.scan). Its
+rules select by weight, not by the path of a layer, and its dropout draws from a counter, not from the number of the
+update.
 """
 
 import math
@@ -20,17 +20,17 @@ from flax import nnx
 
 from llava_jax.models.layers import Linear, param, torch_uniform, zeros
 from llava_jax.models.nf4 import Nf4
-from llava_jax.parallel.sharding import gathered
+from llava_jax.parallel.sharding import unshard
 from llava_jax.types import DECODER_LINEARS, LoraConfig, ModelConfig
 
 Params = dict[str, Any]
 
 
 class Adapter(nnx.Module):
-    """alpha/rank * dropout(x) A B, A [*in, r] drawn as peft does, B [r, *out] zero. `seed` is what dropout draws from.
+    """alpha/rank * dropout(x) A B: A [*in, r] drawn as peft does, B [r, *out] zero; dropout draws from `seed`.
 
-    Both lie split as the kernel's inputs and outputs do. One of them has the axis `embed`; the other takes it for its
-    rank where `split_rank` says that it divides.
+    Both are sharded as the kernel's inputs and outputs. One of them has the axis `embed`; the other one's rank takes
+    that axis where `split_rank` says that it divides.
     """
 
     def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int, config: LoraConfig, *, rngs: nnx.Rngs):
@@ -45,12 +45,12 @@ class Adapter(nnx.Module):
             self.seed = nnx.Variable(jnp.zeros((), jnp.uint32), axes=())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., *in] -> [..., *out]."""
+        """Map x [..., *in] to [..., *out]."""
         lead = x.shape[: x.ndim - self.in_dims]
         x = x.reshape(-1, *x.shape[x.ndim - self.in_dims :])  # dropout draws by row, whatever the batch dimensions
         if self.dropout:
-            x = jnp.where(kept(x.shape, self.seed[...], self.dropout), x / (1 - self.dropout), 0).astype(x.dtype)
-        a, b = gathered(self.a.astype(x.dtype), *self.a_axes), gathered(self.b.astype(x.dtype), *self.b_axes)
+            x = jnp.where(keep_mask(x.shape, self.seed[...], self.dropout), x / (1 - self.dropout), 0).astype(x.dtype)
+        a, b = unshard(self.a.astype(x.dtype), *self.a_axes), unshard(self.b.astype(x.dtype), *self.b_axes)
         y = jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
         return y.reshape(*lead, *y.shape[1:])
 
@@ -67,18 +67,18 @@ class LoraLinear(Linear):
         return y if self.adapter is None else y + self.adapter(x)
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
-        return self.kernel.dequantised(dtype) if isinstance(self.kernel, Nf4) else super().weight(dtype)
+        return self.kernel.dequantise(dtype) if isinstance(self.kernel, Nf4) else super().weight(dtype)
 
 
 def _rank_axis(others: tuple[str, ...], config: LoraConfig) -> str:
     return "embed" if config.split_rank and "embed" not in others else "rank"
 
 
-def kept(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array:
-    """bool array that is False with probability `rate` (to 1/65536).
+def keep_mask(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array:
+    """Return a bool array that is False with probability `rate` (to 1/65536).
 
-    Chance is a hash of the place and the seed: a few integer operations where the values are used, the same however
-    the array is split over devices.
+    The draw is a hash of the index and the seed: a few integer operations where the values are used, and the same
+    however the array is sharded.
     """
     noise = jnp.uint32(seed)
     for dim in range(len(shape)):
@@ -89,9 +89,9 @@ def kept(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array:
 
 
 def adapt(llm: nnx.Module, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-    """Adds the adapters of `config.lora` to the decoder's stacked blocks and stores their kernels as `config.nf4` says.
+    """Add the adapters of `config.lora` to the decoder's stacked blocks, and store their kernels as `config.nf4` says.
 
-    All else is drawn before, so a model has the same weights with adapters as without.
+    All else is drawn before, so that a model has the same weights with adapters as without.
     """
     if config.lora is None and not config.nf4:
         return
@@ -113,7 +113,7 @@ def adapt(llm: nnx.Module, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
 
 
 def linears(llm: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """(name, layer) of DECODER_LINEARS in a decoder; kernels have a leading L."""
+    """Yield (name, layer) of DECODER_LINEARS in a decoder; kernels have a leading L."""
     for name in DECODER_LINEARS:
         module, layer = name.split("/")
         yield name, getattr(getattr(llm.layers, module), layer)
@@ -123,43 +123,44 @@ def linears(llm: nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def split(params: Params) -> Params:
-    """The tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
-    llm, lora = _taken(params["llm"])
+    """Return the tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
+    llm, lora = _without_adapters(params["llm"])
     return {**params, "llm": llm} | ({"lora": lora} if lora else {})
 
 
-def _taken(tree: Params) -> tuple[Params, Params]:
+def _without_adapters(tree: Params) -> tuple[Params, Params]:
     rest: Params = {}
-    found: Params = {}
+    adapters: Params = {}
     for name, branch in tree.items():
         if name == "adapter":
-            found |= {leaf: branch[leaf] for leaf in ("a", "b")}
+            adapters |= {leaf: branch[leaf] for leaf in ("a", "b")}
         elif isinstance(branch, dict):
-            rest[name], inner = _taken(branch)
-            found |= {name: inner} if inner else {}
+            rest[name], inner = _without_adapters(branch)
+            adapters |= {name: inner} if inner else {}
         else:
             rest[name] = branch
-    return rest, found
+    return rest, adapters
 
 
 def join(params: Params, key: jax.Array | None = None) -> Params:
-    """The tree that the model takes, from that of `split`; seeds of dropout, where it has any, are drawn from `key`."""
+    """Return the tree that the model takes, from that of `split`; the seeds of dropout are drawn from `key`."""
     if "lora" not in params:
         return params
     plain = {part: tree for part, tree in params.items() if part != "lora"}
-    return plain | {"llm": _added(params["llm"], params["lora"], key)}
+    return plain | {"llm": _with_adapters(params["llm"], params["lora"], key)}
 
 
-def _added(tree: Params, adapters: Params, key: jax.Array | None) -> Params:
+def _with_adapters(tree: Params, adapters: Params, key: jax.Array | None) -> Params:
     if "a" in adapters:
         seeds = {} if key is None else {"seed": jax.random.bits(key, adapters["a"].shape[:1])}
         return tree | {"adapter": adapters | seeds}
     keys = [None] * len(adapters) if key is None else jax.random.split(key, len(adapters))
-    return tree | {name: _added(tree[name], adapters[name], k) for name, k in zip(sorted(adapters), keys, strict=True)}
+    pairs = zip(sorted(adapters), keys, strict=True)
+    return tree | {name: _with_adapters(tree[name], adapters[name], subkey) for name, subkey in pairs}
 
 
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype) -> np.ndarray:
-    """W + scale A B in float32, in `dtype`: the stacked kernel [L, *in, *out] without its adapter, layer by layer."""
+    """Return W + scale A B of a stacked kernel [L, *in, *out] in `dtype`; a layer at a time, in float32."""
     result = np.empty(kernel.shape, dtype)
     for layer in range(len(kernel)):
         rank = b.shape[1]

@@ -1,8 +1,8 @@
-"""Kernels in four bits (NormalFloat of QLoRA, arXiv 2305.14314), taken apart inside the block that uses them.
+"""Kernels in four bits (NormalFloat of QLoRA, arXiv 2305.14314), dequantised inside the block that uses them.
 
 Each weight is one of sixteen levels times the largest magnitude of its block of 64 inputs, as in bitsandbytes; that
 magnitude is kept in bfloat16 instead of being quantised a second time (4.25 bits a weight in place of 4.13). Levels are
-chosen by fifteen selects, which a TPU does elementwise next to the product; a table of sixteen would be a gather there.
+chosen by fifteen selects, which a TPU does elementwise next to the matmul; a table of sixteen would be a gather there.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.parallel.sharding import gathered
+from llava_jax.parallel.sharding import unshard
 
 # Appendix E of the paper: quantiles of the normal distribution, with an exact zero.
 LEVELS = (
@@ -37,10 +37,10 @@ BLOCK = 64
 
 
 def quantise(kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> tuple[jax.Array, jax.Array]:
-    """(codes uint8, scale bfloat16) of one kernel [*in, *out] with the logical `axes`.
+    """Return (codes uint8, scale bfloat16) of one kernel [*in, *out] with the logical `axes`.
 
     Blocks run along the last input dimension, whose place the scale's blocks take. Two codes share a byte along
-    `embed`, the first half of that dimension in the low bits: it is whole on every device when it is taken apart.
+    `embed`, the first half of that dimension in the low bits: it is gathered before it is dequantised.
     """
     at, packed = in_dims - 1, axes.index("embed")
     blocked = _blocked(kernel.astype(jnp.float32), at, block_of(kernel.shape[at]))
@@ -55,7 +55,7 @@ def quantise(kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> tuple[ja
 
 
 def dequantise(codes: jax.Array, scale: jax.Array, axes: tuple[str, ...], in_dims: int, dtype: jnp.dtype) -> jax.Array:
-    """The kernel [*in, *out] that `quantise` stored, in `dtype`."""
+    """Return the kernel [*in, *out] that `quantise` stored, in `dtype`."""
     at, packed = in_dims - 1, axes.index("embed")
     share = _level(jnp.concatenate([codes & 15, codes >> 4], axis=packed))
     blocked = _blocked(share, at, share.shape[at] // scale.shape[at])
@@ -63,7 +63,7 @@ def dequantise(codes: jax.Array, scale: jax.Array, axes: tuple[str, ...], in_dim
 
 
 def block_of(inputs: int) -> int:
-    """Weights that share a scale: 64, or what divides the inputs of a small model."""
+    """Return how many weights share a scale: 64, or what divides the inputs of a small model."""
     return math.gcd(BLOCK, inputs)
 
 
@@ -92,24 +92,24 @@ class Nf4(nnx.Module):
     def scale_axes(self) -> tuple[str, ...]:
         return (*self.axes[: self.in_dims - 1], "block", *self.axes[self.in_dims :])
 
-    def dequantised(self, dtype: jnp.dtype) -> jax.Array:
-        """Return the kernel in `dtype`; what is gathered from the devices are its codes."""
-        codes, scale = gathered(self.codes[...], *self.axes), gathered(self.scale[...], *self.scale_axes)
+    def dequantise(self, dtype: jnp.dtype) -> jax.Array:
+        """Return the kernel in `dtype`; the devices exchange its codes."""
+        codes, scale = unshard(self.codes[...], *self.axes), unshard(self.scale[...], *self.scale_axes)
         return dequantise(codes, scale, self.axes, self.in_dims, dtype)
 
 
 def is_codes(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether a leaf of the parameters holds codes, which no cast may touch."""
+    """Return whether a leaf of the parameters holds codes, which no cast may touch."""
     return leaf.dtype == jnp.uint8
 
 
 def weights_in(path: tuple, leaf: Any) -> int:
-    """Weights that a leaf at a key path stands for: two a byte of codes, none in the scale of their blocks."""
+    """Return how many weights a leaf stands for: two a byte of codes, none in the scale of their blocks."""
     if [key.key for key in path[-2:]] == ["kernel", "scale"]:
         return 0
     return math.prod(leaf.shape) * (2 if is_codes(leaf) else 1)
 
 
 def stored_as(tree: dict, dtype: str) -> dict:
-    """The parameters in `dtype`, codes as they are."""
+    """Return the parameters in `dtype`, codes as they are."""
     return jax.tree.map(lambda x: x if is_codes(x) else x.astype(dtype), tree)

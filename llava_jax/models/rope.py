@@ -10,7 +10,7 @@ from llava_jax.types import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """float32[H/2] rotation per position; `linear` chunks all of them, `llama3` only the slow ones.
+    """Return the rotation per position, float32[H/2]; `linear` slows all of them, `llama3` only the slow ones.
 
     The llama3 rule is the one published with Llama 3.1 (transformers `rope_type` llama3).
     """
@@ -32,7 +32,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def angles(positions_BT: jax.Array, config: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """float32 cosines and sines [B, T, 1, H/2]."""
+    """Return float32 cosines and sines [B, T, 1, H/2]."""
     angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config, head_dim)
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 

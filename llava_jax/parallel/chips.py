@@ -1,7 +1,4 @@
-"""What the chips can do: peaks, memory, links, what prices a compiled program on them, and compiler flags worth having.
-
-Peaks, memory and links are the vendors' figures; the rest is for `plan_hlo`, which says where it comes from.
-"""
+"""Figures of the chips: peaks, memory, links, what the prices of `compile` need, and compiler flags worth having."""
 
 import dataclasses
 
@@ -10,11 +7,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator. Peaks are of dense bfloat16 products; bytes are what XLA can use, not what the label says.
+    """One accelerator. Peaks are of dense bfloat16 matmuls; bytes are what XLA can use, not what the label says.
 
-    `link_bytes_per_second` is one way over one of `links` torus axes (all of NVLink on a GPU). The rest is 0 where no
-    compiled program is priced: `clock` in Hz; `vector_overpricing`, by how much the compiler's cycles of elementwise
-    operations are too many; what fraction of the peak splash attention reaches on the causal half of its FLOPs.
+    `link_bytes_per_second` is one way over one of `links` torus axes (all of NVLink on a GPU). The rest is 0 where
+    `compile` prices no program: `clock` in Hz; `vector_overpricing`, the factor by which the compiler overestimates
+    elementwise operations; the fraction of the peak that splash attention reaches on the causal half of its FLOPs.
     """
 
     name: str
@@ -42,7 +39,7 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
-# jax's Device.device_kind. Cards that share a name but not its figures (H100 PCIe, H100 NVL) are left out: unknown.
+# By jax's Device.device_kind. Cards that share a name but not its figures (H100 PCIe, H100 NVL) are left out.
 KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -56,9 +53,8 @@ KINDS = {
     "NVIDIA H200": "h200",
 }
 
-# A matrix product holds more of its operands in VMEM at once; gradients are summed meanwhile, on the SparseCores or, on
-# v5e with mesh.fsdp_inner, next to the products.
-# Chosen by what the compiler says of its programs. Not confirmed on hardware.
+# More VMEM for the operands of a matmul; gradients are summed during the matmuls, by the SparseCores or, on v5e, with
+# mesh.fsdp_inner. Chosen by the compiler's own estimates; not confirmed on hardware.
 SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
@@ -69,7 +65,7 @@ SPARSE_CORE = {
 TUNED = {
     "v5e": {
         "xla_tpu_scoped_vmem_limit_kib": "32768",
-        # Only with mesh.fsdp_inner is there a reduce-scatter that these can run next to matrix products.
+        # Only with mesh.fsdp_inner is there a reduce-scatter that these can overlap with matmuls.
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
     },
@@ -79,11 +75,11 @@ TUNED = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip behind jax's `Device.device_kind` ("TPU v5 lite", "NVIDIA H200"); None when its figures are unknown."""
+    """Return the chip of jax's `Device.device_kind` ("TPU v5 lite", "NVIDIA H200"), or None when it is unknown."""
     name = KINDS.get(device_kind)
     return CHIPS[name] if name else None
 
 
 def compiler_options(chip: Chip | None) -> dict[str, str]:
-    """XLA options of `train.compiler_options=tuned` for a chip, as jax's compile takes them; none for most."""
+    """Return the XLA options of `train.compiler_options=tuned` for a chip, as jax's compile takes them; often none."""
     return dict(TUNED.get(chip.name, {})) if chip else {}

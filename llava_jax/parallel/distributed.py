@@ -1,7 +1,7 @@
-"""Several processes that train as one: how they start, what each reads, where they agree, and how they end together.
+"""Training in several processes: how they start, what they must agree on, and how they end together.
 
-Every process runs the same program on the devices of its host. The first one alone prints, locks the workdir and
-writes its files; checkpoints are written by all, so the workdir must be a folder that all of them see.
+Every process runs the same program on the devices of its host. Only the first one prints, locks the workdir and writes
+its files; checkpoints are written by all, so the workdir must be on a file system that they share.
 """
 
 import glob
@@ -26,12 +26,9 @@ from llava_jax.types import InputError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-# A process that died is noticed by the others after so many seconds at the latest (jax waits 100).
-HEARTBEAT_SECONDS = 30
-# Processes that are done wait so long for the others (jax waits 300): the last save is over by then.
-SHUTDOWN_SECONDS = 60
-# A network file system shows a new file a moment later.
-VISIBLE_SECONDS = 20.0
+HEARTBEAT_SECONDS = 30  # until the others notice that a process died (jax: 100)
+SHUTDOWN_SECONDS = 60  # that a finished process waits for the others (jax: 300); the last save is over by then
+VISIBLE_SECONDS = 20.0  # until a network file system must show a new file on every host
 
 
 # ---- start and end ----------------------------------------------------------------------------------------------
@@ -39,14 +36,14 @@ VISIBLE_SECONDS = 20.0
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Joins the other processes of the run, where there are any; must come before the first use of a device.
+    """Join the other processes of the run, if there are any; must come before the first use of a device.
 
-    InputError for an environment that contradicts itself. When a run of several processes fails in one of them, that
-    one prints why and ends at once, with exit code 2 for bad input: the others notice and end too.
+    When one of several processes fails, it prints why and exits at once, with code 2 for bad input; the others notice
+    and exit too. Raises InputError for an environment that contradicts itself.
     """
-    how = distributed_arguments(os.environ)
-    if how is not None:
-        join(how)
+    arguments = distributed_arguments(os.environ)
+    if arguments is not None:
+        join(arguments)
     try:
         with ExitStack() as stack:
             if jax.distributed.is_initialized() and jax.process_count() > 1:
@@ -56,13 +53,14 @@ def connected() -> Iterator[None]:
         jax.distributed.shutdown()
 
 
-def join(how: dict[str, Any]) -> None:
-    """jax.distributed.initialize with our limits; a TPU that belongs to no cluster stays on its own."""
-    limits = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+def join(arguments: dict[str, Any]) -> None:
+    """Call jax.distributed.initialize with our time limits; a TPU that belongs to no cluster stays on its own."""
     try:
-        jax.distributed.initialize(**how, **limits)
+        jax.distributed.initialize(
+            **arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        )
     except ValueError as error:
-        if how or "coordinator_address should be defined" not in str(error):
+        if arguments or "coordinator_address should be defined" not in str(error):
             raise
         if not has_tpu_device():
             raise InputError(
@@ -72,55 +70,59 @@ def join(how: dict[str, Any]) -> None:
 
 
 def distributed_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments for jax.distributed.initialize: {} where jax finds them itself, None for a process on its own.
+    """Return the arguments for jax.distributed.initialize: {} where jax finds them itself, None for a single process.
 
-    JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID go before everything else. Jax is asked
-    under Slurm and Open MPI when they started several processes, in pods of an indexed Kubernetes job, in TPU pods,
-    and where there may be a TPU (it asks Google's metadata server then); nowhere else: a laptop asks nobody.
+    JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID take precedence. Jax is asked where Slurm or
+    Open MPI started several processes, in pods of an indexed Kubernetes job, in TPU pods, and where there may be a TPU
+    (it then asks Google's metadata server), and nowhere else: a laptop makes no request.
     """
-    given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
-    if given.get("JAX_NUM_PROCESSES") == "1":
+    variables = {name: environment[name] for name in EXPLICIT if environment.get(name)}
+    if variables.get("JAX_NUM_PROCESSES") == "1":
         return None
-    if given.keys() & {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}:
-        return explicit_arguments(given)
-    # In an allocation without srun the number of tasks is set, but one process was started.
+    if variables.keys() & {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}:
+        return explicit_arguments(variables)
+    # In an allocation without srun the number of tasks is set although only one process was started.
     tasks = environment.get("SLURM_NTASKS") if "SLURM_STEP_NODELIST" in environment else None
-    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-    # Where libtpu finds no pod it puts a warning, with a comma, in place of the names.
-    known = [name for name in workers.split(",") if name and " " not in name.strip()]
+    addresses = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    # Where libtpu finds no pod, a warning with a comma in it stands in place of the names.
+    workers = [name for name in addresses.split(",") if name and " " not in name.strip()]
     several = (
         max(map(int, (tasks or 1, environment.get("OMPI_COMM_WORLD_SIZE") or 1))) > 1
-        or len(known) > 1
+        or len(workers) > 1
         or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
-        or (not known and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys())
-        or (not known and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") and has_tpu_device())
+        or (not workers and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys())
+        or (not workers and environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") and has_tpu_device())
     )
     return {} if several else None
 
 
-def explicit_arguments(given: dict[str, str]) -> dict[str, Any]:
-    """What the three variables say. InputError when one is absent or no number."""
-    absent = [name for name in EXPLICIT if name not in given]
+def explicit_arguments(variables: dict[str, str]) -> dict[str, Any]:
+    """Return what the three variables of EXPLICIT say. Raises InputError when one is absent or not a number."""
+    absent = [name for name in EXPLICIT if name not in variables]
     if absent:
         raise InputError(
-            f"{absent[0]} is not set next to {', '.join(given)}: set all of {', '.join(EXPLICIT)}, or none"
+            f"{absent[0]} is not set next to {', '.join(variables)}: set all of {', '.join(EXPLICIT)}, or none"
         )
-    address, count, index = (given[name] for name in EXPLICIT)
+    address, count, index = (variables[name] for name in EXPLICIT)
     if ":" not in address or not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-        shown = " ".join(f"{name}={value}" for name, value in given.items())
-        raise InputError(f"{shown}: expected HOST:PORT, the number of processes, and this one's index, from 0")
-    # Deactivated, or jax would ask a cluster it finds which devices are ours, and leave this process only one of them.
-    how = dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
-    return how | dict(cluster_detection_method="deactivate")
+        settings = " ".join(f"{name}={value}" for name, value in variables.items())
+        raise InputError(f"{settings}: expected HOST:PORT, the number of processes, and this one's index, from 0")
+    return {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(index),
+        # Otherwise jax asks the cluster it finds which devices are ours, and leaves this process only one of them.
+        "cluster_detection_method": "deactivate",
+    }
 
 
 def has_tpu_device() -> bool:
-    """Whether the kernel shows a device that may be a TPU."""
+    """Return whether the kernel shows a device that may be a TPU."""
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def end_at_once(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-    """Ends a process that fails while others run: an orderly exit would wait for them, and they for us."""
+    """Exit at once when this process fails while others run: an orderly exit would wait for them, and they for us."""
     if error is None or isinstance(error, SystemExit):
         return
     if isinstance(error, InputError):
@@ -134,10 +136,11 @@ def end_at_once(kind: type[BaseException] | None, error: BaseException | None, t
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """A function of the updates done that is true, on all hosts after the same update, once one of them got SIGTERM.
+    """Yield a function of the number of updates done that turns True once a process has received SIGTERM.
 
-    It must be asked after every update. Among several processes jax passes the signal on: the update that all stop
-    after is the next one that none has finished. Outside the main thread a process on its own takes no signals.
+    Call it after every update: it turns True on all hosts after the same one. Among several processes jax passes the
+    signal on, and all of them stop after the next update that none has finished. A single process notices no signal
+    outside the main thread.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -153,22 +156,22 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-# ---- who says and checks what -----------------------------------------------------------------------------------
+# ---- output and agreement ---------------------------------------------------------------------------------------
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return whether this is the process that prints and writes."""
     return jax.process_index() == 0
 
 
 def say(line: str) -> None:
-    """Prints a line, in the first process only."""
+    """Print a line, in the first process only."""
     if is_first():
         print(line, flush=True)
 
 
 def check_agreed(values: dict[str, str]) -> None:
-    """InputError that names the processes where a value is not that of the first; every process must call it."""
+    """Raise an InputError naming the processes whose value differs from the first one's; every process must call it."""
     if jax.process_count() == 1:
         return
     mine_VD = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in values.values()])
@@ -181,7 +184,7 @@ def check_agreed(values: dict[str, str]) -> None:
 
 
 def check_shared(workdir: str, path: str) -> None:
-    """InputError when a process does not see the file at `path` as the first one writes it; every one must call it."""
+    """Raise InputError when a process does not see the file at `path` that the first one writes; all must call it."""
     if jax.process_count() == 1:
         return
     nonce = np.frombuffer(secrets.token_bytes(16), np.uint8)

@@ -1,4 +1,4 @@
-"""Arrays onto devices: weights that still lie in files, layer by layer, and the rows of a batch a process reads."""
+"""Host arrays onto devices: weights still in their files, layer by layer, and the rows of a batch a process reads."""
 
 import dataclasses
 import math
@@ -13,17 +13,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llava_jax.parallel.sharding import batch_sharding
 from llava_jax.types import Batch
 
-# A stack of layers up to this size is read whole: layer by layer costs a compilation, and a wait for each layer.
+# A stack up to this size is read at once: layer by layer costs a compilation, and a wait for each layer.
 AT_ONCE = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A parameter in our layout, in the place of its numpy array.
+    """A parameter in our layout that is still in its file; stands in for its numpy array.
 
-    shape, dtype  of the array; where `stacked`, its first axis counts layers
-    one           layer -> that layer's values in our layout, as the file has them (0 where nothing is stacked)
-    An index gives a layer in `dtype`, `np.asarray` the whole array.
+    Attributes:
+      shape, dtype: of the array.
+      stacked: whether the first axis counts layers.
+      one: layer -> that layer's values in our layout, as the file has them (layer 0 where nothing is stacked).
+
+    Indexing gives one layer in `dtype`, `np.asarray` the whole array.
     """
 
     shape: tuple[int, ...]
@@ -45,9 +48,9 @@ class LazyTensor:
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
-    """The rows of a global batch of `rows` that this process reads: those its devices hold, in order.
+    """Return the rows of a global batch of `rows` that this process reads, in order: those its devices hold.
 
-    They need not be neighbours: on a TPU a host has a square of chips, and the mesh runs along the rows of the slice.
+    They need not be adjacent: on a TPU a host has a square of chips, and the mesh runs along the rows of the slice.
     Processes whose devices hold the same rows (a tensor axis across hosts) read the same ones.
     """
     where = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
@@ -55,15 +58,15 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
 
 
 def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
-    """The batch of `rows` rows as global arrays, of which each process gives its `local_rows`; returns at once."""
+    """Return the batch of `rows` rows as global arrays, to which each process gives its `local_rows`; does not wait."""
     at = batch_sharding(mesh)
-    place_of = {row: place for place, row in enumerate(local_rows(mesh, rows))}
+    index_of = {row: index for index, row in enumerate(local_rows(mesh, rows))}
 
     def assemble(x: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
-            # A device's own rows are neighbours, in the batch and so in x.
-            return x[place_of[start] : place_of[start] + stop - start]
+            # A device's own rows are adjacent, in the batch and so in x.
+            return x[index_of[start] : index_of[start] + stop - start]
 
         return jax.make_array_from_callback((rows, *x.shape[1:]), at, shard)
 
@@ -71,11 +74,9 @@ def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays as global ones; each process copies what its devices hold. All must hold the same values.
+    """Put host arrays onto devices as global ones; each process copies what its devices hold, of values equal in all.
 
-    What still lies in files (`LazyTensor`) is read on the way, a layer at a time, and never whole in host memory; up to
-    AT_ONCE bytes of it at once.
-
+    A `LazyTensor` of more than AT_ONCE bytes is read one layer at a time, so that host memory never holds all of it.
     (device_put would first compare the values of all processes, and so send every weight over the network.)
     """
 
@@ -90,27 +91,27 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def _streamed(x: LazyTensor, at: jax.sharding.Sharding) -> jax.Array:
-    """A stored parameter at its sharding; the host holds one layer, or one parameter that has none."""
+    """Copy a stored parameter to its sharding; the host holds one layer, or one parameter that has none."""
     if not x.stacked:
         return _settled(_layer(x.one(0), x, at))
     at_layer = at
     if isinstance(at, NamedSharding):
         # Stacks are never split along their layers (sharding.spec_of).
         at_layer = NamedSharding(at.mesh, PartitionSpec(*at.spec[1:]), memory_kind=at.memory_kind)
-    whole = jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=at)()
+    stack = jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=at)()
     write = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0, out_shardings=at)
     for layer in range(x.shape[0]):
-        whole = _settled(write(whole, _layer(x.one(layer), x, at_layer), layer, 0))
-    return whole
+        stack = _settled(write(stack, _layer(x.one(layer), x, at_layer), layer, 0))
+    return stack
 
 
 def _settled(x: jax.Array) -> jax.Array:
-    """The array once it is there and the host's copy is gone, or copies of many would wait for the device at once."""
+    """Wait for the array and release the host's copy, or copies of many would wait for the device at once."""
     x.block_until_ready()
-    jax.device_put(0)  # jax lets go of a copy at the next call into it
+    jax.device_put(0)  # jax releases a copy at the next call into it
     return x
 
 
 def _layer(one: np.ndarray, x: LazyTensor, at: jax.sharding.Sharding) -> jax.Array:
-    """One layer's values, which may lie in pages of a file, copied shard by shard in the order they are used."""
+    """Copy one layer's values, which may lie in a file's pages, shard by shard in the order they are used."""
     return jax.make_array_from_callback(one.shape, at, lambda index: np.array(one[index], x.dtype, order="C"))

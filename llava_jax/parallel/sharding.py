@@ -15,9 +15,9 @@ from llava_jax.types import InputError, MeshSettings
 FSDP = ("fsdp_outer", "fsdp_inner")
 MESH_AXES = ("data", *FSDP, "tensor")
 
-# Logical axis of an array dimension -> mesh axes. Batches split over data and fsdp together; weights split their
-# width over fsdp (gathered layer by layer) and their heads, mlp and vocabulary over tensor (Megatron's layout). The
-# vision tower does not learn and is small (0.6 GB in bfloat16): every device holds it and never waits for it.
+# Logical axis of an array dimension -> mesh axes. Batches are split over data and fsdp together; weights over fsdp
+# along their width (gathered layer by layer) and over tensor along heads, mlp and vocabulary (Megatron's layout). The
+# vision tower is frozen and small (0.6 GB in bfloat16): every device holds all of it and never waits for it.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP),
     "length": None,
@@ -39,16 +39,15 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "block": None,
 }
 
-
 SIZES = ("data", "fsdp", "tensor")  # what mesh.* of a config gives
 
 
 def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over all devices (or those given) with MESH_AXES; one size may be -1 and takes the rest.
+    """Return a mesh with MESH_AXES over `devices` (default: all); one size may be -1 and takes the rest.
 
-    Settings are those that `settings_from_dict` has checked; InputError where they do not suit the devices.
     On TPUs the axes follow the links between the chips; where there are several slices, `data` runs across them, so
-    that only the gradients' sum crosses the slower network.
+    that only the sum of the gradients crosses the slower network. Raises InputError where the settings, valid by
+    themselves (`settings_from_dict`), do not suit the devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
@@ -67,7 +66,7 @@ def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -
 
 
 def mesh_sizes(mesh: Mesh) -> dict[str, int]:
-    """The mesh in the terms of MeshSettings: devices along data, fsdp (both of its axes) and tensor, and fsdp_inner."""
+    """Return the mesh in the terms of MeshSettings: devices along data, fsdp (both axes) and tensor, and fsdp_inner."""
     data, outer, inner, tensor = (mesh.shape[axis] for axis in MESH_AXES)
     return {"data": data, "fsdp": outer * inner, "tensor": tensor, "fsdp_inner": inner}
 
@@ -89,7 +88,7 @@ def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
 
 
 def spec_of(axes: tuple[str, ...], ndim: int) -> PartitionSpec:
-    """PartitionSpec of an array whose last dimensions carry `axes`; leading ones (stacked layers) stay whole."""
+    """Return the spec of an array whose last dimensions carry `axes`; leading ones (stacked layers) are not split."""
     return PartitionSpec(*(None,) * (ndim - len(axes)), *(RULES[axis] for axis in axes))
 
 
@@ -104,7 +103,7 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
 
 
 def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
-    """NamedSharding for every parameter; `axes` is a dict of the same structure with its logical axes as leaves."""
+    """Return a NamedSharding for every parameter; `axes` has their structure, with logical axes as leaves."""
 
     def sharding(path: tuple, names: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec = spec_of(names, leaf.ndim)
@@ -115,7 +114,7 @@ def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp, everything else whole."""
+    """Return the sharding of a batch: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
@@ -131,7 +130,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
-    """Inside shard_map: sum `x` over data and fsdp; each device keeps its part along `dimension`.
+    """Inside shard_map: sum `x` over data and fsdp; each device keeps its chunk along `dimension`.
 
     One fsdp axis after the other: along a single axis of a TPU's network this is a true reduce-scatter, over two at
     once the compiler makes an all-reduce of it and slices the result.
@@ -142,17 +141,17 @@ def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
     return jax.lax.psum(x, "data")
 
 
-def gathered(kernel: jax.Array, *axes: str) -> jax.Array:
-    """A weight as it is used: whole along `embed`, which only its storage is split over.
+def unshard(kernel: jax.Array, *axes: str) -> jax.Array:
+    """Gather a weight along `embed`, which is split in storage only.
 
-    Without the pin the compiler may leave it split and pass it around between small products (on a TPU of 8 or 16 chips
-    it does), which takes twice the time.
+    Without the pin the compiler may leave it split and pass chunks around between small matmuls (on a TPU of 8 or 16
+    chips it does), which takes twice the time.
     """
     return constrain(kernel, *("activation" if axis == "embed" else axis for axis in axes))
 
 
-def named(kernel: jax.Array, layer: str) -> jax.Array:
+def name_for_remat(kernel: jax.Array, layer: str) -> jax.Array:
     """Name a gathered weight LAYER_weight, so that train.remat can keep it; where fsdp is 1 nothing was gathered."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    gathered_here = layer and any(sizes.get(axis, 1) > 1 for axis in FSDP)
-    return checkpoint_name(kernel, f"{layer}_weight") if gathered_here else kernel
+    was_gathered = layer and any(sizes.get(axis, 1) > 1 for axis in FSDP)
+    return checkpoint_name(kernel, f"{layer}_weight") if was_gathered else kernel
