@@ -85,7 +85,7 @@ def test_a_loop_counts_its_trips():
     found = priced("%while.1 = (s32[]) while(%t), condition=%cond, body=%body", others=others)
     assert found.breakdown == only("matmul", 32 * 0.002)
     assert found.matmul_flops == pytest.approx(32 * 2 * 1024 * 512 * 256)
-    assert found.dearest[0][:1] == (pytest.approx(0.064),) and found.dearest[0][1].startswith("32 x dot.1")
+    assert found.costliest[0][:1] == (pytest.approx(0.064),) and found.costliest[0][1].startswith("32 x dot.1")
     unknown = others.replace("constant(32)", "parameter(1)")
     found = priced("%while.1 = (s32[]) while(%t), condition=%cond, body=%body", others=unknown)
     assert (found.unknown_loops, found.seconds) == (1, pytest.approx(0.002))

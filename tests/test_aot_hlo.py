@@ -105,8 +105,8 @@ def test_arrays_in_vmem_are_not_in_hbm():
 
 def test_flops_of_a_dot(program):
     types = {i.name: i.type for i in program.computations["main.1"]}
-    assert hlo.product_flops(find(program, "dot.1"), types) == 2 * 8 * 16 * 32
-    assert hlo.product_flops(find(program, "dot.1"), {}) == 0
+    assert hlo.matmul_flops(find(program, "dot.1"), types) == 2 * 8 * 16 * 32
+    assert hlo.matmul_flops(find(program, "dot.1"), {}) == 0
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_flops_of_a_dot(program):
 )
 def test_flops_of_a_convolution(lhs, rhs, out, how, multiplied):
     convolution = Instruction("c", out, "convolution", f"convolution(%a, %b), {how}")
-    assert hlo.product_flops(convolution, {"a": lhs, "b": rhs}) == 2 * multiplied
+    assert hlo.matmul_flops(convolution, {"a": lhs, "b": rhs}) == 2 * multiplied
 
 
 @pytest.mark.parametrize(

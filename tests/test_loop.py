@@ -54,7 +54,7 @@ def runs(inputs, tmp_path_factory):
 def record(settings, workdir: pathlib.Path) -> Ran:
     """Trains, with copies of the weights from around the updates."""
     seen = {"steps": []}
-    inner, compile_step = loop.update, loop.compile_step
+    inner, compile_step = loop.run_updates, loop.compile_step
 
     def compiling(*args):
         made = compile_step(*args)
@@ -69,7 +69,7 @@ def record(settings, workdir: pathlib.Path) -> Ran:
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "update", around)
+        patch.setattr(loop, "run_updates", around)
         patch.setattr(loop, "compile_step", compiling)
         lines = []
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))

@@ -336,8 +336,7 @@ EIGHT_DEVICES = textwrap.dedent("""
         placed, on = jax.device_put(params, at), jax.device_put(batch, batch_sharding(mesh))
         close(both(calm, placed, on, None, accumulate=2, ranks=4), want)
         print("equal on eight devices, packed, in four bits, in two micro-batches")
-        mask = lambda: lora.keep_mask(
-(B, T), jax.numpy.uint32(5), 0.1)
+        mask = lambda: lora.keep_mask((B, T), jax.numpy.uint32(5), 0.1)
         close(jax.jit(mask, out_shardings=batch_sharding(mesh))(), mask())
         assert not mask().all()
         print("equal dropout")

@@ -1,6 +1,6 @@
-"""The step of `train`, compiled ahead of time: does it fit, and how long would it take, before the chips are rented.
+"""Compile the step of `train` ahead of time: does it fit, and how long does it take, before the chips are rented.
 
-A named topology is compiled for by libtpu without a TPU; without one the local devices are compiled for.
+libtpu compiles for a named topology without a TPU; without a topology the local devices are compiled for.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from llava_jax.weights.spec import llm_config, model_spec, vision_config
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
 
-# Share of real tokens that the rows of train come up to, on lengths like those of the published data (96.5 to 98.8 %).
+# Share of real tokens in packed rows, for lengths like those of the published data (96.5 to 98.8 %).
 FILLED = 0.985
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A global batch: `rows` of `length` tokens with `images` slots each; `images` is how many slots are used."""
+    """A global batch: `rows` of `length` tokens with `images` slots each; `images_used` counts the slots in use."""
 
     rows: int
     length: int
@@ -52,17 +52,17 @@ class Shape:
 
 
 def plan_config(settings: Settings) -> ModelConfig:
-    """The model of a run from its config files alone: no weights, no tokenizer."""
+    """Return the model of a run from its config files alone: no weights, no tokenizer."""
     if settings.init.model:
         return model_spec(settings).config
-    given = {"llm": settings.model.llm, "vision": settings.model.vision}
-    absent = [key for key, spec in given.items() if spec and not spec.startswith(RANDOM) and not os.path.isdir(spec)]
+    towers = {"llm": settings.model.llm, "vision": settings.model.vision}
+    absent = [key for key, spec in towers.items() if spec and not spec.startswith(RANDOM) and not os.path.isdir(spec)]
     if absent:
-        size = "13b" if "13b" in given["llm"].lower() else "7b"
+        size = "13b" if "13b" in towers["llm"].lower() else "7b"
         examples = {"llm": f"random:vicuna-{size}", "vision": "random:clip-l-14-336"}
         flags = " ".join(f"--config.model.{key}={examples[key]}" for key in absent)
         raise InputError(
-            f"model.{absent[0]}={given[absent[0]]}: no such folder; compile needs its sizes only: give {flags} (or "
+            f"model.{absent[0]}={towers[absent[0]]}: no such folder; compile needs its sizes only: give {flags} (or "
             "random:FILE.json with a Hugging Face config)"
         )
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
@@ -80,11 +80,12 @@ def plan_config(settings: Settings) -> ModelConfig:
 
 
 def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:
-    """The global batch: one conversation with one image (anyres: of the most tiles) a row, or as many packed rows as
-    they need.
+    """Return the shape of the global batch: a conversation with its image a row, or as many packed rows as needed.
 
-    `ways`: device shards times micro-batches, which the rows must divide over. `tokens_per_row`: mean length of a
-    conversation, image tokens included; packed rows need it.
+    Args:
+      settings, config: of the run; an anyres image counts with the most tiles.
+      ways: device shards times microbatches, by which the rows must be divisible.
+      tokens_per_row: mean length of a conversation, image tokens included; packed rows need it.
     """
     size, data = settings.train.batch_size, settings.data
     check_batch_size(size, ways, data.pack)
@@ -104,28 +105,33 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
 
 
 def _pack_length(tokens: float, longest: int) -> int:
-    """Tokens of a packed row where a shard has so many in all: the shortest in which the longest conversation fits."""
+    """Return the length of packed rows for a shard's `tokens`: the shortest into which the longest row fits."""
     lengths = [UNIT * math.ceil(tokens / rows / UNIT) for rows in range(1, max(1, int(tokens / longest)) + 1)]
     return max(min((length for length in lengths if length >= longest), default=0), longest)
 
 
 def abstract_batch(config: ModelConfig, shape: Shape, mesh: Mesh) -> Batch:
-    """The batch that `train` gives to its step, as shapes with shardings."""
+    """Return the batch that `train` gives to its step, as shapes with shardings."""
     at, size = batch_sharding(mesh), config.vision.image_size
 
     def array(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((shape.rows, *dims), dtype, sharding=at)
 
-    T = shape.length
-    pixels, shown = array(np.uint8, shape.images, size, size, 3), array(np.bool_, shape.images)
-    take = array(np.int32, T) if config.pinpoints else None
-    ids = array(np.int32, T)
-    return Batch(ids, array(np.bool_, T), ids, ids, pixels, shown, feature_index_BT=take)
+    ids = array(np.int32, shape.length)
+    return Batch(
+        tokens_BT=ids,
+        targets_BT=array(np.bool_, shape.length),
+        segment_ids_BT=ids,
+        positions_BT=ids,
+        pixels_BNXYC=array(np.uint8, shape.images, size, size, 3),
+        image_mask_BN=array(np.bool_, shape.images),
+        feature_index_BT=ids if config.pinpoints else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A step before it is compiled, and the hash of its program and of the compilers it goes to."""
+    """A step before it is compiled; `seconds` is the time it took to trace it."""
 
     settings: Settings
     target: Target
@@ -137,6 +143,7 @@ class Lowered:
 
     @property
     def hash(self) -> str:
+        """The hash of the program, the compiler options, and the versions of the compilers."""
         versions = f"{jax.__version__} {_libtpu_version()}"
         options = compiler_options(self.settings.train.compiler_options, self.target.devices[0].device_kind)
         text = f"{self.lowered.as_text()} {sorted(options.items())} {versions}"
@@ -151,7 +158,7 @@ def _libtpu_version() -> str | None:
 
 
 def lower(settings: Settings, target: Target, tokens_per_row: float | None = None) -> Lowered:
-    """The step of a stage, traced for the devices of a target: seconds, however large the model."""
+    """Trace the step of a stage for the devices of a target: seconds, however large the model."""
     start = time.monotonic()
     config = plan_config(settings)
     mesh = make_mesh(settings.mesh, target.devices)
@@ -166,7 +173,7 @@ def lower(settings: Settings, target: Target, tokens_per_row: float | None = Non
 
 
 def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
-    """(all figures of the step, as `compile --json` writes them; the text of the compiled program, '' without one)."""
+    """Return (all figures of the step, as `compile --json` writes them; the program's text, '' without one)."""
     figures = describe(lowered)
     start = time.monotonic()
     kind = lowered.target.devices[0].device_kind
@@ -184,7 +191,7 @@ def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
 
 
 def describe(lowered: Lowered) -> dict[str, Any]:
-    """What is known before compiling; every figure that is not yet is None."""
+    """Return what is known before compiling; every figure that is not is None."""
     settings, target, run, shape = lowered.settings, lowered.target, lowered.run, lowered.shape
     tokens_per_row = lowered.tokens_per_row
     chips = len(target.devices)
@@ -232,7 +239,7 @@ def describe(lowered: Lowered) -> dict[str, Any]:
 
 
 def unknown_reasons(target: Target) -> dict[str, str]:
-    """Why figures are None, for those that are for this target."""
+    """Return why figures are None, for those that always are for this target."""
     reasons = {}
     if target.hbm_bytes is None:
         reasons["hbm_bytes"] = f"{target.devices[0].device_kind}: memory is not a fixed figure; fits is not decided"
@@ -253,9 +260,9 @@ _SIZE = r"([\d.]+[KMGT]?)"
 
 
 def refusal(message: str, arguments: int) -> dict[str, Any] | None:
-    """Figures of a program that the compiler refuses because HBM is too small; None for another error.
+    """Return the figures of a program that the compiler refuses because HBM is too small; None for another error.
 
-    It names what all takes together, or the temporaries alone, to which the `arguments` (bytes) are added.
+    The message gives the sum of all that is needed, or that of the temporaries, to which `arguments` bytes are added.
     """
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
     temporary = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
@@ -275,10 +282,10 @@ def _read_size(text: str) -> int:
 
 
 def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str, Any]:
-    """Bytes a chip: arguments, temporaries, and the sum of all that must be there at once."""
+    """Return bytes a chip: arguments, temporaries, and the sum of all that must be in memory at once."""
     memory = compiled.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + kept
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + new
     limit = lowered.target.hbm_bytes
     return {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -286,7 +293,7 @@ def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str,
         "code_bytes": memory.generated_code_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
-        "donated_whole": kept <= METRIC_BYTES and memory.alias_size_in_bytes >= _bytes_per_device(lowered.run.state),
+        "donated_whole": new <= METRIC_BYTES and memory.alias_size_in_bytes >= _bytes_per_device(lowered.run.state),
         "peak_bytes": peak,
         "fits": None if limit is None else peak <= limit,
         "over_bytes": None if limit is None else max(0, int(peak - limit)),
@@ -294,7 +301,7 @@ def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str,
 
 
 def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[str, Any]:
-    """Estimated time of a TPU program, and what its text holds; nothing for other devices."""
+    """Return the estimated time of a TPU program and what its text holds; nothing for other devices."""
     target = lowered.target
     if target.layout is None:
         return {}
@@ -311,7 +318,7 @@ def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[s
         "wire_bytes": cost.wire_bytes,
         "network_bytes": cost.network_bytes,
         "unknown_loops": cost.unknown_loops,
-        "costliest": [{"seconds": s, "instruction": what, "from": where} for s, what, where in cost.dearest],
+        "costliest": [{"seconds": s, "instruction": what, "from": where} for s, what, where in cost.costliest],
         "largest_buffers": [{"bytes": size, "array": what} for size, what in hlo.largest_buffers(program)],
         "score_buffers": hlo.buffers_shaped(program, scores),
         "logit_buffers": hlo.buffers_shaped(program, logits),
@@ -320,7 +327,7 @@ def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[s
 
 
 def forbidden_shapes(lowered: Lowered) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes a chip's attention scores [B, H, T, T] and logits [B, T, V] would have, were they ever whole."""
+    """Return the shapes of a chip's attention scores [B, H, T, T] and logits [B, T, V], were they ever in memory."""
     config, mesh, T = lowered.run.config.llm, lowered.run.mesh, lowered.shape.length
     B = lowered.shape.rows // batch_ranks(mesh) // lowered.settings.train.accumulate
     H = -(-config.heads // mesh.shape["tensor"])

@@ -1,4 +1,4 @@
-"""Time of one run of a compiled TPU program, from its scheduled HLO text alone.
+"""Estimate the time of a compiled TPU program from its scheduled HLO text alone.
 
 The schedule is walked in order with three clocks: the TensorCore, the links between chips, and copies between memories.
 An instruction costs the cycles that the compiler estimates for it; loops cost their body times their trip count; what
@@ -24,8 +24,8 @@ from llava_jax.aot.hlo import (
     arrays,
     group_size,
     in_hbm,
+    matmul_flops,
     parse,
-    product_flops,
     trip_count,
 )
 from llava_jax.parallel.chips import Chip
@@ -35,7 +35,7 @@ HOP_SECONDS = 1e-6
 SECONDS = ("matmul", "vector", "copy", "kernels", "communication_exposed", "dma_exposed")
 COPIES = ("copy", "transpose", "reshape", "bitcast-convert")
 CALLING = ("fusion", "call", "call-start", "async-start")
-KEPT = 25  # of the most expensive instructions, at each level of loops
+KEPT = 25  # of the costliest instructions, at each level of loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Layout:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a computation: seconds, their parts (keys of SECONDS and others), and the costliest (seconds, what, from)."""
+    """Of a computation: seconds, their parts (SECONDS and others), its costliest instructions (seconds, what, from)."""
 
     seconds: float
     parts: collections.Counter
-    dearest: list[tuple[float, str, str]]
+    costliest: list[tuple[float, str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +71,23 @@ class Estimate:
     matmul_flops: float
     kernel_flops: float
     unknown_loops: int
-    dearest: list[tuple[float, str, str]]
+    costliest: list[tuple[float, str, str]]
 
 
 def rings_of(chip: str, sizes: tuple[int, ...]) -> tuple[bool, bool, bool]:
-    """Which axes of a slice are rings: v5p's all three where each has 4 chips, v5e's and v6e's those of 16."""
+    """Return which axes of a slice are rings: v5p's all three where each has 4 chips, v5e's and v6e's those of 16."""
     if chip == "v5p":
         return (all(size >= 4 for size in sizes),) * 3
     return sizes[0] >= 16, sizes[1] >= 16, False
 
 
 def layout_of(chip: Chip, sizes: tuple[int, ...]) -> Layout:
-    """The layout of a slice, counted as one of rings where all axes that it has are."""
+    """Return the layout of a slice; its axes count as rings where all that it has are."""
     return Layout(sizes, all(rings_of(chip.name, sizes)[: chip.links]))
 
 
 def estimate(text: str, chip: Chip, layout: Layout) -> Estimate:
-    """Seconds of one run of the program `text` (compiled.as_text()) on each chip of a slice."""
+    """Return the seconds of one run of the program `text` (compiled.as_text()) on each chip of a slice."""
     cost = Pricer(parse(text), chip, layout).cost
     parts = cost.parts
     return Estimate(
@@ -99,7 +99,7 @@ def estimate(text: str, chip: Chip, layout: Layout) -> Estimate:
         matmul_flops=parts["matmul_flops"],
         kernel_flops=parts["kernel_flops"],
         unknown_loops=int(parts["unknown_loops"]),
-        dearest=cost.dearest,
+        costliest=cost.costliest,
     )
 
 
@@ -107,7 +107,7 @@ def estimate(text: str, chip: Chip, layout: Layout) -> Estimate:
 
 
 def communication(collective: Instruction, chip: Chip, layout: Layout) -> tuple[float, float]:
-    """(seconds on the links, bytes a chip sends) of one collective."""
+    """Return (seconds on the links, bytes a chip sends) of one collective."""
     group = group_size(collective, layout.chips)
     if group <= 1:
         return 0.0, 0.0
@@ -124,26 +124,25 @@ def communication(collective: Instruction, chip: Chip, layout: Layout) -> tuple[
     }.get(collective.collective, sum(sizes))
     ways = 2 if layout.rings else 1
     seconds = wire / (chip.link_bytes_per_second * used * ways) + sum(layout.sizes) / ways * HOP_SECONDS
-    # The type of an asynchronous permute has what is sent and what is received: over two axes this is its time on the
-    # one link between neighbours.
+    # An asynchronous permute's type holds what is sent and what is received: over two axes, its time on one link.
     return seconds, max(sizes, default=0) if collective.collective == "collective-permute" else wire
 
 
 def kernel(call: Instruction, chip: Chip, fused_backward: bool) -> tuple[float, float]:
-    """(seconds, FLOPs) of splash attention over a causal row: two products forward, and for dq, dk and dv as named.
+    """Return (seconds, FLOPs) of splash attention over a causal row: two matmuls forward; for dq, dk and dv as named.
 
     `fused_backward`: one kernel gives all three gradients.
     """
     layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|metadata|backend|custom)", call.rest)
-    found = arrays(layouts.group(1) if layouts else call.type)
-    shapes = [d for dtype, d in found if dtype in ("bf16", "f16", "f32") and len(d) >= 3 and d[-1] in (64, 128, 256)]
+    operands = arrays(layouts.group(1) if layouts else call.type)
+    shapes = [d for dtype, d in operands if dtype in ("bf16", "f16", "f32") and len(d) >= 3 and d[-1] in (64, 128, 256)]
     if not shapes:
         return 0.0, 0.0
     *heads, length, head_dim = max(shapes, key=math.prod)
     name = f"{call.name} {call.op_name}"
-    products = (5 if fused_backward else 4) if "dkv" in name else 3 if "_dq" in name else 2
-    flops = products * math.prod(heads) * length**2 * head_dim
-    return flops / (chip.peak_flops * (chip.splash_forward if products == 2 else chip.splash_backward)), flops
+    matmuls = (5 if fused_backward else 4) if "dkv" in name else 3 if "_dq" in name else 2
+    flops = matmuls * math.prod(heads) * length**2 * head_dim
+    return flops / (chip.peak_flops * (chip.splash_forward if matmuls == 2 else chip.splash_backward)), flops
 
 
 # ---- the walk ---------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def kernel(call: Instruction, chip: Chip, fused_backward: bool) -> tuple[float, 
 
 @dataclasses.dataclass
 class _Clocks:
-    """Where the three clocks of one computation stand, and what is under way: name or channel -> when it is there."""
+    """The three clocks of one computation, and what is in flight: name or channel -> when it arrives."""
 
     core: float = 0.0
     link: float = 0.0
@@ -160,25 +159,25 @@ class _Clocks:
     copied: dict[str, float] = dataclasses.field(default_factory=dict)
     offloaded: dict[str, str | None] = dataclasses.field(default_factory=dict)
     parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    dearest: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
+    costliest: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
 
     def spend(self, part: str, seconds: float, i: Instruction | None = None) -> None:
         self.core += seconds
         self.parts[part] += seconds
         if i is not None:
-            self.dearest.append((seconds, f"{i.name} {i.opcode} {i.type[:60]}", i.op_name[-100:]))
+            self.costliest.append((seconds, f"{i.name} {i.opcode} {i.type[:60]}", i.op_name[-100:]))
 
     def wait(self, part: str, until: float | None) -> None:
         if until is not None and until > self.core:
             self.spend(part, until - self.core)
 
     def include(self, cost: Cost, times: int = 1) -> None:
-        """A called computation: nothing of it is under way any more when it ends."""
+        """Add a called computation; nothing of it is in flight any more when it ends."""
         self.core += times * cost.seconds
         for name, value in cost.parts.items():
             self.parts[name] += times * value
         prefix = f"{times} x " if times != 1 else ""
-        self.dearest += [(times * seconds, prefix + what, where) for seconds, what, where in cost.dearest]
+        self.costliest += [(times * seconds, prefix + what, where) for seconds, what, where in cost.costliest]
 
 
 class Pricer:
@@ -191,21 +190,21 @@ class Pricer:
         self._costs: dict[str, Cost] = {}
         # Caches of the instance: those of a decorated method would hold every program that was ever priced.
         self._inside = functools.cache(self._first_collective)
-        self._body_has_product = functools.cache(self._any_product)
-        self._body_product_flops = functools.cache(self._all_product_flops)
+        self._body_has_matmul = functools.cache(self._any_matmul)
+        self._body_matmul_flops = functools.cache(self._all_matmul_flops)
 
     @property
     def cost(self) -> Cost:
         return self.of(self.program.entry)
 
     def of(self, name: str) -> Cost:
-        """Cost of one run of a computation."""
+        """Return the cost of one run of a computation."""
         if name not in self._costs:
             clocks = _Clocks()
             for instruction in self.program.computations[name]:
                 self._run(instruction, clocks, self.types[name])
             clocks.wait("communication_exposed", max(clocks.sent.values(), default=None))
-            self._costs[name] = Cost(clocks.core, clocks.parts, sorted(clocks.dearest, reverse=True)[:KEPT])
+            self._costs[name] = Cost(clocks.core, clocks.parts, sorted(clocks.costliest, reverse=True)[:KEPT])
         return self._costs[name]
 
     def _run(self, i: Instruction, clocks: _Clocks, types: dict[str, str]) -> None:
@@ -239,17 +238,17 @@ class Pricer:
         elif i.opcode == "call":
             clocks.include(self.of(i.attribute("to_apply") or i.calls))
         else:
-            found = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-            names = re.findall(r"[\w.\-]+", found.group(1)) if found else []
+            branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+            names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
             names = names or [i.attribute("true_computation"), i.attribute("false_computation")]
             clocks.include(max((self.of(name) for name in names), key=lambda cost: cost.seconds))
 
     def _offloaded(self, i: Instruction, clocks: _Clocks) -> None:
-        """A collective that a SparseCore runs: call-start, or custom-call-start and -update, until its -done."""
+        """Run a collective on a SparseCore: call-start, or custom-call-start and -update, until its -done."""
         source = (i.operands or [""])[0]
         if i.opcode == "custom-call-start":
-            found = re.search(r"called_computations=\{%?([\w.\-]+)", i.rest)
-            clocks.offloaded[i.name] = found.group(1) if found else None
+            called = re.search(r"called_computations=\{%?([\w.\-]+)", i.rest)
+            clocks.offloaded[i.name] = called.group(1) if called else None
         elif i.opcode in ("call-start", "custom-call-update"):
             called = clocks.offloaded.get(source) if i.opcode != "call-start" else i.attribute("to_apply") or i.calls
             collective = self._inside(called) if called else None
@@ -266,7 +265,7 @@ class Pricer:
         clocks.sent[key] = clocks.link
 
     def _collective(self, i: Instruction) -> Instruction | None:
-        """The collective that an instruction is, or that its called computation holds."""
+        """Return the collective that an instruction is, or that its called computation holds."""
         return i if i.collective else self._inside(i.calls) if i.calls else None
 
     def _first_collective(self, name: str) -> Instruction | None:
@@ -274,18 +273,18 @@ class Pricer:
             if i.collective:
                 return i
             called = (i.calls or i.attribute("to_apply")) if i.opcode in CALLING else None
-            found = self._inside(called) if called and called != name else None
-            if found is not None:
-                return found
+            collective = self._inside(called) if called and called != name else None
+            if collective is not None:
+                return collective
         return None
 
     def _communicate(self, i: Instruction, collective: Instruction, clocks: _Clocks) -> None:
         channel = re.search(r"channel_id=(\d+)", collective.rest)
         key = channel.group(1) if channel else i.name
         if _ends(i):
-            # One that names no channel waits for everything under way.
-            there = clocks.sent.pop(key, None)
-            clocks.wait("communication_exposed", max(clocks.sent.values(), default=None) if there is None else there)
+            # One that names no channel waits for everything in flight.
+            until = clocks.sent.pop(key, None)
+            clocks.wait("communication_exposed", max(clocks.sent.values(), default=None) if until is None else until)
         elif _starts(i):
             self._send(key, collective, clocks)
         elif i.opcode != "async-update":
@@ -295,8 +294,8 @@ class Pricer:
 
     def _compute(self, i: Instruction, clocks: _Clocks, types: dict[str, str]) -> None:
         seconds = i.cycles / self.chip.clock
-        clocks.parts["matmul_flops"] += self._product_flops(i, types)
-        if self._has_product(i):
+        clocks.parts["matmul_flops"] += self._matmul_flops(i, types)
+        if self._has_matmul(i):
             clocks.spend("matmul", seconds, i)
             return
         moved = sum(sum(array_bytes(part)) for part in in_hbm(i.type))
@@ -311,23 +310,22 @@ class Pricer:
     def _hbm_seconds(self, size: float) -> float:
         return size / (HBM_SHARE * self.chip.hbm_bytes_per_second)
 
-    def _has_product(self, i: Instruction) -> bool:
+    def _has_matmul(self, i: Instruction) -> bool:
         if i.opcode in ("convolution", "dot"):
             return True
-        return bool(i.calls) and self._body_has_product(i.calls)
+        return bool(i.calls) and self._body_has_matmul(i.calls)
 
-    def _any_product(self, name: str) -> bool:
-        return any(self._has_product(i) for i in self.program.computations.get(name, ()))
+    def _any_matmul(self, name: str) -> bool:
+        return any(self._has_matmul(i) for i in self.program.computations.get(name, ()))
 
-    def _product_flops(self, i: Instruction, types: dict[str, str]) -> float:
+    def _matmul_flops(self, i: Instruction, types: dict[str, str]) -> float:
         if i.opcode in ("convolution", "dot"):
-            return product_flops(i, types)
-        return self._body_product_flops(i.calls) if i.calls else 0.0
+            return matmul_flops(i, types)
+        return self._body_matmul_flops(i.calls) if i.calls else 0.0
 
-    def _all_product_flops(self, name: str) -> float:
-        products = ("convolution", "dot", "fusion")
-        body = [i for i in self.program.computations.get(name, ()) if i.opcode in products]
-        return sum(self._product_flops(i, self.types[name]) for i in body)
+    def _all_matmul_flops(self, name: str) -> float:
+        body = [i for i in self.program.computations.get(name, ()) if i.opcode in ("convolution", "dot", "fusion")]
+        return sum(self._matmul_flops(i, self.types[name]) for i in body)
 
 
 def _starts(i: Instruction) -> bool:
@@ -341,10 +339,10 @@ def _ends(i: Instruction) -> bool:
 
 
 def _carries(i: Instruction) -> bool:
-    """Whether a fusion computes while a collective continues that another instruction started."""
+    """Return whether a fusion computes while a collective that another instruction started is in flight."""
     return not _ends(i) and "async_collective_fusion" in (i.calls or "")
 
 
 def _data_parts(kind: str) -> list[str]:
-    """The array types of an asynchronous copy without its counters."""
+    """Return the array types of an asynchronous copy without its counters."""
     return [part for part in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", kind) if part[:5] not in ("s32[]", "u32[]")]

@@ -1,4 +1,4 @@
-"""Scheduled HLO text read as data: computations, instructions, array sizes, trip counts, and what must not be in it."""
+"""Read scheduled HLO text as data: computations, instructions, array sizes, trip counts, and forbidden arrays."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ COLLECTIVES = (
 )
 # The compiler writes the largest unsigned number where it has no estimate.
 NO_ESTIMATE = 1e12
-SHOWN = 12  # of what is found, at most
+LIMIT = 12  # of findings
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+)")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -45,9 +45,9 @@ class Instruction:
     rest: str
 
     def attribute(self, key: str) -> str | None:
-        """The computation or word after `key=`."""
-        found = re.search(rf"{key}=%?([\w.\-]+)", self.rest)
-        return found.group(1) if found else None
+        """Return the computation or word after `key=`."""
+        match = re.search(rf"{key}=%?([\w.\-]+)", self.rest)
+        return match.group(1) if match else None
 
     @property
     def calls(self) -> str | None:
@@ -61,14 +61,14 @@ class Instruction:
     @property
     def cycles(self) -> int | None:
         """The compiler's estimate; None where it has none."""
-        found = _CYCLES.search(self.rest)
-        return int(found.group(1)) if found and int(found.group(1)) < NO_ESTIMATE else None
+        match = _CYCLES.search(self.rest)
+        return int(match.group(1)) if match and int(match.group(1)) < NO_ESTIMATE else None
 
     @property
     def op_name(self) -> str:
         """Where in the program it comes from, as jax names it."""
-        found = _OP_NAME.search(self.rest)
-        return found.group(1) if found else ""
+        match = _OP_NAME.search(self.rest)
+        return match.group(1) if match else ""
 
     @property
     def collective(self) -> str | None:
@@ -90,7 +90,7 @@ class Program:
 
 
 def _parenthesised(text: str) -> str:
-    """The leading `(…)` of a text, with what it nests."""
+    """Return the leading `(…)` of a text, with what it nests."""
     depth = 0
     for end, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -100,7 +100,7 @@ def _parenthesised(text: str) -> str:
 
 
 def parse(text: str) -> Program:
-    """The program of `compiled.as_text()`. ValueError when there is no entry computation in it."""
+    """Return the program of `compiled.as_text()`. Raises ValueError when there is no entry computation in it."""
     computations: dict[str, list[Instruction]] = {}
     entry, body = "", None
     for line in text.splitlines():
@@ -111,8 +111,8 @@ def parse(text: str) -> Program:
                 body = computations.setdefault(name, [])
         elif line.rstrip() == "}" or line.startswith("}, execution_thread"):
             body = None
-        elif found := _INSTRUCTION.match(line):
-            body.append(_instruction(*found.groups()))
+        elif match := _INSTRUCTION.match(line):
+            body.append(_instruction(*match.groups()))
         elif body:
             body[-1].rest += " " + line  # the attributes of a kernel run over several lines
     if not entry:
@@ -131,36 +131,36 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, dimensions) of every array type in a text."""
+    """Return (dtype, dimensions) of every array type in a text."""
     return [(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in _ARRAY.findall(text)]
 
 
 def array_bytes(text: str) -> list[float]:
-    """Bytes of every array type in a text, without the padding of its layout."""
+    """Return the bytes of every array type in a text, without the padding of its layout."""
     return [ITEM_BYTES.get(dtype, 4) * math.prod(dims) for dtype, dims in arrays(text)]
 
 
 def in_hbm(text: str) -> list[str]:
-    """The array types of a text that do not live in VMEM (memory space 1)."""
+    """Return the array types of a text that are not in VMEM (memory space 1)."""
     return [part for part in _ARRAY_AND_LAYOUT.findall(text) if "S(" not in part]
 
 
-def product_flops(instruction: Instruction, types: dict[str, str]) -> float:
-    """FLOPs of a dot or a convolution (every matrix product of a TPU program is one), twice its multiply-adds."""
+def matmul_flops(instruction: Instruction, types: dict[str, str]) -> float:
+    """Return the FLOPs of a dot or a convolution (every matmul of a TPU program is one), twice its multiply-adds."""
     sides = [types.get(name) for name in instruction.operands[:2]]
     if len(sides) < 2 or None in sides:
         return 0.0
     (_, lhs), (_, rhs), (_, out) = (arrays(text)[0] for text in (*sides, instruction.type))
     if labels := re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest):
         return 2.0 * _convolution(lhs, rhs, out, labels.groups(), _window(instruction.rest))
-    summed = re.findall(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.rest)
-    return 2.0 * math.prod(out) * math.prod(lhs[int(d)] for dims in summed for d in dims.split(","))
+    contracted = re.findall(r"lhs_contracting_dims=\{([\d,]+)\}", instruction.rest)
+    return 2.0 * math.prod(out) * math.prod(lhs[int(d)] for dims in contracted for d in dims.split(","))
 
 
 def _window(rest: str) -> dict[str, list[str]]:
-    """The window of a convolution: size, stride, pad, lhs_dilate, rhs_dilate of each spatial dimension."""
-    found = re.search(r"window=\{([^}]*)\}", rest)
-    items = (item.split("=") for item in found.group(1).split()) if found else ()
+    """Return a convolution's size, stride, pad, lhs_dilate and rhs_dilate of each spatial dimension."""
+    match = re.search(r"window=\{([^}]*)\}", rest)
+    items = (item.split("=") for item in match.group(1).split()) if match else ()
     return {key: value.split("x") for key, value in items}
 
 
@@ -171,37 +171,37 @@ def _convolution(
     labels: tuple[str, ...],
     window: dict[str, list[str]],
 ) -> int:
-    """Multiply-adds: batch, features in and out, and in each spatial dimension the places where something is met."""
+    """Count multiply-adds: batch, features in and out, and the taps of each spatial dimension that meet a value."""
     total = out[labels[2].index("b")] * out[labels[2].index("f")] * rhs[labels[1].index("i")]
     for n, dim in enumerate(sorted(filter(str.isdigit, labels[0]))):
-        size, kernel, places = (shape[label.index(dim)] for shape, label in zip((lhs, rhs, out), labels, strict=True))
+        size, kernel, outputs = (shape[label.index(dim)] for shape, label in zip((lhs, rhs, out), labels, strict=True))
         stride, left, base, dilation = (
             int(window[key][n].split("_")[0]) if key in window else default
             for key, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
         )
-        met = (place * stride - left + tap * dilation for place in range(places) for tap in range(kernel))
-        total *= sum(0 <= at <= (size - 1) * base and at % base == 0 for at in met)
+        taps = (place * stride - left + tap * dilation for place in range(outputs) for tap in range(kernel))
+        total *= sum(0 <= at <= (size - 1) * base and at % base == 0 for at in taps)
     return total
 
 
 def group_size(instruction: Instruction, devices: int) -> int:
-    """Devices that take part in one group of a collective, in any of the three spellings of replica_groups."""
+    """Return how many devices are in one group of a collective, in any of the three spellings of replica_groups."""
     rest = instruction.rest
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(found.group(1).split(","))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(match.group(2))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(match.group(1).split(","))
     return devices
 
 
 def trip_count(program: Program, condition: str) -> int | None:
-    """How often a loop runs that counts from 0 by 1: the constant its condition compares with; None if unknown."""
+    """Return how often a loop from 0 by 1 runs: the constant its condition compares with; None if unknown."""
     body = program.computations[condition]
     constants = {
-        i.name: int(found.group(1)) for i in body if (found := re.match(r"constant\((-?\d+)\)", i.rest)) is not None
+        i.name: int(match.group(1)) for i in body if (match := re.match(r"constant\((-?\d+)\)", i.rest)) is not None
     }
     for instruction in body:
         if instruction.opcode == "compare" and "direction=LT" in instruction.rest:
@@ -215,7 +215,7 @@ def trip_count(program: Program, condition: str) -> int | None:
 
 
 def fused(program: Program) -> set[str]:
-    """Computations inside a fusion or a reduction: their arrays are never written to memory."""
+    """Return the computations inside a fusion or a reduction: their arrays are never written to memory."""
     inside = set()
     for i in program.instructions():
         if i.opcode == "fusion" and i.calls:
@@ -226,31 +226,33 @@ def fused(program: Program) -> set[str]:
 
 
 def buffers_shaped(program: Program, shapes: list[tuple[int, ...]]) -> list[str]:
-    """'name type' of every array in memory with one of `shapes`, in any order of dimensions, ones aside."""
+    """Return 'name type' of every array in memory with one of `shapes`, in any order of dimensions, without ones."""
     wanted = {tuple(sorted(d for d in shape if d > 1)) for shape in shapes}
     hidden = fused(program)
-    found = []
-    for name, body in program.computations.items():
-        for i in body if name not in hidden else ():
-            if any(tuple(sorted(d for d in dims if d > 1)) in wanted for _, dims in arrays(i.type)):
-                found.append(f"{i.name} {i.type[:80]}")
-    return found[:SHOWN]
+    buffers = [
+        f"{i.name} {i.type[:80]}"
+        for name, body in program.computations.items()
+        if name not in hidden
+        for i in body
+        if any(tuple(sorted(d for d in dims if d > 1)) in wanted for _, dims in arrays(i.type))
+    ]
+    return buffers[:LIMIT]
 
 
 def wide_collectives(program: Program, more_than: int = 2**20) -> list[str]:
-    """'name type' of every collective that moves a float32 array of more than so many bytes."""
-    found = [
+    """Return 'name type' of every collective that moves a float32 array of more than so many bytes."""
+    collectives = [
         f"{i.name} {i.type[:80]}"
         for i in program.instructions()
         if i.collective
         and not i.opcode.endswith("-done")
         and any(dtype == "f32" and 4 * math.prod(dims) > more_than for dtype, dims in arrays(i.type))
     ]
-    return found[:SHOWN]
+    return collectives[:LIMIT]
 
 
-def largest_buffers(program: Program, count: int = SHOWN) -> list[tuple[int, str]]:
-    """(bytes, 'name type from') of the largest single arrays that an instruction writes, largest first."""
+def largest_buffers(program: Program, count: int = LIMIT) -> list[tuple[int, str]]:
+    """Return (bytes, 'name type from') of the largest single arrays that an instruction writes, largest first."""
     hidden = fused(program)
     free = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "constant", "opt-barrier")
     sizes: dict[str, tuple[int, str]] = {}

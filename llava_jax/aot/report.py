@@ -1,4 +1,4 @@
-"""What `compile` says of a plan: figures with their error, what to change where it does not fit, hours of data."""
+"""Text of `compile`: figures with their error, what to change where a plan does not fit, hours for a data set."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ OPTIONS_LINE = (
 )
 HOST_NETWORK = 100e9 / 8 / 4  # bytes a second and chip
 PARTS = {
-    "matmul": "matrix products",
+    "matmul": "matmuls",
     "vector": "elementwise",
     "copy": "layout copies",
     "kernels": "attention kernels",
@@ -40,7 +40,7 @@ PARTS = {
 
 
 def report(figures: Figures) -> str:
-    """The figures of one plan, as `compile` prints them."""
+    """Return the figures of one plan as text."""
     return "\n".join([*_parameters(figures), *_memory(figures), *_time(figures), *_data_set(figures)])
 
 
@@ -89,7 +89,7 @@ def _time(figures: Figures) -> list[str]:
         return [_line("FLOPs", model), _line("time of a step", _known(figures, "step_seconds", str))]
     seconds = figures["step_seconds"]
     lines = [
-        _line("FLOPs", f"{model}, {figures['flops'] / 1e12:,.3g} with what is computed again"),
+        _line("FLOPs", f"{model}, {figures['flops'] / 1e12:,.3g} with what remat computes again"),
         _line("time of a step", f"{1000 * seconds:,.1f} ms estimated; {CALIBRATION_LINE}"),
     ]
     for key, name in PARTS.items():
@@ -121,44 +121,42 @@ def _data_set(figures: Figures) -> list[str]:
 
 
 def data_set(figures: Figures, rows: int, epochs: float, steps: int) -> Figures:
-    """Steps and hours for a data set of `rows` conversations; `steps` (0: epochs decide) as train.steps."""
+    """Return steps and hours for a data set of `rows` conversations; `steps` as train.steps (0: epochs decide)."""
     steps = steps or steps_for(rows, figures["batch_size"], epochs)
     seconds = figures["step_seconds"]
     return {"data_rows": rows, "steps": steps, "hours": None if seconds is None else steps * seconds / 3600}
 
 
 def advice(figures: Figures) -> list[str]:
-    """What makes a plan smaller, the cheapest first, each with its flag and, where it is arithmetic, what it saves."""
+    """Return what makes a plan smaller, cheapest first, each with its flag and, where known, what it saves."""
     mesh, slices, dtypes = figures["mesh"], figures["slices"], figures["dtypes"]
-    held = figures["trainable"] / (mesh["fsdp"] * mesh["tensor"])
+    trainable = figures["trainable"] / (mesh["fsdp"] * mesh["tensor"])
     micro = figures["rows"] // (mesh["data"] * mesh["fsdp"] * figures["accumulate"])
     lines = []
-    kept = figures["remat"].split("+")
-    without = "+".join(name for name in kept if name not in WEIGHT_NAMES) or "full"
+    without = "+".join(name for name in figures["remat"].split("+") if name not in WEIGHT_NAMES) or "full"
     if without != figures["remat"]:
         lines.append(f"--config.train.remat={without} gathers weights again for the backward pass")
     if without != "full":
-        # What is not in the list keeps some names, and "full" keeps none.
+        # A remat of single names is not in the list, and "full" keeps less than any of them.
         after = REMATS[REMATS.index(without) + 1] if without in REMATS else "full"
         lines.append(f"--config.train.remat={after} keeps less for the backward pass and computes it again")
     if micro > 1:
         flag = f"--config.train.accumulate={figures['accumulate'] * micro}"
-        sums = f" (and {gib(4 * held)} for sums of gradients)" if figures["accumulate"] == 1 else ""
+        sums = f" (and {gib(4 * trainable)} for sums of gradients)" if figures["accumulate"] == 1 else ""
         lines.append(f"{flag}: 1 row a chip at a time, not {micro}{sums}")
     if figures["accumulate"] > 1:
-        flags = (
-            f"--config.train.accumulate=1 --config.train.batch_size={figures['batch_size'] // figures['accumulate']}"
-        )
-        lines.append(f"{flags}: a smaller batch needs no sums of gradients, -{gib(4 * held)}")
+        size = figures["batch_size"] // figures["accumulate"]
+        flags = f"--config.train.accumulate=1 --config.train.batch_size={size}"
+        lines.append(f"{flags}: a smaller batch needs no sums of gradients, -{gib(4 * trainable)}")
     if mesh["data"] > slices:
-        whole = figures["state_bytes"] + figures["frozen_bytes"]
-        saved = whole * (1 - mesh["fsdp"] / (figures["chips"] // slices // mesh["tensor"]))
+        stored = figures["state_bytes"] + figures["frozen_bytes"]
+        saved = stored * (1 - mesh["fsdp"] / (figures["chips"] // slices // mesh["tensor"]))
         flags = f"--config.mesh.data={slices} --config.mesh.fsdp=-1"
         lines.append(f"{flags}: weights spread over all chips of a slice, up to -{gib(saved)}")
     savings = (
-        ("moment_dtype", 4 * held, "of Adam's moments"),
-        ("param_dtype", 2 * held, "of what learns"),
-        ("frozen_dtype", figures["frozen_bytes"] / 2, "of what does not learn"),
+        ("moment_dtype", 4 * trainable, "of Adam's moments"),
+        ("param_dtype", 2 * trainable, "of trained weights"),
+        ("frozen_dtype", figures["frozen_bytes"] / 2, "of frozen weights"),
     )
     for key, saved, what in savings:
         if dtypes[key] == "float32" and saved > GIB / 100:
@@ -178,9 +176,8 @@ def sweep_head() -> str:
 
 
 def sweep_line(figures: Figures) -> str:
-    """One plan as a line of the sweep's table."""
-    mesh, shards = figures["mesh"], figures["mesh"]["data"] * figures["mesh"]["fsdp"]
-    micro = figures["rows"] / shards
+    """Return one plan as a line of the sweep's table."""
+    mesh = figures["mesh"]
     time = ["-"] * 3
     if figures["step_seconds"] is not None:
         time = [f"{1000 * figures['step_seconds']:,.0f}", f"{100 * figures['mfu']:.1f}"]
@@ -189,7 +186,7 @@ def sweep_line(figures: Figures) -> str:
     fits = {True: "", False: "does not fit", None: ""}[figures["fits"]]
     cells = (
         "x".join(str(mesh[axis]) for axis in SIZES),
-        f"{micro:g}",
+        f"{figures['rows'] / (mesh['data'] * mesh['fsdp']):g}",
         figures["remat"],
         peak,
         *time,
@@ -204,13 +201,13 @@ def _row(cells: tuple[str, ...]) -> str:
 
 
 def best(plans: list[Figures]) -> Figures | None:
-    """The plan that fits with the most tokens a second and chip; None when none fits or none has a time."""
+    """Return the plan that fits with the most tokens a second and chip; None when none fits or none has a time."""
     fitting = [plan for plan in plans if plan["fits"] and plan["step_seconds"] is not None]
     return max(fitting, key=lambda plan: plan["tokens_per_second_per_chip"], default=None)
 
 
 def sweep_end(plans: list[Figures], chosen: Figures | None) -> str:
-    """What the sweep found, with the flags that choose it."""
+    """Return what the sweep found, with the flags that choose it."""
     if chosen is None:
         timed = any(plan["step_seconds"] is not None for plan in plans)
         return "none fits" if timed or any(plan["fits"] is False for plan in plans) else "no time is known here"

@@ -1,4 +1,4 @@
-"""`compile --sweep`: batch by remat by mesh for one target, each compiled in turn."""
+"""Compile a grid of batch, remat and mesh for one target, one plan after the other (`compile --sweep`)."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ DEFAULT_REMATS = ("full", "minimal")
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What is tried: rows a chip, keys of train.remat, and meshes (data, fsdp, tensor)."""
+    """What is tried: rows a chip, values of train.remat, and meshes (data, fsdp, tensor)."""
 
     rows: tuple[int, ...]
     remats: tuple[str, ...]
@@ -26,30 +26,31 @@ class Grid:
 
 
 def parse_grid(rows: str | None, remats: str | None, meshes: str | None, settings: Settings, target: Target) -> Grid:
-    """The grid of `--sweep_rows=2,4`, `--sweep_remat=full,minimal`, `--sweep_mesh=1x64x1,2x32x1`; each has a default.
+    """Return the grid of `--sweep_rows=2,4`, `--sweep_remat=full,minimal`, `--sweep_mesh=1x64x1,2x32x1`.
 
-    By default the weights are split over all chips of a slice, over half of them, and as the config says.
+    Each has a default; that of the meshes: weights over all chips of a slice, over half of them, and as the config
+    says. Raises InputError for a value that cannot be compiled on the target.
     """
     chips, slices = len(target.devices), target.slices
-    given = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else DEFAULT_ROWS
-    kinds = tuple(remats.split(",")) if remats else DEFAULT_REMATS
-    for kind in kinds:
-        train = dataclasses.replace(settings.train, remat=kind)
+    counts = tuple(_number("--sweep_rows", word) for word in rows.split(",")) if rows else DEFAULT_ROWS
+    policies = tuple(remats.split(",")) if remats else DEFAULT_REMATS
+    for policy in policies:
+        train = dataclasses.replace(settings.train, remat=policy)
         settings_from_dict(dataclasses.asdict(dataclasses.replace(settings, train=train)))
     inner = settings.mesh.fsdp_inner
     if meshes:
         shapes = [_mesh(word, chips, slices, inner) for word in meshes.split(",")]
     else:
-        whole = _whole(settings.mesh, chips)
+        configured = _config_mesh(settings.mesh, chips)
         shapes = [(slices, chips // slices, 1)]
-        if whole[0] % slices == 0:
-            shapes.append(whole)
+        if configured[0] % slices == 0:
+            shapes.append(configured)
         if chips // slices % 2 == 0:
             shapes.append((2 * slices, chips // slices // 2, 1))
         shapes = [shape for shape in shapes if shape[1] % inner == 0]
         if not shapes:
             raise InputError(f"mesh.fsdp_inner={inner}: divides no mesh of {chips} chips; give a divisor of fsdp")
-    return Grid(given, kinds, tuple(dict.fromkeys(shapes)))
+    return Grid(counts, policies, tuple(dict.fromkeys(shapes)))
 
 
 def _number(flag: str, word: str) -> int:
@@ -69,8 +70,8 @@ def _mesh(word: str, chips: int, slices: int, inner: int) -> tuple[int, int, int
     return sizes
 
 
-def _whole(mesh: MeshSettings, chips: int) -> tuple[int, int, int]:
-    """The config's mesh with its -1 filled in, as far as it divides the chips."""
+def _config_mesh(mesh: MeshSettings, chips: int) -> tuple[int, int, int]:
+    """Return the config's mesh with its -1 filled in, as far as it divides the chips."""
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     if -1 in sizes:
         known = -sizes[0] * sizes[1] * sizes[2]
@@ -79,7 +80,7 @@ def _whole(mesh: MeshSettings, chips: int) -> tuple[int, int, int]:
 
 
 def plans(settings: Settings, target: Target, grid: Grid, tokens_per_row: float | None) -> Iterator[dict[str, Any]]:
-    """The figures of every point, as they come; `skipped` says why one was not compiled.
+    """Yield the figures of every point as they come; `skipped` says why one was not compiled.
 
     Where a batch does not fit, larger ones of the same remat and mesh are not compiled.
     """
@@ -105,7 +106,7 @@ def _point(
 ) -> Settings:
     size, data = rows * mesh[0] * mesh[1], settings.data
     if data.pack and tokens_per_row:
-        # Of a given length: else batch_shape would choose another, and fewer rows than this point is about.
+        # A fixed length: else batch_shape would choose another, and fewer rows than this point is about.
         data = dataclasses.replace(data, pack_length=data.pack_length or data.max_length)
         size = int(size * data.pack_length * FILLED / tokens_per_row)
     train = dataclasses.replace(settings.train, batch_size=size, accumulate=1, remat=remat)

@@ -30,7 +30,10 @@ class Target:
 
 
 def named_target(name: str, slices: int = 1) -> Target:
-    """A TPU topology such as v5e:8x8 or v5p:4x4x4, several slices of it joined by the data-centre network."""
+    """Return a TPU topology such as v5e:8x8 or v5p:4x4x4, `slices` of it joined by the data-centre network.
+
+    Raises InputError for a topology that is not known, and without libtpu.
+    """
     kind, _, text = name.partition(":")
     if kind not in TPUS:
         raise InputError(f"--topology={name}: unknown chip{nearest(kind, tuple(TPUS))}; write v5e:8x8 or v5p:4x4x4")
@@ -45,13 +48,13 @@ def named_target(name: str, slices: int = 1) -> Target:
             platform="tpu",
             topology_name=f"{libtpu_name}:{text}",
             chip_config_name=config,
-            chips_per_host_bounds=tuple(min(size, most) for size, most in zip((*sizes, 1)[:3], (2, 2, 1), strict=True)),
+            chips_per_host_bounds=tuple(map(min, (*sizes, 1)[:3], (2, 2, 1))),
             num_slices=slices,
             wrap=rings_of(kind, sizes),
         ).devices
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise InputError(f"--topology={name}: libtpu knows no such topology ({said}); choose another") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--topology={name}: libtpu knows no such topology ({reason}); choose another") from error
     except RuntimeError as error:
         raise InputError(f'--topology={name} needs libtpu: pip install -e ".[tpu]" ({error})') from error
     chip = CHIPS[kind]
@@ -59,7 +62,7 @@ def named_target(name: str, slices: int = 1) -> Target:
 
 
 def local_target() -> Target:
-    """The devices of this machine; their memory as the runtime gives it, else as the chip's."""
+    """Return the devices of this machine; their memory as the runtime gives it, else as the chip's."""
     devices = jax.devices()
     chip = chip_of(devices[0].device_kind)
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None

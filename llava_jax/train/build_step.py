@@ -1,4 +1,4 @@
-"""The step of a stage, ready to be compiled: what `train` runs and `compile` measures is made here."""
+"""Build the step of a stage, ready to be compiled: the same for `train`, which runs it, and `compile`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,17 +26,17 @@ class Run(NamedTuple):
 
     mesh: Mesh
     config: ModelConfig
-    step: Callable
+    step: Callable[..., Any]
     tx: optax.GradientTransformation
     state: TrainState
     frozen: Any
 
 
 def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, length: int) -> Run:
-    """The jitted step of the stage for rows of `length` tokens, and the shapes and shardings of what it takes.
+    """Build the jitted step of the stage for rows of `length` tokens, with the shapes and shardings of what it takes.
 
-    No weight is read. InputError when the attention asked for cannot run on the mesh's devices, or a parameter does not
-    divide over them.
+    Reads no weights. Raises InputError when the attention asked for cannot run on the mesh's devices, or a parameter
+    does not divide over them.
     """
     config = split_rank(adapted(settings, choose_attention(settings, config, mesh, length)), mesh)
     graphdef, abstract = build(config)
@@ -70,7 +70,7 @@ def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, len
 
 
 def choose_attention(settings: Settings, config: ModelConfig, mesh: Mesh, length: int) -> ModelConfig:
-    """The config with the decoder's attention decided for the devices of the mesh and rows of `length` tokens."""
+    """Return the config with the decoder's attention chosen for the mesh's devices and rows of `length` tokens."""
     device = mesh.devices.flat[0]
     chosen = attention.choose(
         settings.train.attention,
@@ -87,7 +87,7 @@ def choose_attention(settings: Settings, config: ModelConfig, mesh: Mesh, length
 
 
 def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """The config with adapters split over the fsdp devices wherever their rank divides."""
+    """Return the config with adapters split over the fsdp devices wherever their rank divides."""
     if config.lora is None or config.lora.rank % mesh_sizes(mesh)["fsdp"]:
         return config
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, split_rank=True))

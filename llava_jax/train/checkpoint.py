@@ -1,11 +1,11 @@
 """Checkpoints of a run: trainable parameters, optimizer, step and data position in one atomic, asynchronous save.
 
-Layout: WORKDIR/checkpoints/STEP/{state,data,meta}, STEP being the number of updates done. Frozen weights are not
-saved; meta says where they came from. A checkpoint that cannot be read is moved to WORKDIR/damaged/ and the one before
-it is taken.
+Layout: WORKDIR/checkpoints/STEP/{state,data,meta}, STEP being the number of updates done. Frozen weights are not saved;
+meta says where they came from. A checkpoint that cannot be read is moved to WORKDIR/damaged/ and the one before it is
+taken.
 
-Of several processes each writes the arrays on its own devices, the first one all the rest. Nothing says how many there
-were: any number on any mesh resumes from there.
+Among several processes each writes the arrays on its own devices, the first one all the rest. The number of processes
+is not recorded: a run resumes with any number of them on any mesh.
 """
 
 import os
@@ -27,7 +27,7 @@ State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the 
 
 @contextmanager
 def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """The run's CheckpointManager; on every way out the save in flight is finished before it is closed."""
+    """Yield the run's CheckpointManager; on every way out the save in flight is finished before it is closed."""
     manager = ocp.CheckpointManager(
         os.path.abspath(os.path.join(workdir, "checkpoints")),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -46,7 +46,7 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
 
 
 def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterator, meta: dict) -> None:
-    """Starts the save of `state` after `state.step` updates; nothing is done when that step is already there."""
+    """Start saving `state` after `state.step` updates; does nothing when that step is already there."""
     step = int(state.step)
     if step in manager.all_steps():
         return
@@ -62,10 +62,10 @@ def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterat
 def restore(
     workdir: str, manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterator
 ) -> tuple[State, dict] | None:
-    """(state, meta) of the newest readable checkpoint, with `data` put at its position; None when there is none.
+    """Return (state, meta) of the newest readable checkpoint and move `data` to its position; None without checkpoint.
 
-    `state` is a tree of ShapeDtypeStructs with shardings. Another tree, shape or dtype in the checkpoint is an
-    InputError that names the first differences; an unreadable checkpoint is reported, moved away and stepped over.
+    `state` is a tree of ShapeDtypeStructs with shardings. An unreadable checkpoint is reported, moved away and skipped.
+    Raises an InputError naming the first differences when the checkpoint has another tree, shape or dtype.
     """
     damaged: dict[int, str] = {}
     steps = sorted(manager.all_steps(), reverse=True)
@@ -74,13 +74,16 @@ def restore(
         folder = os.path.join(workdir, "checkpoints", str(step))
         try:
             _check_like(folder, _saved_leaves(manager, step), state)
-            json_read = ocp.args.JsonRestore()
-            read = ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), data=json_read, meta=json_read)
-            restored = manager.restore(step, args=read)
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(state._asdict()),
+                data=ocp.args.JsonRestore(),
+                meta=ocp.args.JsonRestore(),
+            )
+            restored = manager.restore(step, args=args)
         except UNREADABLE as error:
             damaged[step] = first_line(error)
             if jax.process_count() > 1:
-                # The others may be able to read it, and would then resume from another step than this process.
+                # The others may be able to read it and would then resume from a different step.
                 raise InputError(
                     f"{folder} cannot be read by process {jax.process_index()} ({damaged[step]}): restore it from a "
                     "copy, or move it away to resume from the one before"
@@ -101,7 +104,7 @@ def restore(
 
 
 def _saved_leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, tuple]:
-    """Path -> (shape, dtype) of what the checkpoint says it holds."""
+    """Return path -> (shape, dtype) of what the checkpoint says it holds."""
     saved = manager.item_metadata(step)["state"]
     if saved is None:
         raise ValueError("its state has no readable metadata")
@@ -118,15 +121,14 @@ def _leaves(tree: Any) -> dict[str, tuple]:
 
 def _check_like(folder: str, saved: dict[str, tuple], state: State) -> None:
     wanted = _leaves(state._asdict())
-    # Optimizer slots are compared as a whole by orbax; the parameters' names, shapes and dtypes are named here.
     paths = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
     if paths:
-        shown = "; ".join(f"{p}: {saved.get(p, 'absent')} there, {wanted.get(p, 'absent')} expected" for p in paths[:5])
-        raise InputError(f"{folder} does not fit this model ({shown}): expected the model it was saved from")
+        first = "; ".join(f"{p}: {saved.get(p, 'absent')} there, {wanted.get(p, 'absent')} expected" for p in paths[:5])
+        raise InputError(f"{folder} does not fit this model ({first}): expected the model it was saved from")
 
 
 def _set_aside(workdir: str, step: int) -> None:
-    """Moves an unreadable checkpoint out of the way: orbax saves no step at or below the newest it sees."""
+    """Move an unreadable checkpoint away: orbax saves no step at or below the newest it sees."""
     source = os.path.join(workdir, "checkpoints", str(step))
     folder = os.path.join(workdir, "damaged")
     os.makedirs(folder, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The step as a program: compiled once, with the options asked for, or taken from the folder of compiled programs."""
+"""Compile the step once, with the options asked for, and keep compiled programs for the next start."""
 
 import os
 import time
@@ -16,11 +16,11 @@ COMPILED_FOLDER = os.path.join("~", ".cache", "llava_jax", "compiled")
 
 
 def keep_compiled() -> str:
-    """Where compiled programs are kept for the next start ('' where they are not); call it before the first one.
+    """Turn on the cache of compiled programs and return its folder ('' for none); call it before the first program.
 
     JAX_COMPILATION_CACHE_DIR names the folder. Without it a GPU or TPU has one under the home folder and a CPU none:
-    its programs compile in seconds, and may not run on a machine with another processor. Several CPU devices never do:
-    of programs that are read back (jax 0.10.2) they run the collectives in different orders, and abort.
+    its programs compile in seconds, and may not run on another processor. Several CPU devices never use it: with
+    programs that are read back (jax 0.10.2) they run the collectives in different orders, and abort.
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -31,7 +31,7 @@ def keep_compiled() -> str:
 
 
 def compiler_options(spec: str, device_kind: str) -> dict[str, str | bool]:
-    """XLA options of `train.compiler_options`, as jax takes them, for the devices of that kind."""
+    """Return the XLA options of `train.compiler_options`, as jax takes them, for devices of that kind."""
     if spec in ("none", ""):
         return {}
     if spec == "tuned":
@@ -46,23 +46,23 @@ def compiler_options(spec: str, device_kind: str) -> dict[str, str | bool]:
 
 
 def compile_lowered(lowered: jax.stages.Lowered, spec: str, device_kind: str) -> jax.stages.Compiled:
-    """The program, compiled with the options of `train.compiler_options`; InputError for one the compiler refuses."""
+    """Compile with the options of `train.compiler_options`; raise InputError for one that the compiler refuses."""
     options = compiler_options(spec, device_kind)
     try:
         return lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         kind, _, rest = str(error).partition(":")
         if options and kind in ("INVALID_ARGUMENT", "FAILED_PRECONDITION"):
-            said = rest.splitlines()[0].strip().rstrip(":")
+            reason = rest.splitlines()[0].strip().rstrip(":")
             raise InputError(
-                f"train.compiler_options={spec}: the compiler for {device_kind} says {said!r}; correct the option or "
+                f"train.compiler_options={spec}: the compiler for {device_kind} says {reason!r}; correct the option or "
                 "leave it out"
             ) from error
         raise
 
 
 def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tuple[Callable, float, str]:
-    """(the step, seconds it took to compile, a line about them and about its memory)."""
+    """Return (the compiled step, the seconds it took, a line about them and about its memory)."""
     start = time.monotonic()
     try:
         step = compile_lowered(run.step.lower(state, frozen, batch), spec, run.mesh.devices.flat[0].device_kind)

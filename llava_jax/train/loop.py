@@ -1,4 +1,4 @@
-"""One training stage from start to end: mesh, data, model, restore or start, updates, saves."""
+"""Run one training stage from start to end: mesh, data, model, restore or start, updates, saves."""
 
 import json
 import os
@@ -43,11 +43,11 @@ STOPPED_EXIT_CODE = 42
 
 
 def train(settings: Settings, workdir: str) -> None:
-    """Trains one stage in `workdir`; continues by itself where a checkpoint of the same config lies there.
+    """Train one stage in `workdir`; resumes by itself where a checkpoint of the same config is there.
 
-    Several processes that `hosts.connected` has joined train together, each calling this with the same arguments.
-    InputError for anything given that cannot be used, for a batch without targets, and for a loss or gradient that is
-    not finite; SystemExit(42) after SIGTERM, once the state is saved.
+    Several processes that `distributed.connected` has joined train together, each calling this with the same arguments.
+    Raises InputError for input that cannot be used, a batch without targets, and a loss or gradient that is not finite;
+    SystemExit(42) after SIGTERM, once the state is saved.
     """
     settings = absolute_paths(settings)
     find_template(settings.data.template)
@@ -60,13 +60,13 @@ def train(settings: Settings, workdir: str) -> None:
 
 
 def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
-    """`train` in a workdir that is ours alone: (updates done, updates asked for)."""
+    """Train in a workdir that is locked for this run; return (updates done, updates asked for)."""
     mesh = make_mesh(settings.mesh)
     check_batch_size(settings.train.batch_size, batch_ranks(mesh) * settings.train.accumulate, settings.data.pack)
     compiler_options(settings.train.compiler_options, mesh.devices.flat[0].device_kind)
     spec = model_spec(settings)
     if settings.init.projector:
-        read_projector(settings.init.projector, spec.config)  # known to fit before the rows are read
+        read_projector(settings.init.projector, spec.config)  # fails here, not after the rows are read
     tokenizer = load_tokenizer(spec.tokenizer)
     check_vocabulary(tokenizer, spec.config, spec.tokenizer)
     check_end(tokenizer, find_template(settings.data.template))
@@ -80,7 +80,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, settings.train.keep) as manager,
         closing(open_data(settings, spec.config, tokenizer, records, batches, mesh)) as data,
-        stop_signal() as stopping,
+        stop_signal() as should_stop,
     ):
         say(opening(settings, spec, run, len(records), batches))
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
@@ -88,7 +88,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)
         with open_metrics(workdir, todo, settings) as writer, tracing(workdir, todo, settings.train.profile) as tracer:
-            state = update(
+            state = run_updates(
                 run,
                 state,
                 frozen,
@@ -100,13 +100,13 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 report=partial(report, writer=writer, records=records),
                 save=partial(checkpoint.save, manager, data=data, meta=meta),
                 tracer=tracer,
-                stopping=stopping,
+                should_stop=should_stop,
             )
         return int(state.step), steps
 
 
 def open_metrics(workdir: str, steps: range, settings: Settings) -> Any:
-    """The run's MetricsWriter; in all processes but the first, None."""
+    """Open the run's MetricsWriter; in all processes but the first, None."""
     if not is_first():
         return nullcontext()
     return metrics.open_metrics(workdir, steps.start, steps.stop, settings.train.log_every)
@@ -115,7 +115,7 @@ def open_metrics(workdir: str, steps: range, settings: Settings) -> Any:
 # ---- the updates ------------------------------------------------------------------------------------------------
 
 
-def update(
+def run_updates(
     run: Run,
     state: TrainState,
     frozen: Any,
@@ -128,14 +128,14 @@ def update(
     report: Callable[..., None],
     save: Callable[[TrainState], None],
     tracer: Tracer,
-    stopping: Callable[[int], bool],
+    should_stop: Callable[[int], bool],
 ) -> TrainState:
-    """Runs the updates `steps`, saving every `save_every` and at the end, or at once when `stopping` says so.
+    """Run the updates `steps`; save every `save_every`, at the end, and when `should_stop` says so.
 
-    The device never waits for the host: while an update runs, the metrics of the one before are read, and the next
-    batch is fetched and copied. Before a save the last metrics are read too: what follows an update that failed is
-    never saved. A row that cannot be read ends the run with what was done until then saved, where one process trains;
-    of several, the others are in the next update already.
+    The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
+    batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
+    is saved. When a row cannot be read, a single process saves the updates done and raises; several processes only
+    raise, because the others have started the next update already.
     """
     pending = None
     for n in steps:
@@ -158,7 +158,7 @@ def update(
             report(*pending)
         pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited)
         tracer.after(n, state)
-        stopped = stopping(n + 1)
+        stopped = should_stop(n + 1)
         if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
             report(*pending)
             pending = None
@@ -177,7 +177,7 @@ def start(
     frozen: Any,
     arrays: Batch,
 ) -> Callable:
-    """The compiled step; says what it takes, and the clock of the metrics starts."""
+    """Compile the step, print what it takes, and start the clock of the metrics; return the compiled step."""
     step, seconds, line = compile_step(run, state, frozen, arrays, settings.train.compiler_options)
     say(line)
     if writer is not None:
@@ -195,14 +195,13 @@ def report(
     writer: metrics.MetricsWriter | None,
     records: Sequence[Record],
 ) -> None:
-    """Writes the metrics of update `n`; InputError when it had no targets or was not finite (it was not applied).
+    """Write the metrics of update `n`; `rows` are those that this process read.
 
-    `rows` are those that this process read.
+    Raises InputError when the update had no targets or was not finite; a non-finite one was not applied.
     """
     values = jax.device_get(values)
 
-    def where() -> str:
-        # Rows are read from disk for their ids: only where something is wrong.
+    def where() -> str:  # only on error: the ids are read from disk
         return f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0].tolist())}"
 
     if values["targets"] == 0:

@@ -1,4 +1,4 @@
-"""Next-token loss over the supervised tokens, from hidden states: the logits of a row never stand in memory whole."""
+"""Next-token loss over the supervised tokens, from hidden states, without ever holding all logits of a batch."""
 
 import functools
 from typing import NamedTuple
@@ -8,15 +8,14 @@ import jax.numpy as jnp
 
 from llava_jax.parallel.sharding import MESH_AXES, RULES, scatter_sum, spec_of
 
-# Logits a device holds at a time, in float32: 256 MiB.
-LOGITS = 2**26
+LOGITS = 2**26  # that a device holds at a time: 256 MiB in float32
 
 
 def next_token(tokens_BT: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(labels_BT int32, counted_BT bool): what each position is to predict, and whether that is supervised.
+    """Return (labels_BT int32, counted_BT bool): what each position is to predict, and whether that is supervised.
 
-    Position t predicts token t+1 (the causal shift of the Hugging Face loss). The first token of a segment is predicted
-    by nobody: the position before it belongs to a neighbour, or to nothing.
+    Position t predicts token t+1 (the causal shift of the Hugging Face loss). Nothing predicts the first token of a
+    segment: the position before it belongs to another segment, or there is none.
     """
     follows = segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]
     counted_BT = jnp.pad(targets_BT[:, 1:] & follows, ((0, 0), (0, 1)))
@@ -29,17 +28,17 @@ def next_token(tokens_BT: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.
 def weighted_nll(
     hidden_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array, weights_BT: jax.Array, head_learns: bool
 ) -> jax.Array:
-    """float32 sum over all positions of weight times negative log-likelihood of the label.
+    """Return the float32 sum over all positions of weight times negative log-likelihood of the label.
 
-    Differentiable in `hidden_BTD`, and in `head_DV` (whole along D) where `head_learns`. Each device takes its own
-    rows: positions with a weight first, a chunk of them at a time; chunks without any are not computed. The
-    gradient is made next to the loss, so that logits are made once.
+    Differentiable in `hidden_BTD`, and in `head_DV` (gathered along D) where `head_learns`. Each device takes its own
+    rows, the positions with a weight first, a chunk of them at a time, and skips chunks without any. The gradient is
+    computed together with the loss, so that the logits are computed once.
     """
     return _sharded(hidden_BTD, head_DV, labels_BT, weights_BT, head_learns).loss
 
 
 class _Parts(NamedTuple):
-    """The loss and its gradients; `head_DV` is split over D as the parameter is, or None."""
+    """The loss and its gradients; `head_DV` is sharded over D as the parameter is, or None."""
 
     loss: jax.Array
     hidden_BTD: jax.Array
@@ -86,7 +85,7 @@ def _local(
     head_learns: bool,
     on_mesh: bool,
 ) -> _Parts:
-    """`_sharded` on one device: its rows, and its part of the vocabulary."""
+    """Compute `_sharded` on one device: its rows, and its shard of the vocabulary."""
     B, T, D = hidden_BTD.shape
     chunk = chunk_length(B * T, head_DV.shape[1])
     labels, weights = labels_BT.reshape(-1), weights_BT.reshape(-1)
@@ -95,20 +94,20 @@ def _local(
     hidden = jnp.pad(hidden_BTD.reshape(-1, D)[order], ((0, pad), (0, 0)))
     labels, weights = (jnp.pad(x[order], (0, pad)) for x in (labels, weights))
 
-    # The same for all devices: what they do must not diverge around the sums over the vocabulary.
+    # The same for all devices: their control flow must not diverge around the sums over the vocabulary.
     used = -(-jnp.count_nonzero(weights) // chunk)
     if on_mesh:
         used = jax.lax.pmax(used, MESH_AXES)
 
-    def add(sums: tuple, stretch: tuple) -> tuple[tuple, jax.Array]:
-        number, *arrays = stretch
-        idle = lambda sums, hidden, *_: (sums, jnp.zeros_like(hidden))  # noqa: E731
-        return jax.lax.cond(number < used, functools.partial(_stretch, head_DV, on_mesh), idle, sums, *arrays)
+    def add(sums: tuple, numbered_chunk: tuple) -> tuple[tuple, jax.Array]:
+        number, *arrays = numbered_chunk
+        skip = lambda sums, hidden, *_: (sums, jnp.zeros_like(hidden))  # noqa: E731
+        return jax.lax.cond(number < used, functools.partial(_add_chunk, head_DV, on_mesh), skip, sums, *arrays)
 
     head_sum = jnp.zeros(head_DV.shape, jnp.float32) if head_learns else None
-    stretches = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, labels, weights))
-    numbers = jnp.arange(stretches[0].shape[0])
-    (loss, head_sum), hidden = jax.lax.scan(add, (jnp.float32(0), head_sum), (numbers, *stretches))
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (hidden, labels, weights))
+    numbers = jnp.arange(chunks[0].shape[0])
+    (loss, head_sum), hidden = jax.lax.scan(add, (jnp.float32(0), head_sum), (numbers, *chunks))
     hidden = hidden.reshape(-1, D)[jnp.argsort(order)].reshape(B, T, D)
     head = None if head_sum is None else head_sum.astype(head_DV.dtype)
     if on_mesh:
@@ -119,39 +118,39 @@ def _local(
     return _Parts(loss, hidden, head)
 
 
-def _stretch(
+def _add_chunk(
     head_DV: jax.Array, on_mesh: bool, sums: tuple, hidden_CD: jax.Array, labels_C: jax.Array, weights_C: jax.Array
 ) -> tuple[tuple, jax.Array]:
-    """`sums` (loss, gradient of the head) with these positions added, and the gradient of their hidden states."""
+    """Return `sums` (loss, gradient of the head) with these positions added, and their hidden states' gradient."""
     loss, head_sum = sums
     logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32)
-    most_C = logits_CV.max(-1)
+    max_C = logits_CV.max(-1)
     first = 0
     if on_mesh:
-        most_C = jax.lax.pmax(most_C, "tensor")
+        max_C = jax.lax.pmax(max_C, "tensor")
         first = jax.lax.axis_index("tensor") * logits_CV.shape[1]
     is_label_CV = jnp.arange(logits_CV.shape[1]) == (labels_C - first)[:, None]
-    shifted_CV = logits_CV - most_C[:, None]
+    shifted_CV = logits_CV - max_C[:, None]
     total_C, chosen_C = jnp.exp(shifted_CV).sum(-1), jnp.where(is_label_CV, shifted_CV, 0).sum(-1)
     if on_mesh:
         total_C, chosen_C = jax.lax.psum((total_C, chosen_C), "tensor")
     loss += jnp.sum(weights_C * (jnp.log(total_C) - chosen_C))
-    slope_CV = weights_C[:, None] * (jnp.exp(shifted_CV) / total_C[:, None] - is_label_CV)
-    slope_CV = slope_CV.astype(hidden_CD.dtype)
+    gradient_CV = weights_C[:, None] * (jnp.exp(shifted_CV) / total_C[:, None] - is_label_CV)
+    gradient_CV = gradient_CV.astype(hidden_CD.dtype)
     if head_sum is not None:
-        head_sum += jnp.einsum("CD,CV->DV", hidden_CD, slope_CV, preferred_element_type=jnp.float32)
-    return (loss, head_sum), jnp.einsum("CV,DV->CD", slope_CV, head_DV)
+        head_sum += jnp.einsum("CD,CV->DV", hidden_CD, gradient_CV, preferred_element_type=jnp.float32)
+    return (loss, head_sum), jnp.einsum("CV,DV->CD", gradient_CV, head_DV)
 
 
 def chunk_length(positions: int, vocab: int) -> int:
-    """Positions whose logits a device makes at a time: a quarter of its `positions`, as far as LOGITS allows."""
+    """Return how many positions a chunk has: a quarter of a device's `positions`, as far as LOGITS allows."""
     return max(256, min(positions // 4, LOGITS // vocab) // 256 * 256)
 
 
 def masked_nll_rows(logits_BTV: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The definition, on whole logits: each row's summed nll (float32[B]) and number of targets (int32[B]).
+    """Return each row's summed nll (float32[B]) and number of targets (int32[B]) by the definition, from all logits.
 
-    For rows of one conversation; a target outside the vocabulary cannot occur: image slots and padding never are.
+    For rows of one conversation; a target never lies outside the vocabulary: image slots and padding are no targets.
     """
     labels = jnp.where(targets_BT[:, 1:], tokens_BT[:, 1:], 0)
     logits = logits_BTV[:, :-1].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, one status line on the screen."""
+"""Report a run: metrics.jsonl, TensorBoard events, one status line on the screen."""
 
 import json
 import os
@@ -12,20 +12,19 @@ from tensorboardX import SummaryWriter
 
 from llava_jax.types import InputError
 
-# Seconds between status lines where the screen is a file: a log of 5,000 steps stays readable.
-QUIET_SECONDS = 10.0
+QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
 def truncate_metrics(path: str, step: int) -> None:
-    """Keeps the lines of metrics.jsonl before update `step`: what was logged after the checkpoint comes again.
+    """Keep the lines of metrics.jsonl before update `step`: later ones will be written again.
 
-    A last line torn by a kill is dropped. A broken line anywhere else is an InputError that names it.
+    A last line torn by a kill is dropped. Raises an InputError naming any other broken line.
     """
     if not os.path.exists(path):
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().splitlines(keepends=True)
-    kept = []
+    earlier = []
     for number, line in enumerate(lines, 1):
         try:
             logged = json.loads(line)["step"]
@@ -34,19 +33,19 @@ def truncate_metrics(path: str, step: int) -> None:
                 break
             raise InputError(f"{path} line {number}: not an object with a step, restore or remove the file") from error
         if logged < step and line.endswith("\n"):
-            kept.append(line)
+            earlier.append(line)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(earlier)
     os.replace(temporary, path)
 
 
 class MetricsWriter:
-    """Writes one object a logged step, with the time since the last logged one shared out over the steps between.
+    """Writes one object a logged step; the time since the last logged one is shared equally by the steps between.
 
-    `mfu` is the time that the chips' peak would take for the update's model FLOPs over the time it took (null where
-    the peak is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start:
-    it stands in the first line after a start, the others have null.
+    `mfu` is the time that the update's model FLOPs take at the chips' peak over the time it took (null where the peak
+    is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
+    line after a start and null in the others.
     """
 
     def __init__(self, workdir: str, first_step: int, steps: int, log_every: int, screen: TextIO):
@@ -55,21 +54,25 @@ class MetricsWriter:
         self._file = open(path, "a", encoding="utf-8")
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step)
         self._steps, self._log_every, self._screen = steps, log_every, screen
-        self._shown = -QUIET_SECONDS
+        self._last_line = -QUIET_SECONDS
         self._start = self._last = time.monotonic()
         self._first, self._pending_steps, self._pending_tokens, self._pending_wait = first_step, 0, 0, 0.0
         self._compile_seconds: float | None = None
         self._ideal_seconds: float | None = None
 
     def start_clock(self, compile_seconds: float | None = None, ideal_seconds: float | None = None) -> None:
-        """The next step's time counts from here (after compiling); at its peak a step would take `ideal_seconds`."""
+        """Count the next step's time from here (after compiling); at its peak a step would take `ideal_seconds`."""
         self._start = self._last = time.monotonic()
         self._compile_seconds, self._ideal_seconds = compile_seconds, ideal_seconds
 
     def write(self, step: int, values: dict[str, Any], slots: int, data_wait: float = 0.0) -> None:
-        """Records update `step` (0 is the first).
+        """Record update `step` (0 is the first).
 
-        `values` are host numbers, `slots` the batch's size B * T, `data_wait` the seconds it waited for its batch.
+        Args:
+          step: the update.
+          values: its metrics, as host numbers.
+          slots: the batch's size B * T.
+          data_wait: seconds it waited for its batch.
         """
         self._pending_steps += 1
         self._pending_tokens += int(values["tokens"])
@@ -101,9 +104,9 @@ class MetricsWriter:
     def _show(self, row: dict[str, Any], slots: int, last: bool) -> None:
         now = time.monotonic()
         tty = self._screen.isatty()
-        if not tty and now - self._shown < QUIET_SECONDS and not last:
+        if not tty and now - self._last_line < QUIET_SECONDS and not last:
             return
-        self._shown = now
+        self._last_line = now
         done = row["step"] + 1
         left = (now - self._start) / max(1, done - self._first) * (self._steps - done)
         mfu = "" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%  "
@@ -125,7 +128,7 @@ class MetricsWriter:
 def open_metrics(
     workdir: str, first_step: int, steps: int, log_every: int, screen: TextIO | None = None
 ) -> Iterator[MetricsWriter]:
-    """A MetricsWriter that continues at `first_step` and is closed on every way out."""
+    """Yield a MetricsWriter that continues at `first_step` and is closed on every way out."""
     writer = MetricsWriter(workdir, first_step, steps, log_every, screen or sys.stdout)
     try:
         yield writer
@@ -134,7 +137,7 @@ def open_metrics(
 
 
 def duration(seconds: float) -> str:
-    """'1:02:03' or '2:03'."""
+    """Return '1:02:03' or '2:03'."""
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -16,20 +16,20 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 def leaf_path(path: tuple) -> str:
-    """'llm/layers/attn/q/kernel' from the key path of a nested dict."""
+    """Return 'llm/layers/attn/q/kernel' for the key path of a nested dict."""
     return "/".join(str(key.key) for key in path)
 
 
 def warmup_steps(settings: OptimSettings, steps: int) -> int:
-    """ceil(ratio * steps) in double precision, as transformers' TrainingArguments.get_warmup_steps."""
+    """Return ceil(ratio * steps) in double precision, as transformers' TrainingArguments.get_warmup_steps."""
     return math.ceil(steps * settings.warmup_ratio)
 
 
 def make_schedule(settings: OptimSettings, steps: int) -> Schedule:
-    """Factor on the learning rate (float32 scalar) before update `step`, counted from 0.
+    """Return the factor on the learning rate (float32 scalar) as a function of the update, counted from 0.
 
-    Linear from 0 during the warmup (so update 0 changes nothing when there is one), then constant, linear or
-    cosine to 0 at `steps`: the formulas of transformers' get_{cosine,linear,constant}_schedule_with_warmup.
+    Linear from 0 during the warmup (so update 0 changes nothing when there is one), then constant, linear or cosine to
+    0 at `steps`: the formulas of transformers' get_{cosine,linear,constant}_schedule_with_warmup.
     """
     warmup = warmup_steps(settings, steps)
 
@@ -47,9 +47,9 @@ def make_schedule(settings: OptimSettings, steps: int) -> Schedule:
 
 
 def learning_rates(settings: OptimSettings, params: Any) -> Any:
-    """Peak learning rate of every parameter, in the structure of `params`: the first group that matches, else `lr`.
+    """Return the peak learning rate of every parameter: that of the first group that matches its path, else `lr`.
 
-    A group that matches no parameter is an InputError: it would silently train with another rate than asked for.
+    Raises InputError for a group that matches no parameter: it would silently train with another rate than asked for.
     """
     groups = parse_groups(settings.groups)
     unused = {pattern.pattern for pattern, _ in groups}
@@ -71,12 +71,12 @@ def learning_rates(settings: OptimSettings, params: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything except biases and norm scales, as transformers' Trainer."""
+    """Return True where weight decay applies: everything except biases and norm scales, as transformers' Trainer."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
-    """torch.nn.utils.clip_grad_norm_: gradients times min(1, max_norm / (norm + 1e-6))."""
+    """Return torch.nn.utils.clip_grad_norm_: gradients times min(1, max_norm / (norm + 1e-6))."""
 
     def clip(updates: Any, params: Any = None) -> Any:
         factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
@@ -86,10 +86,10 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype, seed: jax.Array) -> jax.Array:
-    """float32 `x` in `dtype`; bfloat16 takes the value above or below by chance, so that the mean is kept.
+    """Cast float32 `x` to `dtype`; bfloat16 rounds up or down at random, so that the expected value is unchanged.
 
     To the nearest, a change of less than half a unit of bfloat16 (0.2 to 0.4 %) would be lost in each update: the
-    second moment would never decay, and weights would stand still at small rates. Chance is a hash of the place and
+    second moment would never decay, and weights would stand still at small rates. The draw is a hash of the index and
     the `seed` (the update's number): the same in every run, and a few integer operations.
     """
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -105,12 +105,12 @@ def round_to(x: jax.Array, dtype: jnp.dtype, seed: jax.Array) -> jax.Array:
 
 
 def apply_updates(params: Any, updates: Any, seed: jax.Array) -> Any:
-    """The parameters with float32 updates added, each in its own dtype by `round_to`."""
+    """Return the parameters with float32 updates added, each in its own dtype by `round_to`."""
     return jax.tree.map(lambda p, u: round_to(p.astype(jnp.float32) + u, p.dtype, seed), params, updates)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.GradientTransformation:
-    """optax.scale_by_adam with both moments kept in `dtype` by `round_to`; the arithmetic is float32."""
+    """Return optax.scale_by_adam with both moments stored in `dtype` by `round_to`; the arithmetic is float32."""
 
     def init(params: Any) -> optax.ScaleByAdamState:
         moments = [jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) for _ in range(2)]
@@ -122,8 +122,8 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gradien
         count = optax.safe_increment(state.count)
         mu_scale, nu_scale = (1 / (1 - beta ** count.astype(jnp.float32)) for beta in (b1, b2))
         updates = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps), mu, nu)
-        kept = [jax.tree.map(lambda x: round_to(x, dtype, count), tree) for tree in (mu, nu)]
-        return updates, optax.ScaleByAdamState(count, *kept)
+        moments = [jax.tree.map(lambda x: round_to(x, dtype, count), tree) for tree in (mu, nu)]
+        return updates, optax.ScaleByAdamState(count, *moments)
 
     return optax.GradientTransformation(init, update)
 
@@ -131,7 +131,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gradien
 def make_optimizer(
     settings: OptimSettings, steps: int, params: Any, moment_dtype: str = "float32"
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled decay for the trainable `params` (arrays or shapes), over `steps` updates.
+    """Return AdamW with decoupled decay for the trainable `params` (arrays or shapes), over `steps` updates.
 
     p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p), with lr the parameter's own rate times the schedule.
     """
@@ -149,7 +149,7 @@ def make_optimizer(
 
 
 def describe(settings: OptimSettings, trainable: Any, frozen: Any) -> str:
-    """Table of what trains and how: part, state, parameters, dtype, peak lr, decay; a row for each combination."""
+    """Return a table of what trains and how: part, state, parameters, dtype, peak lr, decay; a row a combination."""
     rates, decayed = learning_rates(settings, trainable), decay_mask(trainable)
     rows: dict[tuple, int] = {}
 

@@ -1,4 +1,4 @@
-"""`train.profile`: a few updates traced for the profiler."""
+"""Trace a few updates for the profiler (`train.profile`)."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ SKIPPED = 2
 
 
 class Tracer:
-    """Traces `updates` of the updates `steps` into `folder`, in the first process; the numbers stay as they are."""
+    """Traces `updates` of the updates `steps` into `folder`, in the first process; the numbers do not change."""
 
     def __init__(self, folder: str, steps: range, updates: int):
         first = steps.start + min(SKIPPED, max(0, len(steps) - updates))
@@ -23,20 +23,20 @@ class Tracer:
         self._running = False
 
     def before(self, n: int, state: Any) -> None:
-        """Begins with the first update to trace, once the device is done with those before."""
+        """Start with the first update to trace, once the device is done with those before."""
         if self._updates and n == self._updates.start:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, n: int, state: Any) -> None:
-        """Ends with the last update to trace, once the device is done with it."""
+        """Stop after the last update to trace, once the device is done with it."""
         if self._running and n + 1 == self._updates.stop:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced, and says how to look at it."""
+        """Write the trace and print how to look at it."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
@@ -48,7 +48,7 @@ class Tracer:
 
 @contextmanager
 def tracing(workdir: str, steps: range, updates: int) -> Iterator[Tracer]:
-    """A Tracer into WORKDIR/profile that is closed on every way out."""
+    """Yield a Tracer into WORKDIR/profile that is closed on every way out."""
     tracer = Tracer(os.path.join(os.path.abspath(workdir), "profile"), steps, updates)
     try:
         yield tracer

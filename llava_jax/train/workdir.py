@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, and whether what lies in it is this run."""
+"""The folder of a run: its lock, and the check that it holds this run and no other."""
 
 import dataclasses
 import fcntl
@@ -13,17 +13,17 @@ from llava_jax.types import InputError, Settings
 from llava_jax.weights.runs import steps_on_disk
 from llava_jax.weights.source import absolute
 
-# What may change between the start of a run and its resumption: none of it enters the numbers.
+# What may change when a run is resumed: none of it enters the numbers.
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
-# Nor does how a batch is cut over devices, where neither the loss nor the order of rows asks.
+# Nor does the way a batch is split over devices, where neither the loss nor the order of rows depends on it.
 MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")
 
 
 @contextmanager
 def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
-    """Makes the workdir and keeps other trainers out of it; InputError when it holds anything but this run.
+    """Create and lock the workdir in the first process; check in the others that they see the same folder.
 
-    The first process does it for all; the others see to it that they look at the same folder.
+    Raises InputError when it holds anything but this run.
     """
     path = os.path.join(workdir, ".lock")
     if not is_first():
@@ -52,7 +52,7 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
 
 
 def check_workdir(workdir: str, settings: Settings) -> None:
-    """InputError when a config.json there is not a run's, or checkpoints there are of another config (differences)."""
+    """Raise InputError when a config.json there is not a run's, or its checkpoints are of another config."""
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(workdir):
         raise InputError(f"--workdir={workdir}: is a file, expected a folder or a new path")
@@ -67,19 +67,19 @@ def check_workdir(workdir: str, settings: Settings) -> None:
     if steps_on_disk(workdir):
         old = dict(flatten(dataclasses.asdict(there)))
         new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))
-        alike = settings.train.loss_norm == "global_token" and settings.data.group_by == "none"
-        free = FREE_KEYS + MESH_KEYS if alike else FREE_KEYS
+        mesh_free = settings.train.loss_norm == "global_token" and settings.data.group_by == "none"
+        free = FREE_KEYS + MESH_KEYS if mesh_free else FREE_KEYS
         differ = [key for key in new if new[key] != old[key] and key not in free]
         if differ:
-            shown = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
+            first = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
             raise InputError(
-                f"--workdir={workdir} holds a run of another config ({shown}): expected the same config, "
+                f"--workdir={workdir} holds a run of another config ({first}): expected the same config, "
                 "choose another workdir or give the values of its config.json"
             )
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    """The settings with every path absolute, so that a workdir can be used from any folder; `random:NAME` stays."""
+    """Return the settings with every path absolute, so that a run can resume from any folder; `random:NAME` stays."""
     model, init, data = settings.model, settings.init, settings.data
     return dataclasses.replace(
         settings,
