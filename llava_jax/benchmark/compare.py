@@ -1,7 +1,7 @@
-"""The two sides of a benchmark next to each other: started, sent turn by turn in alternation, and held together.
+"""Run the two sides of a benchmark turn by turn, and compare them.
 
-A turn of ours is followed by a turn of the peer's, so that whatever else the machine does slows both. On a CPU both are
-pinned to one core and CPU seconds are counted.
+Our turn is followed by the peer's, so that whatever else the machine does slows both. On a CPU both are pinned to one
+core and CPU seconds are counted.
 """
 
 import contextlib
@@ -21,17 +21,15 @@ Figures = dict[str, Any]
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OURS, PEER = "ours", "peer"
-# The seconds whose ratio is the result of a job.
-UNIT = {"train": "step", "generate": "token", "data": "image"}
-# How far the two losses of the first update may lie apart in float32 (both sides start from the same file).
-LOSS_TOLERANCE = 1e-4
+UNIT = {"train": "step", "generate": "token", "data": "image"}  # the seconds whose ratio is the result of a job
+LOSS_TOLERANCE = 1e-4  # between the losses of the first update in float32; both sides start from the same file
 PARITY_PYTHON = os.path.join(".venv-parity", "bin", "python")
 
 
-def find_peer_python(given: str | None) -> str:
-    """The Python that has torch: the one given, this one, or that of `make parity`. Raises InputError."""
-    if given:
-        return given
+def find_peer_python(choice: str | None) -> str:
+    """Return the Python that has torch: `choice` if given, this one, or that of `make parity`. Raises InputError."""
+    if choice:
+        return choice
     if importlib.util.find_spec("torch") is not None:
         return sys.executable
     if os.path.exists(PARITY_PYTHON):
@@ -43,10 +41,10 @@ def find_peer_python(given: str | None) -> str:
 
 
 def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) -> Figures:
-    """Medians of each side over `rounds` turns, and the ratio theirs / ours where there is a peer.
+    """Return medians of each side over `rounds` turns, and the ratio theirs / ours where there is a peer.
 
-    `work` says what a side does (see `ours.py`); files it names as "" are made in a temporary folder. Raises InputError
-    when a side fails, with the last line it printed.
+    `work` says what a side does (see `jax_side.py`); its files are made in a temporary folder. Raises an InputError
+    with the last line that a side printed when it fails.
     """
     with tempfile.TemporaryDirectory(prefix="llava_jax_benchmark_") as folder:
         work = with_paths(work, folder)
@@ -54,9 +52,9 @@ def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) ->
         with open(path, "w", encoding="utf-8") as file:
             json.dump(work, file)
         here = [sys.executable, "-m"]
-        making = dict(os.environ, JAX_PLATFORMS="cpu")
+        on_cpu = dict(os.environ, JAX_PLATFORMS="cpu")
         with pinned(work["core"]), contextlib.ExitStack() as stack:
-            run_once([*here, "llava_jax.benchmark.fixtures", path], making, os.path.join(folder, "making.log"))
+            run_once([*here, "llava_jax.benchmark.fixtures", path], on_cpu, os.path.join(folder, "fixtures.log"))
             commands = {OURS: [*here, "llava_jax.benchmark.jax_side", path]}
             if peer_python is not None:
                 commands[PEER] = [peer_python, os.path.join(HERE, "peer.py"), path]
@@ -75,7 +73,7 @@ def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) ->
 
 
 def with_paths(work: Mapping[str, Any], folder: str) -> Figures:
-    """The work with the places of its files."""
+    """Return the work with the paths of its files."""
     if work["job"] in ("data", "scaling"):
         return {**work, "images": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
     return {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
@@ -83,7 +81,7 @@ def with_paths(work: Mapping[str, Any], folder: str) -> Figures:
 
 @contextlib.contextmanager
 def pinned(core: int | None) -> Iterator[None]:
-    """What is started within runs on that core alone; None leaves everything as it is."""
+    """Run what is started inside on that core alone; None leaves everything as it is."""
     if core is None:
         yield
         return
@@ -96,11 +94,11 @@ def pinned(core: int | None) -> Iterator[None]:
 
 
 class Side(contextlib.AbstractContextManager):
-    """A process that serves turns (`turns.serve`); it ends with the block."""
+    """A process that serves turns (`worker.serve`); it ends with the block."""
 
     def __init__(self, name: str, command: Sequence[str], log: str):
         self.name, self.command, self.log = name, command, log
-        self.found: Figures = {}
+        self.results: Figures = {}
         self.turns: list[Mapping[str, float]] = []
 
     def __enter__(self) -> "Side":
@@ -121,21 +119,21 @@ class Side(contextlib.AbstractContextManager):
             self.process.stdin.close()
 
     def ready(self) -> None:
-        self.found = self._answer()
+        self.results = self._answer()
 
     def turn(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended: what it printed says why
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         self.turns.append(self._answer())
 
     def finish(self) -> None:
         self.process.stdin.close()
-        self.found |= self._answer()
+        self.results |= self._answer()
 
     def figures(self) -> Figures:
-        """What it found, and the median of every name over its turns."""
-        return self.found | {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
+        """Return its results, and the median of every name over its turns."""
+        return self.results | {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
 
     def _answer(self) -> Figures:
         line = self.process.stdout.readline()
@@ -157,22 +155,22 @@ def failure(what: str, code: int, log: str) -> str:
     return f"benchmark: {what} ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
 
 
-# ---- what came out --------------------------------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------------------------------
 
 
 def summary(work: Mapping[str, Any], sides: Mapping[str, Side]) -> Figures:
-    """The figures of each side; `ratio` is theirs / ours of the medians, `ratios` that of each round."""
+    """Return the figures of each side; `ratio` is theirs / ours of the medians, `ratios` that of each round."""
     figures = {name: side.figures() for name, side in sides.items()}
     if PEER not in sides:
         return figures
     unit = UNIT[work["job"]]
     same = check_same(work, figures[OURS], figures[PEER])
-    each = [theirs[unit] / ours[unit] for ours, theirs in zip(sides[OURS].turns, sides[PEER].turns, strict=True)]
-    return figures | {"ratio": figures[PEER][unit] / figures[OURS][unit], "ratios": each, "same": same}
+    ratios = [theirs[unit] / ours[unit] for ours, theirs in zip(sides[OURS].turns, sides[PEER].turns, strict=True)]
+    return figures | {"ratio": figures[PEER][unit] / figures[OURS][unit], "ratios": ratios, "same": same}
 
 
 def check_same(work: Mapping[str, Any], ours: Figures, theirs: Figures) -> str:
-    """In words, how it is known that both sides did the same work. Raises InputError where they did not."""
+    """Return in words how it is known that both sides did the same work. Raises InputError where they did not."""
     if work["job"] == "data":
         pairs = list(zip(ours.pop("pixels"), theirs.pop("pixels"), strict=True))
         differ = [image for image, (one, other) in enumerate(pairs) if one != other]

@@ -1,6 +1,6 @@
-"""What both sides read: a model folder of random weights, a batch, images. A program: its argument is the work.
+"""Write what both sides read: a model folder of random weights, a batch, images. Run with the work as its argument.
 
-It runs by itself, on the CPU, so that nothing of it stands in either side's memory.
+It is a program of its own, on the CPU, so that its memory is not counted for either side.
 """
 
 import json
@@ -40,7 +40,7 @@ MODELS = {
 
 
 def make(work: Mapping[str, Any]) -> None:
-    """Writes `model` (with weights where `weights` says so), `batch` and the `images` that the work names."""
+    """Write `model` (with weights where `weights` says so), `batch` and the `images` that the work names."""
     if "model" in work:
         config = write_model(work["model"], MODELS[work["size"]], work["weights"])
         write_batch(work["batch"], config, work)
@@ -49,21 +49,27 @@ def make(work: Mapping[str, Any]) -> None:
 
 
 def write_model(folder: str, config: ModelConfig, weights: bool) -> ModelConfig:
-    """A LlavaForConditionalGeneration folder, and the config it is read back with."""
+    """Write a LlavaForConditionalGeneration folder; return the config it is read back with."""
     if weights:
-        params = jax.tree.map(np.asarray, init(config, seed=0))
-        rules = dict(template="v1", aspect="pad", image_position="front")
-        hf.write_llava(folder, config, params, source_vision_folder=None, tokenizer_folder=EMBEDDED_TOKENIZER, **rules)
+        hf.write_llava(
+            folder,
+            config,
+            jax.tree.map(np.asarray, init(config, seed=0)),
+            source_vision_folder=None,
+            tokenizer_folder=EMBEDDED_TOKENIZER,
+            template="v1",
+            aspect="pad",
+            image_position="front",
+        )
     else:
         os.makedirs(folder)
-        described = hf_config.llava_json(config, dtype="bfloat16", pad_id=0, bos_id=1, eos_id=2)
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(described, file)
+            json.dump(hf_config.llava_json(config, dtype="bfloat16", pad_id=0, bos_id=1, eos_id=2), file)
     return hf.read_llava_config(folder)[0]
 
 
 def write_batch(path: str, config: ModelConfig, work: Mapping[str, Any]) -> None:
-    """Full rows: a few tokens, one image, the rest text; the last `targets` tokens of a row are supervised.
+    """Write full rows: a few tokens, one image, the rest text; the last `targets` tokens of a row are supervised.
 
     Images as `bytes`, which our step takes, and normalised as `pixels`.
     """
@@ -74,12 +80,12 @@ def write_batch(path: str, config: ModelConfig, work: Mapping[str, Any]) -> None
     targets_BT = np.zeros(shape, bool)
     targets_BT[:, shape[1] - work["targets"] :] = True
     pixels_BNXYC = rng.integers(0, 256, (shape[0], 1, size, size, 3), np.uint8)
-    seen_BNXYC = normalised(pixels_BNXYC, config.vision.pixels)
-    np.savez(path, tokens=tokens_BT, targets=targets_BT, bytes=pixels_BNXYC, pixels=seen_BNXYC)
+    scaled_BNXYC = normalised(pixels_BNXYC, config.vision.pixels)
+    np.savez(path, tokens=tokens_BT, targets=targets_BT, bytes=pixels_BNXYC, pixels=scaled_BNXYC)
 
 
 def write_image(path: str, seed: int) -> None:
-    """A JPEG of 640 x 480 (480 x 640 every third), noise smoothed to about the size a photograph has on disk."""
+    """Write a JPEG of 640 x 480 (480 x 640 every third): noise smoothed to about the file size of a photograph."""
     rng = np.random.default_rng(seed)
     width, height = (480, 640) if seed % 3 == 2 else (640, 480)
     coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8))

@@ -1,6 +1,6 @@
-"""Our side of a benchmark, through the rooms that `train`, `generate` and the data pipeline use themselves.
+"""Our side of a benchmark, through the modules that `train`, `generate` and the data pipeline themselves use.
 
-A program, `python -m llava_jax.benchmark.jax_side WORK.json`, that serves turns (`turns.serve`).
+A program, `python -m llava_jax.benchmark.jax_side WORK.json`, that serves turns (`worker.serve`).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.rows import parse_row
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.validate import check_records
-from llava_jax.infer import generate as answering
+from llava_jax.infer.generate import Engine, Prompt, generate_ids
 from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
@@ -49,12 +49,9 @@ from llava_jax.weights import hf
 from llava_jax.weights.load import random_params
 from llava_jax.weights.spec import EMBEDDED_TOKENIZER
 
-# Batches that workers may have ready before they are asked for.
-READ_AHEAD = 6
-# Seconds in which workers have read ahead again.
-SETTLE = 0.5
-# Image tokens of an image in the data's rows; their number does not matter to the pixels.
-PATCHES = 16
+READ_AHEAD = 6  # batches that workers may have ready before they are needed
+SETTLE = 0.5  # seconds in which workers have read ahead again
+PATCHES = 16  # image tokens of an image in the data's rows; the pixels do not depend on it
 WORDS = "the a red blue square circle left right of above there is in image and what how many are".split()
 
 
@@ -66,7 +63,7 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def settings_of(work: Mapping[str, Any]) -> Settings:
-    """The settings of a run that does this work and nothing else, on one device."""
+    """Return the settings of a run that does this work and nothing else, on one device."""
     data = DataSettings("", "", "v1", "front", "pad", work["length"], shuffle=False, **UNPACKED)
     optim = OptimSettings(work["lr"], "", "constant", 0.0, weight_decay=0.0, clip_norm=0.0, b1=0.9, b2=0.999, eps=1e-8)
     train = TrainSettings(
@@ -93,7 +90,7 @@ def settings_of(work: Mapping[str, Any]) -> Settings:
 
 
 def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: `steps` updates of the stage; seconds an update."""
+    """Return the loss of the first update and a turn of `steps` updates, which measures seconds an update."""
     settings = settings_of(work)
     config = model_config(work)
     mesh = make_mesh(settings.mesh, jax.devices()[:1])
@@ -104,12 +101,11 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         lowered = run.step.lower(state, frozen, batch)
         update = compile_lowered(lowered, work["compiler_options"], jax.devices()[0].device_kind)
     seconds = clock(jax.default_backend())
-    held = [state]
-    del state
 
     def updates(count: int) -> float:
+        nonlocal state
         for _ in range(count):
-            held[0], metrics = update(held[0], frozen, batch)
+            state, metrics = update(state, frozen, batch)
         return float(metrics["loss"])
 
     def turn() -> dict[str, float]:
@@ -117,31 +113,31 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         updates(work["steps"])
         return {"step": (seconds() - began) / work["steps"], **device_peak()}
 
-    first = updates(1)
+    loss = updates(1)
     updates(1)
     flops = step_flops(config, settings.stage, rows=work["rows"], length=work["length"], images=work["rows"])
-    return {"loss": first, "model_flops": flops, **about(config)}, turn
+    return {"loss": loss, "model_flops": flops, **about(config)}, turn
 
 
 def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tuple[TrainState, Any]:
-    """(state, frozen parameters) of the model folder, or of random weights drawn on the device."""
+    """Return (state, frozen parameters) of the model folder, or of random weights drawn on the device."""
     at = jax.tree.map(lambda x: x.sharding, run.state)
-    places = jax.tree.map(lambda x: x.sharding, run.frozen) | at.params
+    shardings = jax.tree.map(lambda x: x.sharding, run.frozen) | at.params
     dtypes = {
         part: settings.train.param_dtype if part in STAGES[settings.stage] else settings.train.frozen_dtype
         for part in hf.PARTS
     }
     if work["weights"]:
-        params = jax.device_put(hf.read_llava_parts(work["model"], dtypes), places)
+        params = jax.device_put(hf.read_llava_parts(work["model"], dtypes), shardings)
     else:
-        params = random_params(run.config, settings.seed, dtypes, places)
+        params = random_params(run.config, settings.seed, dtypes, shardings)
     params, frozen = partition(params, settings.stage)
     opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
     return TrainState(jax.device_put(np.int32(0), at.step), params, opt_state), frozen
 
 
 def read_batch(work: Mapping[str, Any]) -> Batch:
-    """The batch of the file: full rows of one conversation each."""
+    """Return the batch of the file: full rows of one conversation each."""
     with np.load(work["batch"]) as arrays:
         tokens_BT, targets_BT, pixels_BNXYC = arrays["tokens"], arrays["targets"], arrays["bytes"]
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
@@ -158,7 +154,7 @@ def model_config(work: Mapping[str, Any]) -> ModelConfig:
 
 
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: greedy answers of `new_tokens` ids to a batch of prompts; seconds an id, and to the first one."""
+    """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     config = model_config(work)
     if work["weights"]:
         params = jax.device_put(hf.read_llava_parts(work["model"], dict.fromkeys(hf.PARTS, work["dtype"])))
@@ -166,21 +162,22 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         params = random_params(config, 0, dict.fromkeys(hf.PARTS, work["dtype"]), None)
     # An automaton that never reaches its last state: no id ends an answer.
     never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
-    engine = answering.Engine(build(config)[0], params, config, never)
+    engine = Engine(build(config)[0], params, config, never)
     batch = read_batch(work)
-    rows = zip(batch.tokens_BT, batch.pixels_BNXYC, strict=True)
-    how = config.vision.pixels
-    prompts = [answering.Prompt(tokens_T, normalised(pixels_NXYC, how)) for tokens_T, pixels_NXYC in rows]
+    prompts = [
+        Prompt(tokens_T, normalised(pixels_NXYC, config.vision.pixels))
+        for tokens_T, pixels_NXYC in zip(batch.tokens_BT, batch.pixels_BNXYC, strict=True)
+    ]
     seconds = clock(jax.default_backend())
 
     def answer(count: int) -> tuple[float, list[list[int]]]:
         began = seconds()
-        ids = answering.generate_ids(engine, prompts, Sampling(max_new_tokens=count), len(prompts))
+        ids = generate_ids(engine, prompts, Sampling(max_new_tokens=count), len(prompts))
         return seconds() - began, ids
 
     def turn() -> dict[str, float]:
-        whole, first = answer(work["new_tokens"])[0], answer(1)[0]
-        return {"token": whole / work["new_tokens"], "first_token": first, **device_peak()}
+        total, first = answer(work["new_tokens"])[0], answer(1)[0]
+        return {"token": total / work["new_tokens"], "first_token": first, **device_peak()}
 
     answer(1)
     return {"ids": answer(work["new_tokens"])[1], **about(config)}, turn
@@ -190,47 +187,51 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: all images from their files to batches, and all rows from text to packed batches; seconds of each.
+    """Return the hashes of all images and a turn: images from files to batches, rows from text to packed batches.
 
-    Both go through the pipeline of `train`, read in this process.
+    Both go through the pipeline of `train`, in this process.
     """
     seconds = clock("cpu")
     tokenizer = load_tokenizer(EMBEDDED_TOKENIZER)
     images, rows = image_records(work["images"]), text_records(work["rows"])
     folder = os.path.dirname(work["images"][0])
-    size = dict(image_size=work["size"], patches=PATCHES)
+    size = work["size"]
 
     def image_batches() -> BatchIterator:
-        return open_batches(images, folder, tokenizer, PICTURE_BATCH, pack=False, workers=0, **size)[0]
+        return open_batches(images, folder, tokenizer, PICTURE_BATCH, size, pack=False, workers=0)[0]
 
     def turn() -> dict[str, float]:
         with closing(image_batches()) as batches:
             spent = drain(batches, len(images) // PICTURE_BATCH, seconds)
-        data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, pack=True, workers=0, **size)
+        data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, size, pack=True, workers=0)
         with closing(data):
             packed = drain(data, len(rows) // ROW_BATCH, seconds)
         return {"image": spent / len(images), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
 
     with closing(image_batches()) as batches:
-        found = [fingerprint(normalised(one)) for batch in batches for one in batch.pixels_BNXYC[:, 0]]
-    return {"pixels": found, "device": "cpu"}, turn
+        hashes = [fingerprint(normalised(image)) for batch in batches for image in batch.pixels_BNXYC[:, 0]]
+    return {"pixels": hashes, "device": "cpu"}, turn
 
 
 def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: batches of images from one worker, then from two; wall seconds an image of each, and their ratio."""
+    """Return a turn: batches of images from one worker, then from two; wall seconds an image, and their ratio."""
     tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), image_records(work["images"])
     folder = os.path.dirname(work["images"][0])
-    how = dict(pack=False, image_size=work["size"], patches=PATCHES, steps=10**5)
-    readers = {n: open_batches(records, folder, tokenizer, PICTURE_BATCH, workers=n, **how)[0] for n in (1, 2)}
+    readers = {
+        workers: open_batches(
+            records, folder, tokenizer, PICTURE_BATCH, work["size"], pack=False, workers=workers, steps=10**5
+        )[0]
+        for workers in (1, 2)
+    }
 
     def turn() -> dict[str, float]:
-        found = {}
+        seconds = {}
         for workers, batches in readers.items():
-            drain(batches, READ_AHEAD, time.perf_counter)  # what was read while the other one's turn was on
-            found[f"workers_{workers}"] = drain(batches, work["batches"], time.perf_counter)
+            drain(batches, READ_AHEAD, time.perf_counter)  # read during the other one's turn
+            spent = drain(batches, work["batches"], time.perf_counter)
+            seconds[f"workers_{workers}"] = spent / (work["batches"] * PICTURE_BATCH)
             time.sleep(SETTLE)  # its workers read ahead again, which would slow the other one down
-        seconds = {name: spent / (work["batches"] * PICTURE_BATCH) for name, spent in found.items()}
-        return seconds | {"ratio": found["workers_1"] / found["workers_2"]}
+        return seconds | {"ratio": seconds["workers_1"] / seconds["workers_2"]}
 
     turn()
     return {"device": "cpu"}, turn
@@ -241,26 +242,49 @@ def open_batches(
     folder: str,
     tokenizer: TextTokenizer,
     batch_size: int,
+    image_size: int,
     *,
     pack: bool,
     workers: int,
-    image_size: int,
-    patches: int,
     steps: int = 0,
 ) -> tuple[BatchIterator, int]:
-    """The batches that `train` would get of these records, each record once (or for `steps`), and how many
-    tokens all of them have."""
+    """Return the batches that `train` would get of these records, and how many tokens the records have.
+
+    Args:
+      records: each comes once, or as often as `steps` batches need.
+      folder: of their images.
+      tokenizer: as in `train`.
+      batch_size: conversations a batch.
+      image_size: side of the square the model sees.
+      pack, workers: as in DataSettings.
+      steps: batches; 0 for each record once.
+    """
     settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
-    checked = check_records(records, settings, tokenizer, patches=patches)
-    sizes = dict(batch_size=batch_size, row_multiple=1, steps=steps or len(records) // batch_size, seed=0)
-    plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
-    settings = dataclasses.replace(settings, workers=workers)
-    model = dict(image_size=image_size, patches=patches, image_token_id=tokenizer.size)
-    return make_pipeline(records, settings, tokenizer, plan, **model), checked.tokens
+    checked = check_records(records, settings, tokenizer, patches=PATCHES)
+    plan = plan_batches(
+        records,
+        checked.lengths_A,
+        settings,
+        slots_A=checked.slots_A,
+        batch_size=batch_size,
+        row_multiple=1,
+        steps=steps or len(records) // batch_size,
+        seed=0,
+    )
+    batches = make_pipeline(
+        records,
+        dataclasses.replace(settings, workers=workers),
+        tokenizer,
+        plan,
+        image_size=image_size,
+        patches=PATCHES,
+        image_token_id=tokenizer.size,
+    )
+    return batches, checked.tokens
 
 
 def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> float:
-    """Seconds that the next `count` batches take."""
+    """Return the seconds that the next `count` batches take."""
     began = seconds()
     for _ in range(count):
         next(batches)
@@ -268,15 +292,15 @@ def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> f
 
 
 def image_records(paths: list[str]) -> list[Record]:
-    """A record with a short question for each image."""
+    """Return a record with a short question for each image."""
     return [record(str(n), os.path.basename(path), ["<image>\nWhat is this?", "Yes."]) for n, path in enumerate(paths)]
 
 
 def text_records(count: int) -> list[Record]:
-    """Records of two exchanges without images, 42 to 102 words each."""
+    """Return records of two exchanges without images, 42 to 102 words each."""
     rng = random.Random(0)
     lengths = ((10, 20, 10, rng.randint(2, 62)) for _ in range(count))
-    return [record(str(n), "", [" ".join(rng.choices(WORDS, k=k)) for k in said]) for n, said in enumerate(lengths)]
+    return [record(str(n), "", [" ".join(rng.choices(WORDS, k=k)) for k in turns]) for n, turns in enumerate(lengths)]
 
 
 def record(name: str, image: str, texts: list[str]) -> Record:
@@ -290,13 +314,13 @@ def about(config: ModelConfig) -> Figures:
 
 
 def device_peak() -> dict[str, float]:
-    """Most memory the accelerator has held; nothing on a CPU."""
+    """Return the most memory the accelerator has held; nothing on a CPU."""
     if jax.default_backend() == "cpu":
         return {}
     return {"device_bytes": jax.devices()[0].memory_stats()["peak_bytes_in_use"]}
 
 
 if __name__ == "__main__":
-    # jax would take three quarters of a GPU's memory when it starts; the other side is on the same one.
+    # By default jax takes three quarters of a GPU's memory at the start; the other side uses the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     serve(start)

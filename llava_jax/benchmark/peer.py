@@ -1,4 +1,4 @@
-"""The other side: the same work by transformers and PyTorch, in the Python that has them. Nothing of ours imports this.
+"""The peer: the same work by transformers and PyTorch, in the Python that has them. No module of ours imports this.
 
 A program, `python llava_jax/benchmark/peer.py WORK.json`: llava_jax itself need not be installed there.
 """
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from turns import PICTURE_BATCH, Figures, Turn, clock, fingerprint, serve
+from worker import PICTURE_BATCH, Figures, Turn, clock, fingerprint, serve
 
-# What learns in each stage, by the names of LlavaForConditionalGeneration.
+# What trains in each stage, by the names of LlavaForConditionalGeneration.
 PARTS = {
     "pretrain": ("multi_modal_projector",),
     "finetune": ("multi_modal_projector", "language_model", "lm_head"),
@@ -25,12 +25,14 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 
 def load(work: Mapping[str, Any], device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of the folder, or one of its size with random weights where it holds no weights."""
-    how = dict(dtype=dtype, attn_implementation="sdpa")
+    """Load the model of the folder, or one of its size with random weights where it holds no weights."""
     if work["weights"]:
-        return LlavaForConditionalGeneration.from_pretrained(work["model"], **how).to(device)
+        return LlavaForConditionalGeneration.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa").to(
+            device
+        )
+    config = LlavaConfig.from_pretrained(work["model"])
     with torch.device(device):
-        return LlavaForConditionalGeneration._from_config(LlavaConfig.from_pretrained(work["model"]), **how)
+        return LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def place() -> str:
@@ -38,7 +40,7 @@ def place() -> str:
 
 
 def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: `steps` updates of the stage; seconds an update."""
+    """Return the loss of the first update and a turn of `steps` updates, which measures seconds an update."""
     device = place()
     model = load(work, device, getattr(torch, work["param_dtype"])).train()
     trained = []
@@ -73,13 +75,13 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         loss.item()
         return {"step": (seconds() - began) / work["steps"], **device_peak()}
 
-    first = update().item()
+    loss = update().item()
     update().item()
-    return {"loss": first, **about(model, device)}, turn
+    return {"loss": loss, **about(model, device)}, turn
 
 
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: greedy answers of `new_tokens` ids to a batch of prompts; seconds an id, and to the first one."""
+    """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     device = place()
     model = load(work, device, getattr(torch, work["dtype"])).eval()
     with np.load(work["batch"]) as arrays:
@@ -96,15 +98,18 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         return seconds() - began, ids
 
     def turn() -> dict[str, float]:
-        whole, first = answer(work["new_tokens"])[0], answer(1)[0]
-        return {"token": whole / work["new_tokens"], "first_token": first, **device_peak()}
+        total, first = answer(work["new_tokens"])[0], answer(1)[0]
+        return {"token": total / work["new_tokens"], "first_token": first, **device_peak()}
 
     return {"ids": answer(work["new_tokens"])[1], **about(model, device)}, turn
 
 
 def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    """One turn: every picture decoded, padded to a square, put through CLIPImageProcessor and into the batches of a
-    DataLoader that reads in this process, as ours does; seconds a picture."""
+    """Return the hashes of all images and a turn that reads them into batches; seconds an image.
+
+    Every image is decoded, padded to a square, put through CLIPImageProcessor and into the batches of a DataLoader that
+    reads in this process, as ours does.
+    """
     from PIL import Image
     from torch.utils.data import DataLoader
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -122,21 +127,21 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
     seconds = clock("cpu")
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return len(work["pictures"])
+            return len(work["images"])
 
         def __getitem__(self, index: int) -> torch.Tensor:
-            return pixels(work["pictures"][index])
+            return pixels(work["images"][index])
 
     def turn() -> dict[str, float]:
         began = seconds()
-        for _ in DataLoader(Pictures(), batch_size=PICTURE_BATCH):
+        for _ in DataLoader(Images(), batch_size=PICTURE_BATCH):
             pass
-        return {"picture": (seconds() - began) / len(work["pictures"])}
+        return {"image": (seconds() - began) / len(work["images"])}
 
-    found = [fingerprint(pixels(path).numpy().transpose(1, 2, 0)) for path in work["pictures"]]
-    return {"pixels": found, "device": "cpu"}, turn
+    hashes = [fingerprint(pixels(path).numpy().transpose(1, 2, 0)) for path in work["images"]]
+    return {"pixels": hashes, "device": "cpu"}, turn
 
 
 def about(model: torch.nn.Module, device: str) -> Figures:
@@ -146,7 +151,7 @@ def about(model: torch.nn.Module, device: str) -> Figures:
 
 
 def device_peak() -> dict[str, float]:
-    """Most memory the accelerator has held; nothing on a CPU."""
+    """Return the most memory the accelerator has held; nothing on a CPU."""
     return {"device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
 
 

@@ -1,6 +1,6 @@
 """One side of a benchmark, as a process of its own: it gets ready, then works one turn for each line it is sent.
 
-Only the standard library: the PyTorch side imports this file too, by its path, where llava_jax need not be installed.
+Only the standard library: the peer imports this file by its path, where llava_jax need not be installed.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Figures = dict[str, Any]
-# Images of a batch on both sides, conversations of a packed batch on ours.
+# Images a batch on both sides, conversations a packed batch on ours.
 PICTURE_BATCH, ROW_BATCH = 8, 128
 # One turn: seconds a unit of work, under the names that both sides share.
 Turn = Callable[[], Mapping[str, float]]
 
 
 def serve(start: Callable[[Mapping[str, Any]], tuple[Figures, Turn]]) -> None:
-    """The life of a side: the work is the JSON file named in argv, `start` warms up and gives what it found and a turn.
+    """Run a side: read the work from the JSON file named in argv, call `start`, print its results, then serve turns.
 
     Each line on stdin is answered by one line of JSON on stdout; anything else that is printed goes to stderr.
     """
@@ -27,27 +27,27 @@ def serve(start: Callable[[Mapping[str, Any]], tuple[Figures, Turn]]) -> None:
         work = json.load(file)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    found, turn = start(work)
+    results, turn = start(work)
     started = peak_bytes()
     forget_peak()
-    print(json.dumps(found), file=answers, flush=True)
+    print(json.dumps(results), file=answers, flush=True)
     for _ in sys.stdin:
         print(json.dumps(turn()), file=answers, flush=True)
     print(json.dumps({"start_bytes": started, "peak_bytes": peak_bytes()}), file=answers, flush=True)
 
 
 def clock(device: str) -> Callable[[], float]:
-    """Seconds of this process's threads on a CPU, which a busy machine lengthens little; of the wall elsewhere."""
+    """Return the clock of a device: CPU seconds, which a busy machine lengthens little, or wall seconds elsewhere."""
     return time.process_time if device == "cpu" else time.perf_counter
 
 
 def fingerprint(pixels_XYC: Any) -> str:
-    """A hash of an image's values, bit by bit, and of where they stand."""
+    """Return a hash of an image's values, bit by bit, and of its dtype and shape."""
     return hashlib.sha256(f"{pixels_XYC.dtype} {pixels_XYC.shape}".encode() + pixels_XYC.tobytes()).hexdigest()
 
 
 def peak_bytes() -> int:
-    """Most memory this process has held since `forget_peak`, as Linux counts it; 0 on another system."""
+    """Return the most memory this process has held since `forget_peak`, as Linux counts it; 0 on another system."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
@@ -56,7 +56,7 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """From here on `peak_bytes` counts anew, where the system lets a process do so."""
+    """Count `peak_bytes` anew from here, where the system lets a process do so."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
