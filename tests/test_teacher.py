@@ -350,7 +350,7 @@ def test_a_batch_keeps_the_budget_and_writes_nothing_over(tmp_path, contexts, ca
 
 
 def test_more_requests_than_a_batch_takes_go_into_further_files(tmp_path, contexts, monkeypatch, capsys):
-    monkeypatch.setattr(batch, "MOST_REQUESTS", 5)
+    monkeypatch.setattr(batch, "MAX_REQUESTS", 5)
     path = tmp_path / "in.jsonl"
     assert command(contexts, tmp_path / "o.json", "--kind=detail", "--teacher=m", f"--batch_input={path}") == 0
     assert "12 requests" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Batch mode: the open requests as the file a batch service takes, and its output joined by id.
+"""Batch mode: write the open requests as the file that a batch service takes, and join its output by id.
 
 Source of both formats: OpenAI's Batch API; `vllm run-batch` takes and writes the same lines.
 """
@@ -18,8 +18,8 @@ from llava_jax.synthesize.scheduler import Task, judge
 from llava_jax.synthesize.teacher import estimate_messages, read_completion
 from llava_jax.types import InputError
 
-# What OpenAI takes in one file; more requests go into further files.
-MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000
+# OpenAI's limits for one file; more requests go into further files.
+MAX_REQUESTS, MAX_BYTES = 50_000, 190_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """What `write_input` wrote: how many requests, in which files; and why it `stopped` before the last, "" if not."""
+    """What `write_input` wrote: the number of requests, the files, and why it `stopped` before the last, "" if not."""
 
     count: int
     files: tuple[str, ...]
@@ -57,10 +57,10 @@ def write_input(
     attempts: int,
     seed: int,
 ) -> Requests:
-    """Writes a request for every task that the journal does not settle, as far as the budget goes.
+    """Write a request for every task that the journal does not settle, as far as the budget allows.
 
-    The first file is `path`; FILE-2.jsonl, FILE-3.jsonl … follow where one cannot hold them all. They appear when all
-    are whole. Raises InputError where one of them is there already: it may be the only copy of paid answers.
+    The first file is `path`; FILE-2.jsonl, FILE-3.jsonl … follow where one cannot hold them all. They appear once all
+    are complete. Raises InputError where one of them exists: it may be the only copy of paid answers.
     """
     files: list[str] = []
     count = in_file = size = 0
@@ -76,7 +76,7 @@ def write_input(
                 stopped = str(reason)
                 break
             line = json.dumps(_request(task, len(replies), settings)) + "\n"
-            if not files or in_file == MOST_REQUESTS or size + len(line) > MOST_BYTES:
+            if not files or in_file == MAX_REQUESTS or size + len(line) > MAX_BYTES:
                 stem, end = os.path.splitext(path)
                 files.append(path if not files else f"{stem}-{len(files) + 1}{end}")
                 if os.path.exists(files[-1]):
@@ -88,15 +88,15 @@ def write_input(
 
 
 def _request(task: Task, answers: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One line. Its id says how many answers there were before, so that a second one of the same words counts."""
+    """Return one line; its id says how many answers came before, so that a repeated answer counts again."""
     body = {**settings, "messages": task.messages}
     return {"custom_id": f"{task.key}-{answers}", "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, model: str) -> Joined:
-    """Saves the answers of a batch's output files in the journal, in whatever order they stand.
+    """Save the answers of a batch's output files in the journal, in whatever order they come.
 
-    The same file joined twice adds nothing. Raises InputError for a line that is none of a batch's output.
+    Joining a file twice adds nothing. Raises InputError for a line that is not of a batch's output.
     """
     asked = {task.key: (task.context.id, task.kind, estimate_messages(task.messages)) for task in tasks}
     answers = known = foreign = 0
@@ -126,7 +126,7 @@ def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, m
 
 
 def _lines(path: str) -> Iterator[tuple[str, Any, str]]:
-    """(custom_id, body of the response, why there is no answer in it or "") of each line."""
+    """Yield (custom_id, body of the response, why there is no answer in it or "") of each line."""
     for where, row in read_lines(path, "one answer of a batch"):
         if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
             raise InputError(f"{where}: no custom_id, expected a line of a batch's output")

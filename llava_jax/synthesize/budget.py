@@ -1,4 +1,4 @@
-"""What answers cost, and the limit that is not passed."""
+"""Count what answers cost, and stop before the limit."""
 
 import dataclasses
 import threading
@@ -7,8 +7,7 @@ from typing import Any
 
 from llava_jax.synthesize.teacher import Message, Reply, estimate_tokens
 
-# The longest answer to reckon with where a request does not bound it.
-UNBOUNDED = 4096
+UNBOUNDED = 4096  # tokens of the longest answer, where a request does not limit it
 
 
 class BudgetSpent(Exception):
@@ -17,7 +16,7 @@ class BudgetSpent(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """Money for a million tokens asked and for a million answered."""
+    """The price of a million prompt tokens and of a million completion tokens."""
 
     tokens_in: float
     tokens_out: float
@@ -27,22 +26,22 @@ class Prices:
 
 
 def longest_answer(settings: Mapping[str, Any]) -> int:
-    """Tokens that an answer can have at most, as its request says."""
+    """Return how many tokens an answer can have at most, as its request says."""
     return int(settings.get("max_completion_tokens") or settings.get("max_tokens") or UNBOUNDED)
 
 
 def metered(reply: Reply, asked: int) -> Reply:
-    """The reply with its tokens, where the endpoint has not counted them `asked` and what its text suggests."""
+    """Return the reply with its token counts; where the endpoint gives none, `asked` and an estimate from its text."""
     if reply.tokens_in or reply.tokens_out:
         return reply
     return dataclasses.replace(reply, tokens_in=asked, tokens_out=estimate_tokens([reply.text]))
 
 
 class Budget:
-    """Tokens and money spent, `tokens_in` and `tokens_out` before this run included; for several threads.
+    """Tokens and money spent, counted from `tokens_in` and `tokens_out` of earlier runs; thread-safe.
 
-    Before a request what it may cost at most is set aside, so that requests under way cannot pass the limit together.
-    A limit of 0 is none.
+    The most that a request may cost is reserved before it is sent, so that requests in flight cannot pass the limit
+    together. A limit of 0 is none.
     """
 
     def __init__(self, tokens: int, money: float, prices: Prices | None, tokens_in: int, tokens_out: int):
@@ -57,12 +56,12 @@ class Budget:
         return self._prices.cost(self.tokens_in, self.tokens_out)
 
     def reserve(self, messages: Sequence[Message], settings: Mapping[str, Any], wait: bool = True) -> tuple[int, int]:
-        """Sets aside what a request may cost. Raises BudgetSpent when it is more than is left.
+        """Reserve the most that a request may cost. Raises BudgetSpent when it is more than is left.
 
-        It waits while other requests are under way that may cost less than was set aside for them; with `wait` False,
-        as where all are sent at once, it does not.
+        Waits while other requests are in flight that may cost less than was reserved for them, unless `wait` is False,
+        as where all are sent at once.
         """
-        # Three bytes a token are few: the limit holds for languages and tokenizers that need more than English does.
+        # Three bytes a token is cautious: the limit holds for languages that need more tokens than English.
         asked = sum(8 + len(message["content"].encode("utf-8", "replace")) // 3 for message in messages)
         answered = longest_answer(settings)
         with self._changed:
@@ -75,7 +74,7 @@ class Budget:
         return asked, answered
 
     def settle(self, reserved: tuple[int, int], tokens_in: int = 0, tokens_out: int = 0) -> None:
-        """Takes back what was set aside for a request and counts what it has cost."""
+        """Release what was reserved for a request and count what it has cost."""
         with self._changed:
             self._reserved_in -= reserved[0]
             self._reserved_out -= reserved[1]

@@ -1,4 +1,4 @@
-"""The data card: what a file of instruction data holds, and what was set aside on the way, as figures and as text."""
+"""The data card: figures of a file of instruction data and of the replies that were rejected, as data and as text."""
 
 import collections
 import dataclasses
@@ -44,11 +44,11 @@ class Tally:
 
     @property
     def rejected_share(self) -> float:
-        """Share of the answers that cannot be used."""
+        """The share of answers that cannot be used."""
         return sum(self.bad_replies.values()) / self.replies if self.replies else 0.0
 
     def add(self, verdict: Verdict, problem: str) -> None:
-        """Counts one task: a row, or set aside because of `problem`, or unanswered where there is neither."""
+        """Count one task: a row, or set aside because of `problem`, or unanswered where there is neither."""
         self.images += 1
         self.replies += len(verdict.replies)
         self.bad_replies.update(verdict.reasons)
@@ -92,7 +92,7 @@ class Card:
 
 
 def quantile(counts: Counter, share: float) -> int:
-    """The smallest value that at least `share` of what was counted does not exceed; 0 of nothing."""
+    """Return the smallest value that at least `share` of the counts do not exceed; 0 when there are none."""
     needed, seen = share * sum(counts.values()), 0
     for value in sorted(counts):
         seen += counts[value]
@@ -110,8 +110,8 @@ def mean(counts: Counter) -> float:
 
 
 def card_text(card: Card) -> str:
-    """The card for the terminal and for a repository."""
-    cost = f"{card.tokens_in} tokens asked, {card.tokens_out} answered"
+    """Return the card as text, for the terminal and for a repository."""
+    cost = f"{card.tokens_in} prompt tokens, {card.tokens_out} completion tokens"
     cost += "" if card.money is None else f", {card.money:.2f} USD"
     lines = [f"{card.title}: {card.rows} rows written by {card.teacher}", f"cost of all answers: {cost}", ""]
     lines += _table(card)
@@ -144,7 +144,7 @@ FIGURES = (
 
 
 def figures(card: Card) -> list[tuple[str, list[str]]]:
-    """(name, the figure of each kind) of every line of the card's table."""
+    """Return (name, the figure of each kind) for every line of the card's table."""
     return [(name, [figure(tally) for tally in card.tallies.values()]) for name, figure in FIGURES]
 
 

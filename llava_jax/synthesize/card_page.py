@@ -1,4 +1,4 @@
-"""The data card as one HTML page that needs nothing next to itself."""
+"""The data card as one self-contained HTML page."""
 
 import html
 import importlib.resources
@@ -11,17 +11,17 @@ BINS = 24
 
 
 def card_page(card: Card) -> str:
-    """The whole page: the figures of each kind, its lengths, openings and what was rejected, as charts."""
+    """Return the page: the figures of each kind, its lengths, openings and rejected answers, as charts."""
     style = importlib.resources.files("llava_jax.synthesize").joinpath("card.css").read_text(encoding="utf-8")
     cost = "" if card.money is None else f", {card.money:,.2f} USD"
     body = [
         f"<h1>{html.escape(card.title)}</h1>",
         f"<p>{card.rows:,} rows of instruction data, written by {html.escape(card.teacher)} from captions and boxes. "
-        f"All answers together: {card.tokens_in:,} tokens asked, {card.tokens_out:,} answered{cost}.</p>",
+        f"All answers together: {card.tokens_in:,} prompt tokens, {card.tokens_out:,} completion tokens{cost}.</p>",
         _bars("Rows by kind", Counter({kind: tally.rows for kind, tally in card.tallies.items()})),
         "<h2>Figures</h2>",
-        "<p>Lengths in words: the mean, and from the 10th to the 90th percentile. An answer of the teacher that could "
-        "not be used was asked for again; an image without a usable answer is set aside.</p>",
+        "<p>Lengths in words: the mean, and the 10th to the 90th percentile. A request whose answer could not be used "
+        "was sent again; an image without a usable answer is set aside.</p>",
         _table(card),
         *(_kind(kind, tally) for kind, tally in card.tallies.items()),
     ]
@@ -59,7 +59,7 @@ def _kind(kind: str, tally: Tally) -> str:
 
 
 def _bars(title: str, counts: Counter, style: str = "") -> str:
-    """The most frequent names with a bar each, or a word where there is none."""
+    """Draw the most frequent names with a bar each, or write "none"."""
     top = max(counts.values(), default=0)
     rows = [
         f'<tr><th scope="row">{html.escape(name)}</th><td><i style="width:{100 * count / max(top, 1):.1f}%"></i></td>'
@@ -71,7 +71,7 @@ def _bars(title: str, counts: Counter, style: str = "") -> str:
 
 
 def _histogram(title: str, counts: Counter) -> str:
-    """How many texts have how many words; the longest hundredth stands in the last bar."""
+    """Draw how many texts have how many words; the longest hundredth is in the last bar."""
     last = max(quantile(counts, 0.99), 1)
     width = -(-(last + 1) // BINS)
     bins = [0] * (last // width + 1)

@@ -1,4 +1,4 @@
-"""A teacher behind an OpenAI-compatible endpoint, asked through the `openai` client."""
+"""A teacher behind an OpenAI-compatible endpoint, through the `openai` client."""
 
 import email.utils
 import json
@@ -16,25 +16,23 @@ from llava_jax.types import InputError
 TRIES = 12
 CONNECT_WAIT = 15.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-# An endpoint that asks for more patience than this is one to come back to.
-LONGEST_ASKED_WAIT = 3600.0
-# Tries without any connection, or with nothing but what is no chat completion, before the address is taken for wrong.
+LONGEST_ASKED_WAIT = 3600.0  # an endpoint that asks for more ends the run
+# Tries without a connection, or without a single chat completion, before the address counts as wrong.
 TRIES_UNREACHED = 4
-# What is wrong with every request, and what to do about it.
+# Errors that every request would get, and what to do about them.
 WRONG_FOR_ALL = {
     401: "put the key of this endpoint in the environment as OPENAI_API_KEY",
     403: "take a key in OPENAI_API_KEY that may use this model",
     404: "expected an address that ends in /v1, and a model that is there",
 }
-PASSING = (408, 409, 425, 429)
+TRANSIENT = (408, 409, 425, 429)
 
 
 class EndpointTeacher:
-    """A model behind the chat completions of `endpoint` (…/v1); `settings` hold its name and what else is sent.
+    """A model behind the chat completions of `endpoint` (…/v1); `settings` are its name and what else is sent.
 
-    What passes by itself (429, 5xx, lost connections, answers that are no JSON) is tried again: after as long as the
-    endpoint asks for (Retry-After), else after twice as long each time, drawn so that requests spread. `stop` ends the
-    waiting.
+    Transient errors (429, 5xx, lost connections, answers that are not JSON) are tried again, after the time the
+    endpoint asks for (Retry-After), or else with exponential backoff and jitter. `stop` ends the waiting.
     """
 
     def __init__(
@@ -65,8 +63,10 @@ class EndpointTeacher:
             except openai.APIConnectionError as error:
                 problem = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection lost"
                 if not self._reached and tried >= TRIES_UNREACHED:
-                    said = f"{self._endpoint}: cannot be reached ({error.__cause__ or error})"
-                    raise InputError(f"{said}; is it up, and the address right?") from error
+                    raise InputError(
+                        f"{self._endpoint}: cannot be reached ({error.__cause__ or error}); is it up, and the address "
+                        "right?"
+                    ) from error
             except (ValueError, RecursionError) as error:
                 self._reached = True
                 problem = f"an answer that is no chat completion ({error})"
@@ -77,14 +77,15 @@ class EndpointTeacher:
         raise RequestFailed(f"no answer after {TRIES} tries, at last: {problem:.200}")
 
     def _ask(self, messages: Sequence[Message]) -> Reply:
-        more = {name: value for name, value in self.settings.items() if name != "model"}
-        raw = self._client.chat.completions.with_raw_response.create(
-            model=self.name, messages=list(messages), extra_body=more
+        response = self._client.chat.completions.with_raw_response.create(
+            model=self.name,
+            messages=list(messages),
+            extra_body={name: value for name, value in self.settings.items() if name != "model"},
         )
-        return read_completion(json.loads(raw.text))
+        return read_completion(json.loads(response.text))
 
     def _give_up(self, error: openai.APIStatusError) -> None:
-        """Raises for what another try does not change: InputError when it is wrong for all, else RequestFailed."""
+        """Raise for what another try does not change: InputError when no request can succeed, else RequestFailed."""
         status = error.status_code
         says = " ".join(str(error.message).replace(self._key, "***").split())[:300]
         if status in WRONG_FOR_ALL:
@@ -95,7 +96,7 @@ class EndpointTeacher:
             raise InputError(
                 f"{self._endpoint}: the quota is spent: {says}; the same command continues when there is more"
             ) from error
-        if status < 500 and status not in PASSING:
+        if status < 500 and status not in TRANSIENT:
             raise RequestFailed(f"refused with status {status}: {says}") from error
 
     def _wait(self, tried: int, asked_for: float | None) -> None:
@@ -107,11 +108,10 @@ class EndpointTeacher:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a response asks to wait: Retry-After as a number or a date (RFC 9110, 10.2.3); None without one."""
-    said = headers.get("retry-after", "").strip()
+    """Return the seconds that a response asks to wait, None without them: Retry-After of RFC 9110, 10.2.3."""
+    value = headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(said))
+        return max(0.0, float(value))
     except ValueError:
-        pass
-    date = email.utils.parsedate_tz(said)
+        date = email.utils.parsedate_tz(value)
     return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())

@@ -1,7 +1,7 @@
-"""Every raw answer on disk before it counts, so that none is paid for twice.
+"""Keep every raw answer on disk before it counts, so that none is paid for twice.
 
-An append-only JSONL file, a line an answer, good or bad, synced before `append` returns. What a kill leaves of a line
-at the end is cut off the next time; no line is ever changed.
+An append-only JSONL file, one line per answer, good or bad, synced before `append` returns. A line that a kill left
+incomplete is cut off the next time; no line is ever changed.
 """
 
 import dataclasses
@@ -19,20 +19,19 @@ from typing import Any
 from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import InputError
 
-# How a line begins. What begins otherwise is not half a line of ours, and stays.
-BEGINS = b'{"key": "'
+BEGINS = b'{"key": "'  # of every line; a last line that begins otherwise is not half a line of ours, and stays
 
 
 def key_of(context_id: str, kind: str, settings: Mapping[str, Any], messages: Sequence[Message]) -> str:
-    """What an answer is kept under: another image, kind, prompt or setting gives another key."""
+    """Return the key of a request's answers: another image, kind, prompt or setting gives another key."""
     text = json.dumps([context_id, kind, dict(settings), list(messages)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Journal:
-    """The answers in the file `path`, or without a path in one that is gone with the process; for several threads.
+    """The answers in the file `path`, or without a path in one that is gone with the process; thread-safe.
 
-    Raises InputError when another process writes to it, when a line is no answer, and when the disk is full.
+    Raises InputError when another process writes to it, when a line is not an answer, and when the disk is full.
     """
 
     def __init__(self, path: str | None):
@@ -50,16 +49,16 @@ class Journal:
         self._file.close()
 
     def __len__(self) -> int:
-        """How many answers it holds."""
+        """Return how many answers it holds."""
         return sum(len(places) for places in self._places.values())
 
     def replies(self, key: str) -> list[Reply]:
-        """The answers to one request, in the order they came."""
+        """Return the answers to one request, in the order they came."""
         rows = [json.loads(os.pread(self._file.fileno(), size, at)) for at, size in self._places.get(key, ())]
         return [Reply(row["text"], row["finish"], row["tokens_in"], row["tokens_out"]) for row in rows]
 
     def append(self, key: str, context_id: str, kind: str, model: str, reply: Reply) -> None:
-        """Saves an answer; when this returns it is on the disk."""
+        """Save an answer; when this returns it is on the disk."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = {"key": key, "id": context_id, "kind": kind, "model": model, "at": now, **dataclasses.asdict(reply)}
         line = (json.dumps(row) + "\n").encode()
@@ -79,11 +78,11 @@ class Journal:
         except OSError as error:
             os.ftruncate(number, self._end)
             raise InputError(
-                f"{self.path}: an answer cannot be saved ({error.strerror}); make room, run again"
+                f"{self.path}: an answer cannot be saved ({error.strerror}); free some space and run again"
             ) from error
 
     def _read(self) -> int:
-        """Where the file ends; half a line there is cut off."""
+        """Count the lines and return the file's end; half a line there is cut off."""
         end, number = 0, 0
         for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n") and line.startswith(BEGINS[: len(line)]):
@@ -96,7 +95,7 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{self.path} line {number}: no saved answer ({type(error).__name__}); the file is damaged, "
-                    "take this line out"
+                    "remove this line"
                 ) from error
             end += len(line)
         return end

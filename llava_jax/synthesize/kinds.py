@@ -1,4 +1,4 @@
-"""The three kinds of instruction data: their prompts, their requests, and what becomes of a reply."""
+"""The three kinds of instruction data: their prompts, their requests, and the turns of a reply."""
 
 import dataclasses
 import glob
@@ -11,8 +11,7 @@ from llava_jax.synthesize.parse import RejectedReply, parse_description, parse_d
 from llava_jax.synthesize.teacher import Message, Reply
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
-# What a worked example is shown, and what it answers.
-EXAMPLE = ("_caps.txt", "_conv.txt")
+EXAMPLE = ("_caps.txt", "_conv.txt")  # request and answer of a worked example
 PROMPTS = str(pathlib.Path(__file__).parent / "prompts")
 
 
@@ -30,7 +29,7 @@ KINDS = {
     "reasoning": Kind("complex_reasoning", boxes=True),
 }
 
-# The questions of the paper's appendix for a detailed description; one is drawn for each picture.
+# The questions of the paper's appendix for a detailed description; one is drawn for each image.
 DETAIL_QUESTIONS = (
     "Describe the following image in detail",
     "Provide a detailed description of the given image",
@@ -50,10 +49,9 @@ DETAIL_QUESTIONS = (
     "Write an exhaustive depiction of the given image",
 )
 
-# Models that think aloud do it before this; some servers leave it in the text.
-THOUGHT = "</think>"
-# Why a reply is not whole, by OpenAI's finish_reason; other reasons (stop, and what servers make up) are an end.
-NOT_WHOLE = {
+THOUGHT = "</think>"  # ends a model's reasoning, which some servers leave in the text
+# Why a reply is incomplete, by OpenAI's finish_reason; other reasons (stop, and those that servers invent) are an end.
+INCOMPLETE = {
     "length": "cut off at the limit of tokens",
     "content_filter": "held back by a filter",
     "refusal": "refused",
@@ -61,9 +59,9 @@ NOT_WHOLE = {
 
 
 def load_prompts(kind: str, prompts_dir: str | None = None) -> list[Message]:
-    """The system message and the worked examples of a kind, from system_message.txt, 000_caps.txt, 000_conv.txt …
+    """Return the system message and the worked examples of a kind: system_message.txt, 000_caps.txt, 000_conv.txt …
 
-    Each text is a file's, byte for byte, but for one line break at its end.
+    Each text is a file's, byte for byte, except for one line break at its end.
     """
     if kind not in KINDS:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
@@ -82,18 +80,18 @@ def load_prompts(kind: str, prompts_dir: str | None = None) -> list[Message]:
 
 
 def messages_for(context: Context, kind: str, prompts: list[Message]) -> list[Message]:
-    """The whole conversation that a teacher is sent about one picture."""
+    """Return the conversation that a teacher is sent about one image."""
     return [*prompts, {"role": "user", "content": context_text(context, KINDS[kind].boxes)}]
 
 
 def turns_of(reply: Reply, context: Context, kind: str, seed: int) -> tuple[Turn, ...]:
-    """The turns about one picture, the placeholder in the first one. Raises RejectedReply.
+    """Return the turns about one image, with the placeholder in the first one. Raises RejectedReply.
 
-    What is drawn (the question of a description; whether the picture comes before or after the first question, as in
-    the paper) depends on seed, kind and picture only, not on the order of the file.
+    What is drawn (the question of a description; whether the image comes before or after the first question, as in the
+    paper) depends on seed, kind and image only, not on the order of the file.
     """
-    if reply.finish in NOT_WHOLE:
-        raise RejectedReply(NOT_WHOLE[reply.finish])
+    if reply.finish in INCOMPLETE:
+        raise RejectedReply(INCOMPLETE[reply.finish])
     rng = random.Random(f"{seed}/{kind}/{context.id}")
     text = reply.text.rpartition(THOUGHT)[2]
     if kind == "conversation":

@@ -1,4 +1,4 @@
-"""From a teacher's reply to turns, or to the reason why it cannot be used."""
+"""Parse a teacher's reply into turns, or into the reason why it cannot be used."""
 
 import re
 
@@ -13,8 +13,8 @@ _SHARE = r"(?:0?\.\d+|1\.0+|[01])"
 COORDINATES = re.compile(
     rf"[\[(](?=[^\])]*\.)\s*{_SHARE}(?:\s*,\s*{_SHARE}){{1,3}}\s*[\])]|(?<![\d.])0?\.\d+(?:\s*,\s*{_SHARE}){{3}}(?![\d.])"
 )
-# Words of somebody who reads what the teacher was given, in place of somebody who sees a picture: "the caption says",
-# "according to the second sentence", "the provided information". A caption that is part of a picture may be named.
+# Words of somebody who reads captions instead of seeing an image: "the caption says", "according to the second
+# sentence", "the provided information". A caption that is part of the image may be mentioned.
 LEAKS = re.compile(
     r"""
     \b bounding [ ] box (?:es)? \b
@@ -45,7 +45,7 @@ class RejectedReply(Exception):
 
 
 def parse_dialogue(reply: str) -> tuple[Turn, ...]:
-    """Turns of `Question:` and `Answer:` blocks, a line `===` between two blocks. Raises RejectedReply."""
+    """Return the turns of `Question:` and `Answer:` blocks with a line `===` between them. Raises RejectedReply."""
     _check_content(reply)
     turns = []
     for block in SEPARATOR.split(reply):
@@ -66,7 +66,7 @@ def parse_dialogue(reply: str) -> tuple[Turn, ...]:
 
 
 def parse_exchange(reply: str) -> tuple[Turn, ...]:
-    """Two turns, of a reply that holds one question and its answer. Raises RejectedReply."""
+    """Return the two turns of a reply that holds one question and its answer. Raises RejectedReply."""
     turns = parse_dialogue(reply)
     if len(turns) != 2:
         raise RejectedReply("more than one question")
@@ -74,7 +74,7 @@ def parse_exchange(reply: str) -> tuple[Turn, ...]:
 
 
 def parse_description(reply: str) -> str:
-    """The reply itself. Raises RejectedReply for one that is empty or holds blocks."""
+    """Return the reply itself. Raises RejectedReply for one that is empty or holds blocks."""
     _check_content(reply)
     if SEPARATOR.search(reply) or re.search(r"^(Question|Answer):", reply, re.MULTILINE):
         raise RejectedReply("blocks where a description was asked for")

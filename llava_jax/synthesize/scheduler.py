@@ -1,4 +1,4 @@
-"""Ask the teacher about every image that is still open, several at a time, each answer saved before it counts."""
+"""Ask the teacher about every image that is still open, several at a time; every answer is saved before it counts."""
 
 import collections
 import concurrent.futures
@@ -17,14 +17,13 @@ from llava_jax.synthesize.parse import RejectedReply
 from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, Teacher, estimate_messages
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
-# So many requests without an answer one after the other, and it is not the requests.
-FAILURES_IN_A_ROW = 20
+FAILURES_IN_A_ROW = 20  # after so many the fault is not in the requests
 SECONDS_BETWEEN_REPORTS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One image and one kind: what is sent, the key of its answers; or the `problem` for which nothing is asked."""
+    """One image and one kind: what is sent, the key of its answers, or the `problem` for which nothing is asked."""
 
     context: Context
     kind: str
@@ -35,7 +34,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the answers to a task have come to: its turns, or None; and the reason each answer is not used for."""
+    """The result of a task's answers: its turns, or None, and for each rejected answer the reason."""
 
     turns: tuple[Turn, ...] | None
     replies: tuple[Reply, ...]
@@ -57,7 +56,7 @@ class Asked:
 def tasks_of(
     contexts: Iterable[Context], prompts: Mapping[str, list[Message]], settings: Mapping[str, Any], limit: int
 ) -> Iterator[Task]:
-    """A task for each kind of `prompts` and each of the first `limit` contexts (all of them at 0), kind by kind."""
+    """Yield a task for each kind of `prompts` and each of the first `limit` contexts (0: all), kind by kind."""
     for kind, examples in prompts.items():
         seen: set[str] = set()
         for number, context in enumerate(contexts):
@@ -70,18 +69,18 @@ def tasks_of(
 
 
 def _problem(context: Context, text: str, seen: Container[str]) -> str:
-    """Why nothing is asked about an image, by training's own reader of rows as well; "" where something is."""
+    """Return why nothing is asked about an image, "" otherwise; training's reader of rows decides as well."""
     if context.id in seen:
         return "id seen before in the contexts"
     if not context.captions:
         return "no captions"
-    said = [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": text}]
-    row = parse_or_reject({"id": context.id, "image": context.image, "conversations": said}, 0)
+    turns = [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": text}]
+    row = parse_or_reject({"id": context.id, "image": context.image, "conversations": turns}, 0)
     return f"its row: {row.reason}" if isinstance(row, Rejected) else ""
 
 
 def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:
-    """The first answer that can be used, and why those before it cannot."""
+    """Return the turns of the first answer that can be used, and why those before it cannot."""
     read, reasons = [], []
     for reply in replies:
         read.append(reply)
@@ -104,7 +103,7 @@ class _Asker:
         self._lock = threading.Lock()
 
     def settle(self, task: Task) -> None:
-        """Asks until an answer can be used or there were enough of them."""
+        """Ask until an answer can be used or all attempts are made."""
         while not judge(task, self.journal.replies(task.key), self.seed).settled(self.attempts):
             reserved = self.budget.reserve(task.messages, self.teacher.settings)
             reply = Reply("")
@@ -128,7 +127,7 @@ class _Ended:
     in_a_row: int = 0
     stopped: str = ""
 
-    def take(self, future: concurrent.futures.Future[None]) -> None:
+    def count(self, future: concurrent.futures.Future[None]) -> None:
         try:
             future.result()
             self.in_a_row = 0
@@ -153,39 +152,48 @@ def ask_all(
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> Asked:
-    """Asks about every task that the journal does not settle; at most `concurrency` requests are under way.
+    """Ask about every task that the journal does not settle; at most `concurrency` requests are in flight.
 
-    A request that fails is counted and left open for the next run. Raises InputError when no request can succeed;
-    on the way out, as when the user interrupts, `stop` is set, which ends the waiting of threads.
+    A request that fails is counted and left open for the next run. Raises InputError when no request can succeed.
+    `stop` is set on the way out of an error, as when the user interrupts: it ends the threads' waiting.
+
+    Args:
+      tasks: of a job.
+      teacher, journal, budget: what is asked, where its answers are saved, and what they may cost.
+      attempts: answers to one request until one can be used.
+      concurrency: requests in flight.
+      seed: of `turns_of`.
+      stop: ends the waiting between tries.
+      say: prints the progress.
     """
     asker = _Asker(teacher, journal, budget, attempts, seed, stop)
     ended, reported = _Ended(teacher.name), time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
-    under_way: set[concurrent.futures.Future[None]] = set()
+    in_flight: set[concurrent.futures.Future[None]] = set()
     coming = iter(tasks)
     try:
         while True:
-            while not ended.stopped and len(under_way) < 2 * concurrency:
+            while not ended.stopped and len(in_flight) < 2 * concurrency:
                 task = next(coming, None)
                 if task is None:
                     break
                 if task.problem or judge(task, journal.replies(task.key), seed).settled(attempts):
                     continue
-                under_way.add(pool.submit(asker.settle, task))
-            if not under_way:
+                in_flight.add(pool.submit(asker.settle, task))
+            if not in_flight:
                 return Asked(asker.answers, dict(ended.failed), ended.stopped)
-            done, under_way = concurrent.futures.wait(
-                under_way, timeout=SECONDS_BETWEEN_REPORTS, return_when=concurrent.futures.FIRST_COMPLETED
+            done, in_flight = concurrent.futures.wait(
+                in_flight, timeout=SECONDS_BETWEEN_REPORTS, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                ended.take(future)
+                ended.count(future)
             if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()
                 spent = f"{budget.tokens_in + budget.tokens_out} tokens"
                 say(f"{asker.answers} answers saved, {sum(ended.failed.values())} requests failed, {spent}")
     finally:
-        # On the way out by an error nothing new is asked, and what is under way is saved when it comes.
-        if under_way:
+        # After an error nothing new is asked, and what is in flight is saved when it comes.
+        if in_flight:
             stop.set()
-            say("stopping; answers to the requests under way are still saved")
+            say("stopping; answers to the requests in flight are still saved")
         pool.shutdown(wait=True, cancel_futures=True)

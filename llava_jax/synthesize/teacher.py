@@ -23,7 +23,7 @@ class RequestFailed(Exception):
 
 
 class Teacher(Protocol):
-    """A language-only model; `name` is printed and stands in the journal.
+    """A language-only model; `name` is printed and saved in the journal.
 
     `settings` are what a request holds besides its messages (the model, sampling): an answer under other settings is
     another answer.
@@ -33,15 +33,15 @@ class Teacher(Protocol):
     settings: Mapping[str, Any]
 
     def answer(self, messages: Sequence[Message]) -> Reply:
-        """The reply to a conversation that ends with a user message; called from several threads.
+        """Return the reply to a conversation that ends with a user message; called from several threads.
 
-        Raises RequestFailed when there is none to this request, and InputError when there will be none to any.
+        Raises RequestFailed when this request gets none, and InputError when no request will.
         """
         ...
 
 
 def read_completion(body: Any) -> Reply:
-    """The reply in the JSON body of a chat completion. Raises ValueError for a body that is none."""
+    """Return the reply in the JSON body of a chat completion. Raises ValueError for a body that is none."""
     try:
         choice = body["choices"][0]
         message = choice["message"]
@@ -52,17 +52,17 @@ def read_completion(body: Any) -> Reply:
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"no choices[0].message ({type(error).__name__}: {error})") from error
     text = refusal if text is None else text
-    whole = isinstance(text, str | None) and isinstance(finish, str)
-    if not whole or not isinstance(tokens_in, int) or not isinstance(tokens_out, int):
-        raise ValueError("choices[0].message.content is no text")
+    is_text = isinstance(text, str | None) and isinstance(finish, str)
+    if not is_text or not isinstance(tokens_in, int) or not isinstance(tokens_out, int):
+        raise ValueError("choices[0].message.content is not text")
     return Reply(text or "", finish, tokens_in, tokens_out)
 
 
 def estimate_messages(messages: Sequence[Message]) -> int:
-    """About how many tokens a conversation is."""
+    """Estimate how many tokens a conversation has."""
     return estimate_tokens([message["content"] for message in messages])
 
 
 def estimate_tokens(texts: Sequence[str]) -> int:
-    """About how many tokens texts are: a token for four characters, as in English, and four for each message."""
+    """Estimate how many tokens texts have: one for four characters, as in English, and four for each message."""
     return sum(4 + (len(text) + 3) // 4 for text in texts)

@@ -1,4 +1,4 @@
-"""`synthesize`: instruction data in LLaVA's JSON, written by a language-only teacher from captions and boxes."""
+"""Instruction data in LLaVA's JSON, written by a language-only teacher from captions and boxes (`synthesize`)."""
 
 import collections
 import dataclasses
@@ -20,16 +20,15 @@ from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages, es
 from llava_jax.types import InputError
 
 ALL_KINDS = "all"
-# So many reasons are said in one line; the data card has more, and OUTPUT.rejected.jsonl all of them.
-REASONS = 5
+REASONS = 5  # named in one line; the data card has more, and OUTPUT.rejected.jsonl all of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What is asked about which images: the prompts of each kind, and how replies become rows.
 
-    `seed` draws (where the image stands, the question of a description), `limit` takes the first images only (0,
-    all), and `attempts` is how many answers to one request there may be until one can be used.
+    `seed` draws (where the image stands, the question of a description), `limit` takes the first images only (0: all),
+    and `attempts` is how many answers to one request there may be until one can be used.
     """
 
     contexts: Iterable[Context]
@@ -46,7 +45,7 @@ class Job:
 class Written:
     """What a run of `synthesize` did: rows, turns in them, images set aside and not answered yet, by reason.
 
-    `stopped` is why it ended before all was asked, "" where it did not.
+    `stopped` is why it ended before everything was asked, "" where it did not.
     """
 
     rows: int
@@ -65,19 +64,19 @@ class Written:
 
 
 def _reasons(counts: Mapping[str, int], more: str = "") -> str:
-    """In brackets the most frequent reasons: some name an image, and there can be as many of them as images."""
+    """Return the most frequent reasons in brackets: some name an image, and there can be as many as images."""
     named = collections.Counter(counts).most_common(REASONS)
     others = sum(counts.values()) - sum(count for _, count in named)
-    said = [f"{count} {reason}" for reason, count in named]
-    said += [f"{others} for other reasons"] if others else []
-    said += [more] if more else []
-    return f" ({', '.join(said)})" if said else ""
+    reasons = [f"{count} {reason}" for reason, count in named]
+    reasons += [f"{others} for other reasons"] if others else []
+    reasons += [more] if more else []
+    return f" ({', '.join(reasons)})" if reasons else ""
 
 
 def open_job(
     contexts_path: str, kind: str, prompts_dir: str | None = None, *, seed: int = 0, limit: int = 0, attempts: int = 3
 ) -> Job:
-    """The job of a contexts file and a kind, or `all`; see `open_contexts` and `load_prompts`."""
+    """Return the job of a contexts file and a kind, or `all`; see `open_contexts` and `load_prompts`."""
     kinds = tuple(KINDS) if kind == ALL_KINDS else (kind,)
     prompts = {name: load_prompts(name, prompts_dir) for name in kinds}
     return Job(open_contexts(contexts_path), prompts, seed, limit, attempts)
@@ -96,11 +95,11 @@ def synthesize(
     stop: threading.Event | None = None,
     say: Callable[[str], None] = print,
 ) -> Written:
-    """Asks the teacher about every image that the journal does not settle, and writes the rows to `output`.
+    """Ask the teacher about every image that the journal does not settle, and write the rows to `output`.
 
-    Next to it stand what was set aside with its reason (.rejected.jsonl) and the data card (.card.txt, .card.html).
-    `tokens` and `money` bound what all answers of the journal cost; 0 is no bound. Raises InputError; a reply that
-    cannot be used is counted and set aside, not written.
+    What was set aside, with its reason (.rejected.jsonl), and the data card (.card.txt, .card.html) are written next to
+    it. `tokens` and `money` limit what all answers of the journal cost; 0 is no limit. A reply that cannot be used is
+    counted and set aside. Raises InputError.
     """
     budget = Budget(tokens, money, prices, journal.tokens_in, journal.tokens_out)
     asked = ask_all(
@@ -137,10 +136,10 @@ def write_data(
     why: Mapping[str, int] | None = None,
     stopped: str = "",
 ) -> Written:
-    """Writes rows, what was set aside and the data card from the answers in the journal; nothing is asked.
+    """Write rows, what was set aside and the data card from the answers in the journal; nothing is asked.
 
-    `name` and `settings` are those of the teacher; `why` tasks are still open, and why the asking `stopped`. Raises
-    InputError and writes nothing when there is no row.
+    `name` and `settings` are those of the teacher; `why` says why tasks are still open, `stopped` why the asking ended.
+    Raises InputError and writes nothing when there is no row.
     """
     stem = os.path.splitext(output)[0]
     card = Card(os.path.basename(output), name, {kind: Tally() for kind in job.prompts})
@@ -161,7 +160,7 @@ def write_data(
 def _rows(
     job: Job, settings: Mapping[str, Any], journal: Journal, card: Card, rejected: TextIO, still_open: str
 ) -> Iterator[dict[str, Any]]:
-    """The row of each task that has one; `card` counts every task, `rejected` gets those set aside."""
+    """Yield the row of each task that has one; `card` counts every task, `rejected` gets those set aside."""
     for task in job.tasks(settings):
         verdict = judge(task, journal.replies(task.key) if not task.problem else (), job.seed)
         problem = task.problem
@@ -171,8 +170,8 @@ def _rows(
         if problem:
             rejected.write(json.dumps(_set_aside(task, verdict, problem)) + "\n")
         elif verdict.turns is not None:
-            said = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
-            yield {"id": task.context.id, "image": task.context.image, "conversations": said}
+            turns = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
+            yield {"id": task.context.id, "image": task.context.image, "conversations": turns}
     _require_rows(card, journal, still_open)
 
 
@@ -200,10 +199,10 @@ def _set_aside(task: Task, verdict: Verdict, problem: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a job will ask, before it does: requests still open, and about how many tokens they are.
+    """What a job will ask: the requests still open, and about how many tokens they need.
 
-    `tokens_out` takes answers to be as long as the worked examples; `most_out` takes all at their limit, if there is
-    one answer to each.
+    `tokens_out` takes answers to be as long as the worked examples, `most_out` as long as their limit, with one answer
+    to each request.
     """
 
     requests: int
@@ -213,10 +212,9 @@ class Estimate:
     most_out: int
 
     def lines(self, prices: Prices | None) -> list[str]:
-        """For a person."""
         lines = [
             f"{self.requests} requests to send, {self.settled} images need none",
-            f"about {self.tokens_in} tokens asked and {self.tokens_out} answered, at most {self.most_out}",
+            f"about {self.tokens_in} prompt and {self.tokens_out} completion tokens, of these at most {self.most_out}",
         ]
         if prices:
             cost, most = (prices.cost(self.tokens_in, out) for out in (self.tokens_out, self.most_out))
@@ -225,7 +223,7 @@ class Estimate:
 
 
 def estimate(job: Job, settings: Mapping[str, Any], journal: Journal) -> Estimate:
-    """The estimate of what the journal does not settle yet; see `estimate_tokens`."""
+    """Estimate what the journal does not settle yet; see `estimate_tokens`."""
     examples = {kind: [item["content"] for item in messages[2::2]] for kind, messages in job.prompts.items()}
     prompts = {kind: estimate_messages(messages) for kind, messages in job.prompts.items()}
     limit = longest_answer(settings)
