@@ -81,3 +81,12 @@ def replacing(path: str) -> Iterator[TextIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+LFS_POINTER = "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`, or download it"
+
+
+def is_lfs_pointer(path: str) -> bool:
+    """Return whether a file is what git keeps in place of one that git-lfs has not fetched."""
+    with open(path, "rb") as file:
+        return file.read(24) == b"version https://git-lfs."

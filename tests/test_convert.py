@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
-from llava_jax.weights import convert, hf, hf_config, name_table
+from llava_jax.weights import convert, hf, hf_config, hf_facts, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
 from tests.tiny_llava import write_tokenizer
 
@@ -582,6 +582,7 @@ def test_a_chat_template_that_contradicts_the_template_is_said(tmp_path, sources
     write(sources, tmp_path / "out")
     convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'same'}")
     assert "chat template" not in capsys.readouterr().out
+    (tmp_path / "out" / "chat_template.json").unlink()
     (tmp_path / "out" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'other'}")
     assert "template v1 writes 'A chat" in capsys.readouterr().out
@@ -658,3 +659,57 @@ def test_images_that_end_as_no_square_of_the_tower_are_refused(tmp_path, sources
         return
     with pytest.raises(InputError, match=says):
         hf.read_llava_config(str(folder))
+
+
+# ---- facts stated twice ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards_stay", [True, False])
+def test_a_single_file_counts_before_the_index_of_older_shards(tmp_path, sources, capsys, shards_stay):
+    """What transformers leaves after it saves in place: the new weights in one file, the old index next to it."""
+    write(sources, tmp_path / "old", params=random_params(CONFIG, seed=5), shard_bytes=4000)
+    write(sources, tmp_path / "new")
+    shutil.copyfile(tmp_path / "new" / "model.safetensors", tmp_path / "old" / "model.safetensors")
+    if not shards_stay:
+        for shard in tmp_path.glob("old/model-0*"):
+            shard.unlink()
+    assert_same(hf.read_llava(str(tmp_path / "old"))[1], hf.read_llava(str(tmp_path / "new"))[1])
+    capsys.readouterr()
+    convert.convert(f"hf:{tmp_path / 'old'}", f"projector:{tmp_path / 'p.safetensors'}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "model.safetensors.index.json" in line and line.endswith("model.safetensors counts")
+
+
+def test_a_folder_that_contradicts_nothing_says_nothing(tmp_path, sources):
+    write(sources, tmp_path / "out")
+    assert hf_facts.contradictions(str(tmp_path / "out")) == []
+
+
+def test_a_contradiction_names_both_places(tmp_path, sources):
+    folder = str(tmp_path / "out")
+    write(sources, folder)
+    path = tmp_path / "out" / "config.json"
+    given = json.loads(path.read_text())
+    given["text_config"] |= dict(
+        rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="default")
+    )
+    path.write_text(json.dumps(given | dict(torch_dtype="float16")))
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[7, 8])))
+    dtype, eos, rope = (line.removeprefix(f"{folder}: ") for line in hf_facts.contradictions(folder))
+    assert "dtype: config.json dtype says 'float32' and config.json torch_dtype 'float16'; config.json dtype" in dtype
+    assert "generation_config.json eos_token_id says" in eos and "config.json eos_token_id" in eos
+    assert (
+        "rope_scaling says rope_type 'linear' and config.json text_config.rope_parameters rope_type 'default'" in rope
+    )
+    assert hf.read_llava_config(folder)[0].llm.rope == RopeConfig(kind="linear", factor=2.0)
+
+
+def test_a_feature_layer_in_a_list_of_one(tmp_path, sources):
+    write(sources, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    given = json.loads(path.read_text())
+    path.write_text(json.dumps(given | dict(vision_feature_layer=[-2])))
+    assert hf.read_llava_config(str(tmp_path / "out"))[0].feature_layer == -2
+    path.write_text(json.dumps(given | dict(vision_feature_layer=[-2, -1])))
+    with pytest.raises(InputError, match="expected one whole number"):
+        hf.read_llava_config(str(tmp_path / "out"))

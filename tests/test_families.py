@@ -125,7 +125,7 @@ def test_what_is_not_built_is_refused_by_name(name):
 def test_heads_are_normalised_before_they_turn():
     config = dataclasses.replace(LLAMA, family="qwen3")
     params = random_params(ModelConfig(CLIP, config))["llm"]["layers"]["attn"]
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: llama.Attention(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: llama.Attention(config, "xla", 0, rngs=nnx.Rngs(0))))
     attn = nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), params))
     x = np.random.default_rng(2).normal(size=(1, 3, 8)).astype(np.float32)
     rope = angles(jnp.arange(3)[None], config.rope, config.head_dim)

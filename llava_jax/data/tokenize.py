@@ -378,7 +378,8 @@ def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
             continue
         given = _read_json(path, "copy it again")
         given = given if isinstance(given, dict) else {}
-        named = given.get("eos_token_id", (given.get("text_config") or {}).get("eos_token_id"))
+        named = given.get("eos_token_id")
+        named = (given.get("text_config") or {}).get("eos_token_id") if named is None else named
         known = set(vocabulary.values())
         ends = [end for end in (named if isinstance(named, list) else [named]) if isinstance(end, int) and end in known]
         if ends:

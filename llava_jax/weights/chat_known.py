@@ -1,6 +1,5 @@
 """The chat template that a folder brings: which of ours it is, and what to say when it is not the one chosen."""
 
-import os
 import re
 
 from jinja2 import TemplateError
@@ -8,7 +7,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_jax.data.templates import TEMPLATES, Template, find_template, render
 from llava_jax.types import Turn
-from llava_jax.weights.hf_config import read_json
+from llava_jax.weights.hf_facts import folder_value, special_tokens
 
 _PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
 
@@ -57,17 +56,9 @@ def _ours(template: Template, tokens: dict[str, str]) -> str:
 
 def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
     """(bos_token and eos_token, Jinja text or None) of a folder."""
-    path = os.path.join(folder, "tokenizer_config.json")
-    config = read_json(path) if os.path.isfile(path) else {}
-    tokens = {}
-    for key in ("bos_token", "eos_token"):
-        token = config.get(key)
-        tokens[key] = (token.get("content") if isinstance(token, dict) else token) or ""
-    jinja, beside = (os.path.join(folder, f"chat_template.{ending}") for ending in ("jinja", "json"))
-    if os.path.isfile(jinja):
-        with open(jinja, encoding="utf-8") as file:
-            return tokens, file.read()
-    source = read_json(beside).get("chat_template") if os.path.isfile(beside) else config.get("chat_template")
+    named = special_tokens(folder)
+    tokens = {key: named.get(key, "") for key in ("bos_token", "eos_token")}
+    source, _ = folder_value(folder, "chat template")
     if isinstance(source, list):  # several under names, as tokenizers with tools have them
         source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
     return tokens, source if isinstance(source, str) else None

@@ -21,6 +21,7 @@ from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.chat_known import recognised_template
 from llava_jax.weights.hf_export import write_llava
+from llava_jax.weights.hf_facts import config_value, read_json
 from llava_jax.weights.original import HERE, Beside
 from llava_jax.weights.processor import read_images, with_pixels
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
@@ -124,19 +125,19 @@ def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, 
     return config, dataclasses.replace(extras, template=original.template(found, extras.template), **said)
 
 
-def weight_folders(folder: str) -> list[str]:
+def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
     """The folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
     path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path) or not hf_config.is_original(hf_config.read_json(path)):
+    if not os.path.isfile(path) or not hf_config.is_original(read_json(path)):
         return [folder]
-    found = original.open_original(folder, HERE)
+    found = original.open_original(folder, beside)
     return [other for other in (folder, found.tower, found.base) if other]
 
 
 def stored_dtype(folder: str) -> str:
     """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
-    stored = given.get("dtype") or given.get("torch_dtype")
+    stored = config_value(given, "dtype")
     return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
 
 

@@ -1,12 +1,12 @@
 """Hugging Face's config.json and our configs, both ways; defaults of the published classes fill what is left out."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
 from llava_jax.weights.families import ARCHITECTURES, DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
+from llava_jax.weights.hf_facts import config_value, read_json
 
 Json = dict[str, Any]
 
@@ -28,20 +28,6 @@ _WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 # Images for SigLIP, where the folder does not say otherwise.
 SIGLIP_PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-
-
-def read_json(path: str) -> Json:
-    """The JSON object in a file; InputError names the file when it is missing, broken or no object."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a Hugging Face JSON file") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); copy it again from where the model came from") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_config(folder: str, expected: str) -> Json:
@@ -79,8 +65,9 @@ def _number(values: Mapping[str, Any], key: str, where: str) -> float:
 def _choice(values: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:
     value = values.get(key)
     if not any(value == option and type(value) is type(option) for option in allowed):
-        names = ", ".join(repr(option) for option in allowed)
-        raise InputError(f"{where}: {key} is {value!r}, which is not supported; expected one of {names}")
+        given = f"{key} is {repr(value)[:80]}, which is not supported"
+        names = " or ".join("it to be absent" if option is None else repr(option) for option in allowed)
+        raise InputError(f"{where}: {given}; expected {names}")
     return value
 
 
@@ -120,11 +107,9 @@ def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
 
 def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConfig:
     """Both spellings: rope_parameters (transformers 5) and rope_theta with rope_scaling (4)."""
-    rope = values.get("rope_parameters") or {}
-    scaling = rope or values.get("rope_scaling") or {}
-    for key, given in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-            raise InputError(f"{where}: {key} is {given!r}; expected one flat object (no rope per kind of layer)")
+    scaling = config_value(values, "rope") or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise InputError(f"{where}: rope is {scaling!r}; expected one flat object (no rope per kind of layer)")
     partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise InputError(f"{where}: partial_rotary_factor {partial!r} is not supported; expected 1")
@@ -218,10 +203,8 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
     values = _filled(
         config,
         dict(
-            image_token_index=config.get("image_token_id", 32000),
             projector_hidden_act="gelu",
             vision_feature_select_strategy="default",
-            vision_feature_layer=-2,
             multimodal_projector_bias=True,
         ),
     )
@@ -230,18 +213,18 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
     vision = clip_config(_filled(config.get("vision_config") or {}, _vision_defaults(config)), where + " vision_config")
     _choice(values, "vision_feature_select_strategy", (select_strategy(vision),), where)
     text = {"model_type": "llama", **(config.get("text_config") or {})}
-    if config.get("tie_word_embeddings"):
+    if config_value(config, "tied embeddings"):
         text["tie_word_embeddings"] = True
+    image_token = config_value(config, "image token")
     result = ModelConfig(
         vision=vision,
         llm=llama_config(text, where + " text_config"),
         projector=_PROJECTORS[activation],
-        feature_layer=values["vision_feature_layer"],
-        image_token_id=values["image_token_index"],
+        feature_layer=feature_layer(config.get("vision_feature_layer"), vision, where),
+        image_token_id=32000 if image_token is None else image_token,
         dtype=dtype,
         pinpoints=_next_pinpoints(config, vision, where) if config["model_type"] == "llava_next" else (),
     )
-    check_feature_layer(result.feature_layer, vision, where)
     if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
         raise InputError(f"{where}: image_token_index is {result.image_token_id!r}; expected a token id")
     return result
@@ -278,6 +261,13 @@ def _vision_defaults(config: Mapping[str, Any]) -> Json:
 def select_strategy(vision: ClipConfig) -> str:
     """LLaVA's vision_feature_select_strategy that leaves the patches: default drops the class token, full nothing."""
     return "default" if vision.class_tokens else "full"
+
+
+def feature_layer(given: Any, vision: ClipConfig, where: str) -> int:
+    """Return the feature layer of a config, a number or a list with one; -2 where there is none."""
+    layer = given[0] if isinstance(given, list) and len(given) == 1 else -2 if given is None else given
+    check_feature_layer(layer, vision, where)
+    return layer
 
 
 def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:

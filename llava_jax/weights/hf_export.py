@@ -18,6 +18,7 @@ import numpy as np
 
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, orbax_model
+from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
 from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, open_folder, write_shards
 
@@ -106,7 +107,7 @@ def _write_configs(
     for name, value in (("config.json", described), ("generation_config.json", generation)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(value, file, indent=2)
-    read = hf_config.llava_config(hf_config.read_json(os.path.join(folder, "config.json")), folder, config.dtype)
+    read = hf_config.llava_config(read_json(os.path.join(folder, "config.json")), folder, config.dtype)
     # How images become pixels stands in preprocessor_config.json.
     vision = dataclasses.replace(read.vision, pixels=config.vision.pixels)
     if dataclasses.replace(read, vision=vision, remat=config.remat) != config:

@@ -18,6 +18,7 @@ from llava_jax.weights import hf, runs
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.weights.fingerprints import check_unchanged, frozen_sources, model_inputs
 from llava_jax.weights.hf import Beside, LlavaExtras, read_llava, stored_dtype
+from llava_jax.weights.hf_facts import contradictions
 from llava_jax.weights.source import is_workdir, parse
 from llava_jax.weights.spec import ModelSpec, adapted, float_dtype, model_spec
 
@@ -52,8 +53,10 @@ def read_model(
             exif=rules.exif,
         )
     else:
-        dtype = dtype or stored_dtype(folder)
-        config, params, extras = read_llava(folder, dtype=dtype, lazy=True, beside=Beside(vision, base))
+        dtype, beside = dtype or stored_dtype(folder), Beside(vision, base)
+        config, params, extras = read_llava(folder, dtype=dtype, lazy=True, beside=beside)
+        for line in [line for each in hf.weight_folders(folder, beside) for line in contradictions(each)]:
+            print(f"warning: {line}")
     return dataclasses.replace(config, dtype=dtype), params, extras
 
 

@@ -17,6 +17,7 @@ from llava_jax.data.templates import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
 from llava_jax.types import ClipConfig, InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table
+from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.processor import TOKENIZER_FILES, with_pixels
 from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file, open_folder
 
@@ -93,7 +94,7 @@ def _base(folder: str, override: str) -> str:
         if override:
             raise InputError(f"--base={override}: {folder} holds no {ADAPTER} and needs no base")
         return ""
-    named = hf_config.read_json(os.path.join(folder, ADAPTER)).get("base_model_name_or_path")
+    named = read_json(os.path.join(folder, ADAPTER)).get("base_model_name_or_path")
     if override and not os.path.isfile(os.path.join(override, "config.json")):
         raise InputError(f"--base={override}: has no config.json; expected the model that the adapter {folder} is for")
     found = override or (_found(named, folder) if isinstance(named, str) and named else "")
@@ -120,15 +121,14 @@ def read_model_config(original: Original) -> ModelConfig:
     _one_of(given, "s2", (None, False), where)
     projector = _one_of(given, "mm_projector_type", ("linear", "mlp2x_gelu", None), where)
     tower = os.path.join(original.tower, "config.json")
-    vision = hf_config.clip_config(hf_config.read_json(tower), tower)
+    vision = hf_config.clip_config(read_json(tower), tower)
     if given.get("mm_hidden_size") not in (None, vision.width):
         raise InputError(
             f"{where}: mm_hidden_size is {given['mm_hidden_size']} and the tower {original.tower} {vision.width} wide; "
             "expected the tower of this model"
         )
     vision = with_pixels(vision, original.tower)
-    layer = given.get("mm_vision_select_layer", -2)
-    hf_config.check_feature_layer(layer, vision, where)
+    layer = hf_config.feature_layer(given.get("mm_vision_select_layer"), vision, where)
     llm = hf_config.llama_config({**given, "model_type": ORIGINAL_DECODERS[given["model_type"]]}, where)
     return ModelConfig(
         vision=vision,
@@ -267,7 +267,7 @@ class _As(File):
 def _scale(folder: str) -> float:
     """What B A is multiplied by; InputError for the kinds of adapter that are more than W + scale · B A."""
     where = os.path.join(folder, ADAPTER)
-    given = hf_config.read_json(where)
+    given = read_json(where)
     _one_of(given, "peft_type", ("LORA",), where)
     _one_of(given, "bias", ("none", None), where)
     # Others (pissa, olora, corda …) change the base's own weights.

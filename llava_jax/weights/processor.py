@@ -18,7 +18,8 @@ from llava_jax.data.templates import find_template, render
 from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 from llava_jax.weights.chat_jinja import chat_jinja
-from llava_jax.weights.hf_config import read_json, select_strategy
+from llava_jax.weights.hf_config import select_strategy
+from llava_jax.weights.hf_facts import folder_value, read_json
 
 Json = dict[str, Any]
 
@@ -153,13 +154,9 @@ def _write_chat(folder: str, template: str, image_position: str, tokenizer: Text
 
 
 def _image_settings(folder: str) -> tuple[Json, str]:
-    """The image processor's settings and the file they are in: that of transformers 4, else that of 5."""
-    path = os.path.join(folder, "preprocessor_config.json")
-    given = read_json(path) if os.path.isfile(path) else {}
-    if not given and os.path.isfile(os.path.join(folder, "processor_config.json")):
-        path = os.path.join(folder, "processor_config.json")
-        given = read_json(path).get("image_processor") or {}
-    return given, path
+    """The image processor's settings and the file they are in."""
+    given, path = folder_value(folder, "image settings")
+    return given or {}, path
 
 
 def read_images(folder: str) -> str:

@@ -3,7 +3,8 @@
 import os
 
 from llava_jax.types import InputError
-from llava_jax.weights.hf_config import is_original, read_json
+from llava_jax.weights.hf_config import is_original
+from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.orbax_model import is_converted
 
 FORMS = (

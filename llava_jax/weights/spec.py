@@ -8,6 +8,7 @@ from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.settings import RANDOM, lora_targets, nearest, read_settings
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, LoraConfig, ModelConfig, Settings
 from llava_jax.weights import hf, hf_config
+from llava_jax.weights.hf_facts import contradictions, read_json
 from llava_jax.weights.source import parse
 
 Params = dict[str, Any]
@@ -117,7 +118,7 @@ def _config_json(key: str, spec: str, named: dict) -> tuple[dict | None, str]:
         kind = "a Hugging Face CLIP folder" if key == "model.vision" else "a Hugging Face LLaMA folder"
         return hf_config.read_config(spec, f"{kind} ({key})"), os.path.join(spec, "config.json")
     if name.endswith(".json"):
-        return hf_config.read_json(name), name
+        return read_json(name), name
     if name not in named:
         raise InputError(f"{key}={spec}: no size of that name{nearest(name, tuple(named))} (or random:FILE.json)")
     return None, spec
@@ -135,11 +136,14 @@ def tokenizer_folder(spec: str) -> str:
 
 
 def origins(settings: Settings, spec: ModelSpec) -> str:
-    """Where each part comes from, and what of the config that leaves unread."""
+    """Say where each part comes from, what of the config that leaves unread, and what the folders contradict."""
+    folders = dict.fromkeys(folder for folder in (spec.vision_folder, spec.tokenizer) if folder)
+    warnings = [f"warning: {line}" for folder in folders for line in contradictions(folder)]
     init, config = settings.init, spec.config
     if not init.model:
         projector = init.projector or f"random ({config.projector})"
-        return f"vision {settings.model.vision}, decoder {settings.model.llm}, projector {projector}"
+        line = f"vision {settings.model.vision}, decoder {settings.model.llm}, projector {projector}"
+        return "\n".join([line, *warnings])
     unread = [
         f"model.{name}={given} is not read, it has {held}"
         for name, given, held in (
@@ -150,7 +154,7 @@ def origins(settings: Settings, spec: ModelSpec) -> str:
     ]
     projector = f"projector {init.projector} (init.projector)" if init.projector else f"projector {init.model}"
     line = f"vision {init.model}, decoder {init.model}, {projector}; init.model decides the model"
-    return "; ".join([line, *unread])
+    return "\n".join(["; ".join([line, *unread]), *warnings])
 
 
 def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:

@@ -17,14 +17,11 @@ from safetensors.numpy import save_file
 
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
-from llava_jax.weights.hf_config import read_json
+from llava_jax.weights.hf_facts import PLACES, read_json
 from llava_jax.weights.torch_bin import DTYPES, TorchFile
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# The same two of torch's own files, looked at where there are no safetensors.
-TORCH_SINGLE = "pytorch_model.bin"
-TORCH_INDEX = "pytorch_model.bin.index.json"
+SINGLE, INDEX = PLACES["weights"]
+TORCH_SINGLE, TORCH_INDEX = PLACES["weights where there are no safetensors"]
 SHARD_BYTES = 5_000_000_000
 FLOATS = {"F32", "F16", "BF16"}
 
@@ -124,11 +121,11 @@ def weight_files(folder: str) -> list[str]:
 
 def _layout(folder: str) -> tuple[str, str]:
     """(name of the index, name of the only file), the first of them that is there, the other empty."""
-    for index, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
-        if os.path.isfile(os.path.join(folder, index)):
-            return index, ""
+    for single, index in ((SINGLE, INDEX), (TORCH_SINGLE, TORCH_INDEX)):
         if os.path.isfile(os.path.join(folder, single)):
             return "", single
+        if os.path.isfile(os.path.join(folder, index)):
+            return index, ""
     return "", ""
 
 
