@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llava_jax.cli.main import main
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import convert, hf, hf_config, hf_facts, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
+from tests import make_tokenizers
 from tests.tiny_llava import write_tokenizer
 
 CLIP = ClipConfig(width=8, mlp_width=12, layers=3, heads=2, image_size=8, patch_size=4)
@@ -642,8 +644,36 @@ def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, source
     swallowing = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"][-2] | dict(lstrip=True)
     assert swallowing["content"] == "<image>"
     edit(path, lambda value: value["added_tokens"].append(swallowing))
-    write(sources, tmp_path / "again")
+    with pytest.raises(InputError, match=r"the exported tokenizer reads .A chat .* otherwise than it was.*--force"):
+        write(sources, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'whole'}")
+    shutil.copy(path, tmp_path / "whole")
+    with pytest.raises(InputError, match="--force"):
+        convert.convert(str(tmp_path / "whole"), f"hf:{tmp_path / 'again'}")
+    assert main(["convert", f"--from={tmp_path / 'whole'}", f"--to=hf:{tmp_path / 'again'}", "--force"]) == 0
     assert re.search(r"warning: the exported tokenizer reads .A chat .* otherwise than it was", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_flags_of_image_are_the_same_in_both_tokenizer_files(tmp_path, sources, legacy, with_image):
+    """A SentencePiece tokenizer saved with added_tokens_decoder, as every transformers from 4.34 on writes it."""
+    folder = make_tokenizers.trained_llama(tmp_path / "tokenizer", legacy)
+    decoder = {str(i): dict(content=text, special=True) for i, text in enumerate(("<unk>", "<s>", "</s>"))}
+    image = dict(content="<image>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    if with_image:
+        decoder["700"] = image
+        edit(tmp_path / "tokenizer" / "tokenizer.json", lambda value: value["added_tokens"].append(image | {"id": 700}))
+    edit(tmp_path / "tokenizer" / "tokenizer_config.json", lambda value: value.update(added_tokens_decoder=decoder))
+    llm = dataclasses.replace(LLAMA, vocab_size=701)
+    config = dataclasses.replace(CONFIG, llm=llm, image_token_id=700)
+    write(sources, tmp_path / "out", config, random_params(config), tokenizer_folder=folder)
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
+    (flags,) = [token["normalized"] for token in written if token["content"] == "<image>"]
+    both = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert both["700"]["normalized"] == flags
+    assert hf_facts.contradictions(str(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("change, says", [

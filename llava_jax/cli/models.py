@@ -153,6 +153,8 @@ def convert_flags(parser: argparse.ArgumentParser) -> None:
     beside_flags(parser)
     tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
     parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
+    force = "write also where the exported tokenizer gives other ids than the model was trained on"
+    parser.add_argument("--force", action="store_true", help=force)
 
 
 def beside_flags(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +183,7 @@ def convert(args: argparse.Namespace) -> int:
         vision=args.vision,
         base=args.base,
         mm_vision_tower=args.mm_vision_tower,
+        force=args.force,
     )
     return 0
 

@@ -30,12 +30,14 @@ def convert(
     vision: str = "",
     base: str = "",
     mm_vision_tower: str = "",
+    force: bool = False,
 ) -> None:
     """Write the model at `source` to `target`. Raises InputError for forms that are not known and broken folders.
 
     A run is written in the dtype it computes in, a folder in the dtype it is stored in (float16 as bfloat16), unless
     `dtype` says another. `template` replaces the one the source names. `vision` and `base` are folders for what an
-    original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by.
+    original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by; `force` writes
+    also where the export's tokenizer gives other ids than the model was trained on.
     """
     _, folder = parse(source, "--from")
     kind, _, destination = target.partition(":")
@@ -73,6 +75,7 @@ def convert(
         image_position=rules.image_position,
         exif=rules.exif,
         dtype=config.dtype,
+        force=force,
     )
     if kind == "llava":
         exported = write_original(destination, config, params, **settings, tower_name=mm_vision_tower)

@@ -40,6 +40,7 @@ def write_llava(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     weights: str = "safetensors",
+    force: bool = False,
 ) -> ModelConfig:
     """Write the folder and return the config as exported (image token and vocabulary may have moved).
 
@@ -47,6 +48,7 @@ def write_llava(
     source_vision_folder  the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
                           None (random towers) writes fresh values there, which no LLaVA ever reads
     weights               safetensors, or orbax: our own parameters, whole in host memory while they are written
+    force                 write also where whole strings are tokenised otherwise than the model was trained
     Everything is written next to `folder`, read back and compared, and then renamed. InputError when `folder` is
     already there or the dtype is unknown.
     """
@@ -60,7 +62,7 @@ def write_llava(
         ours = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
         ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
         _write_configs(partial, exported, tokens, dtype, ours)
-        check_ids(partial, tokenizer_folder, template, image_position)
+        check_ids(partial, tokenizer_folder, template, image_position, force)
         params = with_vocabulary(params, exported.llm.vocab_size)
         pieces, beyond = all_pieces(exported, params, source_vision_folder, dtype)
         if weights == "orbax":

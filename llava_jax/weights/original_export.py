@@ -47,12 +47,14 @@ def write_original(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     tower_name: str = "",
+    force: bool = False,
 ) -> ModelConfig:
     """Write the folder as `export.write_llava` does, and return the config as exported.
 
     Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
     Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
-    config.json names the tower by; the folder inside by default. InputError when `folder` is already there.
+    config.json names the tower by; the folder inside by default. `force` writes also where the tokenizer then gives
+    other ids. InputError when `folder` is already there.
     """
     if config.vision.family != "clip" or aspect not in ASPECT_KEYS:
         raise InputError(
@@ -78,10 +80,13 @@ def write_original(
             check_written(where, part)
         _check_config(partial, tower, config)
         if not same_pieces(partial, tokenizer_folder, template, image_position):
-            print(
-                f"export: warning: read next to the original's config.json, the tokenizer of {tokenizer_folder} gives "
-                "other ids; copy that of the decoder it came from"
+            problem = (
+                f"read next to the original's config.json, the tokenizer of {tokenizer_folder} gives other ids; copy "
+                "that of the decoder it came from"
             )
+            if not force:
+                raise InputError(f"{problem}, or write it all the same with --force")
+            print(f"export: warning: {problem}")
     return config
 
 

@@ -1,7 +1,7 @@
 """What an exported folder holds next to weights: tokenizer with `<image>`, image settings, chat template.
 
 LLaVA tokenises the text around an image piece by piece; a folder's users tokenise the whole string. The exported
-tokenizer is chosen so that both give the same ids, and `check_ids` says so or prints what differs.
+tokenizer is chosen so that both give the same ids, and `check_ids` says what differs where none can.
 """
 
 import copy
@@ -76,7 +76,7 @@ def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
     said = (read_json(path).get("llava_jax") or {}).get("vocab_size") if os.path.isfile(path) else None
     if said is not None:
         return min(said, vocab_size)
-    vocabulary = _transformers(tokenizer_folder).get_vocab()
+    vocabulary = auto_tokenizer(tokenizer_folder).get_vocab()
     added = {vocabulary[text] for text in (IMAGE_PLACEHOLDER, PAD) if text in vocabulary}
     own = 1 + max(set(vocabulary.values()) - added)
     whole = not added or min(added) < own
@@ -218,9 +218,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
     """The source's files as they are, plus `<image>`, a pad token where there is none; nothing cut or filled."""
     if eos_id is None:
         raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
-    tokenizer = _transformers(source)
-    if tokenizer.eos_token is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
+    tokenizer = auto_tokenizer(source)
     for name in TOKENIZER_FILES:
         if os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
@@ -235,7 +233,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
     content = read_json(path) if os.path.isfile(path) else json.loads(tokenizer.backend_tokenizer.to_str())
     if added or not os.path.isfile(path) or _whole_text(content) != content:
         _write_json(folder, "tokenizer.json", _whole_text(_with_tokens(content, ids)))
-    _edit_companions(folder, ids, pad, chat, tokenizer, processor_class)
+    _edit_companions(folder, ids, pad, chat, tokenizer, eos_id, processor_class)
     known = vocabulary | ids
     return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, eos_id)
 
@@ -243,10 +241,6 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
 def _whole_text(content: Json) -> Json:
     """A tokenizer.json that neither cuts nor fills what it is given."""
     return content | {key: None for key in ("truncation", "padding") if content.get(key) is not None}
-
-
-def _transformers(folder: str) -> Any:
-    return auto_tokenizer(folder)
 
 
 def _token(text: str, *, normalized: bool = False) -> Json:
@@ -260,7 +254,7 @@ def _with_tokens(content: Json, ids: dict[str, int]) -> Json:
 
 
 def _edit_companions(
-    folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any, processor_class: str
+    folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any, eos_id: int, processor_class: str
 ) -> None:
     """The small files next to tokenizer.json, changed only where they must say the same."""
     path = os.path.join(folder, "tokenizer_config.json")
@@ -268,9 +262,10 @@ def _edit_companions(
     config = {key: value for key, value in config.items() if key not in DROPPED}
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("bos_token", "eos_token", "unk_token"):
+    ends = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(eos_id)
+    for key, token in (("bos_token", tokenizer.bos_token), ("eos_token", ends), ("unk_token", tokenizer.unk_token)):
         if config.get(key) is None:
-            config[key] = getattr(tokenizer, key)
+            config[key] = token
     config |= dict(pad_token=pad, processor_class=processor_class, chat_template=chat)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): _token(text) for text, i in ids.items()}
@@ -295,11 +290,12 @@ _CONVERSATION = (
 _SAMPLES = (_CONVERSATION, (Turn("human", "<image>And here?"),), (Turn("human", "Look at this.\n<image>"),))
 
 
-def check_ids(folder: str, source: str, template: str, image_position: str) -> None:
-    """Make whole-string tokenisation in `folder` (complete by now) give the ids we train on; print what cannot.
+def check_ids(folder: str, source: str, template: str, image_position: str, force: bool) -> None:
+    """Make whole-string tokenisation in `folder` (complete by now) give the ids we train on.
 
     The source's own file comes first; where transformers reads the source by other rules than those written in it
-    (`legacy`), these are written; where ▁ after an image is lost, `AFTER_IMAGE` is added.
+    (`legacy`), these are written; where ▁ after an image is lost, `AFTER_IMAGE` is added. Raises InputError where none
+    of them gives those ids; with `force` that is a printed warning, and the source's own file stays.
     """
     expected = _expected(load_tokenizer(source), template, image_position)
 
@@ -313,13 +309,26 @@ def check_ids(folder: str, source: str, template: str, image_position: str) -> N
     problem = difference()
     if problem is None:
         return
-    effective = _whole_text(json.loads(_transformers(source).backend_tokenizer.to_str()))
+    effective = _whole_text(json.loads(auto_tokenizer(source).backend_tokenizer.to_str()))
     for content in _variants(first, effective):
-        _write_json(folder, "tokenizer.json", content)
+        _write_rules(folder, content)
         if difference() is None:
             return
-    _write_json(folder, "tokenizer.json", first)
-    print(f"export: warning: {problem}")
+    if not force:
+        raise InputError(f"{problem}; --force writes it all the same")
+    _write_rules(folder, first)
+    print(f"export: warning: {problem}; tokenise the text around each image by itself when you serve it")
+
+
+def _write_rules(folder: str, content: Json) -> None:
+    """tokenizer.json, and the same flags of its tokens in tokenizer_config.json, whose word counts."""
+    _write_json(folder, "tokenizer.json", content)
+    config = read_json(os.path.join(folder, "tokenizer_config.json"))
+    decoder = config.get("added_tokens_decoder", {})
+    for token in content["added_tokens"]:
+        if str(token["id"]) in decoder:
+            decoder[str(token["id"])] = {key: value for key, value in token.items() if key != "id"}
+    _write_json(folder, "tokenizer_config.json", config)
 
 
 def same_pieces(folder: str, source: str, template: str, image_position: str) -> bool:
@@ -364,7 +373,7 @@ def _expected(tokenizer: TextTokenizer, template: str, image_position: str) -> l
 
 def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | None:
     """What the folder's tokenizer reads differently, images repeated as its processor does; None when nothing."""
-    tokenizer = _transformers(folder)
+    tokenizer = auto_tokenizer(folder)
     image = tokenizer.get_vocab()[IMAGE_PLACEHOLDER]
     for text, ids in expected:
         wanted = [token for i in ids for token in ([image] * 3 if i == IMAGE_MARK else [i])]
@@ -374,6 +383,6 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
             pieces = [tokenizer.convert_ids_to_tokens(ids[max(at - 2, 0) : at + 3]) for ids in (given, wanted)]
             return (
                 f"the exported tokenizer reads {text!r} otherwise than it was trained on: {pieces[0]} instead of "
-                f"{pieces[1]} at token {at}; tokenise the text around each image by itself when you serve it"
+                f"{pieces[1]} at token {at}"
             )
     return None
