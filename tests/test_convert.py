@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.cli.main import main
+from llava_jax.data import tokenize
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import convert, hf, hf_config, hf_facts, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
+from llava_jax.weights.load import read_model
 from tests import make_tokenizers
 from tests.tiny_llava import write_tokenizer
 
@@ -505,7 +507,7 @@ def test_truncated_file(sources):
     path = os.path.join(sources[1], "model.safetensors")
     with open(path, "r+b") as file:
         file.truncate(os.path.getsize(path) - 5)
-    with pytest.raises(InputError, match="cannot be read as safetensors"):
+    with pytest.raises(InputError, match="is cut short or no safetensors file"):
         hf.read_llama(sources[1])
 
 
@@ -743,3 +745,72 @@ def test_a_feature_layer_in_a_list_of_one(tmp_path, sources):
     path.write_text(json.dumps(given | dict(vision_feature_layer=[-2, -1])))
     with pytest.raises(InputError, match="expected one whole number"):
         hf.read_llava_config(str(tmp_path / "out"))
+
+
+# ---- what a tokenizer's folder may hold -----------------------------------------------------------------------------
+
+CODE = """
+import pathlib
+from transformers import PreTrainedTokenizerFast
+
+pathlib.Path(__file__).with_name("ran").touch()
+
+
+class Custom(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_code_in_a_folder_is_not_run(tmp_path, monkeypatch):
+    """On a terminal transformers would ask, and run it for a `y`."""
+    folder = write_tokenizer(str(tmp_path))
+    (tmp_path / "code.py").write_text(CODE)
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(model_type="custom", auto_map=dict(AutoConfig="code.Custom")))
+    )
+    auto = dict(tokenizer_class="Custom", auto_map=dict(AutoTokenizer=["code.Custom", "code.Custom"]))
+    edit(tmp_path / "tokenizer_config.json", lambda value: value.update(auto))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(InputError, match="is Python code in the folder .* not run"):
+        tokenize.load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_byte_order_mark_is_read_over(tmp_path, sources, name):
+    write(sources, tmp_path / "out")
+    path = tmp_path / "out" / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_model(str(tmp_path / "out"), "--from")[0].vision == CLIP
+    assert tokenize.load_tokenizer(str(tmp_path / "out")).eos_id == 2
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 499723\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "pytorch_model.bin"]
+)
+def test_a_git_lfs_pointer_is_named_so(tmp_path, sources, name):
+    write(sources, tmp_path / "out")
+    if name == "tokenizer.model":
+        (tmp_path / "out" / "tokenizer.json").unlink()
+    if name == "pytorch_model.bin":
+        (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / name).write_text(POINTER)
+    with pytest.raises(InputError, match=f"{name}: is a git-lfs pointer"):
+        convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'again'}")
+
+
+@pytest.mark.parametrize("kind", ["hf", "llava", "orbax"])
+def test_each_tokenizer_is_built_once(tmp_path, sources, monkeypatch, kind):
+    """The source's, and the one that was written, to be compared with it."""
+    write(sources, tmp_path / "one")
+    convert.convert(f"hf:{tmp_path / 'one'}", f"llava:{tmp_path / 'llava'}")
+    # A folder that was not read before.
+    source = shutil.copytree(tmp_path / ("llava" if kind == "llava" else "one"), tmp_path / "source")
+    built = []
+    init = tokenize.TextTokenizer.__init__
+    monkeypatch.setattr(tokenize.TextTokenizer, "__init__", lambda self, *a: (built.append(a), init(self, *a))[1])
+    convert.convert(str(source), f"{kind}:{tmp_path / 'out'}")
+    assert len(built) == 2

@@ -6,11 +6,15 @@ decide, or a word does, where each lies on one side (`words.py`). (A token that 
 beginning of an answer, such as a byte-level tokenizer's double newline, is therefore none.)
 """
 
+import codecs
+import functools
 import hashlib
 import itertools
 import json
 import os
+import pathlib
 import re
+import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +23,7 @@ import tokenizers
 
 from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template
 from llava_jax.data.words import Words, can_split, packed
+from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
 
 # A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
@@ -202,43 +207,81 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: str) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder, as transformers' AutoTokenizer reads it."""
+    """Return the tokenizer of a Hugging Face folder, as transformers' AutoTokenizer reads it without running its code.
+
+    The same object for as long as the folder's files stay as they are. Raises InputError.
+    """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; expected one with a Hugging Face tokenizer")
     if not any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in _TOKENIZER_FILES):
         raise InputError(
             f"{folder}: holds no tokenizer; expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         )
+    return _read_folder(folder, _stamp(folder))[0]
+
+
+def auto_tokenizer(folder: str) -> Any:
+    """Return the tokenizer behind `load_tokenizer` as transformers has it; not to be changed."""
+    load_tokenizer(folder)
+    return _read_folder(folder, _stamp(folder))[1]
+
+
+def _stamp(folder: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that decide how the folder's tokenizer reads."""
+    names = ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+    names += ["added_tokens.json", "chat_template.jinja", *(name for names in _TOKENIZER_FILES for name in names)]
+    found = {name: os.path.join(folder, name) for name in names if os.path.isfile(os.path.join(folder, name))}
+    return tuple((name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for name, path in found.items())
+
+
+@functools.lru_cache(maxsize=2)
+def _read_folder(folder: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[TextTokenizer, Any]:
+    """The tokenizer as ours and as transformers', built once: it takes seconds."""
+    for name, _, _ in stamp:
+        if is_lfs_pointer(os.path.join(folder, name)):
+            raise InputError(f"{os.path.join(folder, name)}: {LFS_POINTER}")
     _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
     # Comes with transformers, which raises it for sizes in config.json that contradict each other.
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        source = auto_tokenizer(folder)
+        source = _auto_tokenizer(folder, [name for name, _, _ in stamp])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{folder}: its tokenizer is Python code in the folder (auto_map in tokenizer_config.json or "
+                "config.json), which is not run; expected one with a tokenizer.json that transformers reads by itself"
+            ) from error
         raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
     if not getattr(source, "is_fast", False):
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
-    return TextTokenizer(source, _ends_of_model(folder, source.get_vocab()))
+    return TextTokenizer(source, _ends_of_model(folder, source.get_vocab())), source
 
 
-def auto_tokenizer(folder: str) -> Any:
+def _auto_tokenizer(folder: str, names: Sequence[str]) -> Any:
     """The tokenizer as transformers' AutoTokenizer reads it, in a folder of the original LLaVA code by its decoder.
 
     transformers knows no `llava_llama`, and takes the original's `llava` for its own, whose tokenizer.model it reads
-    without the space before the first word.
+    without the space before the first word. It reads no file with a byte order mark: it gets a copy without.
     """
+    contents = {name: pathlib.Path(folder, name).read_bytes() for name in names if name.endswith(".json")}
+    if any(content.startswith(codecs.BOM_UTF8) for content in contents.values()):
+        with tempfile.TemporaryDirectory() as copy:
+            for name in names:
+                content = contents.get(name) or pathlib.Path(folder, name).read_bytes()
+                pathlib.Path(copy, name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
+            return _auto_tokenizer(copy, names)
     # Seconds of import that only a command that reads a tokenizer should pay for.
     from transformers import AutoConfig, AutoTokenizer
 
     path = os.path.join(folder, "config.json")
     kind = None
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            given = json.load(file)
+        given = _read_json(path, "copy it again")
         kind = ORIGINAL_DECODERS.get(given.get("model_type")) if "mm_vision_tower" in given else None
     known = {} if kind is None else {"config": AutoConfig.for_model(kind)}
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, **known)
+    # Without the last one transformers asks on a terminal, and runs the folder's code for a `y`.
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **known)
 
 
 def check_end(tokenizer: TextTokenizer, template: Template) -> None:
@@ -353,7 +396,7 @@ def _check_characters(text: str) -> None:
 
 def _read_json(path: str, mend: str) -> Any:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}; {mend}") from None

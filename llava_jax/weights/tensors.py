@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
 from llava_jax.weights.hf_facts import PLACES, read_json
@@ -47,7 +48,7 @@ class SafeFile:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
+            raise InputError(f"{path}: is cut short or no safetensors file ({error}); download it again") from error
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
@@ -100,6 +101,8 @@ class Tensors:
 
 
 def _opened(path: str) -> File:
+    if is_lfs_pointer(path):
+        raise InputError(f"{path}: {LFS_POINTER}")
     return SafeFile(path) if path.endswith(".safetensors") else TorchFile(path)
 
 
