@@ -333,22 +333,28 @@ def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig
 
 
 def load(
-    source: str, template: str | None = None, dtype: str | None = None, *, vision: str = "", base: str = ""
+    source: str,
+    template: str | None = None,
+    dtype: str | None = None,
+    *,
+    vision: str = "",
+    base: str = "",
+    step: int | None = None,
 ) -> Llava:
     """The model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
 
     `template` replaces the conversation template the source names; `dtype` (float32, bfloat16) is the dtype of the
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
     `vision` and `base` are the folders of the tower and of an adapter's base where an original LLaVA folder names ones
-    that are not here. Over several devices the weights are on each and batches are split. Raises InputError for
-    anything else.
+    that are not here; `step` is the checkpoint of a workdir of train, by default the newest. Over several devices the
+    weights are on each and batches are split. Raises InputError for anything else.
     """
     source = os.fspath(source)
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
     if template is not None:
         find_template(template)
-    config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base)
+    config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base, step=step)
     config, tokenizer = dataclasses.replace(config, remat="none"), load_tokenizer(extras.tokenizer)
     check_vocabulary(tokenizer, config, extras.tokenizer)
     processor = Processor(

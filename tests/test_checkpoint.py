@@ -14,6 +14,7 @@ import pytest
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint as C
 from llava_jax.types import InputError, Settings
+from llava_jax.weights.runs import load_params
 from tests.tiny_run import change, make_settings
 
 TX = optax.adam(1e-3)
@@ -136,17 +137,22 @@ def test_nothing_readable_is_an_error_not_a_new_start(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
 
 
-def test_load_params_for_inference(tmp_path, capsys):
+def test_load_params_for_inference(tmp_path):
     write(tmp_path, [2, 3])
-    step, params, meta = C.load_params(str(tmp_path))
+    step, params, meta = load_params(str(tmp_path))
     assert step == 3 and same(params, make_state(3).params) and meta["frozen"] == {"llm": 3}
-    assert C.load_params(str(tmp_path), 2)[0] == 2
+    assert load_params(str(tmp_path), 2)[0] == 2
     with pytest.raises(InputError, match="no checkpoint of step 7"):
-        C.load_params(str(tmp_path), 7)
+        load_params(str(tmp_path), 7)
     damaged_files(tmp_path / "checkpoints" / "3")[0].unlink()
-    assert C.load_params(str(tmp_path))[0] == 2 and "checkpoints/3 cannot be read" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no readable checkpoint"):
-        C.load_params(str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match=r"checkpoints/3: the checkpoint cannot .*checkpoints/2 is whole: .*--step=2"):
+        load_params(str(tmp_path))
+    assert load_params(str(tmp_path), 2)[0] == 2
+    damaged_files(tmp_path / "checkpoints" / "2")[0].unlink()
+    with pytest.raises(InputError, match=r"checkpoints/3: the checkpoint cannot be read \(.*\), nor one before it"):
+        load_params(str(tmp_path))
+    with pytest.raises(InputError, match="no checkpoint, expected"):
+        load_params(str(tmp_path / "elsewhere"))
 
 
 def test_saving_the_same_step_again_is_no_error(tmp_path):

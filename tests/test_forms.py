@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llava_jax
+from llava_jax.cli.main import main
+from llava_jax.train.loop import train
 from llava_jax.types import InputError
-from llava_jax.weights import convert, hf, name_table, orbax_model
+from llava_jax.weights import convert, hf, load, name_table, orbax_model
 from llava_jax.weights.fingerprints import fingerprint
 from llava_jax.weights.hf_config import clip_json, default_pinpoints, llama_json
 from llava_jax.weights.load import read_files, read_model
@@ -21,7 +23,7 @@ from llava_jax.weights.spec import model_spec
 from tests import test_original as original
 from tests.test_convert import CLIP, CONFIG, LLAMA, edit, hub_tensors, part, random_params, write_folder
 from tests.tiny_llava import write_tokenizer
-from tests.tiny_run import make_settings
+from tests.tiny_run import make_inputs, make_settings
 from tests.torch_files import write_bin
 
 NONSENSE = ("zzz", "mpt-lora-projector.v0")
@@ -411,3 +413,36 @@ def test_a_template_given_for_a_folder_that_names_none(tmp_path, capsys):
     assert llava_jax.load(str(tmp_path / "b")).about["template"] == "mistral_instruct"
     with pytest.raises(InputError, match="unknown template 'v9'"):
         convert.convert(str(folder), f"hf:{tmp_path / 'c'}", template="v9")
+
+
+# ---- a run's checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder of inputs, workdir of a run with checkpoints 2 and 4)."""
+    inputs, workdir = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("run")
+    make_inputs(inputs)
+    train(make_settings(inputs, "pretrain", train__checkpoint_every=2), str(workdir))
+    return inputs, workdir
+
+
+def test_an_older_checkpoint_is_taken_only_when_it_is_named(trained, tmp_path, capsys):
+    """convert, Python and the next stage; a damaged newest one is never replaced in silence."""
+    workdir = shutil.copytree(trained[1], tmp_path / "run")
+    for path in (workdir / "checkpoints" / "4" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    for ask in (
+        lambda: llava_jax.load(str(workdir)),
+        lambda: convert.convert(str(workdir), f"projector:{tmp_path / 'p.safetensors'}"),
+        lambda: load.read_projector(str(workdir), load.load_trained(str(workdir), step=2)[0].config),
+    ):
+        with pytest.raises(InputError, match=r"checkpoints/4: .*checkpoints/2 is whole: take that one with --step=2"):
+            ask()
+    ask = ["convert", f"--from={workdir}", f"--to=projector:{tmp_path / 'p.safetensors'}"]
+    assert main([*ask, "--step=2"]) == 0 and main([*ask, "--step=3"]) == 2
+    assert "no checkpoint of step 3, it holds [2, 4]" in capsys.readouterr().err
+    assert llava_jax.load(str(workdir), step=2).params["projector"]
+    with pytest.raises(InputError, match="--step=2: .* is no workdir of train"):
+        llava_jax.load(f"hf:{trained[0]}/llava", step=2)

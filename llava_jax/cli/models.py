@@ -93,7 +93,7 @@ def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
 
     need_file("--image", args.image)
     announce("generate", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
     announce_model(model)
     print(model.generate([args.prompt], [args.image], **dataclasses.asdict(sampling))[0])
     return 0
@@ -114,7 +114,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
         sampling=said(sampling),
         batch_size=args.batch_size,
     )
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
     announce_model(model)
     written = answer_file(
         model, args.questions, args.images, args.answers, sampling, batch_size=args.batch_size, progress=sys.stdout
@@ -137,7 +137,7 @@ def chat(args: argparse.Namespace) -> int:
 
     need_file("--image", args.image)
     announce("chat", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base)
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
     announce_model(model)
     terminal.chat(model, args.image, sys.stdin, sys.stdout, sampling)
     return 0
@@ -161,6 +161,8 @@ def beside_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
     base = "the model that the adapter in a llava:DIR belongs to, where it only names one"
     parser.add_argument("--base", default="", metavar="DIR", help=base)
+    step = "the checkpoint of a workdir of train to take; the newest by default"
+    parser.add_argument("--step", type=int, metavar="N", help=step)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -183,6 +185,7 @@ def convert(args: argparse.Namespace) -> int:
         vision=args.vision,
         base=args.base,
         mm_vision_tower=args.mm_vision_tower,
+        step=args.step,
         force=args.force,
     )
     return 0

@@ -30,14 +30,16 @@ def convert(
     vision: str = "",
     base: str = "",
     mm_vision_tower: str = "",
+    step: int | None = None,
     force: bool = False,
 ) -> None:
     """Write the model at `source` to `target`. Raises InputError for forms that are not known and broken folders.
 
     A run is written in the dtype it computes in, a folder in the dtype it is stored in (float16 as bfloat16), unless
     `dtype` says another. `template` replaces the one the source names. `vision` and `base` are folders for what an
-    original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by; `force` writes
-    also where the export's tokenizer gives other ids than the model was trained on.
+    original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by. `step` is that of a
+    run's checkpoint, the newest by default. `force` writes also where the export's tokenizer gives other ids than the
+    model was trained on.
     """
     _, folder = parse(source, "--from")
     kind, _, destination = target.partition(":")
@@ -56,9 +58,11 @@ def convert(
             raise InputError(
                 "--dtype, --template, --vision and --base do not go with --to=peft:DIR: adapters stay as trained"
             )
-        convert_adapters(source, destination)
+        convert_adapters(source, destination, step)
         return
-    config, params, rules = read_model(source, "--from", dtype=dtype, vision=vision, base=base, check_merge=True)
+    config, params, rules = read_model(
+        source, "--from", dtype=dtype, vision=vision, base=base, step=step, check_merge=True
+    )
     if kind == "projector":
         write_projector(destination, config, params, config.dtype)
         print(f"wrote {target}: {config.dtype}, {config.projector}; read back and compared")
@@ -90,12 +94,12 @@ def convert(
     print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
 
 
-def convert_adapters(source: str, destination: str) -> None:
+def convert_adapters(source: str, destination: str, step: int | None = None) -> None:
     """Write the adapters and the projector of a lora run as peft loads them. Raises InputError for another source."""
     form, folder = parse(source, "--from")
     if form != "run":
         raise InputError(f"{folder}: is a whole model; --to=peft:DIR takes the adapters of a run with stage=lora")
-    config, trained = load_adapters(folder)
+    config, trained = load_adapters(folder, step)
     start = read_settings(os.path.join(folder, "config.json")).init.model
     start_form, start_folder = parse(start, "init.model") if start else ("", "")
     base = start_folder if start_form == "hf" else ""

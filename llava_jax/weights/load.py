@@ -29,19 +29,28 @@ MERGED_ALIKE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def read_model(
-    source: str, name: str, *, dtype: str = "", vision: str = "", base: str = "", check_merge: bool = False
+    source: str,
+    name: str,
+    *,
+    dtype: str = "",
+    vision: str = "",
+    base: str = "",
+    step: int | None = None,
+    check_merge: bool = False,
 ) -> tuple[ModelConfig, Params, LlavaExtras]:
     """Read the config, all parameters (numpy or LazyTensor) and extras of a SRC; `name` is its flag or key.
 
     A run comes in the dtype it computes in, a folder in the one it is stored in (float16 as bfloat16), unless `dtype`
-    says another. `vision` and `base` are folders for what an original LLaVA folder only names; `check_merge` is
-    `load_trained`'s.
+    says another. `vision` and `base` are folders for what an original LLaVA folder only names; `step` (of a run) and
+    `check_merge` are `load_trained`'s.
     """
     form, folder = parse(source, name)
+    if step is not None and form != "run":
+        raise InputError(f"--step={step}: {folder} is no workdir of train, whose checkpoints have steps; leave it out")
     if form == "run":
         if vision or base:
             raise InputError(f"--vision and --base are for original LLaVA folders; {folder} is a workdir of train")
-        spec, params, settings = load_trained(folder, dtype=dtype or None, check_merge=check_merge)
+        spec, params, settings = load_trained(folder, step, dtype=dtype or None, check_merge=check_merge)
         config, rules = spec.config, settings.data
         dtype = dtype or config.dtype
         extras = LlavaExtras(
@@ -152,12 +161,12 @@ def load_trained(
     return spec, params, settings
 
 
-def load_adapters(workdir: str) -> tuple[ModelConfig, Params]:
-    """(config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest checkpoint."""
+def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, Params]:
+    """(config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest or given checkpoint."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     if settings.stage != "lora":
         raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
-    return adapted(settings, model_spec(settings).config), runs.load_params(workdir)[1]
+    return adapted(settings, model_spec(settings).config), runs.load_params(workdir, step)[1]
 
 
 def _say_difference(workdir: str, difference: float, dtype: str) -> None:

@@ -17,21 +17,44 @@ UNREADABLE = (ValueError, OSError, KeyError)
 
 
 def load_params(workdir: str, step: int | None = None, part: str | None = None) -> tuple[int, dict, dict]:
-    """(step, trainable parameters as numpy, meta) for inference; the newest readable step by default.
+    """Return (step, trainable parameters as numpy, meta) of a run's newest checkpoint, or of the one of `step`.
 
     They have the dtype they learn in. `part` reads that one alone. `meta["frozen"]` says which parts are not here and
-    where they came from.
+    where they came from. Raises InputError where that checkpoint is absent or cannot be read.
     """
-    steps = [step] if step is not None else sorted(steps_on_disk(workdir), reverse=True)
-    if step is not None and step not in steps_on_disk(workdir):
-        raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps_on_disk(workdir))}")
-    for candidate in steps:
-        folder = os.path.abspath(os.path.join(workdir, "checkpoints", str(candidate)))
+    steps = sorted(steps_on_disk(workdir), reverse=True)
+    if not steps:
+        raise InputError(f"{workdir}: no checkpoint, expected checkpoints/STEP as `train` writes them")
+    if step is not None and step not in steps:
+        raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps)}")
+    wanted = steps[0] if step is None else step
+    try:
+        return wanted, *_read_params(_folder(workdir, wanted), part)
+    except UNREADABLE as error:
+        older = _whole(workdir, [other for other in steps if other < wanted], part)
+        problem = f"{_folder(workdir, wanted)}: the checkpoint cannot be read ({first_line(error)})"
+        if older is None:
+            raise InputError(f"{problem}, nor one before it; restore it from a copy") from error
+        raise InputError(
+            f"{problem}; {_folder(workdir, older)} is whole: take that one with --step={older} (Python: step={older}; "
+            f"for init.model or init.projector: llava-jax convert --from={workdir} --step={older} --to=orbax:DIR or "
+            "projector:FILE.safetensors), or restore the damaged one from a copy"
+        ) from error
+
+
+def _folder(workdir: str, step: int) -> str:
+    return os.path.abspath(os.path.join(workdir, "checkpoints", str(step)))
+
+
+def _whole(workdir: str, steps: list[int], part: str | None) -> int | None:
+    """The first of the steps whose checkpoint can be read."""
+    for step in steps:
         try:
-            return candidate, *_read_params(folder, part)
-        except UNREADABLE as error:
-            print(f"checkpoint {folder} cannot be read ({first_line(error)}), trying the one before")
-    raise InputError(f"{workdir}: no readable checkpoint, expected checkpoints/STEP as `train` writes them")
+            _read_params(_folder(workdir, step), part)
+        except UNREADABLE:
+            continue
+        return step
+    return None
 
 
 def _read_params(folder: str, part: str | None) -> tuple[dict, dict]:
