@@ -333,7 +333,7 @@ class DataSettings:
     main process checks.
     """
     exif: str = "ignore"
-    """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original does."""
+    """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original."""
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.
