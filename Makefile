@@ -3,7 +3,7 @@
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make bench   speed and memory beside torch and transformers
 # make docs    the documentation, warnings as errors, its notebooks executed
-# make lint    ruff
+# make lint    ruff, its format, and who may import whom (import-linter)
 #
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file changes.
@@ -35,7 +35,9 @@ docs: .venv/.docs
 	@echo "open docs/_build/html/index.html"
 
 lint: .venv/.dev
-	.venv/bin/python -m ruff check .
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-logo
 
 # $(call environment,FOLDER): an empty virtual environment. Pip of the base Python fills it, so a Python without
 # ensurepip (Debian without python3-venv) will do.

@@ -1,5 +1,6 @@
 """Configs: complete, refusing what they do not know, and equal to the published recipes."""
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -76,3 +77,14 @@ def test_a_config_prints_itself(config, tmp_path):
     path = pathlib.Path(config.__file__).resolve()
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{config.get_config()}\n", "")
+
+
+@pytest.mark.parametrize("config", [common, tiny, llava_v1, llava_v1_5], ids=lambda config: config.__name__)
+def test_a_config_imports_nothing_but_ml_collections(config):
+    names = set()
+    for node in ast.walk(ast.parse(pathlib.Path(config.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert names <= {"ml_collections", "configs.common", "common"}
