@@ -3,12 +3,13 @@
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make bench   speed and memory beside torch and transformers
 # make docs    the documentation, warnings as errors, its notebooks executed
+# make package wheel and sdist, each installed into an empty environment and used in an empty folder
 # make lint    ruff, its format, and who may import whom (import-linter)
 #
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file changes.
 
-.PHONY: demo test parity bench docs lint
+.PHONY: demo test parity bench docs package lint
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -33,6 +34,9 @@ bench: .venv/.runtime .venv-parity/.parity
 docs: .venv/.docs
 	.venv/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
+
+package: .venv/.dev
+	.venv/bin/python -m tests.installed
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -1,7 +1,7 @@
 """LLaVA (arXiv 2304.08485) as in the paper: Vicuna-v0 7B or 13B, CLIP ViT-L/14 at 224 px, a linear projector.
 
-    --config=configs/llava_v1.py:size=13b,stage=pretrain       595,375 captions, batch 128, lr 2e-3, 4,652 steps
-    --config=configs/llava_v1.py:size=13b,stage=finetune       157,712 conversations, batch 32, lr 2e-5, 14,787 steps
+    --config=llava_v1:size=13b,stage=pretrain       595,375 captions, batch 128, lr 2e-3, 4,652 steps
+    --config=llava_v1:size=13b,stage=finetune       157,712 conversations, batch 32, lr 2e-5, 14,787 steps
 
 7B and 13B share every value. Both stages use the v0 prompt with the placeholder where the row has it, crop their
 images and clip gradients at norm 1.
@@ -10,9 +10,9 @@ images and clip gradients at norm 1.
 import ml_collections
 
 try:
+    import common  # from the folder of this file: by --config, as a script, or copied elsewhere with common.py
+except ModuleNotFoundError:
     from configs import common
-except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
-    import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -1,8 +1,8 @@
 """LLaVA-1.5 (arXiv 2310.03744): Vicuna-v1.5 7B or 13B, CLIP ViT-L/14 at 336 px, a two-layer projector.
 
-    --config=configs/llava_v1_5.py:size=7b,stage=pretrain      558,128 captions, batch 256, lr 1e-3, 2,181 steps
-    --config=configs/llava_v1_5.py:size=7b,stage=finetune      665,298 conversations, batch 128, lr 2e-5, 5,198 steps
-    --config=configs/llava_v1_5.py:size=7b,stage=lora          the same with adapters (rank 128, alpha 256), lr 2e-4
+    --config=llava_v1_5:size=7b,stage=pretrain      558,128 captions, batch 256, lr 1e-3, 2,181 steps
+    --config=llava_v1_5:size=7b,stage=finetune      665,298 conversations, batch 128, lr 2e-5, 5,198 steps
+    --config=llava_v1_5:size=7b,stage=lora          the same with adapters (rank 128, alpha 256), lr 2e-4
 
 7B and 13B share every value. Neither stage clips gradients. The first crops its images, the second pads them. The
 original draws its finetune batches by modality and length; here they are drawn from one shuffled stream.
@@ -11,9 +11,9 @@ original draws its finetune batches by modality and length; here they are drawn 
 import ml_collections
 
 try:
+    import common  # from the folder of this file: by --config, as a script, or copied elsewhere with common.py
+except ModuleNotFoundError:
     from configs import common
-except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
-    import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

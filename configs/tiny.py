@@ -1,16 +1,16 @@
 """The sizes of the demo and the tests: minutes on a laptop CPU.
 
-    --config=configs/tiny.py:stage=pretrain --config.model.vision=CLIP_DIR --config.model.llm=LLAMA_DIR \
+    --config=tiny:stage=pretrain --config.model.vision=CLIP_DIR --config.model.llm=LLAMA_DIR \
         --config.data.annotations=captions.json --config.data.images=DIR
-    --config=configs/tiny.py:stage=finetune … --config.init.projector=WORKDIR_OF_PRETRAIN
+    --config=tiny:stage=finetune … --config.init.projector=WORKDIR_OF_PRETRAIN
 """
 
 import ml_collections
 
 try:
+    import common  # from the folder of this file: by --config, as a script, or copied elsewhere with common.py
+except ModuleNotFoundError:
     from configs import common
-except ModuleNotFoundError:  # as a script, or copied elsewhere with common.py
-    import common
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -126,10 +126,10 @@ def test_overrides_reach_the_settings():
     assert (settings.data.shuffle, settings.seed) == (False, 7)
 
 
-def test_config_imports_what_lies_beside_it(tmp_path):
-    (tmp_path / "next to.py").write_text("SEED = 5\n")
-    text = "import next to\nfrom ml_collections import ConfigDict\n\n"
-    text += "def get_config():\n    return ConfigDict({'seed': next to.SEED})\n"
+def test_config_imports_what_lies_next_to_it(tmp_path):
+    (tmp_path / "neighbour.py").write_text("SEED = 5\n")
+    text = "import neighbour\nfrom ml_collections import ConfigDict\n\n"
+    text += "def get_config():\n    return ConfigDict({'seed': neighbour.SEED})\n"
     (tmp_path / "mine.py").write_text(text)
     before = list(sys.path)
     assert train.load_config([f"--config={tmp_path}/mine.py"]).seed == 5
@@ -165,6 +165,10 @@ def test_every_config_is_complete(path):
         (["synthesize", "--contexts=no.jsonl", "--kind=details", "--output=o"], "'details'"),
         (["evaluate", "exact_match", "--questions=no.jsonl", "--answers=no.jsonl"], "no.jsonl"),
         (["train", "--config=no.py", "--workdir=w"], "no.py"),
+        (["train", "--config=llava_v15:size=7b", "--workdir=w"], "did you mean llava_v1_5?"),
+        (["train", "--config=configs/tyny.py", "--workdir=w"], "did you mean tiny?"),
+        (["configs", "--copy=llava_v15"], "did you mean llava_v1_5?"),
+        (["configs", "--to=w"], "--copy=NAME"),
         (["train", "--workdir=w"], "--config"),
         (["prepare", "verify", "--images=i"], "--annotations and --tokenizer and --template"),
         (["train", "--config={broken}", "--workdir=w"], "ZeroDivisionError"),

@@ -8,10 +8,12 @@ import sys
 import pytest
 
 from configs import common, llava_v1, llava_v1_5, tiny
+from llava_jax.cli import main
+from llava_jax.cli.train import load_config
 from llava_jax.settings import settings_from_dict
 from llava_jax.train.loop import total_steps
 from llava_jax.train.optim import warmup_steps
-from llava_jax.types import Settings
+from llava_jax.types import InputError, Settings
 
 # The published data sets: rows -> steps, warmup, batch, lr, epochs, template, aspect, projector, clipping, image size.
 RECIPES = [
@@ -88,3 +90,52 @@ def test_a_config_imports_nothing_but_ml_collections(config):
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     assert names <= {"ml_collections", "configs.common", "common"}
+
+
+# ---- recipes by name (tests/installed.py does the same where the package is installed) ----------------------------
+
+
+def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arg = "size=13b,stage=pretrain"
+    assert load_config([f"--config=llava_v1:{arg}"]).to_dict() == llava_v1.get_config(arg).to_dict()
+
+
+def test_a_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'seed': 5})\n"
+    (tmp_path / "tiny.py").write_text(text)
+    assert load_config(["--config=tiny.py"]).to_dict() == {"seed": 5}
+    assert load_config(["--config=tiny"]).to_dict() == tiny.get_config().to_dict()
+
+
+def test_modules_of_a_package_hide_no_others_from_its_configs(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text("import hidden\n")
+    (tmp_path / "hidden.py").write_text("def get_config():\n    pass\n")
+    (tmp_path / "__init__.py").touch()
+    with pytest.raises(InputError, match="No module named 'hidden'"):
+        load_config([f"--config={tmp_path}/configs/mine.py"])
+
+
+def test_configs_lists_each_recipe_with_one_line(capsys):
+    assert main.main(["configs"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == ["llava_v1", "llava_v1_5", "tiny"]
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_copies_run_and_replace_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["configs", "--copy=llava_v1_5", "--to=mine"]) == 0
+    assert main.main(["configs", "--copy=tiny", "--to=mine"]) == 0  # the same common.py is there already
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["common.py", "llava_v1_5.py", "tiny.py"]
+    done = subprocess.run([sys.executable, "mine/tiny.py"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{tiny.get_config()}\n", "")
+    for changed, asked in (("tiny.py", "tiny"), ("common.py", "llava_v1")):
+        (tmp_path / "mine" / changed).write_text("# mine\n")
+        capsys.readouterr()
+        assert main.main(["configs", f"--copy={asked}", "--to=mine"]) == 2
+        assert changed in capsys.readouterr().err
+        assert (tmp_path / "mine" / changed).read_text() == "# mine\n"
+    assert not (tmp_path / "mine" / "llava_v1.py").exists()

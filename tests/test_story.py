@@ -48,7 +48,7 @@ class Quick(story.Story):
         if len(self.commands) - 1 == self.stop_at:
             raise InputError("stopped")
         if name == "train":
-            folder = pathlib.Path(story.ROOT, args.workdir)
+            folder = pathlib.Path(args.workdir)
             folder.mkdir()
             rows = [json.dumps({"step": step, "loss": 3.0 - step}) + "\n" for step in range(3)]
             (folder / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -83,7 +83,7 @@ def test_the_whole_story(tmp_path, capsys):
 
 
 def test_the_trainings_are_the_two_stages(tmp_path, monkeypatch):
-    monkeypatch.chdir(story.ROOT)
+    monkeypatch.chdir(tmp_path)
     played = Quick(str(tmp_path / "run"))
     story.play(played)
     pretrain, finetune, without = (
@@ -93,7 +93,7 @@ def test_the_trainings_are_the_two_stages(tmp_path, monkeypatch):
     )
     assert (pretrain.stage, pretrain.data.template, pretrain.init.projector) == ("pretrain", "plain", "")
     assert (finetune.stage, finetune.data.template) == ("finetune", "v1")
-    assert finetune.init.projector == str(tmp_path / "run" / "pretrain")
+    assert finetune.init.projector == "run/pretrain"
     assert without == settings_from_dict(
         {**json.loads(json.dumps(finetune, default=vars)), "init": {"model": "", "projector": ""}}
     )

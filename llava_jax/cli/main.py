@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llava_jax.cli import benchmark, compile, data, models, prepare, synthesize, train
+from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
 from llava_jax.cli.flags import Parser
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
@@ -36,14 +36,20 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         "train one stage; it resumes by itself when the workdir holds a checkpoint of the same config",
-        "llava-jax train --config=configs/tiny.py:stage=pretrain --workdir=runs/pretrain --config.optim.lr=1e-3",
+        "llava-jax train --config=tiny:stage=pretrain --workdir=runs/pretrain --config.optim.lr=1e-3",
         train.train_flags,
         train.train,
         passes="--config",
     ),
+    "configs": Command(
+        "list the recipes that come with the package, or copy one to change it",
+        "llava-jax configs --copy=llava_v1_5",
+        configs.configs_flags,
+        configs.configs,
+    ),
     "compile": Command(
         "compile the step of `train` ahead of time, for TPUs by name or for what is here: does it fit, how fast is it",
-        "llava-jax compile --config=configs/llava_v1_5.py:size=7b,stage=finetune --topology=v5e:8x8 "
+        "llava-jax compile --config=llava_v1_5:size=7b,stage=finetune --topology=v5e:8x8 "
         "--config.model.llm=random:vicuna-7b --config.model.vision=random:clip-l-14-336 --rows=665298",
         compile.compile_flags,
         compile.compile_,
@@ -70,7 +76,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare verify": Command(
         "name every row of a data set that cannot be trained, and why; exit code 2 when there is one",
-        "llava-jax prepare verify --config=configs/tiny.py:stage=finetune --config.model.vision=CLIP_DIR "
+        "llava-jax prepare verify --config=tiny:stage=finetune --config.model.vision=CLIP_DIR "
         "--config.model.llm=LLAMA_DIR --config.data.annotations=data.json --config.data.images=images",
         data.verify_flags,
         data.verify,

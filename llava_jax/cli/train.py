@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from llava_jax.cli.configs import find_config
 from llava_jax.cli.flags import announce
 from llava_jax.settings import nearest, read_settings, settings_from_dict
 from llava_jax.types import InputError, Settings
@@ -33,7 +34,8 @@ CONFIG_ERRORS = (
 def train_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the run: checkpoints, config.json, metrics.jsonl")
     parser.add_argument_group("config").description = (
-        "--config=FILE[:arg]      a config of configs/, your own, or the config.json of a run; required\n"
+        "--config=FILE[:arg]      a config file, or the config.json of a run\n"
+        "--config=NAME[:arg]      or a recipe that comes with the package, see llava-jax configs; one is required\n"
         "--config.KEY=VALUE       overrides one key of it, as in --config.train.batch_size=32"
     )
 
@@ -57,17 +59,18 @@ def load_settings(passed: Sequence[str]) -> Settings:
 
 
 def load_config(passed: Sequence[str]) -> ConfigDict:
-    """The ConfigDict of `--config=FILE[:arg]` with its `--config.key=value` overrides. Raises InputError."""
+    """The ConfigDict of `--config=FILE|NAME[:arg]` with its `--config.key=value` overrides. Raises InputError."""
     files = [word for word in passed if word.startswith("--config=")]
     if len(files) != 1:
         given = "none" if not files else " and ".join(files)
-        raise InputError(f"expected one --config=FILE[:arg], such as configs/tiny.py:stage=pretrain; got {given}")
-    spec = files[0].removeprefix("--config=")
-    path, colon, _ = spec.partition(":")
-    if not os.path.isfile(path):
-        raise InputError(f"--config: no file {path!r}; give a config file such as configs/tiny.py:stage=pretrain")
+        raise InputError(f"expected one --config=FILE|NAME[:arg], such as tiny:stage=pretrain; got {given}")
+    name, colon, arg = files[0].removeprefix("--config=").partition(":")
+    path = find_config(name)
     if path.endswith(".json") and colon:
-        raise InputError(f"--config={spec}: a config.json takes no argument after the colon; give --config={path}")
+        raise InputError(
+            f"--config={path}:{arg}: a config.json takes no argument after the colon; give --config={path}"
+        )
+    spec = f"{path}{colon}{arg}"
     overrides = [word for word in passed if word.startswith("--config.")]
     check_keys(run_config(spec), overrides)
     return run_config(spec, overrides)
@@ -100,8 +103,10 @@ def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def importing_beside(path: str) -> Iterator[None]:
     """Lets a config import what lies next to it, as `common` or as `configs.common`, wherever we were started."""
     folder = os.path.dirname(os.path.abspath(path))
+    around = os.path.dirname(folder)
     before = list(sys.path)
-    sys.path[:0] = [folder, os.path.dirname(folder)]
+    # The modules of a package, as those around its recipes where it is installed, must not hide others of their names.
+    sys.path[:0] = [folder] if os.path.exists(os.path.join(around, "__init__.py")) else [folder, around]
     try:
         yield
     finally:

@@ -21,13 +21,12 @@ from llava_jax.evaluate import exact_match
 from llava_jax.types import InputError
 
 BACKBONES = pathlib.Path(__file__).parent / "backbones"
-ROOT = pathlib.Path(__file__).parent.parent.parent
-CONFIG = "configs/tiny.py"
+CONFIG = "tiny"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the demo is; everything else of the two stages stands in configs/tiny.py."""
+    """How large the demo is; everything else of the two stages stands in its recipe."""
 
     vision: str = str(BACKBONES / "clip")
     llm: str = str(BACKBONES / "llama")
@@ -109,8 +108,6 @@ class Story:
     # ---- which parts are done -------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        if not (ROOT / CONFIG).is_file():
-            raise InputError(f"{ROOT / CONFIG}: no such file; the demo runs in a checkout of the repository: make demo")
         for spec in (self.sizes.vision, self.sizes.llm):
             if not spec.startswith("random:") and not os.path.isfile(os.path.join(spec, "config.json")):
                 raise InputError(
@@ -218,15 +215,15 @@ class Story:
         say_command(*words)
         # The second one silences transformers, which misses torch at every start.
         environment = {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **os.environ}
-        code = subprocess.run([sys.executable, "-m", "llava_jax", *words], cwd=ROOT, env=environment).returncode
+        code = subprocess.run([sys.executable, "-m", "llava_jax", *words], env=environment).returncode
         if code:
             raise InputError(f"demo: `llava-jax {words[0]}` ended with exit code {code}; see what it says above")
 
     def _say(self, path: str | os.PathLike[str]) -> str:
-        """A path as the commands get it: relative to the repository where it lies below."""
-        text = os.fspath(path)
-        below = os.path.isabs(text) and pathlib.Path(text).is_relative_to(ROOT)
-        return os.path.relpath(text, ROOT) if below else text
+        """A path as the commands get it: relative to the current folder where it lies below."""
+        text, here = os.fspath(path), pathlib.Path.cwd()
+        below = os.path.isabs(text) and pathlib.Path(text).is_relative_to(here)
+        return os.path.relpath(text, here) if below else text
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
