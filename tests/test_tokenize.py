@@ -1,12 +1,15 @@
 import json
+import pathlib
 import pickle
+import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from llava_jax.data.templates import TEMPLATES, Span, find_template, render
-from llava_jax.data.tokenize import check_end, cut, encode, expand, load_tokenizer
+from llava_jax.data.tokenize import TextTokenizer, check_end, cut, encode, encode_all, expand, load_tokenizer
 from llava_jax.infer.stream import StreamDecoder
 from llava_jax.types import Encoded, InputError, Turn
 from llava_jax.weights.spec import EMBEDDED_TOKENIZER
@@ -18,7 +21,25 @@ SAMPLE = [
     Turn("human", "Color?"),
     Turn("gpt", "Black."),
 ]
-MAKERS = {**make_tokenizers.LLAMAS, "byte_bpe": make_tokenizers.byte_bpe}
+
+
+def joining_blanks(folder: pathlib.Path) -> str:
+    """A LLaMA tokenizer with an entry of two blanks, as the published ones have, that merges before all others."""
+    make_tokenizers.trained_llama(folder, legacy=False)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["▁▁"] = max(vocabulary.values()) + 1
+    content["model"]["merges"].insert(0, ["▁", "▁"])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+MAKERS = {
+    **make_tokenizers.LLAMAS,
+    "joining_blanks": joining_blanks,
+    "byte_bpe": make_tokenizers.byte_bpe,
+    "demo": lambda folder: EMBEDDED_TOKENIZER,
+}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +244,120 @@ def test_equals_the_original_on_rows_it_trains(tokenizers, name, template):
         assert ours.targets.tolist() == targets.tolist(), turns
         compared += 1
     assert compared >= (7 if template == "plain" else 19)
+
+
+# ---- several texts at a time ----------------------------------------------------------------------------------------
+
+PIECES = [
+    *(
+        "USER: ",
+        "ASSISTANT:",
+        "A red square",
+        " stands",
+        " left of",
+        "a",
+        " a",
+        "\n",
+        " \n ",
+        "\t",
+        "  ",
+        " ",
+        ".",
+        "?",
+    ),
+    *(" naïve", "中文", " 😀", "e\u0301", "▁", " x▁", "</s>", " <s> ", "###", " [INST]", "<0x0A>", " \u00a0b", ""),
+    *(" word" * 30, "long" * 20, " " + "long" * 20, "<image>", " two  spaces", "trailing "),
+]
+
+
+def random_spans(draw: random.Random) -> list[Span]:
+    spans = []
+    for _ in range(draw.randint(1, 6)):
+        if draw.random() < 0.2:
+            spans.append(Span("</s>", is_target=draw.random() < 0.5, special=True))
+        else:
+            text = "".join(draw.choices(PIECES, k=draw.randint(0, 4)))
+            spans.append(Span(text, is_target=draw.random() < 0.4))
+    return spans
+
+
+def by_all_offsets(spans: list[Span], tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
+    """Ids and targets of spans, by the rule: a token is a target when all characters it covers are."""
+    pieces = [tokenizer._piece(span) for span in spans]
+    text, is_target = "".join(pieces), []
+    for span, piece in zip(spans, pieces, strict=True):
+        is_target += [span.is_target] * len(piece)
+    encoding = tokenizer._splitter.encode(text, add_special_tokens=False)
+    ids, targets = [], []
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        start = min(start, len(text) - 1)
+        targets.append(all(is_target[start : max(end, start + 1)]))
+        end_of_text = 0xFDD0 <= ord(text[start]) <= 0xFDEF
+        ids.append(tokenizer.special_id("</s>") if end_of_text else token)
+    return ids, targets
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_targets_are_the_tokens_inside_target_spans(tokenizers, name):
+    tokenizer = tokenizers[name][0]
+    draw = random.Random(0)
+    given = [random_spans(draw) for _ in range(3000)]
+    found = tokenizer.encode_chunks(given)
+    for spans, chunk in zip(given, found, strict=True):
+        ids, targets = by_all_offsets(spans, tokenizer)
+        assert np.frombuffer(chunk.ids, np.int32).tolist() == ids, spans
+        assert np.frombuffer(chunk.targets, bool).tolist() == targets, spans
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_conversations_together_are_those_one_by_one(tokenizers, name):
+    tokenizer = tokenizers[name][0]
+    rendered = [render(turns, find_template("v1")) for turns in [*CONVERSATIONS, SAMPLE[:2]]]
+    together = encode_all(rendered, tokenizer)
+    assert [_starred(found) for found in together] == [_starred(encode(spans, tokenizer)) for spans in rendered]
+    assert [found.images for found in together] == [turns[0].text.count("<image>") for turns in CONVERSATIONS] + [1]
+    assert encode_all([], tokenizer) == []
+
+
+def test_threads_and_processes_share_a_tokenizer(tokenizers):
+    folder, draw = tokenizers["llama"][1], random.Random(1)
+    given = [random_spans(draw) for _ in range(500)]
+    expected = load_tokenizer(folder).encode_chunks(given)
+    shared = load_tokenizer(folder)
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda start: shared.encode_chunks(given[start : start + 50]), [*range(0, 500, 50)] * 2))
+    assert sum(parts, []) == expected * 2
+    assert pickle.loads(pickle.dumps(shared)).encode_chunks(given) == expected
+
+
+@pytest.mark.parametrize("added", ["red square", "square", "US", "a"])
+def test_an_added_entry_is_found_wherever_it_stands(tmp_path, added):
+    folder = make_tokenizers.trained_llama(tmp_path, legacy=False)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    entry = dict(content["added_tokens"][-1], id=len(content["model"]["vocab"]), content=added, special=False)
+    content["added_tokens"].append(entry)
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    for spans in ([Span("USER: a red square")], [Span("USER: a red"), Span(" square is", is_target=True)]):
+        (chunk,) = tokenizer.encode_chunks([spans])
+        assert tokenizer._codec.token_to_id(added) in np.frombuffer(chunk.ids, np.int32)
+        assert np.frombuffer(chunk.targets, bool).tolist() == by_all_offsets(spans, tokenizer)[1]
+
+
+def test_a_special_token_in_the_text_is_named_each_time(tmp_path):
+    """Of a tokenizer whose words can make one."""
+    folder = make_tokenizers.trained_llama(tmp_path, legacy=False)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    word = load_tokenizer(folder).encode_text("a red")[-1]
+    piece = next(text for text, token in content["model"]["vocab"].items() if token == word)
+    content["added_tokens"].append(dict(content["added_tokens"][-1], id=word, content=piece, special=True))
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"spells the special token '{piece}'"):
+            tokenizer.encode_text("a red")
 
 
 # ---- properties, for tokenizers of several kinds -------------------------------------------------------------------
