@@ -18,19 +18,16 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from llava_jax.data.packing import BatchPlan
+from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import check_once, plan_once
 from llava_jax.types import UNPACKED, DataSettings
-
-if TYPE_CHECKING:
-    from llava_jax.data.pipeline import BatchIterator
 
 TOKENIZER = str(pathlib.Path(__file__).parent.parent / "llava_jax" / "demo" / "backbones" / "llama")
 WORDS = (
@@ -76,11 +73,8 @@ def reading(settings: DataSettings, annotations: str) -> DataSettings:
     return dataclasses.replace(settings, annotations=annotations)
 
 
-def open_batches(settings: DataSettings, batch: int) -> tuple["BatchIterator", BatchPlan, dict[str, float]]:
+def open_batches(settings: DataSettings, batch: int) -> tuple[BatchIterator, BatchPlan, dict[str, float]]:
     """What `train` does with its data before the first batch, and the seconds of each part."""
-    # The processes that check rows import this file, and have no use for what reads batches.
-    from llava_jax.data.pipeline import make_pipeline
-
     seconds, began = {}, time.monotonic()
 
     def done(name: str) -> None:
@@ -103,11 +97,6 @@ def open_batches(settings: DataSettings, batch: int) -> tuple["BatchIterator", B
     return make_pipeline(records, settings, tokenizer, plan, **model), plan, seconds
 
 
-def peak(who: int) -> float:
-    """Most memory that this process, or the largest of those it has started, ever had resident, in GB."""
-    return resource.getrusage(who).ru_maxrss / 1e6
-
-
 def start(args: argparse.Namespace) -> None:
     """One start, in this process; what it saw is a line of JSON."""
     began = time.monotonic()
@@ -118,8 +107,8 @@ def start(args: argparse.Namespace) -> None:
     began = time.monotonic()
     rows = [next(data).rows_BM]
     seconds["first batch"] = round(time.monotonic() - began, 2)
-    memory = {"peak_gb": peak(resource.RUSAGE_SELF), "largest_checker_gb": peak(resource.RUSAGE_CHILDREN)}
-    print(json.dumps({"seconds": seconds, **memory}), flush=True)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({"seconds": seconds, "peak_gb": memory}), flush=True)
     expected = sorted(np.concatenate([plan.order_UC[args.start_at]]).tolist())
     print(json.dumps({"rows": sorted(rows[0][rows[0] >= 0].tolist()), "expected": expected}), flush=True)
     for delivered in range(args.start_at + 2, args.start_at + args.batches + 1):

@@ -255,6 +255,33 @@ def test_verify_of_a_config_checks_what_train_would(world, tmp_path, capsys):
     assert "--patches" in refused(["prepare", "verify", *words, "--patches=4"], capsys)
 
 
+def test_verify_refuses_what_train_refuses(world, tmp_path, capsys):
+    """A decoder with fewer positions than the rows have tokens, one of another vocabulary, a batch that cannot be."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([row(1), row(2, answer="Red. " * 40)]))
+    words = [word for word in train_words(world, tmp_path / "run", rows=rows) if word.startswith("--config")]
+
+    run = f"--workdir={tmp_path}/run"
+
+    def both(*changes: str) -> str:
+        lines = [refused([*command, *words, *changes], capsys) for command in (["prepare", "verify"], ["train", run])]
+        assert lines[0] == lines[1]
+        return lines[0]
+
+    for name, change in {"short": {"max_position_embeddings": 64}, "other": {"vocab_size": 128}}.items():
+        shutil.copytree(world / "llm", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+    says = {"short": "64 positions (max_position_embeddings); lower data.max_length", "other": "embedding 128 rows"}
+    for name, text in says.items():
+        assert text in both(f"--config.model.llm={tmp_path}/{name}")
+        assert text in refused(verify_words(world, rows, f"--tokenizer={tmp_path}/{name}"), capsys)
+    assert "expected a multiple of 3" in both("--config.train.accumulate=3", "--config.train.batch_size=4")
+    assert "data.pack_length=64: row 1" in both("--config.data.pack=True", "--config.data.pack_length=64")
+    weights = f"--config.data.annotations={rows}:1,{world}/rows.json:1"
+    assert "group_by=modality_length orders all" in both(weights, "--config.data.group_by=modality_length")
+
+
 def test_verify_takes_the_patches_from_a_clip_folder(world, tmp_path, capsys):
     sizes = {"model_type": "clip_vision_model", "image_size": 40, "patch_size": 8}
     (tmp_path / "config.json").write_text(json.dumps(sizes))

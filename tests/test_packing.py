@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_jax.data.grouping import count_words
-from llava_jax.data.packing import BatchPlan, deal, pack_update, plan_batches, plan_packed
+from llava_jax.data.packing import BatchPlan, deal, pack_update, plan_batches
 from llava_jax.types import UNPACKED, DataSettings, InputError, Record, Turn
 
 SETTINGS = DataSettings("rows.json", "", "v1", "front", "pad", 2048, True, **{**UNPACKED, "pack": True})
@@ -28,9 +28,8 @@ def instruction_lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 def make_plan(lengths, images, batch_size=16, row_multiple=1, steps=20, seed=0, **changes) -> BatchPlan:
     settings = dataclasses.replace(SETTINGS, **changes)
     lengths, images = np.asarray(lengths, np.int32), np.asarray(images)
-    return plan_packed(
-        lengths, images, settings, batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed
-    )
+    sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed)
+    return plan_batches([None] * len(lengths), lengths, settings, slots_A=images, **sizes)
 
 
 def assert_sound(plan: BatchPlan, lengths: np.ndarray, images: np.ndarray, batch_size: int, row_multiple: int) -> None:

@@ -4,12 +4,8 @@ rows hold the same conversations."""
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -306,12 +302,12 @@ def test_bad_rows_are_named_before_the_run():
     long = dataclasses.replace(RECORDS[0], id="long", turns=(Turn("human", "x " * 400), Turn("gpt", "yes")))
     rambling = dataclasses.replace(RECORDS[0], turns=(Turn("human", "why"), Turn("gpt", "because " * 400)))
     clean = check(RECORDS)
-    assert clean.problems == () and clean.cut_rows == clean.cut_tokens == 0 and clean.rows == 11
+    assert clean.rejected == () and clean.count("cut") == 0 and clean.rows == 11
     clean.require_clean()
     checked = check([*RECORDS, gone, twice, long, rambling])
-    assert [(problem.row, problem.id) for problem in checked.problems] == [(11, "gone"), (12, "twice"), (13, "long")]
-    assert checked.cut_rows == 1 and checked.cut_tokens > 0
-    assert checked.tokens == clean.tokens + SETTINGS.max_length
+    assert [(problem.row, problem.id) for problem in checked.rejected] == [(11, "gone"), (12, "twice"), (13, "long")]
+    assert checked.count("cut") == 1 and checked.total("cut") > 0
+    assert checked.total("tokens") == clean.total("tokens") + SETTINGS.max_length
     with pytest.raises(InputError, match=r"3 of 15 rows .* row 11 \(id 'gone'\): .*none.jpg: no such file.*1 more"):
         checked.require_clean(shown=2)
 
@@ -319,17 +315,24 @@ def test_bad_rows_are_named_before_the_run():
 def test_counts_are_what_is_trained(reference):
     epoch = Batch(*(np.concatenate(field)[:11] for field in zip(*map(arrays, reference), strict=True)))
     clean = check(RECORDS)
-    assert clean.tokens == epoch.segment_ids_BT.sum() and clean.targets == epoch.targets_BT.sum()
+    assert clean.total("tokens") == epoch.segment_ids_BT.sum() and clean.total("targets") == epoch.targets_BT.sum()
     assert clean.lengths_A[epoch.rows_BM[:, 0]].tolist() == epoch.segment_ids_BT.sum(1).tolist()
 
 
-def test_checking_in_processes_finds_the_same(monkeypatch):
-    records = [*RECORDS, dataclasses.replace(RECORDS[2], id="gone", images=("none.jpg", "wide.jpg"))]
-    alone = check(records)
-    monkeypatch.setattr(validate, "PARALLEL_CHECK_ROWS", 1)
-    assert check(records, workers=1) == alone
-    assert check(records, workers=1).lengths_A.tolist() == alone.lengths_A.tolist()
-    assert alone.lengths_A[-1] == 0 and np.count_nonzero(alone.lengths_A) == len(RECORDS)
+def test_parts_that_are_checked_together_find_the_same(monkeypatch):
+    """A row that cannot be rendered, or that spells a special token, leaves those that are checked with it alone."""
+    gone = dataclasses.replace(RECORDS[2], id="gone", images=("none.jpg", "wide.jpg"))
+    leaning = dataclasses.replace(RECORDS[0], id="leaning", turns=(Turn("gpt", "yes"),))
+    mark = dataclasses.replace(RECORDS[0], id="mark", turns=(Turn("human", "\ufdd0"), Turn("gpt", "yes")))
+    records = [*RECORDS[:3], gone, leaning, *RECORDS[3:], mark]
+    whole = check(records)
+    assert [(bad.row, bad.id) for bad in whole.rejected] == [(3, "gone"), (4, "leaning"), (13, "mark")]
+    assert whole.lengths_A[[0, 1, 2, *range(5, 13)]].tolist() == check(RECORDS).lengths_A.tolist()
+    assert not whole.lengths_A[[3, 4, 13]].any()
+    for together in (1, 2, 5):
+        monkeypatch.setattr(validate, "TOGETHER", together)
+        parts = check(records)
+        assert parts.rejected == whole.rejected and parts.figures_A.tolist() == whole.figures_A.tolist()
 
 
 def test_no_rows_and_an_unknown_template():
@@ -350,36 +353,3 @@ def test_a_image_that_breaks_during_the_run_is_named(tmp_path, workers):
         take(data, 3)
     assert "\n" not in str(caught.value)
     data.close()
-
-
-ORPHANS = """
-import multiprocessing, threading
-
-if __name__ == "__main__":
-    import test_pipeline
-    rows = test_pipeline.RECORDS * 20_000
-    checking = threading.Thread(target=test_pipeline.check, args=(rows,), kwargs={"workers": 2})
-    checking.start()
-    while checking.is_alive() and len(multiprocessing.active_children()) < 2:
-        pass
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    checking.join()
-"""
-
-
-def test_processes_that_check_rows_end_with_a_killed_trainer(tmp_path):
-    script = tmp_path / "trainer.py"
-    script.write_text(ORPHANS)
-    here = pathlib.Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
-    workers = [int(pid) for pid in trainer.stdout.readline().split()]
-    assert len(workers) == 2
-    trainer.send_signal(signal.SIGKILL)
-    try:
-        # The workers hold the other ends of this pipe: it closes when the last of them is gone.
-        trainer.communicate(timeout=30)
-    except subprocess.TimeoutExpired:
-        for pid in workers:
-            os.kill(pid, signal.SIGKILL)
-        raise

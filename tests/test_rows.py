@@ -196,7 +196,7 @@ def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
         raise AssertionError("done again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TextTokenizer, "encode_chunk", never)
+        patch.setattr(TextTokenizer, "encode_chunks", never)
         patch.setattr(validate, "plan_batches", never)
         again, other, _ = full_size.open_batches(settings, 16)
     assert (other.shape, other.most) == (plan.shape, plan.most)

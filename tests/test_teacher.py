@@ -11,7 +11,7 @@ import pytest
 
 from llava_jax.cli.main import main
 from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.data.verify import verify
+from llava_jax.data.validate import verify
 from llava_jax.synthesize import batch, endpoint, json_stream
 from llava_jax.synthesize.budget import Budget, BudgetSpent, Prices
 from llava_jax.synthesize.context import load_contexts
@@ -19,7 +19,7 @@ from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.kinds import KINDS
 from llava_jax.synthesize.teacher import Reply, RequestFailed, read_completion
 from llava_jax.synthesize.write import open_job, synthesize
-from llava_jax.types import InputError
+from llava_jax.types import UNPACKED, DataSettings, InputError
 from tests import show_synthesize
 from tests.teacher_server import Faults, TeacherServer, completion, good_answer
 
@@ -535,8 +535,10 @@ def test_recorded_answers_are_judged_as_the_table_says(tmp_path):
     # What was accepted can be trained.
     tokenizer = load_tokenizer("llava_jax/demo/backbones/llama")
     for kind in KINDS:
-        report = verify(str(tmp_path / f"{kind}.json"), str(tmp_path), tokenizer, "v1", check_image=lambda path: None)
-        assert report.rejected == () and report.kept > 10
+        rows, template = str(tmp_path / f"{kind}.json"), "v1"
+        settings = DataSettings(rows, str(tmp_path), template, "front", "pad", 2048, shuffle=False, **UNPACKED)
+        _, checked = verify(settings, tokenizer, patches=576, look=lambda path: None)
+        assert checked.rejected == () and checked.kept > 10
 
 
 def test_a_bad_answer_is_asked_for_again_and_then_set_aside(tmp_path, contexts):

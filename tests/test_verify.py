@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.data.verify import report_lines, verify
-from llava_jax.types import InputError
+from llava_jax.data.validate import Checked, report_lines, verify
+from llava_jax.types import UNPACKED, DataSettings, InputError
 from tests.make_tokenizers import golden_llama
 
 GOOD = {
@@ -40,10 +40,11 @@ def images(tmp_path):
     return str(folder)
 
 
-def _verify(tmp_path, images, tokenizer, rows, template="v1", **options):
+def _verify(tmp_path, images, tokenizer, rows, template="v1", position="front", **options) -> Checked:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    return verify(str(path), images, tokenizer, template, **{"patches": 4, "max_length": 100} | options)
+    settings = DataSettings(str(path), images, template, position, "pad", 100, shuffle=False, **UNPACKED)
+    return verify(settings, tokenizer, patches=4, **options)[1]
 
 
 def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):
@@ -60,9 +61,9 @@ def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):
         "no row",
         _row("text", question="Hello", image=None),
     ]
-    report = _verify(tmp_path, images, tokenizer, rows)
-    assert (report.rows, report.kept) == (11, 2)
-    reasons = {rejected.id: (rejected.row, rejected.reason) for rejected in report.rejected}
+    checked = _verify(tmp_path, images, tokenizer, rows)
+    assert (checked.rows, checked.kept) == (11, 2)
+    reasons = {rejected.id: (rejected.row, rejected.reason) for rejected in checked.rejected}
     assert [row for row, _ in reasons.values()] == list(range(1, 10))
     for name, expected in {
         "missing": "none.png",
@@ -76,8 +77,8 @@ def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):
         "": "found text",
     }.items():
         assert expected in reasons[name][1], name
-    lines = report_lines(report)
-    assert lines[0].startswith("rejected: row 1 (id 'missing'): ") and len(lines) == 12
+    lines = report_lines(checked, 100)
+    assert lines[0].startswith("rejected: row 1 (id 'missing'): ") and len(lines) == 11
     assert lines[9].startswith("2 of 11 rows can be trained, 9 cannot")
 
 
@@ -85,15 +86,21 @@ def test_figures(tmp_path, images, tokenizer):
     leading = _row("leading", conversations=[{"from": "gpt", "value": "Hi."}, *GOOD["conversations"]])
     trailing = _row("trailing", conversations=[*GOOD["conversations"], {"from": "human", "value": "And?"}])
     cut = _row("cut", answer="A cat. " * 40)
-    report = _verify(tmp_path, images, tokenizer, [GOOD, leading, trailing, cut])
+    checked = _verify(tmp_path, images, tokenizer, [GOOD, leading, trailing, cut])
     # 31 of the system message, 16 of the turn (3 more for an image of 4 patches), 4 supervised; the last fills 100.
-    assert report.tokens == 3 * (31 + 16 + 3 + 4) + 100
-    assert report.targets == 3 * 4 + (100 - 50)
-    assert report.supervised_share == report.targets / report.tokens
-    assert report.longest[0] == 3 and report.longest[1] > 100
-    assert (report.cut, report.leading_answers, report.open_questions) == (1, 1, 1)
+    assert checked.total("tokens") == 3 * (31 + 16 + 3 + 4) + 100
+    assert checked.total("targets") == 3 * 4 + (100 - 50)
+    assert checked.longest == 100 and checked.total("cut") > 50
+    assert (checked.count("cut"), checked.count("leading"), checked.count("open")) == (1, 1, 1)
+    assert report_lines(checked, 100) == [
+        "4 of 4 rows can be trained, 0 cannot (rows are counted from 0)",
+        f"4 rows, 262 tokens, 62 of them supervised (23.7%); longest row: 3 with {100 + checked.total('cut')} tokens",
+        f"data.max_length=100 cuts {checked.total('cut')} tokens off 1 rows",
+        "answers before the first question left out: 1",
+        "last questions without an answer left out: 1",
+    ]
     kept_by_v0 = _verify(tmp_path, images, tokenizer, [leading], "v0")
-    assert (kept_by_v0.kept, kept_by_v0.leading_answers) == (1, 0)
+    assert (kept_by_v0.kept, kept_by_v0.count("leading")) == (1, 0)
 
 
 def test_dump_shows_what_is_trained(tmp_path, images, tokenizer):
@@ -138,18 +145,16 @@ def test_dump_appears_only_when_complete(tmp_path, images, tokenizer):
         raise RuntimeError(path)
 
     with pytest.raises(RuntimeError):
-        _verify(tmp_path, images, tokenizer, [GOOD], dump_path=str(dump), check_image=break_down)
-    assert dump.read_text() == "before" and not (tmp_path / "dump.jsonl.partial").exists()
-    with pytest.raises(InputError, match="folder .* does not exist"):
+        _verify(tmp_path, images, tokenizer, [GOOD], dump_path=str(dump), look=break_down)
+    assert dump.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["dump.jsonl", "images", "rows.json"]
+    with pytest.raises(InputError, match="cannot be written"):
         _verify(tmp_path, images, tokenizer, [GOOD], dump_path=str(tmp_path / "none" / "dump.jsonl"))
 
 
 def test_each_image_is_looked_at_once(tmp_path, images, tokenizer):
     seen = []
-    report = _verify(
-        tmp_path, images, tokenizer, [GOOD, GOOD, _row("text", "Hello", image=None)], check_image=seen.append
-    )
-    assert report.kept == 3 and seen == [os.path.join(images, "a.png")]
+    checked = _verify(tmp_path, images, tokenizer, [GOOD, GOOD, _row("text", "Hello", image=None)], look=seen.append)
+    assert checked.kept == 3 and seen == [os.path.join(images, "a.png")]
 
 
 def test_what_spoils_all_rows_is_an_error(tmp_path, images, tokenizer):
@@ -160,8 +165,12 @@ def test_what_spoils_all_rows_is_an_error(tmp_path, images, tokenizer):
     with pytest.raises(InputError, match="end-of-text token"):
         _verify(tmp_path, images, endless, [GOOD])
     with pytest.raises(InputError, match="unknown image_position 'back'"):
-        _verify(tmp_path, images, tokenizer, [GOOD], image_position="back")
+        _verify(tmp_path, images, tokenizer, [GOOD], position="back")
     with pytest.raises(InputError, match="no such folder; expected the folder that image paths start from"):
         _verify(tmp_path, str(tmp_path / "nowhere"), tokenizer, [GOOD])
     with pytest.raises(InputError, match="no such annotations file"):
-        verify(str(tmp_path / "none.json"), images, tokenizer, "v1")
+        verify(
+            DataSettings("none.json", images, "v1", "front", "pad", 100, shuffle=False, **UNPACKED),
+            tokenizer,
+            patches=4,
+        )

@@ -1,13 +1,13 @@
 """The commands that hold no model: prepare verify, evaluate exact_match."""
 
 import argparse
+import math
 import os
-from typing import Any
 
 from llava_jax.cli.flags import announce
 from llava_jax.cli.train import load_settings
 from llava_jax.data.sources import FORMS, is_dataset
-from llava_jax.types import UNPACKED, DataSettings, InputError
+from llava_jax.types import UNPACKED, ClipConfig, DataSettings, InputError, ModelConfig
 
 # The flags that a config answers in their place.
 SINGLE = ("annotations", "images", "tokenizer", "template", "image_position", "max_length", "vision", "patches")
@@ -32,11 +32,16 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    data, folder, patches, tiles = checks_of_run(args) if args.passed else checks_of_flags(args)
-    from llava_jax.data import verify as checks
+    data, folder, config, patches = model_of_run(args) if args.passed else model_of_flags(args)
+    from llava_jax.data import validate
+    from llava_jax.data.tiles import tiling
     from llava_jax.data.tokenize import load_tokenizer
+    from llava_jax.weights.spec import check_vocabulary
 
     tokenizer = load_tokenizer(folder)
+    if config is not None:
+        check_vocabulary(tokenizer, config, folder)
+    tiles = tiling(config) if config is not None else None
     announce(
         "prepare verify",
         config=" ".join(args.passed),
@@ -47,29 +52,25 @@ def verify(args: argparse.Namespace) -> int:
         max_length=f"{data.max_length} tokens, {patches} of them for each {'image' if tiles is None else 'tile'}",
         dump=args.dump,
     )
-    report = checks.verify(
-        data.annotations,
-        data.images,
-        tokenizer,
-        data.template,
-        image_position=data.image_position,
-        max_length=data.max_length,
-        patches=patches,
-        tiling=tiles,
-        exif=data.exif,
-        dump_path=args.dump,
-    )
-    print("\n".join(checks.report_lines(report)))
-    if report.rejected:
-        count = f"{len(report.rejected)} of {report.rows} rows of {data.annotations} cannot be trained"
-        more = " (the first of them)" if len(report.rejected) > 1 else ""
-        raise InputError(f"{count}: {report.rejected[0]}{more}; fix or remove them")
+    rows, checked = validate.verify(data, tokenizer, patches=patches, tiling=tiles, dump_path=args.dump)
+    print("\n".join(validate.report_lines(checked, data.max_length)))
+    if checked.rejected:
+        count = f"{len(checked.rejected)} of {checked.rows} rows of {data.annotations} cannot be trained"
+        more = " (the first of them)" if len(checked.rejected) > 1 else ""
+        raise InputError(f"{count}: {checked.rejected[0]}{more}; fix or remove them")
+    if config is not None:
+        checked.require_fit(data.annotations, config.llm.max_positions)
+    checked.require_order(rows, data)
     return 0
 
 
-def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any]:
-    """(data settings, tokenizer folder, image tokens of an image or tile, anyres.Tiling or None) of the run that
-    `--config` describes.
+Model = tuple[DataSettings, str, ModelConfig | None, int]
+
+
+def model_of_run(args: argparse.Namespace) -> Model:
+    """(data settings, tokenizer folder, model, image tokens of an image or tile) of the run that `--config` describes.
+
+    How many devices there will be is not known here: of the batch is checked what the config says of them.
     """
     given = [f"--{name}" for name in SINGLE if getattr(args, name) is not None]
     if given:
@@ -77,15 +78,17 @@ def checks_of_run(args: argparse.Namespace) -> tuple[DataSettings, str, int, Any
     settings = load_settings(args.passed)
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
-    from llava_jax.data.tiles import tiling
+    from llava_jax.data.packing import check_batch_size
     from llava_jax.weights.spec import model_spec
 
+    devices = math.prod(max(size, 1) for size in (settings.mesh.data, settings.mesh.fsdp))
+    check_batch_size(settings.train.batch_size, devices * settings.train.accumulate, settings.data.pack)
     spec = model_spec(settings)
-    return settings.data, spec.tokenizer, spec.config.vision.patches, tiling(spec.config)
+    return settings.data, spec.tokenizer, spec.config, spec.config.vision.patches
 
 
-def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, None]:
-    """The same of the single flags, which show each image as one square."""
+def model_of_flags(args: argparse.Namespace) -> Model:
+    """The same of the single flags, which show each image as one square; the model is None where they name none."""
     # The rows of a data set bring their images along.
     brings = args.annotations is not None and is_dataset(args.annotations)
     needed = [name for name in NEEDED if name != "images" or not brings]
@@ -103,16 +106,23 @@ def checks_of_flags(args: argparse.Namespace) -> tuple[DataSettings, str, int, N
     data = DataSettings(
         args.annotations, args.images or "", args.template, position, "pad", length, shuffle=False, **UNPACKED
     )
-    return data, args.tokenizer, args.patches or patches_of(args.vision), None
+    from llava_jax.weights.spec import RANDOM, vision_config
+
+    vision = vision_config(args.vision or f"{RANDOM}clip-l-14-336")
+    return data, args.tokenizer, model_of(args.tokenizer, vision), args.patches or vision.patches
 
 
-def patches_of(folder: str | None) -> int:
-    """Image tokens of one image for a CLIP folder; those of CLIP ViT-L/14 at 336 pixels without one."""
-    if folder is None:
-        return 576
-    from llava_jax.weights.hf_config import clip_config, read_config
+def model_of(folder: str, vision: ClipConfig) -> ModelConfig | None:
+    """A model with the decoder whose config.json lies in the tokenizer's folder; None where none lies there."""
+    from llava_jax.data.tokenize import load_tokenizer
+    from llava_jax.weights.hf_config import DECODERS, read_json
+    from llava_jax.weights.spec import llm_config
 
-    return clip_config(read_config(folder, "a Hugging Face CLIP folder"), os.path.join(folder, "config.json")).patches
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path) or read_json(path).get("model_type") not in DECODERS:
+        return None
+    llm = llm_config(folder)
+    return ModelConfig(vision, llm, image_token_id=load_tokenizer(folder).image_token_id(llm.vocab_size))
 
 
 def exact_match_flags(parser: argparse.ArgumentParser) -> None:

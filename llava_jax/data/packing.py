@@ -82,6 +82,34 @@ def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:
         )
 
 
+def check_order(
+    records: Sequence[Record],
+    lengths_A: np.ndarray,
+    slots_A: np.ndarray,
+    words_A: np.ndarray | None,
+    settings: DataSettings,
+    mixture: Mixture | None,
+) -> None:
+    """InputError when these rows cannot stand in batches as the settings ask for; arguments as of `plan_batches`."""
+    if settings.group_by == "modality_length":
+        if mixture is not None:
+            raise InputError(
+                f"data.group_by=modality_length orders all rows, and data.annotations={settings.annotations} mixes "
+                "them by weight: leave the weights out, or set group_by to none"
+            )
+        modality_lengths(records, words_A, slots_A)
+    for key, given, needed_A, what in (
+        ("data.pack_length", settings.pack_length, lengths_A, "tokens"),
+        ("data.pack_images", settings.pack_images, slots_A, "tiles" if settings.aspect == "anyres" else "images"),
+    ):
+        row = int(needed_A.argmax())
+        if 0 < given < needed_A[row]:
+            raise InputError(
+                f"{key}={given}: row {row} of {settings.annotations} has {needed_A[row]} {what}, expected at least "
+                f"that many, or 0 to have it chosen"
+            )
+
+
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
     """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
     # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
@@ -109,15 +137,11 @@ def plan_batches(
     the data.
     """
     check_batch_size(batch_size, row_multiple, settings.pack)
+    check_order(records, lengths_A, slots_A, words_A, settings, mixture)
     if settings.pack:
         sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed, mixture=mixture)
         return plan_packed(lengths_A, slots_A, settings, **sizes)
     if settings.group_by == "modality_length":
-        if mixture is not None:
-            raise InputError(
-                f"data.group_by=modality_length orders all rows, and data.annotations={settings.annotations} mixes "
-                "them by weight: leave the weights out, or set group_by to none"
-            )
         lengths = modality_lengths(records, words_A, slots_A)
         order_UC = grouped_order(lengths, batch_size, row_multiple, seed, steps)
     else:
@@ -149,7 +173,6 @@ def plan_packed(
     stands in the order of the file. The order depends on neither the shape nor the devices.
     """
     count, places = len(lengths_A), steps * batch_size
-    _check_limits(lengths_A, images_A, settings)
     if settings.shuffle:
         epochs = range(math.ceil(places / count))
         rows = (mixture.epoch(epoch, seed, shuffle=True) if mixture else np.arange(count) for epoch in epochs)
@@ -211,19 +234,6 @@ def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng:
 
 
 # ---- the shape --------------------------------------------------------------------------------------------------
-
-
-def _check_limits(lengths_A: np.ndarray, images_A: np.ndarray, settings: DataSettings) -> None:
-    for key, given, needed_A, what in (
-        ("data.pack_length", settings.pack_length, lengths_A, "tokens"),
-        ("data.pack_images", settings.pack_images, images_A, "tiles" if settings.aspect == "anyres" else "images"),
-    ):
-        row = int(needed_A.argmax())
-        if 0 < given < needed_A[row]:
-            raise InputError(
-                f"{key}={given}: row {row} of {settings.annotations} has {needed_A[row]} {what}, expected at least "
-                f"that many, or 0 to have it chosen"
-            )
 
 
 def _choose(

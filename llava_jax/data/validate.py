@@ -1,81 +1,140 @@
-"""Every row checked before the run, and what that and the plan found kept: a restart need not tokenise, or plan, again
-what has not changed.
+"""Which rows can be trained, why the others cannot, and how many tokens each has: one check for `train` and `prepare
+verify`.
+
+Every row is parsed, rendered, encoded and cut as in training. `train` asks for image files to be there, `prepare
+verify` decodes them; what was found is kept, so that a restart need not tokenise, or plan, again what has not changed.
 """
 
-import concurrent.futures
+import collections
+import contextlib
 import dataclasses
-import functools
 import hashlib
-import multiprocessing
+import itertools
+import json
 import os
-import threading
-from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TextIO
 
 import numpy as np
 
-from llava_jax.data.example import encode_turns, image_sizes, require_images
+from llava_jax.data.example import encode_turns, encode_turns_together, image_paths, image_sizes, require_file
 from llava_jax.data.grouping import count_words
-from llava_jax.data.packing import BatchPlan, BatchShape, plan_batches
-from llava_jax.data.records import Rejected, Rows
+from llava_jax.data.images import check_image
+from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
+from llava_jax.data.records import Rejected, Rows, load_records
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
-from llava_jax.data.templates import find_template
+from llava_jax.data.templates import check_image_position, find_template
 from llava_jax.data.tiles import Tiling
-from llava_jax.data.tokenize import TextTokenizer, cut, full_length
-from llava_jax.types import DataSettings, InputError, Record
+from llava_jax.data.tokenize import TextTokenizer, check_end, cut, full_length
+from llava_jax.io import replacing
+from llava_jax.types import DataSettings, Encoded, InputError, Record
 
 # Settings that say where a row stands or who reads it, not what it becomes.
 ORDER = ("annotations", "shuffle", "group_by", "pack", "pack_length", "pack_images", "workers")
-# Below this many records, starting processes takes longer than checking them here.
-PARALLEL_CHECK_ROWS = 20_000
-# Figures of a row that `_check_row` counts.
-FIGURES = 5
+# Rows that are tokenised together, and threads that do that: while the tokenizer works outside of Python's lock, the
+# other one reads rows.
+TOGETHER, THREADS = 1024, 2
+# Of each row, zeros where it cannot be trained: tokens that are trained on, those of them to be predicted, tokens that
+# max_length cuts off, images (anyres: tiles), words of its turns; and whether an answer before the first question, or a
+# last question without an answer, is left out.
+FIGURES = np.dtype(
+    [
+        *((name, np.int32) for name in ("tokens", "targets", "cut", "slots", "words")),
+        *((name, np.bool_) for name in ("leading", "open")),
+    ]
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Checked:
-    """What `check_records` saw: the rows that cannot be trained, and counts over all the others.
+    """What was found in all rows: their FIGURES, the rows that cannot be trained, and the image files that can be."""
 
-    `tokens` and `targets` are what is trained on, `longest` the tokens of the longest row; `cut_rows` rows lose
-    `cut_tokens` tokens to max_length. `counts_AF` (int32) are the five figures of each row that `_check_row` counts, 0
-    where it cannot be trained, and `images` the different paths among all rows.
-    """
+    figures_A: np.ndarray
+    rejected: tuple[Rejected, ...]
+    images: frozenset[str]
 
-    rows: int
-    problems: tuple[Rejected, ...]
-    tokens: int
-    targets: int
-    longest: int
-    cut_rows: int
-    cut_tokens: int
-    counts_AF: np.ndarray = dataclasses.field(compare=False, repr=False)
-    image_paths: frozenset[str] = dataclasses.field(compare=False, repr=False)
+    @property
+    def rows(self) -> int:
+        return len(self.figures_A)
+
+    @property
+    def kept(self) -> int:
+        return self.rows - len(self.rejected)
+
+    def total(self, figure: str) -> int:
+        """The sum of a figure over all rows."""
+        return int(self.figures_A[figure].sum(dtype=np.int64))
+
+    def count(self, figure: str) -> int:
+        """The rows of which a figure is not 0."""
+        return int(np.count_nonzero(self.figures_A[figure]))
+
+    @property
+    def longest(self) -> int:
+        """Tokens trained of the longest row."""
+        return int(self.figures_A["tokens"].max(initial=0))
 
     @property
     def lengths_A(self) -> np.ndarray:
         """Tokens trained of each row."""
-        return self.counts_AF[:, 0].copy()
+        return self.figures_A["tokens"].copy()
 
     @property
     def slots_A(self) -> np.ndarray:
         """Images (anyres: tiles) that each row shows."""
-        return self.counts_AF[:, 3].copy()
+        return self.figures_A["slots"].copy()
 
     @property
     def words_A(self) -> np.ndarray:
         """Words of the turns of each row."""
-        return self.counts_AF[:, 4].copy()
+        return self.figures_A["words"].copy()
 
     def require_clean(self, shown: int = 3) -> None:
         """Raise InputError with the number of bad rows and the first of them, if there are any."""
-        if self.problems:
-            count = len(self.problems)
-            first = "; ".join(map(str, self.problems[:shown]))
+        if self.rejected:
+            count = len(self.rejected)
+            first = "; ".join(map(str, self.rejected[:shown]))
             more = f"; and {count - shown} more" if count > shown else ""
             raise InputError(
                 f"{count} of {self.rows} rows cannot be trained (`prepare verify` lists them): {first}{more}"
             )
+
+    def require_order(self, records: Rows, settings: DataSettings) -> None:
+        """Raise InputError when the rows cannot be ordered or packed as the settings ask for."""
+        check_order(records, self.lengths_A, self.slots_A, self.words_A, settings, records.mixture)
+
+    def require_fit(self, annotations: str, max_positions: int) -> None:
+        """Raise InputError when the longest row is longer than the decoder's positions."""
+        if self.longest > max_positions:
+            raise InputError(
+                f"{annotations}: the longest row has {self.longest} tokens, the decoder {max_positions} positions "
+                "(max_position_embeddings); lower data.max_length to that"
+            )
+
+
+def summary(checked: Checked, max_length: int) -> list[str]:
+    """The sums for a person, and what of the rows is not trained on."""
+    tokens, targets = checked.total("tokens"), checked.total("targets")
+    full_A = checked.figures_A["tokens"] + checked.figures_A["cut"]
+    longest = int(full_A.argmax()) if checked.rows else 0
+    lines = [
+        f"{checked.kept:,} rows, {tokens:,} tokens, {targets:,} of them supervised ({targets / max(tokens, 1):.1%}); "
+        f"longest row: {longest} with {full_A[longest] if checked.rows else 0:,} tokens"
+    ]
+    if checked.count("cut"):
+        cut_off = f"{checked.total('cut'):,} tokens off {checked.count('cut'):,} rows"
+        lines.append(f"data.max_length={max_length} cuts {cut_off}")
+    for figure, what in (
+        ("leading", "answers before the first question"),
+        ("open", "last questions without an answer"),
+    ):
+        if checked.count(figure):
+            lines.append(f"{what} left out: {checked.count(figure):,}")
+    return lines
+
+
+# ---- the check ----------------------------------------------------------------------------------------------------
 
 
 def check_records(
@@ -85,97 +144,163 @@ def check_records(
     *,
     patches: int,
     tiling: Tiling | None = None,
+    look: Callable[[str | bytes], None] = require_file,
+    dump: TextIO | None = None,
 ) -> Checked:
-    """Tokenise every row and look for its image files (without decoding them), in settings.workers processes.
+    """Check every row. InputError is raised only for what spoils all of them, such as an unknown template.
 
-    They are spawned: they import the main module again, so that must do nothing when imported.
-
-    With `tiling` (data.anyres) each image's header says how many tokens it takes.
+    Args:
+        records: the rows; of `Rows` those that cannot be read are rejected, too.
+        patches: image tokens of an image, or of a tile.
+        tiling: with data.anyres, how an image becomes tiles; its header then says how many tokens it takes.
+        look: raises InputError for an image that cannot be used, and is asked about once each path.
+        dump: what is trained is written there, a line of JSON for each row that is kept.
     """
+    _check_settings(settings, tokenizer)
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
-    find_template(settings.template)  # an unknown one is one error, not one a row
-    check = functools.partial(_check_part, settings=settings, tokenizer=tokenizer, patches=patches, tiling=tiling)
-    if settings.workers and len(records) >= PARALLEL_CHECK_ROWS:
-        # Rows on disk stay there: a worker gets their places, and reads them itself. A part starts with no word known.
-        starts = range(0, len(records), -(-len(records) // (2 * settings.workers)))
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(settings.workers, context, _exit_with_parent) as pool:
-            results = list(pool.map(check, starts, (records[start : start + starts.step] for start in starts)))
-    else:
-        results = [check(0, records)]
-    counts, problems, image_paths = zip(*results, strict=True)
-    return summarise(np.concatenate(counts), sum(problems, ()), frozenset().union(*image_paths))
+    check = _Check(records, settings, tokenizer, patches, tiling, look)
+    figures_A, rejected = np.zeros(len(records), FIGURES), []
+    for row, found in enumerate(check.rows()):
+        if isinstance(found, Rejected):
+            rejected.append(found)
+            continue
+        figures_A[row] = found.figures
+        if dump is not None:
+            dump.write(_dump_line(found, tokenizer))
+    good = frozenset(path for path, problem in check.images.items() if problem is None)
+    return Checked(figures_A, tuple(rejected), good)
 
 
-def summarise(counts_AF: np.ndarray, problems: tuple[Rejected, ...], image_paths: frozenset[str]) -> Checked:
-    """What was seen, from the five figures of each row (`_check_row`; zeros for a row that cannot be trained)."""
-    lengths_A, targets_A, cut_A = counts_AF.T[:3]
-    tokens, targets, cut_tokens = (int(figure_A.sum(dtype=np.int64)) for figure_A in (lengths_A, targets_A, cut_A))
-    longest, cut_rows = int(lengths_A.max(initial=0)), int(np.count_nonzero(cut_A))
-    return Checked(len(counts_AF), problems, tokens, targets, longest, cut_rows, cut_tokens, counts_AF, image_paths)
-
-
-def _check_part(
-    start: int, records: Sequence[Record], **check: Any
-) -> tuple[np.ndarray, tuple[Rejected, ...], set[str]]:
-    """Five figures of each row as int32, those that cannot be trained, paths of images; the first row is `start`."""
-    counts, problems, image_paths = array("i"), [], set()
-    for row in range(len(records)):
-        record = records.entry(row) if isinstance(records, Rows) else records[row]
-        if isinstance(record, Record):
-            result = _check_row(record, image_paths, **check)
-            if not isinstance(result, str):
-                counts.extend(result)
-                continue
-            record = Rejected(row, record.id, result)
-        counts.extend((0,) * FIGURES)
-        problems.append(dataclasses.replace(record, row=start + row))
-    return np.array(counts, np.int32).reshape(-1, FIGURES), tuple(problems), image_paths
-
-
-def _check_row(
-    record: Record,
-    image_paths: set[str],
+def verify(
     settings: DataSettings,
     tokenizer: TextTokenizer,
+    *,
     patches: int,
-    tiling: Tiling | None,
-) -> tuple[int, int, int, int, int] | str:
-    """Tokens, targets, tokens cut off, images or tiles, and words; or the reason why the row cannot be trained.
+    tiling: Tiling | None = None,
+    look: Callable[[str | bytes], None] = check_image,
+    dump_path: str | None = None,
+) -> tuple[Rows, Checked]:
+    """The rows of data.annotations and what `check_records` finds in them with every image decoded.
 
-    `images` are those that are known to be there; the row's are added.
+    What is trained is written to `dump_path` (JSONL) when given; the file appears when it is complete.
     """
-    try:
-        fresh = [image for image in record.images if isinstance(image, str) and image not in image_paths]
-        if fresh:
-            require_images(fresh, settings)
-            image_paths.update(fresh)
-        encoded = encode_turns(record, settings, tokenizer)
-        counts, slots = patches, len(record.images)
-        if tiling is not None:
-            sizes = image_sizes(record, settings)
-            counts, slots = tiling.tokens(sizes), sum(tiling.tiles(sizes))
-        trained = cut(encoded, counts, settings.max_length)
-    except InputError as error:
-        return str(error)
-    full = full_length(encoded, counts)
-    length = full if trained is encoded else full_length(trained, counts)
-    return length, int(np.count_nonzero(trained.targets)), full - length, slots, count_words(record)
+    records = load_records(settings.annotations)
+    model = (settings, tokenizer)
+    with contextlib.nullcontext() if dump_path is None else replacing(dump_path) as dump:
+        return records, check_records(records, *model, patches=patches, tiling=tiling, look=look, dump=dump)
 
 
-def _exit_with_parent(*_: int) -> None:
-    """In a worker process: end as soon as the parent is gone, however it ended.
+def report_lines(checked: Checked, max_length: int) -> list[str]:
+    """The report for a person: every rejected row, then the sums."""
+    lines = [f"rejected: {rejected}" for rejected in checked.rejected]
+    count = len(checked.rejected)
+    lines.append(f"{checked.kept} of {checked.rows} rows can be trained, {count} cannot (rows are counted from 0)")
+    return lines + summary(checked, max_length)
 
-    Without it a trainer that is killed while it starts leaves its workers behind. (PR_SET_PDEATHSIG would do the same
-    on Linux only, and fires already when the parent's thread that started the worker ends.)
-    """
 
-    def wait_for_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """A row that can be trained, what is trained of it, and its FIGURES."""
 
-    threading.Thread(target=wait_for_parent, name="exit-with-parent", daemon=True).start()
+    record: Record
+    encoded: Encoded
+    figures: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Check:
+    """The check of `check_records`; `images` says of each path that was looked at what is wrong with it."""
+
+    records: Sequence[Record]
+    settings: DataSettings
+    tokenizer: TextTokenizer
+    patches: int
+    tiling: Tiling | None
+    look: Callable[[str | bytes], None]
+    images: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def rows(self) -> Iterator[_Trained | Rejected]:
+        """All rows in order; a few parts are read ahead."""
+        pending: collections.deque[Future] = collections.deque()
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(self.records), TOGETHER):
+                pending.append(pool.submit(self._part, start))
+                if len(pending) > THREADS:
+                    yield from pending.popleft().result()
+            for part in pending:
+                yield from part.result()
+
+    def _part(self, start: int) -> list[_Trained | Rejected]:
+        rows = range(start, min(start + TOGETHER, len(self.records)))
+        own = isinstance(self.records, Rows)
+        entries = [self.records.entry(row) if own else self.records[row] for row in rows]
+        given = [entry for entry in entries if isinstance(entry, Record)]
+        self._require_folder(given)
+        try:
+            encoded = iter(encode_turns_together(given, self.settings, self.tokenizer))
+        except InputError:  # of one of them
+            encoded = itertools.repeat(None)
+        return [
+            entry if isinstance(entry, Rejected) else self._row(row, entry, next(encoded))
+            for row, entry in zip(rows, entries, strict=True)
+        ]
+
+    def _row(self, row: int, record: Record, encoded: Encoded | None) -> _Trained | Rejected:
+        try:
+            for path in image_paths(record, self.settings):
+                self._require_image(path)
+            encoded = encoded or encode_turns(record, self.settings, self.tokenizer)
+            counts, slots = self.patches, len(record.images)
+            if self.tiling is not None:
+                sizes = image_sizes(record, self.settings)
+                counts, slots = self.tiling.tokens(sizes), sum(self.tiling.tiles(sizes))
+            trained = cut(encoded, counts, self.settings.max_length)
+        except InputError as error:
+            return Rejected(row, record.id, str(error))
+        full = full_length(encoded, counts)
+        length = full if trained is encoded else full_length(trained, counts)
+        targets, words = np.count_nonzero(trained.targets), count_words(record)
+        leading = record.turns[0].speaker == "gpt" and find_template(self.settings.template).drop_leading_answer
+        figures = (length, targets, full - length, slots, words, leading, record.turns[-1].speaker == "human")
+        return _Trained(record, trained, figures)
+
+    def _require_folder(self, records: Sequence[Record]) -> None:
+        folder = self.settings.images
+        named = any(isinstance(image, str) for record in records for image in record.images)
+        if named and not os.path.isdir(folder):
+            found = f"{folder}: no such folder" if folder else "data.images is empty"
+            raise InputError(f"{found}; expected the folder that image paths start from")
+
+    def _require_image(self, path: str | bytes) -> None:
+        if isinstance(path, bytes):
+            self.look(path)
+            return
+        if path not in self.images:
+            try:
+                self.look(path)
+                self.images[path] = None
+            except InputError as error:
+                self.images[path] = str(error)
+        if self.images[path] is not None:
+            raise InputError(self.images[path])
+
+
+def _check_settings(settings: DataSettings, tokenizer: TextTokenizer) -> None:
+    """InputError for what would be wrong with every row."""
+    check_image_position(settings.image_position)
+    check_end(tokenizer, find_template(settings.template))
+
+
+def _dump_line(row: _Trained, tokenizer: TextTokenizer) -> str:
+    tokens, targets = row.encoded.tokens, row.encoded.targets
+    line = {
+        "id": row.record.id,
+        "tokens": tokens.tolist(),
+        "targets": targets.astype(int).tolist(),
+        "text": tokenizer.decode(tokens[targets], skip_special=False),
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 # ---- what is kept of it -------------------------------------------------------------------------------------------
@@ -195,21 +320,21 @@ def check_once(
     up each time; where one is gone, every row is checked again, so that the rows are named. With `tiling` nothing is
     kept: how many tokens a row has then depends on the sizes of its images, which may change in their files.
     """
-    model = dict(patches=patches, tiling=tiling)
+    _check_settings(settings, tokenizer)
     if len(records) < KEPT_ROWS or tiling is not None:
-        return dataclasses.replace(check_records(records, settings, tokenizer, **model), image_paths=frozenset())
+        return check_records(records, settings, tokenizer, patches=patches, tiling=tiling)
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}
     name = key_of("check", code(), records.fingerprint, tokenizer.fingerprint, patches, facts)
     kept = recall(name)
     if kept is not None:
-        image_paths = kept["images"].tobytes().decode().split("\0") if kept["images"].size else []
-        if all(os.path.isfile(os.path.join(settings.images, path)) for path in image_paths):
-            return summarise(kept["counts"], (), frozenset())
-    checked = check_records(records, settings, tokenizer, **model)
-    if not checked.problems:
-        image_paths = "\0".join(sorted(checked.image_paths)).encode()
-        keep(name, {"counts": checked.counts_AF, "images": np.frombuffer(image_paths, np.uint8)})
-    return dataclasses.replace(checked, image_paths=frozenset())
+        images = kept["images"].tobytes().decode().split("\0") if kept["images"].size else []
+        if all(map(os.path.isfile, images)):
+            return Checked(kept["figures"], (), frozenset(images))
+    checked = check_records(records, settings, tokenizer, patches=patches)
+    if not checked.rejected:
+        images = "\0".join(sorted(checked.images)).encode()
+        keep(name, {"figures": checked.figures_A, "images": np.frombuffer(images, np.uint8)})
+    return checked
 
 
 def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: Any) -> BatchPlan:

@@ -14,7 +14,7 @@ import numpy as np
 from llava_jax.data.packing import BatchShape, check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.templates import find_template
-from llava_jax.data.tokenize import check_end, load_tokenizer
+from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.placement import global_batch
 from llava_jax.parallel.sharding import make_mesh
@@ -69,7 +69,6 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         read_projector(settings.init.projector, spec.config)  # fails here, not after the rows are read
     tokenizer = load_tokenizer(spec.tokenizer)
     check_vocabulary(tokenizer, spec.config, spec.tokenizer)
-    check_end(tokenizer, find_template(settings.data.template))
     records, checked = read_records(settings, spec.config, tokenizer)
     steps = total_steps(settings, len(records))
     batches = plan_data(settings, mesh, records, checked, steps)

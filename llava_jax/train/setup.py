@@ -13,7 +13,7 @@ from llava_jax.data.records import Rows, load_records
 from llava_jax.data.sources import FORMS
 from llava_jax.data.tiles import tiling
 from llava_jax.data.tokenize import TextTokenizer
-from llava_jax.data.validate import Checked, check_once, plan_once
+from llava_jax.data.validate import Checked, check_once, plan_once, summary
 from llava_jax.models.flops import step_flops
 from llava_jax.parallel.chips import chip_of
 from llava_jax.parallel.distributed import say
@@ -34,7 +34,7 @@ from llava_jax.weights.spec import ModelSpec, origins
 
 
 def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Rows, Checked]:
-    """All rows, each of which can be trained, and what is known of them; prints what max_length cuts off."""
+    """All rows, each of which can be trained, and what is known of them; prints their sums, and what is left out."""
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
     records = load_records(settings.data.annotations)
@@ -46,15 +46,9 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
         tiling=tiling(config),
     )
     checked.require_clean()
-    if checked.longest > config.llm.max_positions:
-        raise InputError(
-            f"{settings.data.annotations}: the longest row has {checked.longest} tokens, the decoder "
-            f"{config.llm.max_positions} positions (max_position_embeddings); lower data.max_length to that"
-        )
-    say(f"{checked.rows:,} rows, {checked.tokens:,} tokens, {checked.targets:,} of them supervised")
-    if checked.cut_rows:
-        cut = f"{checked.cut_tokens:,} tokens off {checked.cut_rows:,} rows"
-        say(f"data.max_length={settings.data.max_length} cuts {cut}")
+    checked.require_fit(settings.data.annotations, config.llm.max_positions)
+    for line in summary(checked, settings.data.max_length):
+        say(line)
     return records, checked
 
 
