@@ -1,5 +1,6 @@
 """JSON Lines read with an answer to what is wrong in them, and files that stand under their name only when whole."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -10,15 +11,31 @@ from llava_jax.types import InputError
 
 
 def each_line(path: str) -> Iterator[tuple[str, Any]]:
-    """("line N", decoded) of every line that is not blank, one at a time; in place of one that is no JSON, why."""
+    """("line N", decoded) of every line that is not blank, one at a time; in place of one that is no JSON, why.
+
+    InputError where the file is a JSON list, or has other line ends.
+    """
+    first = True
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
+                if first:
+                    check_first_line(path, line, "a JSON list, expected one object a line")
+                first = False
                 try:
                     value = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     value = ValueError(f"not JSON ({error})")
                 yield f"line {number}", value
+
+
+def check_first_line(path: str, line: bytes, a_list: str) -> None:
+    """Raise InputError where a file that begins with this line is no JSON Lines; `a_list` says so of a JSON list."""
+    line = line.removeprefix(codecs.BOM_UTF8).strip()
+    if line.startswith(b"["):
+        raise InputError(f"{path}: {a_list}")
+    if b"\r" in line:
+        raise InputError(f"{path}: its lines end in a carriage return alone; write a line feed there")
 
 
 def read_lines(path: str, expected: str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,9 @@ def test_lines_are_read_and_what_is_wrong_is_named(tmp_path):
     for content, says in (
         (b"1\n{\n", r"line 2: not JSON \(.*\), expected a value per line"),
         (b"1\n\xff\n", r"line 2: not JSON"),
-        (b"[" * 100_000, "line 1: not JSON"),
+        (b"1\n" + b"[" * 100_000, "line 2: not JSON"),
+        (b'\n\xef\xbb\xbf [{"a": 1}]', "a.jsonl: a JSON list, expected one object a line"),
+        (b'{"a": 1}\r{"a": 2}', "a.jsonl: its lines end in a carriage return alone"),
         (b"\n \n", "a.jsonl: holds no rows, expected a value per line"),
     ):
         path.write_bytes(content)

@@ -103,11 +103,11 @@ def test_every_bad_row_is_collected(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("not json", "not JSON"),
+        ("not json", "expected a JSON list of rows, found a number or a word"),
         ("{}", "expected a JSON list of rows, found an object"),
         ("[]", "no rows"),
         ('{"id": 1}\n{"id": 2}', "belongs into a .jsonl file"),
-        ("[" * 100000, "not JSON"),
+        ("[" * 100000, "nested more than 200 deep"),
     ],
 )
 def test_file_that_is_no_annotations(tmp_path, content, reason):

@@ -124,8 +124,8 @@ def test_contexts_that_cannot_be_read(tmp_path, change, problem):
 
 
 def test_contexts_that_are_none(tmp_path):
-    (tmp_path / "c.jsonl").write_text("[1]\n", encoding="utf-8")
-    with pytest.raises(InputError, match="line 1: .1., expected an object with id"):
+    (tmp_path / "c.jsonl").write_text("1\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 1: 1, expected an object with id"):
         load_contexts(str(tmp_path / "c.jsonl"))
     (tmp_path / "c.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
     with pytest.raises(InputError, match="line 1: no image and no captions, expected an object with id, image"):

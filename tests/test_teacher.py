@@ -10,9 +10,10 @@ import time
 import pytest
 
 from llava_jax.cli.main import main
+from llava_jax.data import json_stream
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import verify
-from llava_jax.synthesize import batch, endpoint, json_stream
+from llava_jax.synthesize import batch, endpoint
 from llava_jax.synthesize.budget import Budget, BudgetSpent, Prices
 from llava_jax.synthesize.context import load_contexts
 from llava_jax.synthesize.journal import Journal
@@ -589,23 +590,20 @@ def test_what_training_could_not_read_is_set_aside_unasked(tmp_path, capsys):
 # ---- COCO at full size ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
-def test_a_large_object_in_pieces(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
-    content = {
-        "info": {"year": 2017},
-        "n": 1234567,
-        "none": [],
-        "list": [1, 22.5, 'a"]b', [3], {"k": "é"}],
-        "end": None,
-    }
-    (tmp_path / "o.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    expected = [(k, item) for k, value in content.items() for item in (value if isinstance(value, list) else [value])]
-    assert list(json_stream.items(str(tmp_path / "o.json"))) == expected
+@pytest.mark.parametrize("piece", [1, 2, 7, 1 << 20])
+def test_lists_of_a_large_object(tmp_path, monkeypatch, piece):
+    for name in ("PIECE", "SCANNED"):
+        monkeypatch.setattr(json_stream, name, piece)
+    content = {"info": {"list": [5]}, "none": [], "list": [1, 22.5, 'a"]b', [3], {"k": "é"}], "end": None}
+    path = tmp_path / "o.json"
+    path.write_text("\ufeff" + json.dumps(content, indent=2), encoding="utf-8")
+    assert list(json_stream.elements(str(path), "list.item", "lists")) == content["list"]
+    assert list(json_stream.elements(str(path), "none.item", "lists")) == []
+    assert list(json_stream.elements(str(path), "end.item", "lists")) == []
     for text in ("", "[1]", '{"a": [1, 2', '{"a": 1} 2', '{"a" 1}', "{1: 2}", '{"a": [1 2]}'):
-        (tmp_path / "o.json").write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match="o.json: not JSON"):
-            list(json_stream.items(str(tmp_path / "o.json")))
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match="o.json: (not JSON: .*; )?expected lists"):
+            list(json_stream.elements(str(path), "a.item", "lists"))
 
 
 def test_one_of_several_coco_files_by_name(tmp_path):

@@ -14,7 +14,8 @@ from typing import Any, overload
 import numpy as np
 
 from llava_jax.data import sources
-from llava_jax.data.index import index_file, line_of
+from llava_jax.data.index import index_lines, lines_of_list
+from llava_jax.data.json_stream import line_of, unique
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.rows import Rejected, parse_or_reject, parse_row
 from llava_jax.data.sources import Source, split_sources
@@ -65,7 +66,7 @@ class Rows(Sequence[Record]):
 
 
 class FileRows(Rows):
-    """Rows of a JSON or JSONL file of this machine; `places` are (start, length) of each in bytes, int64[A, 2]."""
+    """Rows of a JSON Lines file of this machine; `places` are (start, length) of each in bytes, int64[A, 2]."""
 
     def __init__(self, path: str, places: np.ndarray, fingerprint: str):
         self.path, self.places, self.fingerprint = path, places, fingerprint
@@ -84,7 +85,7 @@ class FileRows(Rows):
     def decoded(self, row: int) -> Any:
         start, length = self.places[row].tolist()
         try:
-            return json.loads(self._read(start, length))
+            return json.loads(self._read(start, length), object_pairs_hook=unique)
         except json.JSONDecodeError as error:
             return InputError(f"line {line_of(self.path, start)} is not JSON: {error.msg}, column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -244,10 +245,10 @@ def _open_source(source: Source) -> Rows:
     if not os.path.isfile(path):
         raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
     content = sources.digest(path)
-    places = index_file(path, sources.is_lines(source.path), content)
+    lines = path if sources.is_lines(source.path) else lines_of_list(path, content)
     # As assemble.file_inputs has it, so that a run resumes from a checkpoint that was made by it.
     line = f"{os.path.basename(source.path)} {content}\n"
-    return FileRows(path, places, hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
+    return FileRows(lines, index_lines(lines, content), hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
 
 
 def _images(found: dict[str, Any]) -> list[ImageBytes]:

@@ -29,8 +29,11 @@ FORMS = "a JSON or JSONL file, a folder of a TFDS data set or tfds:NAME"
 # Fewer rows than these are read again sooner than what is kept of them.
 KEPT_ROWS = 20_000
 KEPT_DAYS = 90
+# In the name of every file of the cache; others that lie in its folder are left alone.
+KEPT = ".kept"
 # A file's content is read in pieces of so many bytes.
 PIECE = 1 << 24
+OURS = re.compile(rf"[0-9a-f]{{32}}{re.escape(KEPT)}\.[a-z]+(\.[0-9a-f]{{16}}\.tmp)?")
 WEIGHT = re.compile(r"(.+):((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)", re.IGNORECASE)
 
 
@@ -113,11 +116,14 @@ def digest(path: str) -> str:
 
 
 def cache_folder() -> str:
-    """Where indices and checks of large files are kept: LLAVA_JAX_CACHE, or llava_jax/rows in the user's cache."""
-    given = os.environ.get("LLAVA_JAX_CACHE")
-    return given or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax", "rows"
-    )
+    """Where what was read of rows is kept: the folder rows of LLAVA_JAX_CACHE, or of llava_jax in the user's cache."""
+    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax")
+    return os.path.join(os.environ.get("LLAVA_JAX_CACHE") or user, "rows")
+
+
+def kept_path(name: str, suffix: str) -> str:
+    """The file of the cache for a `key_of` name."""
+    return os.path.join(cache_folder(), f"{name}{KEPT}{suffix}")
 
 
 def code() -> str:
@@ -133,7 +139,7 @@ def key_of(*facts: object) -> str:
 
 def recall(name: str) -> dict[str, np.ndarray] | None:
     """The arrays kept under a name; None where there are none, or none that can be read."""
-    path = os.path.join(cache_folder(), f"{name}.npz")
+    path = kept_path(name, ".npz")
     try:
         with np.load(path, allow_pickle=False) as kept:
             arrays = {key: kept[key] for key in kept.files}
@@ -144,23 +150,17 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
 
 
 def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again.
-
-    What nobody has asked for in KEPT_DAYS is let go of.
-    """
-    with contextlib.suppress(OSError):
-        with whole(os.path.join(cache_folder(), f"{name}.npz")) as file:
-            np.savez(file, **arrays)
-        for entry in os.scandir(cache_folder()):
-            if entry.is_file() and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
-                os.unlink(entry)
+    """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
+    with contextlib.suppress(OSError), whole(kept_path(name, ".npz")) as file:
+        np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
 def whole(path: str) -> Iterator[BinaryIO]:
     """A file of the cache that is there once it is whole; of several writers at a time each has its own until then.
 
-    (Hosts may share the folder, and in pods every one of them is process 1.)
+    (Hosts may share the folder, and in pods every one of them is process 1.) What nobody has asked for in KEPT_DAYS is
+    let go of.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
@@ -168,9 +168,18 @@ def whole(path: str) -> Iterator[BinaryIO]:
         with open(temporary, "xb") as file:
             yield file
         os.replace(temporary, path)
+        _let_go(os.path.dirname(path))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _let_go(folder: str) -> None:
+    """Removes files of the cache that nobody has asked for in KEPT_DAYS."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if OURS.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
+                os.unlink(entry)
 
 
 def local_copy(path: str) -> str:
@@ -187,8 +196,7 @@ def local_copy(path: str) -> str:
         found = there.stat()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"{path}: cannot be reached ({type(error).__name__}: {error}); expected {FORMS}") from error
-    suffix = os.path.splitext(path)[1]
-    copy = os.path.join(cache_folder(), key_of(path, found.length, found.mtime) + suffix)
+    copy = kept_path(key_of(path, found.length, found.mtime), os.path.splitext(path)[1].lower())
     if not os.path.isfile(copy):
         with there.open("rb") as source, whole(copy) as target:
             while piece := source.read(PIECE):

@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llava_jax.data.json_stream import elements
 from llava_jax.data.rows import Rejected, parse_or_reject
 from llava_jax.io import each_line
-from llava_jax.prepare.output import read_json, single_turn
-from llava_jax.synthesize import json_stream
+from llava_jax.prepare.output import single_turn
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
 # The questions of the paper's appendix for a short caption. The plain template leaves them out, as the original does.
@@ -81,20 +81,16 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     if begins == b"{":
         yield from coco_rows(path)
         return
-    content = read_json(path, EXPECTED)
-    if not isinstance(content, list):
-        raise InputError(f"{path}: a {type(content).__name__}, expected {EXPECTED}")
-    yield from ((f"row {index}", row) for index, row in enumerate(content))
+    yield from ((f"row {index}", row) for index, row in enumerate(elements(path, "item", EXPECTED)))
 
 
 def coco_rows(path: str) -> Iterator[tuple[str, Any]]:
     """COCO's captions as rows, in the order of the file, which is read twice: what is held are names of pictures."""
     try:
-        names = {item["id"]: item["file_name"] for key, item in json_stream.items(path) if key == "images"}
+        names = {item["id"]: item["file_name"] for item in elements(path, "images.item", EXPECTED)}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not COCO's captions ({error!r} in images); expected {EXPECTED}") from error
-    notes = (item for key, item in json_stream.items(path) if key == "annotations")
-    for number, note in enumerate(notes):
+    for number, note in enumerate(elements(path, "annotations.item", EXPECTED)):
         if isinstance(note, dict) and isinstance(note.get("image_id"), str | int):
             image = note["image_id"]
             note = {"id": note.get("id", image), "image": names.get(image), "caption": note.get("caption")}

@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llava_jax.data.json_stream import elements
 from llava_jax.io import read_lines
-from llava_jax.synthesize import json_stream
 from llava_jax.types import InputError
 
 # Boxes of COCO reach over the border by rounding; what reaches further is an error of the file.
 SLACK = 0.01
 FIELDS = ("id", "image", "captions", "instances")
-FORMS = "JSONL of contexts, COCO's captions*.json with instances*.json beside it, or a folder of these two"
+FORMS = "JSONL of contexts, COCO's captions*.json with instances*.json next to it, or a folder of these two"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def context_text(context: Context, boxes: bool) -> str:
 def open_contexts(path: str) -> Iterable[Context]:
     """The contexts of a file, in its order, as often as they are gone through; none of them is kept.
 
-    `path` is a JSONL file (id, image, captions, instances), COCO's captions*.json with instances*.json beside it, or a
+    `path` is a JSONL file (id, image, captions, instances), COCO's captions*.json with instances*.json next to it, or a
     folder that holds one of each. Raises InputError naming the file and the line, those of a JSONL file on the way.
     """
     if os.path.isdir(path):
@@ -63,7 +63,7 @@ def open_contexts(path: str) -> Iterable[Context]:
         return JsonlContexts(path)
     instances = os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))
     if not os.path.isfile(instances):
-        raise InputError(f"{path}: no {instances} beside it; COCO keeps the boxes there")
+        raise InputError(f"{path}: no {instances} next to it; COCO keeps the boxes there")
     return CocoContexts(path, instances)
 
 
@@ -149,14 +149,18 @@ class CocoContexts:
         self._images: dict[Any, _Image] = {}
         self._categories: dict[Any, str] = {}
         self._instances_path = instances_path
-        captions = self._read(captions_path, ("image_id", "caption"))
-        for number, note in captions:
+        for path in (captions_path, instances_path):
+            for _, item in _coco_list(path, "images", ("id", "file_name", "width", "height")):
+                self._images.setdefault(item["id"], _coco_image(item, path))
+        for _, item in _coco_list(instances_path, "categories", ("id", "name")):
+            self._categories[item["id"]] = str(item["name"])
+        for number, note in _coco_list(captions_path, "annotations", ("image_id", "caption")):
             if not isinstance(note["caption"], str):
                 raise InputError(
                     f"{captions_path} annotation {number}: caption is {note['caption']!r:.60}, expected a text"
                 )
             self._picture(captions_path, number, note).captions.append(note["caption"].strip())
-        for number, note in self._read(instances_path, ("image_id", "category_id", "bbox")):
+        for number, note in _coco_list(instances_path, "annotations", ("image_id", "category_id", "bbox")):
             self._picture(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
         if not self._images:
             raise InputError(f"{captions_path}: holds no pictures, expected COCO's `images`")
@@ -167,32 +171,6 @@ class CocoContexts:
             boxes = [numbers[start : start + 5] for start in range(0, len(numbers), 5)]
             things = tuple(self._instance(picture, int(category), *box) for category, *box in boxes)
             yield Context(_stem(picture.name), picture.name, tuple(filter(None, picture.captions)), things)
-
-    def _read(self, path: str, keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-        """(its number, annotation) of each annotation that has `keys`; pictures and categories are kept by the way."""
-        number, notes = 0, []
-        for key, item in json_stream.items(path):
-            if key not in ("images", "categories", "annotations"):
-                continue
-            needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}.get(key, keys)
-            missing = [name for name in needed if not isinstance(item, dict) or name not in item]
-            if missing:
-                raise InputError(f"{path}: {key} {item!r:.60} has no {missing[0]}, expected {', '.join(needed)}")
-            if not isinstance(item[needed[0]], str | int):
-                raise InputError(f"{path}: {key} {item!r:.60}: {needed[0]} is no number, expected COCO's format")
-            if key == "images":
-                self._images.setdefault(item["id"], _coco_image(item, path))
-            elif key == "categories":
-                self._categories[item["id"]] = str(item["name"])
-            elif item["image_id"] in self._images:
-                yield number, item
-            else:
-                # Of a file that names its pictures last.
-                notes.append((number, {name: item[name] for name in needed}))
-            number += key == "annotations"
-        if not number:
-            raise InputError(f"{path}: no list `annotations`, expected COCO's format")
-        yield from notes
 
     def _picture(self, path: str, number: int, note: dict) -> _Image:
         if note["image_id"] not in self._images:
@@ -207,6 +185,20 @@ class CocoContexts:
         return Instance(
             self._categories[category], _inside(shares, f"{self._instances_path}: bbox of image {picture.name}")
         )
+
+
+def _coco_list(path: str, key: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """(its number, element) of each element of one of the file's lists; all have `needed`, a name or number first."""
+    number = -1
+    for number, item in enumerate(elements(path, f"{key}.item", "COCO's annotations")):
+        missing = [name for name in needed if not isinstance(item, dict) or name not in item]
+        if missing:
+            raise InputError(f"{path}: {key} {item!r:.60} has no {missing[0]}, expected {', '.join(needed)}")
+        if not isinstance(item[needed[0]], str | int):
+            raise InputError(f"{path}: {key} {item!r:.60}: {needed[0]} is no number, expected COCO's format")
+        yield number, item
+    if number < 0 and key == "annotations":
+        raise InputError(f"{path}: no list `annotations`, expected COCO's format")
 
 
 def _coco_image(item: dict, path: str) -> _Image:
