@@ -61,6 +61,8 @@ RANGES = {
     "train.keep": (1, math.inf, True, False),
     "mesh.fsdp_inner": (1, math.inf, True, False),
 }
+# data.annotations alone may lie elsewhere.
+FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images")
 
 
 def settings_from_dict(values: dict) -> Settings:
@@ -179,6 +181,8 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 
 
 def _check_value(key: str, value: Any) -> None:
+    if key in FOLDERS and "://" in value:
+        raise InputError(f"config key {key}={value}: buckets are not read; give a folder of this machine")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"config key {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")
     names = ("minimal", *REMAT_NAMES, *WEIGHT_NAMES)

@@ -39,11 +39,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def check_output(flag: str, path: str | None, *apart: str) -> None:
-    """InputError for a file that could not be written, before the minutes that its figures take.
-
-    `apart` are other files of the command, as those it reads: none of them may be written over.
-    """
+def check_output(flag: str, path: str | None) -> None:
+    """Raise InputError for a file that could not be written, before the minutes that its figures take."""
     folder = os.path.dirname(path or "")
     if folder and not os.path.isdir(folder):
         raise InputError(f"{flag}={path}: no folder {folder!r}; make it first")
@@ -51,9 +48,6 @@ def check_output(flag: str, path: str | None, *apart: str) -> None:
         raise InputError(f"{flag}={path}: is a folder, expected the name of a file")
     if path and not os.access(path if os.path.exists(path) else folder or ".", os.W_OK):
         raise InputError(f"{flag}={path}: cannot be written; choose a folder that can")
-    for other in apart:
-        if path and os.path.realpath(path) == os.path.realpath(other):
-            raise InputError(f"{flag}={path}: names another file of this command, too; give another name")
 
 
 def announce(title: str, **facts: Any) -> None:

@@ -12,19 +12,27 @@ from collections.abc import Callable, Sequence
 
 from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
 from llava_jax.cli.flags import Parser
+from llava_jax.cli.guard import Named, check_paths, named
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command; `run` gets its flags and the arguments that start with `passes`, and returns the exit code."""
+    """One command; `run` gets its flags and the arguments that start with `passes`, and returns the exit code.
+
+    `reads` and `writes` are its flags that name a file or folder, and `files` gives (read, written) files that no flag
+    names by itself: none of what is written may be read (`guard.check_paths`).
+    """
 
     summary: str
     example: str
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     passes: str = ""
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    files: Callable[[argparse.Namespace], tuple[list[Named], list[Named]]] = lambda args: ([], [])
 
 
 COMMANDS: dict[str, Command] = {
@@ -33,6 +41,7 @@ COMMANDS: dict[str, Command] = {
         "llava-jax demo --workdir=demo_run",
         models.demo_flags,
         models.demo,
+        writes=("workdir",),
     ),
     "train": Command(
         "train one stage; it resumes by itself when the workdir holds a checkpoint of the same config",
@@ -40,6 +49,7 @@ COMMANDS: dict[str, Command] = {
         train.train_flags,
         train.train,
         passes="--config",
+        writes=("workdir",),
     ),
     "configs": Command(
         "list the recipes that come with the package, or copy one to change it",
@@ -54,18 +64,22 @@ COMMANDS: dict[str, Command] = {
         compile.compile_flags,
         compile.compile_,
         passes="--config",
+        writes=("json", "hlo"),
     ),
     "generate": Command(
         "answer one question about an image, or a whole file of questions in batches",
         'llava-jax generate --model=runs/finetune --image=cat.jpg --prompt="What is this?"',
         models.generate_flags,
         models.generate,
+        reads=("model", "vision", "base", "image", "questions", "images"),
+        writes=("answers",),
     ),
     "chat": Command(
         "talk with a model in the terminal, about an image or without one",
         "llava-jax chat --model=runs/finetune --image=cat.jpg",
         models.chat_flags,
         models.chat,
+        reads=("model", "vision", "base", "image"),
     ),
     "synthesize": Command(
         "write instruction data from captions and boxes with a language-only model",
@@ -73,6 +87,9 @@ COMMANDS: dict[str, Command] = {
         "--output=conversation.json --endpoint=http://localhost:8000/v1 --teacher=my-model --budget_tokens=50000000",
         synthesize.synthesize_flags,
         synthesize.synthesize,
+        reads=("prompts",),
+        writes=("output", "batch_input"),
+        files=synthesize.synthesize_files,
     ),
     "prepare verify": Command(
         "name every row of a data set that cannot be trained, and why; exit code 2 when there is one",
@@ -81,60 +98,80 @@ COMMANDS: dict[str, Command] = {
         data.verify_flags,
         data.verify,
         passes="--config",
+        reads=("annotations", "images", "tokenizer", "vision"),
+        writes=("dump",),
     ),
     "prepare captions": Command(
         "captions of images as rows of stage 1, each with a brief question drawn by the seed",
         "llava-jax prepare captions --captions=captions_train2017.json --output=captions.json",
         prepare.captions_flags,
         prepare.captions,
+        reads=("captions",),
+        writes=("output",),
     ),
     "prepare concepts": Command(
         "the captions that the paper's filter keeps: rare noun phrases all, common ones thinned out",
         "llava-jax prepare concepts --captions=cc3m.jsonl --output=cc3m_595k.json --json=phrases.json",
         prepare.concepts_flags,
         prepare.concepts,
+        reads=("captions",),
+        writes=("output", "json"),
     ),
     "prepare scienceqa": Command(
         "ScienceQA's problems as rows of LLaVA, in the published prompt formats",
         "llava-jax prepare scienceqa --source=scienceqa --split=minival --format=QCM-LEPA --output=minival.json",
         prepare.scienceqa_flags,
         prepare.scienceqa,
+        writes=("output",),
+        files=prepare.scienceqa_files,
     ),
     "prepare arrayrecord": Command(
         "rows and their images as one TFDS data set of ArrayRecord files, read without TensorFlow",
         "llava-jax prepare arrayrecord --annotations=data.json --images=images --output=packed",
         prepare.arrayrecord_flags,
         prepare.arrayrecord,
+        reads=("annotations", "images"),
+        writes=("output",),
     ),
     "evaluate exact_match": Command(
         "score a file of answers by exact match, for each type of question and over all",
         "llava-jax evaluate exact_match --questions=questions.jsonl --answers=answers.jsonl --json=figures.json",
         data.exact_match_flags,
         data.exact_match,
+        reads=("questions", "answers"),
+        writes=("json",),
     ),
     "convert": Command(
         "write a model, whatever its form, as a Hugging Face or original LLaVA folder, or its projector alone",
         "llava-jax convert --from=orbax:runs/finetune --to=hf:my-llava",
         models.convert_flags,
         models.convert,
+        reads=("from", "vision", "base"),
+        writes=("to",),
     ),
     "benchmark train": Command(
         "seconds an update of both stages, with --peer next to transformers and PyTorch",
         "llava-jax benchmark train --peer --json=train.json",
         benchmark.train_flags,
         benchmark.train,
+        reads=("peer_python",),
+        writes=("json",),
     ),
     "benchmark generate": Command(
         "tokens a second of greedy answers to prompts with images, and seconds to the first token",
         "llava-jax benchmark generate --peer --json=generate.json",
         benchmark.generate_flags,
         benchmark.generate,
+        reads=("peer_python",),
+        writes=("json",),
     ),
     "benchmark data": Command(
         "images from file to batch and rows tokenised and packed a CPU second, one worker and two",
         "llava-jax benchmark data --peer --json=data.json",
         benchmark.data_flags,
         benchmark.data,
+        reads=("peer_python",),
+        writes=("json",),
     ),
 }
 HELP = ("--help", "-h", "help")
@@ -196,6 +233,8 @@ def run(argv: Sequence[str]) -> int:
     passed, ours = split_passed(rest, command.passes) if command.passes else ([], rest)
     args = parser.parse(ours, [command.passes] if command.passes else [])
     args.passed = passed
+    read, written = command.files(args)
+    check_paths(named(args, command.reads) + read, named(args, command.writes) + written, passed)
     return command.run(args)
 
 

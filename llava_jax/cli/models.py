@@ -144,9 +144,9 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def convert_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", required=True, dest="source", metavar="SRC", help=SOURCE)
+    parser.add_argument("--from", required=True, metavar="SRC", help=SOURCE)
     to = "to be written: hf:DIR, orbax:DIR, llava:DIR (the original's layout), projector:FILE.safetensors, peft:DIR"
-    parser.add_argument("--to", required=True, dest="target", metavar="DST", help=to)
+    parser.add_argument("--to", required=True, metavar="DST", help=to)
     parser.add_argument("--dtype", default="", help="float32 or bfloat16; as the source by default")
     template = "conversation template of the model; the one the source names by default"
     parser.add_argument("--template", default="", metavar="NAME", help=template)
@@ -168,18 +168,19 @@ def beside_flags(parser: argparse.ArgumentParser) -> None:
 def convert(args: argparse.Namespace) -> int:
     from llava_jax.weights import convert
 
+    source = vars(args)["from"]
     announce(
         "convert",
-        source=args.source,
-        target=args.target,
+        source=source,
+        target=args.to,
         dtype=args.dtype,
         template=args.template,
         vision=args.vision,
         base=args.base,
     )
     convert.convert(
-        args.source,
-        args.target,
+        source,
+        args.to,
         dtype=args.dtype,
         template=args.template,
         vision=args.vision,

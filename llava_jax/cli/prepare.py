@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from llava_jax.cli.flags import announce, check_output
+from llava_jax.cli.guard import Named
 from llava_jax.io import write_rows
 from llava_jax.types import InputError
 
@@ -32,7 +33,7 @@ def caption_flags(parser: argparse.ArgumentParser) -> None:
 
 def captions(args: argparse.Namespace) -> int:
     check_least(args, seed=0)
-    check_output("--output", args.output, args.captions)
+    check_output("--output", args.output)
     from llava_jax.prepare import captions as room
 
     announce("prepare captions", captions=args.captions, output=args.output, seed=args.seed)
@@ -71,8 +72,8 @@ def concepts_flags(parser: argparse.ArgumentParser) -> None:
 
 def concepts(args: argparse.Namespace) -> int:
     check_least(args, min_count=1, cap=1, seed=0)
-    check_output("--output", args.output, args.captions)
-    check_output("--json", args.json, args.captions, args.output)
+    check_output("--output", args.output)
+    check_output("--json", args.json)
     from llava_jax.prepare import captions as captions_room
     from llava_jax.prepare import concepts as room
     from llava_jax.prepare import phrases
@@ -118,10 +119,16 @@ def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def scienceqa_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]]:
+    from llava_jax.prepare.scienceqa import FILES
+
+    return [Named("--source", os.path.join(args.source, name)) for name in FILES], []
+
+
 def scienceqa(args: argparse.Namespace) -> int:
     from llava_jax.prepare import scienceqa as room
 
-    check_output("--output", args.output, *(os.path.join(args.source, name) for name in room.FILES))
+    check_output("--output", args.output)
 
     room.formats(args.format)
     announce(

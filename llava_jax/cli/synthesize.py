@@ -9,6 +9,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli.flags import announce, check_output
+from llava_jax.cli.guard import Named
 from llava_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 KEY = "OPENAI_API_KEY"
+# Next to the output, in place of its suffix.
+JOURNAL = ".journal.jsonl"
 # What a request may not be given: it is ours, or answers of it could not be read.
 OURS = ("messages", "model", "stream", "n")
 
@@ -48,6 +51,17 @@ def synthesize_flags(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_argument_group("batch mode: the requests as a file, and the file of their answers")
     batch.add_argument("--batch_input", metavar="FILE.jsonl", help="written: the open requests; nothing is asked")
     batch.add_argument("--batch_output", metavar="FILE.jsonl,…", help="joined by id, then the rows are written")
+
+
+def synthesize_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]]:
+    """Files behind `--contexts` and `--batch_output`, and those that are named after the output."""
+    from llava_jax.synthesize.context import context_files
+    from llava_jax.synthesize.write import ENDS
+
+    read = [Named("--contexts", path) for path in context_files(args.contexts)]
+    read += [Named("--batch_output", path) for path in _batch_files(args)]
+    stem = os.path.splitext(args.output)[0]
+    return read, [Named("--output", stem + end) for end in (JOURNAL, *ENDS)]
 
 
 def synthesize(args: argparse.Namespace) -> int:
@@ -102,8 +116,8 @@ def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
     for name, most in (("concurrency", 1024), ("attempts", 100)):
         if not 1 <= getattr(args, name) <= most:
             raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
-    check_output("--output", args.output, args.contexts)
-    check_output("--batch_input", args.batch_input, args.contexts, args.output)
+    check_output("--output", args.output)
+    check_output("--batch_input", args.batch_input)
     batch = bool(args.batch_input or args.batch_output)
     if args.batch_input and args.batch_output:
         raise InputError("--batch_input and --batch_output: the one comes after the other; give one of them")
@@ -219,7 +233,7 @@ def _ask(
 
 def _journal(args: argparse.Namespace) -> str | None:
     """Where answers are saved; nowhere those of the embedded teacher, which cost nothing and come again the same."""
-    return None if args.teacher == EMBEDDED else f"{os.path.splitext(args.output)[0]}.journal.jsonl"
+    return None if args.teacher == EMBEDDED else os.path.splitext(args.output)[0] + JOURNAL
 
 
 def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], prices: "Prices | None") -> int:
@@ -266,14 +280,19 @@ def _write_batch(
     return 0
 
 
+def _batch_files(args: argparse.Namespace) -> list[str]:
+    if not args.batch_output:
+        return []
+    whole = os.path.exists(args.batch_output)  # a name may hold a comma
+    return [args.batch_output] if whole else args.batch_output.split(",")
+
+
 def _join_batch(
     args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
 ) -> "Written":
     from llava_jax.synthesize import batch, write
 
-    whole = os.path.exists(args.batch_output)  # a name may hold a comma
-    paths = [args.batch_output] if whole else args.batch_output.split(",")
-    joined = batch.join_output(paths, job.tasks(settings), answers, args.teacher)
+    joined = batch.join_output(_batch_files(args), job.tasks(settings), answers, args.teacher)
     print(joined, flush=True)
     if joined.foreign and not joined.answers and not joined.failed:
         raise InputError(

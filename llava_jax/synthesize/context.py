@@ -49,22 +49,29 @@ def context_text(context: Context, boxes: bool) -> str:
 
 
 def open_contexts(path: str) -> Iterable[Context]:
-    """The contexts of a file, in its order, as often as they are gone through; none of them is kept.
+    """Return the contexts of a file, in its order, as often as they are gone through; none of them is kept.
 
     `path` is a JSONL file (id, image, captions, instances), COCO's captions*.json with instances*.json next to it, or a
     folder that holds one of each. Raises InputError naming the file and the line, those of a JSONL file on the way.
     """
+    files = context_files(path)
+    if not os.path.isfile(files[0]):
+        raise InputError(f"{files[0]}: no such file, expected {FORMS}")
+    if len(files) == 1:
+        return JsonlContexts(path)
+    if not os.path.isfile(files[1]):
+        raise InputError(f"{files[0]}: no {files[1]} next to it; COCO keeps the boxes there")
+    return CocoContexts(*files)
+
+
+def context_files(path: str) -> list[str]:
+    """The files that `open_contexts` reads: JSON Lines, or COCO's captions and then its instances."""
     if os.path.isdir(path):
         path = _only_captions(path)
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file, expected {FORMS}")
     name = os.path.basename(path)
     if not (name.startswith("captions") and name.endswith(".json")):
-        return JsonlContexts(path)
-    instances = os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))
-    if not os.path.isfile(instances):
-        raise InputError(f"{path}: no {instances} next to it; COCO keeps the boxes there")
-    return CocoContexts(path, instances)
+        return [path]
+    return [path, os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))]
 
 
 def load_contexts(path: str) -> list[Context]:

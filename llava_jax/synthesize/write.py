@@ -21,6 +21,8 @@ from llava_jax.types import InputError
 
 ALL_KINDS = "all"
 REASONS = 5  # named in one line; the data card has more, and OUTPUT.rejected.jsonl all of them
+# What stands next to the rows, in place of their suffix.
+REJECTED, CARD_TEXT, CARD_PAGE = ENDS = (".rejected.jsonl", ".card.txt", ".card.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +145,11 @@ def write_data(
     """
     stem = os.path.splitext(output)[0]
     card = Card(os.path.basename(output), name, {kind: Tally() for kind in job.prompts})
-    with replacing(f"{stem}.rejected.jsonl") as rejected:
+    with replacing(f"{stem}{REJECTED}") as rejected:
         write_rows(output, _rows(job, settings, journal, card, rejected, _reasons(why or {}, stopped)))
     card.tokens_in, card.tokens_out = journal.tokens_in, journal.tokens_out
     card.money = prices.cost(card.tokens_in, card.tokens_out) if prices else None
-    for end, text in ((".card.txt", card_text(card)), (".card.html", card_page(card))):
+    for end, text in ((CARD_TEXT, card_text(card)), (CARD_PAGE, card_page(card))):
         with replacing(f"{stem}{end}") as file:
             file.write(text)
     set_aside: collections.Counter[str] = collections.Counter()
