@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
 from llava_jax.data.images import image_size, normalised
+from llava_jax.data.rows import check_text, check_unicode, unread_keys
 from llava_jax.data.templates import Template, find_template, render
 from llava_jax.data.tiles import load_tiles, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, encode, expand, load_tokenizer
@@ -29,10 +30,12 @@ from llava_jax.weights.load import read_model
 from llava_jax.weights.source import split
 from llava_jax.weights.spec import check_vocabulary
 
-SPEAKERS = {"user": "human", "assistant": "gpt"}
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+MESSAGE_KEYS = ("role", "content")
 
 Message = Mapping[str, Any]
 ImageLike = str | os.PathLike[str] | Image.Image
+IMAGE_TYPES = (str, os.PathLike, Image.Image)
 
 
 # ---- text and images to what the model takes, and back ------------------------------------------------------------
@@ -120,53 +123,68 @@ def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
 
 
 def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[ImageLike]]:
-    """Turns with one placeholder an image, and the images in order.
+    """Return turns with one placeholder an image, and the images in order.
 
     A message is {"role": "user" | "assistant", "content": text, or a list of parts {"type": "text", "text": …} and
-    {"type": "image", "image": path or PIL image}}. Images of a message whose text has no placeholder stand before
-    it. Raises InputError for a message of another shape, a count that does not match, or turns that do not alternate.
+    {"type": "image", "image": path or PIL image}}; the first one may be the system's. Images of a message whose text
+    has no placeholder stand before it. Raises InputError for a message of another shape, a count that does not match,
+    or turns that do not alternate.
     """
     turns, images = [], []
+    first = 1 if messages and messages[0].get("role") == "system" else 0
     for index, message in enumerate(messages):
-        where = f"message {index + 1}"
-        role = message.get("role")
-        expected = ("user", "assistant")[index % 2]
-        if role != expected:
-            raise InputError(f"{where}: role is {role!r}, expected {expected!r} (user and assistant take turns)")
-        text, shown = _read_content(message.get("content"), where)
-        found = text.count(IMAGE_PLACEHOLDER)
-        if role == "assistant" and (found or shown):
-            raise InputError(f"{where}: an image in an answer; only the user's messages may have one")
-        if found == 0:
-            text = (IMAGE_PLACEHOLDER + "\n") * len(shown) + text
-        elif found != len(shown):
-            raise InputError(
-                f"{where}: {found} {IMAGE_PLACEHOLDER} in the text for {len(shown)} images; expected as many"
+        try:
+            turn, shown = _read_message(
+                message, "system" if index < first else ("user", "assistant")[(index - first) % 2]
             )
-        if not text.strip():
-            raise InputError(f"{where}: is empty; expected text")
-        turns.append(Turn(SPEAKERS[role], text))
+        except InputError as error:
+            raise InputError(f"message {index + 1}: {error}") from None
+        turns.append(turn)
         images += shown
-    if len(turns) % 2 == 0:
+    if (len(turns) - first) % 2 == 0:
         raise InputError(f"{len(turns)} messages: expected the last one to be the user's")
     return tuple(turns), images
 
 
-def _read_content(content: Any, where: str) -> tuple[str, list[ImageLike]]:
+def _read_message(message: Message, expected: str) -> tuple[Turn, list[ImageLike]]:
+    role = message.get("role")
+    if role != expected:
+        raise InputError(f"role is {role!r}, expected {expected!r} (user and assistant take turns)")
+    if message.get("image") is not None or message.get("images") is not None:
+        raise InputError('image and images of a message are not read; give a part {"type": "image", "image": …}')
+    unread_keys(message, MESSAGE_KEYS)
+    text, shown = _read_content(message.get("content"))
+    if role == "user":
+        check_text(text, "content")
+    else:
+        check_unicode(text, "content")
+    found = text.count(IMAGE_PLACEHOLDER)
+    if role != "user" and (found or shown):
+        raise InputError("an image in an answer or a system text; only the user's messages may have one")
+    if found == 0:
+        text = (IMAGE_PLACEHOLDER + "\n") * len(shown) + text
+    elif found != len(shown):
+        raise InputError(f"{found} {IMAGE_PLACEHOLDER} in the text for {len(shown)} images; expected as many")
+    if not text.strip():
+        raise InputError("is empty; expected text")
+    return Turn(SPEAKERS[role], text), shown
+
+
+def _read_content(content: Any) -> tuple[str, list[ImageLike]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence):
-        raise InputError(f"{where}: content is {type(content).__name__}, expected text or a list of parts")
+        raise InputError(f"content is {type(content).__name__}, expected text or a list of parts")
     texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif kind == "image" and isinstance(part.get("image"), (str, os.PathLike, Image.Image)):
+        elif kind == "image" and isinstance(part.get("image"), IMAGE_TYPES):
             images.append(part["image"])
         else:
             raise InputError(
-                f'{where}: a part is {str(part)[:80]}; expected {{"type": "text", "text": …}} or '
+                f'a part is {str(part)[:80]}; expected {{"type": "text", "text": …}} or '
                 '{"type": "image", "image": path or PIL image}'
             )
     return "\n".join(texts), images
@@ -176,7 +194,7 @@ def question(text: str, images: ImageLike | Sequence[ImageLike] | None) -> list[
     """The messages of one question about no image, one, or several."""
     if images is None:
         images = []
-    elif isinstance(images, (str, os.PathLike, Image.Image)):
+    elif isinstance(images, IMAGE_TYPES):
         images = [images]
     parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
@@ -225,34 +243,62 @@ class Llava:
         prompts: str | Sequence[str],
         images: ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None] | None = None,
         *,
+        max_new_tokens: int = Sampling.max_new_tokens,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        beams: int = Sampling.beams,
+        seed: int = Sampling.seed,
         batch_size: int = 8,
-        **sampling: Any,
     ) -> list[str]:
-        """The answer to each prompt; `images` holds, for each, None, an image (path or PIL image) or several.
+        """Return the answer to each prompt, which depends on its own prompt and the sampling only.
 
-        `sampling` takes the fields of `llava_jax.Sampling`; an answer depends on its own prompt and the sampling only.
-        Without a `<image>` in a prompt its images stand before it. Raises InputError for what cannot be asked.
+        Args:
+            prompts: the questions; without a `<image>` in a question its images stand before it.
+            images: for each prompt None, an image (path or PIL image) or several; for one prompt that is a string, an
+                image or several.
+            max_new_tokens, temperature, top_p, top_k, beams, seed: as in `llava_jax.Sampling`; greedy by default.
+            batch_size: how many prompts are answered at once.
+
+        Raises InputError for what cannot be asked.
         """
         if isinstance(prompts, str):
             prompts, images = [prompts], [images]
+        elif isinstance(images, IMAGE_TYPES):
+            raise InputError(
+                f"images is one image for a list of {len(prompts)} prompts; give a list with an entry (an image, a "
+                "list of images or None) for each"
+            )
         images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise InputError(f"{len(images)} images for {len(prompts)} prompts: expected one entry (or None) a prompt")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more")
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, beams, seed)
         ready = [self.prompt(question(text, shown)) for text, shown in zip(prompts, images, strict=True)]
         order = sorted(range(len(ready)), key=lambda i: (len(ready[i].pixels), bucket(len(ready[i].tokens))))
-        answers, drawn = [""] * len(ready), Sampling(**sampling)
+        answers = [""] * len(ready)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            texts = self.answer([ready[index] for index in batch], drawn, self.rows(row_bucket(len(batch))))
+            texts = self.answer([ready[index] for index in batch], sampling, self.rows(row_bucket(len(batch))))
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
         return answers
 
-    def stream(self, messages: Sequence[Message], **sampling: Any) -> Iterator[str]:
-        """Pieces of the answer to a conversation (see `read_messages`) as they come; joined they are the whole text."""
-        return self.processor.pieces(stream_ids(self.engine, self.prompt(messages), Sampling(**sampling)))
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = Sampling.max_new_tokens,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        beams: int = Sampling.beams,
+        seed: int = Sampling.seed,
+    ) -> Iterator[str]:
+        """Yield the answer to a conversation (see `read_messages`) as it comes; joined it is the whole text."""
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, beams, seed)
+        return self.processor.pieces(stream_ids(self.engine, self.prompt(messages), sampling))
 
     def logits(
         self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None, image_sizes: Any = None

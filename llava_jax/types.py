@@ -36,10 +36,11 @@ class InputError(Exception):
 
 
 class Turn(NamedTuple):
-    """One message: `speaker` is 'human' or 'gpt'."""
+    """One message: `speaker` is human, gpt, or (first only) system; an answer that is no `target` is not trained."""
 
     speaker: str
     text: str
+    target: bool = True
 
 
 class ImageBytes(bytes):
@@ -56,12 +57,13 @@ class ImageBytes(bytes):
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One row of LLaVA's annotations; `images` are paths relative to `data.images`, or images as the bytes of a file,
-    in placeholder order.
+    in placeholder order. `unread` are keys of the row that mean nothing to us.
     """
 
     id: str
     images: tuple[str | bytes, ...]
     turns: tuple[Turn, ...]
+    unread: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_an_answers_file_of_something_else_is_left_alone(tiny, asked):
         ("{}", "line 2: no field question_id and text"),
         ('{"question_id": 1, "text": ""}', 'line 2: text is ""'),
         ('{"question_id": 1, "text": 3}', "line 2: text is 3"),
-        ('{"question_id": 1, "text": "x", "image": 3}', "line 2: image is 3"),
+        ('{"question_id": 1, "text": "x", "image": 3}', "line 2: image is a number"),
         ('{"question_id": 1, "text": "x", "image": "no.png"}', "line 2: no image .*no.png"),
         ('{"question_id": 1, "text": "x", "image": "q.jsonl"}', "line 2: image .*q.jsonl: not an image"),
         ('{"question_id": 1, "text": "<image> x"}', "line 2: .*1 <image> in the text for 0 images"),

@@ -1,17 +1,30 @@
-"""One row of LLaVA annotations, checked.
+"""One row of LLaVA annotations, checked; and what rows, questions and messages share: images, keys, text.
 
 What a row must hold: `conversations` with strictly known speakers and non-empty texts, and as many `<image>` in the
-human turns as it names or brings images. Ids need not be unique.
+human turns as it names or brings images. Ids need not be unique. Of the keys that we do not know, those that could
+change what is trained or asked are refused by name, and the others are counted (`unread_keys`).
 """
 
 import dataclasses
+import difflib
+import functools
 import ntpath
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Record, Turn
 
 SPEAKERS = ("human", "gpt")
+ROW_KEYS = ("id", "image", "images", "conversations", "system")
+TURN_KEYS = ("from", "value", "weight")
+# What another program would show or train otherwise for such a key.
+MEDIA = ("video", "videos", "audio", "audios")
+TRAINING = ("weight", "train", "tools", "chosen", "rejected")
+IMAGE_LIKE = re.compile(r"(?:image|img|picture|pic|photo)s?(?:_?(?:file|path|name|url|list)s?)?")
+SYSTEM_LIKE = re.compile(r"system_?(?:prompt|message|text|instruction)")
+# Where the text shows a video: alone at an end of a line, as LLaVA-NeXT writes it. Elsewhere it may be about HTML.
+OTHER_MEDIA = re.compile(r"^[ \t]*(<(?:video|audio)>)|(<(?:video|audio)>)[ \t]*$", re.MULTILINE)
 # Most paths; what else a path may be is looked at more closely.
 PLAIN_PATH = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*(?:/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*)*")
 
@@ -50,20 +63,75 @@ def _parse(row: Any) -> Record:
         raise row
     if not isinstance(row, dict):
         raise InputError(f"expected an object with id and conversations, found {_kind(row)}")
-    name = row.get("id", "")
-    if not isinstance(name, (str, int)):
-        raise InputError(f"id is {_kind(name)}, expected text")
-    name = str(name)
-    _check_unicode(name, "id")
+    if not isinstance(row.get("id", ""), str | int) and not _is_whole(row["id"]):
+        raise InputError(f"id is {_kind(row['id'])}, expected text")
+    name = _row_id(row)
+    check_unicode(name, "id")
+    unread = unread_keys(row, ROW_KEYS, TRAINING)
     turns = _parse_turns(row)
-    images = _parse_images(row)
+    for index, turn in enumerate(row["conversations"]):
+        if len(turn) > 2:
+            unread += _unread_of_turn(turn, index)
+    images = parse_images(row)
+    for image in images:
+        _check_path(image, "image" if row.get("image") is not None else "images")
     _check_placeholders(turns, images)
-    return Record(name, images, turns)
+    return Record(name, images, turns, tuple(dict.fromkeys(unread)))
+
+
+def unread_keys(given: Mapping[str, Any], known: tuple[str, ...], more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The keys that are not `known` and hold something; InputError for one that could change what is meant.
+
+    That is a key of other media, one of `more`, and one that looks like a known key which is not given.
+    """
+    if given.keys() <= set(known):
+        return ()
+    found = [key for key in given if key not in known and given[key] not in (None, "", [], {})]
+    for key in found:
+        if key in MEDIA:
+            raise InputError(f"{key} is not read: only images are shown; remove it with its row, or alone")
+        if key in more:
+            raise InputError(f"{key} is not read, though it says what is trained; remove the row, or the key")
+        meant = _meant(key, known)
+        if meant and not any(given.get(name) for name in (meant, f"{meant}s")):
+            raise InputError(f"{key} is not read: did you mean {meant}? Rename the key, or remove it")
+    return tuple(found)
+
+
+def unread_line(counts: Mapping[str, int], of: str) -> str:
+    """For a person: the keys that were not read, and in how many `of` (rows, questions) each stands."""
+    return "keys not read: " + ", ".join(f"{key} ({count:,} {of})" for key, count in counts.items())
+
+
+@functools.cache
+def _meant(key: str, known: tuple[str, ...]) -> str:
+    """The known key that another one looks like; "" where it looks like none."""
+    name = key.lower().replace("-", "_")
+    if "image" in known and IMAGE_LIKE.fullmatch(name):
+        return "image"
+    if "system" in known and SYSTEM_LIKE.fullmatch(name):
+        return "system"
+    return next(iter(difflib.get_close_matches(name, [key for key in known if "id" not in key], 1, 0.8)), "")
+
+
+def _unread_of_turn(turn: Mapping[str, Any], index: int) -> tuple[str, ...]:
+    try:
+        if turn.get("image") or turn.get("images"):
+            raise InputError("an image of a turn is not read; name it in image or images of the row")
+        return tuple(f"conversations.{key}" for key in unread_keys(turn, TURN_KEYS, TRAINING))
+    except InputError as error:
+        raise InputError(f"conversations[{index}]: {error}") from None
 
 
 def _row_id(row: Any) -> str:
     name = row.get("id", "") if isinstance(row, dict) else ""
+    if _is_whole(name):  # as pandas writes numbers next to missing ones
+        name = int(name)
     return str(name) if isinstance(name, str | int) else ""
+
+
+def _is_whole(name: Any) -> bool:
+    return isinstance(name, float) and name.is_integer()
 
 
 def _parse_turns(row: dict[str, Any]) -> tuple[Turn, ...]:
@@ -72,27 +140,60 @@ def _parse_turns(row: dict[str, Any]) -> tuple[Turn, ...]:
         raise InputError(f"conversations is {_kind(conversation)}, expected a list of turns")
     if not conversation:
         raise InputError("empty conversation; expected at least one human and one gpt turn")
-    return tuple([_parse_turn(turn, index) for index, turn in enumerate(conversation)])
+    turns = [_parse_turn(turn, index) for index, turn in enumerate(conversation)]
+    system = parse_system(row)
+    if turns[0].speaker == "system":
+        if system:
+            raise InputError("system is given as a key and as a turn; keep one of them")
+        turns = turns if turns[0].text else turns[1:]
+    return (Turn("system", system), *turns) if system else tuple(turns)
+
+
+def parse_system(row: Mapping[str, Any]) -> str:
+    """The system text of a row or question; "" where it has none."""
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise InputError(f"system is {_kind(system)}, expected text")
+    check_text(system, "system")
+    return system if system.strip() else ""
 
 
 def _parse_turn(turn: Any, index: int) -> Turn:
     if not isinstance(turn, dict):
         raise InputError(f"conversations[{index}] is {_kind(turn)}, expected an object with from and value")
     speaker, text = turn.get("from"), turn.get("value")
-    if speaker not in SPEAKERS:
-        raise InputError(f"conversations[{index}]: unknown role {speaker!r} in from, expected human or gpt")
+    if speaker not in SPEAKERS and (speaker != "system" or index > 0):
+        where = ", or system in the first turn" if speaker == "system" else ""
+        raise InputError(f"conversations[{index}]: unknown role {speaker!r} in from, expected human or gpt{where}")
     if not isinstance(text, str):
         problem = "missing value" if "value" not in turn else f"value is {_kind(text)}"
         raise InputError(f"conversations[{index}]: {problem}, expected text")
-    _check_unicode(text, "conversations", index)
+    if speaker == "human":
+        check_text(text, "conversations", index)
+    else:
+        check_unicode(text, "conversations", index)
+    if speaker == "system":
+        return Turn(speaker, text if text.strip() else "")
     # The original writes an empty turn without its separator and then masks the whole row; here it is named instead.
     if not text or (speaker == "gpt" and text.isspace()):
         what = "answer" if speaker == "gpt" else "question"
         raise InputError(f"conversations[{index}]: empty {what}; remove the turn or fill it")
-    return Turn(speaker, text)
+    return Turn(speaker, text, _is_target(turn, index))
 
 
-def _parse_images(row: dict[str, Any]) -> tuple[str | bytes, ...]:
+def _is_target(turn: dict[str, Any], index: int) -> bool:
+    weight = turn.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise InputError(f"conversations[{index}]: weight is {weight!r}, expected 0 (not trained) or 1")
+    if weight == 1 and turn["from"] == "human":
+        raise InputError(f"conversations[{index}]: weight 1 on a human turn; only answers can be trained")
+    return weight == 1 or turn["from"] == "human"
+
+
+def parse_images(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row or question names under `image` or `images`, as it is written there."""
     keys = [key for key in ("image", "images") if row.get(key) is not None]
     if len(keys) == 2:
         raise InputError("both image and images are given; keep one of them")
@@ -102,8 +203,6 @@ def _parse_images(row: dict[str, Any]) -> tuple[str | bytes, ...]:
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list):
         raise InputError(f"{keys[0]} is {_kind(images)}, expected a path or a list of paths")
-    for image in images:
-        _check_path(image, keys[0])
     return tuple(images)
 
 
@@ -114,7 +213,7 @@ def _check_path(image: Any, where: str) -> None:
         raise InputError(f"{where}: {image!r} is no path; expected one below the images folder")
     if PLAIN_PATH.fullmatch(image):
         return
-    _check_unicode(image, where)
+    check_unicode(image, where, fix="rename the file in UTF-8")
     parts = image.replace("\\", "/").split("/")
     absolute = image.startswith(("/", "\\")) or ntpath.splitdrive(image)[0] != ""
     if absolute or ".." in parts or "\0" in image:
@@ -123,9 +222,10 @@ def _check_path(image: Any, where: str) -> None:
 
 def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str | bytes, ...]) -> None:
     for index, turn in enumerate(turns):
-        if turn.speaker == "gpt" and IMAGE_PLACEHOLDER in turn.text:
+        if turn.speaker != "human" and IMAGE_PLACEHOLDER in turn.text:
+            what = "an answer" if turn.speaker == "gpt" else "a system text"
             raise InputError(
-                f"conversations[{index}]: {IMAGE_PLACEHOLDER} inside an answer; only a human turn may hold it"
+                f"conversations[{index}]: {IMAGE_PLACEHOLDER} inside {what}; only a human turn may hold it"
             )
     found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if found != len(images):
@@ -135,7 +235,21 @@ def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str | bytes, ...]
         )
 
 
-def _check_unicode(text: str, where: str, index: int | None = None) -> None:
+def check_text(text: str, where: str, index: int | None = None) -> None:
+    """Raise InputError for what a human turn cannot hold: characters that are none, and media we do not show."""
+    check_unicode(text, where, index)
+    if "<" not in text:
+        return
+    found = OTHER_MEDIA.search(text)
+    if found is not None and f"</{found[0].strip()[1:]}" not in text:
+        where = where if index is None else f"{where}[{index}]"
+        raise InputError(
+            f"{where}: {found[0].strip()} is not read: only images are shown; remove it with its row, or alone"
+        )
+
+
+def check_unicode(text: str, where: str, index: int | None = None, fix: str = "give it in UTF-8") -> None:
+    """Raise InputError where the text holds half a character, or a byte that is no UTF-8, which `fix` corrects."""
     if text.isascii():
         return
     where = where if index is None else f"{where}[{index}]"
@@ -143,9 +257,11 @@ def _check_unicode(text: str, where: str, index: int | None = None) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise InputError(
-            f"{where}: lone surrogate U+{code:04X} at character {error.start}; the text was cut inside a character"
-        ) from None
+        if 0xDC80 <= code <= 0xDCFF:
+            problem = f"byte 0x{code - 0xDC00:02X} at character {error.start} is not UTF-8; {fix}"
+        else:
+            problem = f"lone surrogate U+{code:04X} at character {error.start}; the text was cut inside a character"
+        raise InputError(f"{where}: {problem}") from None
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ Turns are selected before they are written:
 - a leading answer is dropped (`drop_leading_answer`; LLaVA's v0 keeps it, and so does ours);
 - in training, a last question without an answer is dropped, LLaVA would mask the whole row;
 - two turns of the same speaker in a row are refused.
+A first turn of the system is written in place of the template's system prompt.
 Text that looks like a role, a header or a stop is ordinary text.
 """
 
@@ -35,9 +36,11 @@ class Template:
 
     Training text: `opening`, then for each question `again` (not before the first) + `question` + text +
     `after_question`, for each answer `cue` + `before_answer` + text + `after_answer` + `end_of_answer`, and `closing`.
-    A prompt for an answer ends with `cue`. The answer's text with what surrounds it is always a target.
+    A prompt for an answer ends with `cue`. The answer's text with what surrounds it is a target, unless its turn is
+    none. `system` is the part of `opening` that a conversation may replace.
     """
 
+    system: str = ""
     opening: tuple[Span, ...] = ()
     again: tuple[Span, ...] = ()
     question: tuple[Span, ...] = ()
@@ -75,18 +78,32 @@ def render(
     rest, as the released LLaVA does); keep, and turns with several images, leave it as written.
     """
     check_image_position(image_position)
-    turns = select_turns(turns, template, open_turn=open_turn)
-    spans = list(template.opening)
+    system = [turn.text for turn in turns[:1] if turn.speaker == "system"]
+    turns = select_turns(turns[len(system) :], template, open_turn=open_turn)
+    spans = list(template.opening) if not system else _opening(system[0], template)
+    # What follows an answer may end it, as the hashes of v0 do: it is trained where the answer is.
+    target = open_turn or any(turn.target for turn in turns if turn.speaker == "gpt")
     for index, turn in enumerate(turns):
         if turn.speaker == "human":
-            spans += template.again if index > 0 else ()
-            spans += [*template.question, *_question_spans(turn.text, template, image_position)]
+            spans += _trained(template.again, target) if index > 0 else ()
+            spans += [*_trained(template.question, target), *_question_spans(turn.text, template, image_position)]
             spans += template.after_question
         else:
-            answer = template.before_answer + turn.text + template.after_answer
-            spans += [*template.cue, Span(answer, is_target=True), *template.end_of_answer]
-    spans += template.cue if open_turn else template.closing
+            target = turn.target
+            answer = Span(template.before_answer + turn.text + template.after_answer, target)
+            spans += [*_trained(template.cue, target), answer, *_trained(template.end_of_answer, target)]
+    spans += template.cue if open_turn else _trained(template.closing, target)
     return spans
+
+
+def _trained(spans: tuple[Span, ...], target: bool) -> Sequence[Span]:
+    return spans if target else [span._replace(is_target=False) for span in spans]
+
+
+def _opening(system: str, template: Template) -> list[Span]:
+    if not template.system:
+        raise InputError("the template has no system prompt to replace; remove the system text or choose another one")
+    return [span._replace(text=span.text.replace(template.system, system)) for span in template.opening]
 
 
 def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool = False) -> tuple[Turn, ...]:
@@ -175,6 +192,7 @@ def _hashes(system: str, **changes) -> Template:
     """The `###` format of LLaVA v0: the hashes and the assistant's header are trained, the model opens its own turn."""
     hashes = Span("###", is_target=True)
     return Template(
+        system=system,
         opening=(Span(system + "\n\n"),),
         question=(hashes, Span(" Human: ")),
         after_question=(Span("\n"),),
@@ -190,6 +208,7 @@ def _hashes(system: str, **changes) -> Template:
 
 def _vicuna(system: str, **changes) -> Template:
     return Template(
+        system=system,
         opening=(Span(system + " "),),
         question=(Span("USER: "),),
         after_question=(Span(" "),),
@@ -204,6 +223,7 @@ def _vicuna(system: str, **changes) -> Template:
 def _instruct(system: str, again: tuple[Span, ...]) -> Template:
     """`[INST] … [/INST]`: the system message sits inside the first instruction."""
     return Template(
+        system=system,
         opening=(Span("[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")),),
         again=again,
         after_question=(Span(" [/INST]"),),
@@ -218,6 +238,7 @@ def _chatml(system: str) -> Template:
     """LLaVA writes no newline after `<|im_end|>`."""
     start, end = Span("<|im_start|>", special=True), Span("<|im_end|>", special=True)
     return Template(
+        system=system,
         opening=(start, Span(f"system\n{system}"), end),
         question=(start, Span("user\n")),
         after_question=(end,),

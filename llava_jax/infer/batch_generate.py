@@ -13,9 +13,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TextIO
 
+from llava_jax.data.rows import check_text, check_unicode, parse_images, parse_system, unread_keys, unread_line
 from llava_jax.infer.generate import Prompt, bucket
 from llava_jax.io import read_lines
 from llava_jax.types import InputError, Sampling
+
+# The last two are what `evaluate` reads.
+QUESTION_KEYS = ("question_id", "image", "images", "text", "system", "category", "answer")
 
 
 class Model(Protocol):
@@ -37,12 +41,17 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One line of a questions file; `where` names it in messages, `images` are paths that exist."""
+    """One line of a questions file; `where` names it in messages, `images` are paths that exist.
+
+    `system` is a text in place of the template's system prompt, "" for that; `unread` are keys that mean nothing to us.
+    """
 
     where: str
     id: Any
     images: tuple[str, ...]
     text: str
+    system: str = ""
+    unread: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -52,7 +61,8 @@ class Question:
     @property
     def messages(self) -> list[dict[str, Any]]:
         images = [{"type": "image", "image": path} for path in self.images]
-        return [{"role": "user", "content": [*images, {"type": "text", "text": self.text}]}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": [*images, {"type": "text", "text": self.text}]}]
 
 
 def read_questions(path: str, folder: str) -> list[Question]:
@@ -61,25 +71,30 @@ def read_questions(path: str, folder: str) -> list[Question]:
     for where, row in read_lines(path, "one question"):
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with question_id and text, found {json.dumps(row)[:80]}")
-        missing = [field for field in ("question_id", "text") if field not in row]
-        if missing:
-            raise InputError(f"{where}: no field {' and '.join(missing)}; expected question_id, image and text")
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise InputError(f"{where}: text is {json.dumps(row['text'])[:80]}; expected a question as a string")
-        questions.append(Question(where, row["question_id"], _images(row, where, folder), row["text"]))
+        try:
+            questions.append(_question(row, where, folder))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
     return questions
 
 
-def _images(row: dict[str, Any], where: str, folder: str) -> tuple[str, ...]:
-    named = row.get("image") or []
-    named = [named] if isinstance(named, str) else named
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise InputError(f"{where}: image is {json.dumps(named)[:80]}; expected a path or a list of paths")
-    paths = tuple(os.path.join(folder, name) for name in named)
-    for path in paths:
-        if not os.path.isfile(path):
-            raise InputError(f"{where}: no image {path}; check the line's image and the images folder")
-    return paths
+def _question(row: dict[str, Any], where: str, folder: str) -> Question:
+    missing = [field for field in ("question_id", "text") if field not in row]
+    if missing:
+        raise InputError(f"no field {' and '.join(missing)}; expected question_id, image and text")
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise InputError(f"text is {json.dumps(row['text'])[:80]}; expected a question as a string")
+    check_unicode(json.dumps(row["question_id"], ensure_ascii=False), "question_id")
+    check_text(row["text"], "text")
+    paths = []
+    for name in parse_images(row):
+        if not isinstance(name, str):
+            raise InputError(f"image is {json.dumps(name)[:80]}; expected a path or a list of paths")
+        paths.append(os.path.join(folder, name))
+        if not os.path.isfile(paths[-1]):
+            raise InputError(f"no image {paths[-1]}; check the line's image and the images folder")
+    unread = unread_keys(row, QUESTION_KEYS)
+    return Question(where, row["question_id"], tuple(paths), row["text"], parse_system(row), unread)
 
 
 # ---- what is there already ----------------------------------------------------------------------------------------
@@ -167,6 +182,9 @@ def answer_file(
     rows = model.rows(batch_size)
     batches = _batches(model, left, rows)
     already = len(asked) - len(left)
+    unread = Counter(key for question in asked for key in question.unread)
+    if unread:
+        print(unread_line(unread, "questions"), file=progress)
     print(f"{len(asked)} questions, {already} answered already, {len(batches)} batches of {rows}", file=progress)
     start, answered = time.monotonic(), 0
     with open(answers, "a", encoding="utf-8") as file, ThreadPoolExecutor(1) as reader:

@@ -1,0 +1,197 @@
+"""Keys of rows, questions and messages: honoured, refused by name, or counted; and text that is no text."""
+
+import json
+import os
+import re
+
+import pytest
+
+from llava_jax.api import question, read_messages
+from llava_jax.data.rows import Rejected, parse_or_reject
+from llava_jax.data.templates import find_template, render
+from llava_jax.infer.batch_generate import read_questions
+from llava_jax.types import InputError, Turn
+
+CUT = "a\ud83d"  # an emoji cut in two
+
+
+def row(question="Hi", answer="Yes.", **others):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "a", "conversations": turns} | others
+
+
+def turns_of(entry, **last):
+    return entry | {"conversations": [*entry["conversations"][:-1], entry["conversations"][-1] | last]}
+
+
+def text(spans, targets=False):
+    return "".join(span.text for span in spans if span.is_target or not targets)
+
+
+# ---- what is honoured -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["v0", "v1", "llava_v1", "llama_2", "llava_llama_2", "mpt", "chatml_direct"])
+def test_a_system_text_replaces_that_of_the_template(name):
+    template = find_template(name)
+    own = parse_or_reject(row(system="Answer in French."), 0)
+    as_turn = row()
+    as_turn["conversations"].insert(0, {"from": "system", "value": "Answer in French."})
+    assert parse_or_reject(as_turn, 0) == own
+    plain = render(parse_or_reject(row(), 0).turns, template)
+    said = render(own.turns, template)
+    assert text(said) == text(plain).replace(template.system, "Answer in French.") != text(plain)
+    assert text(said, targets=True) == text(plain, targets=True)
+    empty = parse_or_reject(row(system=" "), 0)
+    assert render(empty.turns, template) == plain
+
+
+@pytest.mark.parametrize("name", ["plain", "mistral_instruct"])
+def test_a_template_without_system_prompt_refuses_one(name):
+    turns = (Turn("system", "Answer in French."), Turn("human", "<image>\nHi"), Turn("gpt", "Yes."))
+    with pytest.raises(InputError, match="system"):
+        render(turns, find_template(name))
+
+
+@pytest.mark.parametrize("name", ["v0", "v1", "llama_2", "mistral_instruct", "mpt"])
+def test_an_answer_of_weight_0_is_no_target(name):
+    template = find_template(name)
+    turns = [Turn("human", "Q1"), Turn("gpt", "bad"), Turn("human", "Q2"), Turn("gpt", "good")]
+    entry = row()
+    entry["conversations"] = [{"from": turn.speaker, "value": turn.text} for turn in turns]
+    entry["conversations"][1]["weight"] = 0
+    entry["conversations"][3]["weight"] = 1
+    spans = render(parse_or_reject(entry, 0).turns, template)
+    only_second = render([Turn("human", "Q2"), Turn("gpt", "good")], template)
+    assert text(spans) == text(render(turns, template))
+    assert text(spans, targets=True) == text(only_second, targets=True)
+    entry["conversations"][3]["weight"] = 0
+    nothing = render(parse_or_reject(entry, 0).turns, template)
+    assert text(nothing, targets=True) == ""
+
+
+def test_questions_are_read_as_rows(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    lines = [
+        {"question_id": 1, "image": "a.jpg", "text": "What?"},
+        {"question_id": 2, "images": ["a.jpg", "b.jpg"], "text": "What?"},
+        {"question_id": 3, "images": "a.jpg", "text": "What?"},
+        {"question_id": 4, "text": "What?", "image": None, "system": "Answer in French.", "difficulty": 3},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_questions(str(path), str(tmp_path))
+    names = [tuple(os.path.basename(image) for image in one.images) for one in found]
+    assert names == [("a.jpg",), ("a.jpg", "b.jpg"), ("a.jpg",), ()]
+    turns, _ = read_messages(found[3].messages)
+    assert turns == (Turn("system", "Answer in French."), Turn("human", "What?"))
+    assert [one.unread for one in found] == [(), (), (), ("difficulty",)]
+
+
+def test_a_conversation_may_begin_with_a_system_message():
+    messages = [{"role": "system", "content": "Be brief."}, *question("Hi", None)]
+    assert read_messages(messages)[0] == (Turn("system", "Be brief."), Turn("human", "Hi"))
+    with pytest.raises(InputError, match="message 3: role is 'system'"):
+        read_messages([*messages, {"role": "system", "content": "Be brief."}])
+
+
+# ---- what is refused, and what is counted ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry, says",
+    [
+        (row(video="v.mp4"), "video"),
+        (row(videos=["v.mp4"]), "videos"),
+        (row(audio="a.wav"), "audio"),
+        (row(question="<video>\nWhat happens?"), "<video>"),
+        (row(question="What is heard?\n<audio>"), "<audio>"),
+        (row(img="a.jpg"), "img.*image"),
+        (row(imgs=["a.jpg"]), "imgs.*image"),
+        (row(image_file="a.jpg"), "image_file.*image"),
+        (row(image_path="a.jpg"), "image_path.*image"),
+        (row(Image="a.jpg"), "Image.*image"),
+        (row(imagse=["a.jpg"]), "imagse.*image"),
+        (row(picture="a.jpg"), "picture.*image"),
+        (row(system_prompt="Be brief."), "system_prompt.*system"),
+        (row(system=3), "system"),
+        (row(system="Show <image>."), "<image>"),
+        (row(weight=0), "weight"),
+        (row(tools="[]"), "tools"),
+        (row(chosen="Yes", rejected="No"), "chosen"),
+        (turns_of(row(), weight=0.5), "weight is 0.5"),
+        (turns_of(row(), weight="0"), "weight is '0'"),
+        (turns_of(row(), weight=True), "weight is True"),
+        (turns_of(row(), train=False), "train"),
+        (turns_of(row(), weights=0), "weights.*weight"),
+        (turns_of(row(), image="a.jpg"), "image"),
+        ({"id": "a", "conversations": [{"from": "human", "value": "Hi", "weight": 1}]}, "weight 1 on a human turn"),
+        ({"id": "a", "conversations": row()["conversations"] + [{"from": "system", "value": "Hi"}]}, "system"),
+        (row(system="A") | {"conversations": [{"from": "system", "value": "B"}]}, "system"),
+    ],
+)
+def test_a_key_that_could_change_the_meaning_is_refused(entry, says):
+    found = parse_or_reject(entry, 0)
+    assert isinstance(found, Rejected), found
+    assert re.search(says, found.reason), found.reason
+
+
+def test_other_keys_are_counted():
+    entry = turns_of(row(source="web", video=None, images=[], audio="", quality=3), emotion="glad")
+    assert parse_or_reject(entry, 0).unread == ("source", "quality", "conversations.emotion")
+    shown = row("<image>\nHi", image="a.jpg", image_id=7, image_path="/a.jpg")
+    assert parse_or_reject(shown, 0).unread == ("image_id", "image_path")
+    code = row(question="What does this do?\n<video>\n<source src='a.mp4'>\n</video>")
+    assert parse_or_reject(code, 0).unread == ()
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ({"image_file": "a.jpg"}, "image_file.*image"),
+        ({"video": "a.mp4"}, "video"),
+        ({"image": "a.jpg", "images": ["a.jpg"]}, "both"),
+        ({"text": CUT}, "lone surrogate"),
+        ({"question_id": CUT}, "lone surrogate"),
+        ({"system": CUT}, "lone surrogate"),
+        ({"text": "<video>\nWhat?"}, "<video>"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(line, says, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": "What?"} | line) + "\n")
+    with pytest.raises(InputError, match=rf"q.jsonl line 1: .*{says}"):
+        read_questions(str(path), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "message, says",
+    [
+        ({"content": CUT}, "lone surrogate"),
+        ({"content": [{"type": "text", "text": CUT}]}, "lone surrogate"),
+        ({"content": "What \udcff?"}, "byte 0xFF"),
+        ({"content": "Hi", "images": ["a.jpg"]}, "images"),
+        ({"content": "Hi", "image": "a.jpg"}, "image"),
+        ({"content": "Hi", "video": "a.mp4"}, "video"),
+        ({"content": "<video>\nHi"}, "<video>"),
+    ],
+)
+def test_a_message_that_cannot_be_asked_is_named(message, says):
+    with pytest.raises(InputError, match=rf"message 1: .*{says}"):
+        read_messages([{"role": "user"} | message])
+
+
+# ---- ids and names --------------------------------------------------------------------------------------------------
+
+
+def test_an_id_that_pandas_wrote():
+    assert parse_or_reject(row() | {"id": 1.0}, 0).id == "1"
+    assert "id" in parse_or_reject(row() | {"id": 1.5}, 0).reason
+    assert "id" in parse_or_reject(row() | {"id": float("nan")}, 0).reason
+
+
+def test_a_file_name_in_another_encoding_is_told():
+    reason = parse_or_reject(row("<image>", image="caf\udce9.jpg"), 0).reason
+    assert "byte 0xE9" in reason and "rename the file" in reason
