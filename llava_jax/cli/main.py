@@ -6,6 +6,7 @@ answers at once.
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -174,6 +175,7 @@ COMMANDS: dict[str, Command] = {
         writes=("json",),
     ),
 }
+SHOWN = "backslashreplace"
 HELP = ("--help", "-h", "help")
 
 
@@ -238,6 +240,13 @@ def run(argv: Sequence[str]) -> int:
     return command.run(args)
 
 
+def take_any_text() -> None:
+    """Let the terminal show what its encoding lacks as escapes, and leave bytes it cannot decode to the command."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, SHOWN), (sys.stderr, SHOWN)):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != errors:
+            stream.reconfigure(errors=errors)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted, 141 the reader of our output is gone.
 
@@ -245,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # transformers warns on stderr that there is no torch; we use its tokenizers only, and stderr is for our one line.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    take_any_text()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except InputError as error:

@@ -243,19 +243,14 @@ def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], pri
     shown: set[str] = set()
     for task in job.tasks(settings):
         if args.limit or task.kind not in shown:
-            _print(f"---- {task.kind}, {task.context.id}{f': not asked, {task.problem}' if task.problem else ''}")
+            print(f"---- {task.kind}, {task.context.id}{f': not asked, {task.problem}' if task.problem else ''}")
             for message in task.messages:
-                _print(f"[{message['role']}]\n{message['content']}\n")
+                print(f"[{message['role']}]\n{message['content']}\n")
         shown.add(task.kind)
     path = _journal(args)
     with journal.Journal(path if path and os.path.isfile(path) else None) as answers:
         print("\n".join(write.estimate(job, settings, answers).lines(prices)))
     return 0
-
-
-def _print(text: str) -> None:
-    """Also of a text that was cut inside a character."""
-    print(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _write_batch(

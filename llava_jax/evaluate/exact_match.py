@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llava_jax.data.rows import check_unicode
 from llava_jax.io import read_lines
 from llava_jax.types import InputError
 
@@ -87,6 +88,8 @@ def _read(path: str, texts: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
         for name in texts:
             if not isinstance(row.get(name), str):
                 raise InputError(f"{where}: {name} is {row.get(name)!r:.60}, expected a text")
+        for name in ("question_id", *texts):
+            check_unicode(str(row[name]), f"{where}: {name}")
         if row["question_id"] in rows:
             raise InputError(f"{where}: question {row['question_id']!r} is there twice, expected each once")
         rows[row["question_id"]] = row

@@ -11,6 +11,7 @@ from llava_jax.data.json_stream import elements
 from llava_jax.data.rows import Rejected, parse_or_reject
 from llava_jax.io import each_line
 from llava_jax.prepare.output import single_turn
+from llava_jax.synthesize.context import one_line
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
 # The questions of the paper's appendix for a short caption. The plain template leaves them out, as the original does.
@@ -116,7 +117,7 @@ def check_text(where: str, caption: Caption) -> Caption | Refused:
     """The caption as training's own reader of rows takes it, or why it does not."""
     if not isinstance(caption.text, str) or not caption.text.strip():
         return Refused(where, f"caption {caption.id!r} is {caption.text!r:.80}, expected text")
-    text = caption.text.strip()
+    text = one_line(caption.text)
     row = parse_or_reject(single_turn(caption.id, caption.image, IMAGE_PLACEHOLDER, text), 0)
     if isinstance(row, Rejected):
         return Refused(where, f"caption {caption.id!r}: {row.reason}")

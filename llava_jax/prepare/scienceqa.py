@@ -10,6 +10,7 @@ import dataclasses
 import os
 from typing import Any
 
+from llava_jax.data.rows import check_unicode
 from llava_jax.prepare.output import read_json, single_turn
 from llava_jax.settings import nearest
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
@@ -124,6 +125,8 @@ def parse_problem(name: str, given: Any) -> Problem:
         raise InputError(f"{where}: answer is {answer!r}, expected the index of one of {len(choices)} choices")
     if image is not None and not isinstance(image, str):
         raise InputError(f"{where}: image is {image!r}, expected a file name or nothing")
+    for text in (name, *texts.values(), *choices, image or ""):
+        check_unicode(text, where)
     return Problem(name, choices=tuple(choices), answer=answer, image=image or None, **texts)
 
 

@@ -48,6 +48,11 @@ def context_text(context: Context, boxes: bool) -> str:
     return "\n".join(lines)
 
 
+def one_line(caption: str) -> str:
+    """The caption with its white space folded: a line break in it would make two of it, or end it early."""
+    return " ".join(caption.split())
+
+
 def open_contexts(path: str) -> Iterable[Context]:
     """Return the contexts of a file, in its order, as often as they are gone through; none of them is kept.
 
@@ -110,7 +115,7 @@ def _context(row: Any, where: str) -> Context:
     return Context(
         id=str(row["id"]),
         image=row["image"],
-        captions=tuple(text.strip() for text in captions if text.strip()),
+        captions=tuple(filter(None, map(one_line, captions))),
         instances=tuple(_instance(item, where) for item in instances),
     )
 
@@ -166,7 +171,7 @@ class CocoContexts:
                 raise InputError(
                     f"{captions_path} annotation {number}: caption is {note['caption']!r:.60}, expected a text"
                 )
-            self._picture(captions_path, number, note).captions.append(note["caption"].strip())
+            self._picture(captions_path, number, note).captions.append(one_line(note["caption"]))
         for number, note in _coco_list(instances_path, "annotations", ("image_id", "category_id", "bbox")):
             self._picture(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
         if not self._images:
