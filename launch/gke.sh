@@ -7,10 +7,10 @@
 #   launch/gke.sh xpk    NAME CONFIG WORKDIR [--config.key=value …]     xpk, on its cluster CLUSTER, with STORAGE
 #   launch/gke.sh logs   NAME                                           follows worker 0 of slice 0
 #   launch/gke.sh status NAME
-#   launch/gke.sh stop   NAME                                           SIGTERM: saves; the same `submit` goes on
+#   launch/gke.sh stop   NAME                                           SIGTERM: saves; the same `submit` resumes
 #
-# It starts again by itself, RESTARTS=10 times at most, when a worker is taken away.
-# SLICES=1 · SPOT=1 cheaper, can be taken away · GRACE=300 seconds to save · CLAIM, CLUSTER, STORAGE: names, no default
+# It restarts by itself, at most RESTARTS=10 times, when a worker is preempted.
+# SLICES=1 · SPOT=1 cheaper, can be preempted · GRACE=300 seconds to save · CLAIM, CLUSTER, STORAGE: names, no default
 # DRY_RUN=1 prints every command and runs none.
 set -euo pipefail
 cd "$(dirname "$0")/.."

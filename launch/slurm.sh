@@ -4,10 +4,10 @@
 #   launch/slurm.sh CONFIG WORKDIR [--config.key=value …]
 #   NODES=2 GPUS=8 TIME=12:00:00 launch/slurm.sh configs/llava_v1_5.py:size=7b,stage=finetune /data/runs/finetune
 #
-# Run it where `python -m llava_jax` works; WORKDIR, the data and the weights lie where all nodes see them.
+# Run it where `python -m llava_jax` works; WORKDIR, the data and the weights are on a file system that all nodes share.
 # NODES=1 · GPUS=8 and CPUS=8 (per GPU) of each node · TIME=24:00:00 · GRACE=300 seconds before TIME to save and queue
 # again · RESTARTS=20 · LOGS=logs, one file per process · SBATCH_PARTITION, SBATCH_ACCOUNT and others as sbatch has them
-# Preempted or out of time, the job goes back to the queue and on from its checkpoint. `scancel JOB` stops it for good.
+# Preempted or out of time, the job is requeued and resumes from its checkpoint. `scancel JOB` stops it for good.
 # DRY_RUN=1 prints the commands and runs none.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The verbs of tpu_vm.sh and tpu_queued.sh; sourced by them. They define READY (the state in which a node can be used),
 # PENDING (the states that lead there by themselves), nodes, create_node, delete_node and describe.
-PATIENCE=5 # polls in a row without an answer of the workers until the node counts as lost
+PATIENCE=5 # polls in a row that the workers do not answer before the node counts as lost
 
 say() { echo "$(date +%H:%M:%S) $NAME: $*" >&2; }
 pause() { run sleep "$POLL"; }
@@ -50,7 +50,7 @@ wait_ready() {
 
 create() { create_node && wait_ready; }
 
-# What is sent to the workers, as it stands in this folder now.
+# Packs what is sent to the workers, as it is in this folder now.
 pack() {
   run mkdir -p build && run tar --exclude=__pycache__ -czf "build/$NAME.tar.gz" README.md LICENSE pyproject.toml \
     requirements.txt configs launch llava_jax
@@ -126,7 +126,7 @@ verdict() {
 
 # ---- babysit ----------------------------------------------------------------------------------------------------
 
-# Node, package and run are there afterwards; what is there already stays. Fails where the node does not come up.
+# Makes sure that node, package and run exist; keeps what exists. Fails when the node does not come up.
 bring_up() {
   local state states tries
   state=$(node_state MISSING)
@@ -140,12 +140,12 @@ bring_up() {
   esac
   wait_ready || return 1
   if states=$(worker_states none) && [[ $states == *running* ]]; then
-    say "a run is going on"
+    say "a run is in progress"
     return 0
   fi
   for tries in 1 2 3; do
     send && train "$@" && return 0
-    say "try $tries of 3 to install and start did not work (a new node may need a minute until it answers)"
+    say "attempt $tries of 3 to install and start failed (a new node may need a minute until it answers)"
     pause
   done
   return 1
@@ -170,7 +170,7 @@ watch_run() {
       ((silent < PATIENCE)) || { outcome=lost && return; }
     fi
   done
-  # An error on one worker can be the first sign of another that is being taken away.
+  # An error on one worker can be the first sign that another is being preempted.
   if [[ $outcome =~ ^[0-9]+$ ]]; then
     pause
     [[ $(node_state "$READY") == "$READY" ]] || outcome=lost
@@ -179,19 +179,19 @@ watch_run() {
 
 babysit() {
   local tries outcome
-  pack # once: what runs again is what ran before
+  pack # once: a restart runs the same code
   for ((tries = 0; tries <= RESTARTS; tries++)); do
     if bring_up "$@"; then watch_run; else outcome=lost; fi
     case $outcome in
       done) say "done" && return 0 ;;
-      stopped) say "stopped; the same command goes on from here" && return 42 ;;
+      stopped) say "stopped; the same command resumes from here" && return 42 ;;
       again) say "a worker was interrupted (restarts so far: $tries of $RESTARTS)" ;;
       lost) say "the node is lost (restarts so far: $tries of $RESTARTS)" ;;
-      *) say "train ended with exit code $outcome and is not started again: see '$0 logs $NAME all'" && return "$outcome" ;;
+      *) say "train ended with exit code $outcome and is not restarted: see '$0 logs $NAME all'" && return "$outcome" ;;
     esac
     if [[ $outcome == lost ]]; then delete_node || true; fi
   done
-  say "given up after $RESTARTS restarts"
+  say "giving up after $RESTARTS restarts"
   return 1
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on TPU slices from the queue (queued resources): waits until there are free chips, for one slice or several.
+# Training on TPU slices from the queue (queued resources): waits for free chips, for one slice or several.
 #
 #   export ZONE=us-west4-a TOPOLOGY=v5e:8x8         chip:shape as `llava-jax compile` takes it
 #   launch/tpu_queued.sh create  NAME               and waits until it is active
@@ -8,11 +8,11 @@
 #   launch/tpu_queued.sh babysit NAME CONFIG WORKDIR [--config.key=value …]     all of these, again after a preemption
 #   launch/tpu_queued.sh logs    NAME [WORKER]      follows worker 0; `all` copies every worker's log to logs/
 #   launch/tpu_queued.sh status  NAME
-#   launch/tpu_queued.sh stop    NAME               SIGTERM: saves; the same `train` goes on
+#   launch/tpu_queued.sh stop    NAME               SIGTERM: saves; the same `train` resumes
 #   launch/tpu_queued.sh delete  NAME
 #
-# WORKDIR, the data and the weights lie where all workers see them and where they outlive the node (a mounted disk).
-# SLICES=1 · SPOT=1 cheaper, can be taken away · CREATE_FLAGS='--network=… --reserved' more flags of gcloud's create
+# WORKDIR, the data and the weights are on a disk that all workers mount and that outlives the node.
+# SLICES=1 · SPOT=1 cheaper, can be preempted · CREATE_FLAGS='--network=… --reserved' more flags of gcloud's create
 # SETUP='mountpoint -q /data || sudo mount …' run on every worker after each installation
 # RESTARTS=10 and POLL=60 (seconds) of babysit
 # DRY_RUN=1 prints every command and runs none.

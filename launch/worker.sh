@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # On every worker of a TPU slice, called by tpu_vm.sh and tpu_queued.sh through ssh. The run's files are in
-# ~/llava_jax_run: train.log, and pid, child, exit and stopped, which say how it stands.
+# ~/llava_jax_run: train.log, and pid, child, exit and stopped, which hold its state.
 #
 #   worker.sh install
-#   worker.sh start CHIP CONFIG WORKDIR [--config.key=value …]    detached; nothing while a run is going on
+#   worker.sh start CHIP CONFIG WORKDIR [--config.key=value …]    detached; does nothing during a run
 #   worker.sh state    running, stopping, stopped, none, gone (ended without an exit code) or exit CODE
 #   worker.sh stop     SIGTERM: train saves and ends with exit code 42
 set -euo pipefail
 RUN=$HOME/llava_jax_run
 
-# Whether the run that holds train is there; after a reboot its process id may be somebody else's.
+# Whether the process that runs train is there; after a reboot its id may be another program's.
 named() { grep -qsa 'worker\.sh' "/proc/$(<"$RUN/pid")/cmdline"; }
-# Asked twice: while a process that has just been started becomes another program, it has no name.
+# Checked twice: a process that is just becoming another program has no name.
 alive() { [[ -s $RUN/pid ]] && { named || { [[ -d /proc/$(<"$RUN/pid") ]] && sleep 0.2 && named; }; }; }
 
 state() {

@@ -217,7 +217,7 @@ def test_babysit_gives_up_after_its_restarts(stage):
     nodes = [NOT_FOUND, "ACTIVE", "SUSPENDED"] * 3
     code, did, said = babysit(stage, nodes, [workers("none")], RESTARTS="2")
     assert (code, kinds(did)) == (1, [*FRESH, "delete"] * 3)
-    assert "given up after 2 restarts" in said
+    assert "giving up after 2 restarts" in said
 
 
 def test_babysit_counts_workers_that_do_not_answer(stage):
@@ -234,7 +234,7 @@ def test_babysit_waits_where_google_does_not_answer(stage):
     nodes = [away, away, "ACTIVE", *[away] * 7, "ACTIVE"]
     code, did, said = babysit(stage, nodes, [workers("running"), workers("running"), workers("exit 0")])
     assert (code, did) == (0, []), said
-    assert "unreachable" in said and "a run is going on" in said
+    assert "unreachable" in said and "a run is in progress" in said
 
 
 def test_babysit_ends_when_somebody_stops_the_run(stage):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llava_jax.demo import report, story
-from llava_jax.demo.report import Card, Curve, Said
+from llava_jax.demo.report import Answer, Card, Curve
 
 VOID = ("meta", "img", "line")
 PICTURE = b"\x89PNG picture"
@@ -37,8 +37,8 @@ CONTENT = {
     "data": {"train_scenes": 6000, "held_out_scenes": 300, "caption_rows": 30000, "instruction_rows": 7200},
     "chat": "llava-jax chat --model=a&b",
 }
-RIGHT = Said("colour", "What colour is it?", "red", "red", True)
-WRONG = Said("count", "How many <b>?", "<two>", "three", False)
+RIGHT = Answer("colour", "What colour is it?", "red", "red", True)
+WRONG = Answer("count", "How many <b>?", "<two>", "three", False)
 CHARTS = {"Stage 1": [Curve("pretrain", (4.0, 2.0, 1.0))], "Stage 2": [Curve("with", (2.0,)), Curve("without", (3.9,))]}
 
 

@@ -9,7 +9,7 @@ export JAX_PLATFORMS=cuda,cpu
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 flags=(
-  # Collectives start early and end late, so that they run beside the computation.
+  # Collectives start early and end late, so that they overlap with the computation.
   --xla_gpu_enable_latency_hiding_scheduler=true
   # Those of one decoder layer move into the layer before or after it: the layers are a loop.
   --xla_gpu_enable_pipelined_all_gather=true

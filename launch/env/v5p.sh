@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Environment of training on TPU v5p; every worker reads it before train starts. Edit it here; it travels with the package.
-# None of this has been confirmed on hardware by us: there was no TPU at hand. Where it comes from stands beside it.
+# None of this has been confirmed on hardware by us: there was no TPU at hand. Each setting names its source.
 #
 # Compile options are not here but in the config, where they are part of the run and where `compile` sees them:
 # --config.train.compiler_options=tuned. So LIBTPU_INIT_ARGS stays unset; a flag in both places could contradict itself.
@@ -13,7 +13,7 @@ export JAX_PLATFORMS=tpu,cpu
 # which a recreated node does not have: export JAX_COMPILATION_CACHE_DIR here as a folder that outlives the node (or
 # gs://…) and a start after a preemption does not compile again. Documented by jax.
 
-# libtpu's own messages: warnings and errors into the log, no informational ones. The names are in libtpu 0.0.42.1.
+# Log warnings and errors of libtpu, no informational messages. The names are in libtpu 0.0.42.1.
 export TPU_MIN_LOG_LEVEL=1
 export TPU_STDERR_LOG_LEVEL=1
 

@@ -1,8 +1,8 @@
 """Train the demo's two backbones and its tokenizer again: `python -m llava_jax.demo.backbones --output=DIR`.
 
 They stand in for the published CLIP and Vicuna. The CLIP learns by contrast between images and captions; the LLaMA
-learns to read: a description or a map in words, questions about it, answers found in it. Neither ever sees what the
-demo teaches: image features in place of words.
+learns to read: a description or a map in words, questions about it, answers in it. Neither ever sees what the demo
+teaches: image features in place of words.
 """
 
 import argparse
@@ -55,9 +55,17 @@ def fit(
     save: Callable[[Params], None],
     mask: Params,
 ) -> None:
-    """AdamW with warmup and cosine over `steps` batches; the schedule ends early when `seconds` run out.
+    """Train with AdamW, warmup and cosine decay over `steps` batches; the schedule ends early when `seconds` run out.
 
-    `save` is called now and then, and at the end; updates are multiplied by `mask`.
+    Args:
+      params: the start.
+      loss_fn: (params, *batch) -> (loss, accuracy).
+      batches, steps: what is trained on.
+      lr: peak learning rate.
+      name: printed with the loss.
+      seconds: limit on the time.
+      save: called every 250 steps and at the end.
+      mask: factors on the updates.
     """
     scale = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0, b2=0.98, weight_decay=0.05)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale)
@@ -103,7 +111,7 @@ class Contrast(nnx.Module):
         self.scale = nnx.Param(jnp.log(1 / 0.07), axes=())
 
     def __call__(self, pixels_BXYC: jax.Array, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
-        """Similarities float32[B, B], images by captions."""
+        """Return similarities float32[B, B], images by captions."""
         images = self.image(self.post_norm(self.vision.hidden(pixels_BXYC)[:, 0]))
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         states = self.text(self.text.embed(tokens_BT), positions_BT)
@@ -113,7 +121,7 @@ class Contrast(nnx.Module):
 
 
 def clip_batches(tokenizer: TextTokenizer, rows: int, pool: int, seed: int) -> Iterator[tuple]:
-    """Batches of images and captions where every scene comes with a near miss of itself, to be told apart."""
+    """Yield images and captions where every scene comes with a near miss of itself, to be told apart."""
     rng = np.random.default_rng(seed)
     scenes = [scene for first in world.sample_scenes(rng, pool) for scene in (first, world.near_miss(first, rng))]
     pixels = np.stack([preprocess(world.draw(scene, rng)[0], CLIP.image_size, "crop") for scene in scenes])
@@ -135,17 +143,17 @@ def train_clip(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float
         logits = nnx.merge(graphdef, params)(*batch)
         labels = jnp.arange(logits.shape[0])
         loss = optax.softmax_cross_entropy_with_integer_labels
-        right = (logits.argmax(1) == labels).mean()
-        return (loss(logits, labels).mean() + loss(logits.T, labels).mean()) / 2, right
+        accuracy = (logits.argmax(1) == labels).mean()
+        return (loss(logits, labels).mean() + loss(logits.T, labels).mean()) / 2, accuracy
 
     batches = clip_batches(tokenizer, rows=128, pool=pool, seed=1)
     params = nnx.to_pure_dict(state)
-    everything = jax.tree.map(jnp.ones_like, params)
-    fit(params, loss_fn, batches, steps, 1e-3, "clip", seconds, lambda p: save_clip(p, folder), everything)
+    mask = jax.tree.map(jnp.ones_like, params)
+    fit(params, loss_fn, batches, steps, 1e-3, "clip", seconds, lambda p: save_clip(p, folder), mask)
 
 
 def save_clip(params: Params, folder: str) -> None:
-    """A Hugging Face CLIPVisionModel folder in bfloat16, its last block and post-norm included."""
+    """Write a Hugging Face CLIPVisionModel folder in bfloat16, its last block and post-norm included."""
     tensors = named_tensors({"vision": params["vision"]}, "vision_tower.", CLIP.layers)
     for theirs, ours in (("weight", "scale"), ("bias", "bias")):
         tensors[f"vision_model.post_layernorm.{theirs}"] = np.asarray(params["post_norm"][ours])
@@ -161,8 +169,8 @@ def save_clip(params: Params, folder: str) -> None:
 # ---- LLaMA ------------------------------------------------------------------------------------------------------
 
 
-def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, go_on: bool = False) -> None:
-    """Trains the decoder from a fresh start, or continues with the one that lies in `folder`."""
+def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, resume: bool = False) -> None:
+    """Train the decoder from a fresh start, or resume from the one in `folder`."""
     model = Llama(LLAMA, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
 
@@ -173,40 +181,31 @@ def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: floa
         nll_B, count_B = masked_nll_rows(logits, tokens_BT, targets_BT)
         answers_BT = tokens_BT == reading.EOS
         first = targets_BT[:, 1:] & ~targets_BT[:, :-1] & answers_BT.any(1, keepdims=True)
-        right = ((logits[:, :-1].argmax(-1) == tokens_BT[:, 1:]) & first).sum() / first.sum()
+        accuracy = ((logits[:, :-1].argmax(-1) == tokens_BT[:, 1:]) & first).sum() / first.sum()
         # Rows weigh the same: a dialogue has fewer targets than a retelling, and each of them is worth more.
-        return (nll_B / count_B).mean(), right
+        return (nll_B / count_B).mean(), accuracy
 
-    if go_on:
+    if resume:
         params = jax.tree.map(jnp.asarray, hf.read_llama(folder, dtype="float32")[1])
         batches, lr = reading.batches(tokenizer, rows=32, seed=3, repetitions=0), 1.2e-3
     else:
         params = look_back(nnx.to_pure_dict(state))
         batches, lr = reading.batches(tokenizer, rows=32, seed=2, repetitions=150), 2e-3
-    fit(
-        params,
-        loss_fn,
-        batches,
-        steps,
-        lr,
-        "llama",
-        seconds,
-        lambda p: save_llama(p, folder),
-        look_back_mask(params),
-    )
+    mask = look_back_mask(params)
+    fit(params, loss_fn, batches, steps, lr, "llama", seconds, lambda p: save_llama(p, folder), mask)
 
 
-GLANCES = (1, 2, 3, 4, 6, 7)
+DISTANCES = (1, 2, 3, 4, 6, 7)
 CONSTANT = 0.5
 
 
 def look_back(params: Params) -> Params:
-    """The parameters with the first layer's heads set to look 1, 2, 3, 4, 6 and 7 tokens back.
+    """Set the first layer's heads to look 1, 2, 3, 4, 6 and 7 tokens back.
 
-    What belongs together stands at such distances (in sentences, and in maps and images of six fields a row). Left
-    to themselves these glances and the search that uses them wait for each other, and the decoder stays at guessing.
-    A constant in the first embedding dimension gives query and key a fixed direction; RoPE turns the offset between
-    the two into an attention peak at that distance.
+    What belongs together is that far apart (in sentences, and in maps and images of six fields a row). Without this
+    start the heads and the search that uses them wait for each other, and the decoder only guesses. A constant in the
+    first embedding dimension gives query and key a fixed direction; RoPE turns the offset between the two into an
+    attention peak at that distance.
     """
     peak, fast, spread = 12.0, 6, 0.05
     params["embed"]["table"] = params["embed"]["table"].at[:, 0].set(CONSTANT)
@@ -217,7 +216,7 @@ def look_back(params: Params) -> Params:
     attn = params["layers"]["attn"]
     for name in ("q", "k"):
         attn[name]["kernel"] = attn[name]["kernel"].at[0].set(0.0)
-    for head, distance in enumerate(GLANCES):
+    for head, distance in enumerate(DISTANCES):
         query, key = np.zeros((2, LLAMA.head_dim), np.float32)
         query[:fast] = size
         key[:fast] = size * np.cos(distance * frequencies)
@@ -228,7 +227,7 @@ def look_back(params: Params) -> Params:
 
 
 def look_back_mask(params: Params) -> Params:
-    """1 where a parameter may change and 0 where that would move the glances of `look_back`."""
+    """Return 1 where a parameter may change and 0 where that would move the peaks of `look_back`."""
     mask = jax.tree.map(jnp.ones_like, params)
     mask["embed"]["table"] = mask["embed"]["table"].at[:, 0].set(0.0)
     mask["layers"]["attn_norm"]["scale"] = mask["layers"]["attn_norm"]["scale"].at[0].set(0.0)
@@ -239,7 +238,7 @@ def look_back_mask(params: Params) -> Params:
 
 
 def save_llama(params: Params, folder: str) -> None:
-    """A Hugging Face LlamaForCausalLM folder in bfloat16 (the tokenizer lies there already)."""
+    """Write a Hugging Face LlamaForCausalLM folder in bfloat16 (the tokenizer is there already)."""
     tensors = named_tensors({"llm": params}, "language_model.", LLAMA.layers)
     config = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=LLAMA.vocab_size, hidden_size=LLAMA.width,
@@ -255,7 +254,7 @@ def save_llama(params: Params, folder: str) -> None:
 
 
 def named_tensors(params: Params, prefix: str, layers: int) -> dict[str, np.ndarray]:
-    """Hugging Face's names (without `prefix`) and layouts for the parameters given."""
+    """Return the parameters under Hugging Face's names (without `prefix`) and in its layouts."""
     flat = {"/".join(path): np.asarray(leaf) for path, leaf in nnx.traversals.flatten_mapping(params).items()}
     tensors = {}
     for row in TABLE:
@@ -279,11 +278,11 @@ def save_folder(folder: str, config: dict[str, Any], tensors: dict[str, np.ndarr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, help="folder that gets clip/ and llama/")
-    parser.add_argument("--only", choices=("tokenizer", "clip", "llama"), help="make one part and keep the others")
+    parser.add_argument("--only", choices=("tokenizer", "clip", "llama"), help="train one and keep the others")
     parser.add_argument("--clip_minutes", type=float, default=60)
     parser.add_argument("--llama_minutes", type=float, default=120)
     parser.add_argument("--steps", type=int, default=20000, help="at most this many steps each")
-    parser.add_argument("--go_on", action="store_true", help="train the LLaMA that lies in --output further")
+    parser.add_argument("--resume", action="store_true", help="resume from the LLaMA in --output")
     args = parser.parse_args()
     clip, llama = os.path.join(args.output, "clip"), os.path.join(args.output, "llama")
     if args.only in (None, "tokenizer"):
@@ -292,7 +291,7 @@ def main() -> None:
     if args.only in (None, "clip"):
         train_clip(tokenizer, clip, args.steps, 60 * args.clip_minutes)
     if args.only in (None, "llama"):
-        train_llama(tokenizer, llama, args.steps, 60 * args.llama_minutes, args.go_on)
+        train_llama(tokenizer, llama, args.steps, 60 * args.llama_minutes, args.resume)
 
 
 if __name__ == "__main__":

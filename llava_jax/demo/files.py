@@ -1,4 +1,4 @@
-"""The small world on disk: pictures, COCO annotations, caption rows for stage 1 and questions for the evaluation."""
+"""Write the small world: images, COCO annotations, caption rows for stage 1 and questions for the evaluation."""
 
 import collections
 import json
@@ -16,7 +16,7 @@ CATEGORIES = tuple(f"{colour} {shape}" for colour in world.COLOURS for shape in 
 
 
 def split_scenes(seed: int, train: int, held_out: int) -> tuple[list[Scene], list[Scene]]:
-    """(training scenes, held-out scenes): the latter differ from each other and from all that anything trains on.
+    """Return (training scenes, held-out scenes); no two held-out ones are equal, and nothing trains on them.
 
     Training scenes may repeat, each time drawn anew: there are only 216 of one thing.
     """
@@ -26,15 +26,15 @@ def split_scenes(seed: int, train: int, held_out: int) -> tuple[list[Scene], lis
 
 
 def write_split(folder: str, scenes: list[Scene], seed: int) -> list[list[str]]:
-    """Writes images/, captions.json and instances.json (COCO's format) and returns the captions of each scene."""
+    """Write images/, captions.json and instances.json (COCO's format); return the captions of each scene."""
     rng = np.random.default_rng(seed)
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     images, captions, instances, texts = [], [], [], []
     for number, scene in enumerate(scenes, 1):
-        picture, boxes = world.draw(scene, rng)
+        image, boxes = world.draw(scene, rng)
         name = f"{number:06d}.png"
-        picture.save(os.path.join(folder, "images", name))
-        images.append({"id": number, "file_name": name, "width": picture.width, "height": picture.height})
+        image.save(os.path.join(folder, "images", name))
+        images.append({"id": number, "file_name": name, "width": image.width, "height": image.height})
         texts.append([world.caption(scene, rng) for _ in range(CAPTIONS_EACH)])
         for text in texts[-1]:
             captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
@@ -51,26 +51,24 @@ def write_split(folder: str, scenes: list[Scene], seed: int) -> list[list[str]]:
 
 
 def write_caption_rows(path: str, captions: list[list[str]], seed: int) -> int:
-    """Writes the rows of stage 1 in LLaVA's format, a row a caption, and returns how many there are."""
+    """Write the rows of stage 1 in LLaVA's format, one row per caption; return how many there are."""
     rng = np.random.default_rng(seed)
     rows = []
     for number, texts in enumerate(captions, 1):
         for index, text in enumerate(texts):
-            said = [
-                {"from": "human", "value": f"<image>\n{rng.choice(BRIEF_QUESTIONS)}"},
-                {"from": "gpt", "value": text},
-            ]
-            rows.append({"id": f"{number:06d}-{index}", "image": f"{number:06d}.png", "conversations": said})
+            question = f"<image>\n{rng.choice(BRIEF_QUESTIONS)}"
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
+            rows.append({"id": f"{number:06d}-{index}", "image": f"{number:06d}.png", "conversations": turns})
     write_json(path, rows)
     return len(rows)
 
 
 def write_questions(folder: str, scenes: list[Scene], captions: list[list[str]], seed: int) -> collections.Counter:
-    """Writes three files of the same questions, one of each kind for each scene, and returns how many a kind.
+    """Write three files of the same questions, one of each kind for each scene; return how many a kind.
 
-    questions.jsonl asks about the scene's picture, shuffled.jsonl about the picture of a scene where the same question
-    has another answer, text.jsonl about the scene's first caption instead of a picture. A kind is left out where the
-    scene has no question of it with one answer, or no other scene answers it differently.
+    questions.jsonl asks about the scene's image, shuffled.jsonl about the image of a scene where the same question has
+    another answer, text.jsonl about the scene's first caption instead of an image. A kind is left out where the scene
+    has no question of it with one answer, or no other scene answers it differently.
     """
     rng = np.random.default_rng(seed)
     known = [_answers(scene, rng) for scene in scenes]
@@ -97,21 +95,20 @@ def write_questions(folder: str, scenes: list[Scene], captions: list[list[str]],
 def _one_of_each_kind(
     scene: Scene, known: list[dict[str, str]], rng: np.random.Generator
 ) -> Iterator[tuple[Question, int]]:
-    """A question of each kind that the scene has, and the index of a scene where it has another answer."""
+    """Yield a question of each kind that the scene has, and the index of a scene where it has another answer."""
     asked = world.questions(scene, rng)
     for kind in world.KINDS:
         group = [question for question in asked if question.kind == kind]
         for choice in rng.permutation(len(group)):
-            others = [
-                i for i, said in enumerate(known) if said.get(group[choice].text) not in (None, group[choice].answer)
-            ]
+            question = group[choice]
+            others = [i for i, answers in enumerate(known) if answers.get(question.text) not in (None, question.answer)]
             if others:
-                yield group[choice], others[int(rng.integers(len(others)))]
+                yield question, others[int(rng.integers(len(others)))]
                 break
 
 
 def _answers(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
-    """The answer to each question that can be asked about the scene; presence of every name included."""
+    """Return the answer to each question that can be asked about the scene, presence of every name included."""
     names = {thing.name for thing in scene}
     presence = {f"Is there a {name}?": "yes" if name in names else "no" for name in CATEGORIES}
     return {question.text: question.answer for question in world.questions(scene, rng)} | presence

@@ -1,7 +1,7 @@
-"""What the demo's LLaMA reads while it is trained, and the tokenizer it reads with: text only, no pictures.
+"""What the demo's LLaMA reads while it is trained, and the tokenizer it reads with: text only, no images.
 
 A row is a description (a sentence, or a map in words) and either questions about it with their answers, in the v1
-dialogue, or the same scene said again. That is the reading comprehension a published LLaMA brings along.
+dialogue, or the same scene described again. That is the reading comprehension a published LLaMA comes with.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ BOS, EOS, NEWLINE = 1, 2, 13
 SYSTEM = find_template("v1").opening[0].text.strip()
 ASK_FOR_CAPTION = "Describe the image concisely."
 
-# Sentences beside the world's own whose words should be whole tokens.
+# Sentences in addition to the world's own whose words should be single tokens.
 PHRASES = (
     SYSTEM,
     "A chat between a curious human. You are a helpful language and vision assistant. You are able to understand the "
@@ -40,7 +40,7 @@ PHRASES = (
 
 
 def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """The ids of a text by itself, without BOS."""
+    """Return the ids of a text by itself, without BOS."""
     return tokenizer.encode_text(text)
 
 
@@ -92,22 +92,22 @@ def make_tokenizer(folder: str) -> None:
 
 
 def some_questions(scene: world.Scene, rng: np.random.Generator) -> list[world.Question]:
-    """The scene's questions in random order, the kinds taking turns so that none is drowned by another.
+    """Return the scene's questions in random order, the kinds taking turns so that none crowds out another.
 
-    Places come first: they take the longest to learn.
+    Questions of position come first: they take the longest to learn.
     """
     by_kind: dict[str, list[world.Question]] = {}
     for question in world.questions(scene, rng):
         by_kind.setdefault(question.kind, []).append(question)
     ranked = []
-    for kind, found in by_kind.items():
+    for kind, group in by_kind.items():
         early = 0.5 if kind == "position" else 0.0
-        ranked += [(turn + rng.random() - early, found[i]) for turn, i in enumerate(rng.permutation(len(found)))]
+        ranked += [(turn + rng.random() - early, group[i]) for turn, i in enumerate(rng.permutation(len(group)))]
     return [question for _, question in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def row(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, targets) of one text: repeated words, the scene told again, or questions about it."""
+    """Return (tokens, targets) of one text: repeated words, the scene described again, or questions about it."""
     kind = rng.random()
     if kind < 0.1:
         return repetition(tokenizer, rng)
@@ -117,15 +117,15 @@ def row(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) 
 
 
 def repetition(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Different words of the world in no order, and again in the same order until the row is full."""
+    """Return different words of the world in no order, repeated in the same order until the row is full."""
     nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, "the", "a", "at", "is", "and")
-    said = ids(tokenizer, " ".join(rng.permutation(nouns)[: rng.integers(6, 25)]))
-    tokens = np.array([BOS, *np.resize(said, LENGTH - 1)], np.int32)
-    return tokens, np.arange(LENGTH) > len(said) + 1
+    words = ids(tokenizer, " ".join(rng.permutation(nouns)[: rng.integers(6, 25)]))
+    tokens = np.array([BOS, *np.resize(words, LENGTH - 1)], np.int32)
+    return tokens, np.arange(LENGTH) > len(words) + 1
 
 
 def retelling(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The description, and the scene in other wordings, a line each: what belongs together has to be looked up."""
+    """Return the description, then the scene in other wordings, one a line: what belongs together must be looked up."""
     described = [BOS, *description(scene, tokenizer, rng)]
     tokens = list(described)
     while len(tokens) < LENGTH:
@@ -134,25 +134,25 @@ def retelling(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Gener
 
 
 def description(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> list[int]:
-    """What stands where a picture would stand: a map in words, or a sentence."""
-    said = " ".join(world.place_map(scene)) if rng.random() < 0.6 else world.caption(scene, rng)
-    return ids(tokenizer, said)
+    """Return what stands in place of an image: a map in words, or a sentence."""
+    text = " ".join(world.place_map(scene)) if rng.random() < 0.6 else world.caption(scene, rng)
+    return ids(tokenizer, text)
 
 
 def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Questions about the scene and their answers, as many as fit, in the v1 format, often without its first words.
+    """Return questions about the scene with answers, as many as fit, in the v1 format, often without its first words.
 
-    The description stands in place of the picture, or is part of the first question.
+    The description stands in place of the image, or is part of the first question.
     """
     asked = [(question.text, question.answer) for question in some_questions(scene, rng)]
     if rng.random() < 0.1:
         asked.insert(0, (ASK_FOR_CAPTION, world.caption(scene, rng)))
     template = find_template("v1") if rng.random() < 0.5 else dataclasses.replace(find_template("v1"), opening=())
-    shown = world.caption(scene, rng) if rng.random() < 0.25 else IMAGE_PLACEHOLDER
+    context = world.caption(scene, rng) if rng.random() < 0.25 else IMAGE_PLACEHOLDER
     described = description(scene, tokenizer, rng)
     for count in range(len(asked), 0, -1):
         turns = [Turn(who, text) for pair in asked[:count] for who, text in zip(("human", "gpt"), pair, strict=True)]
-        turns[0] = Turn("human", f"{shown}\n{turns[0].text}")
+        turns[0] = Turn("human", f"{context}\n{turns[0].text}")
         tokens, targets = splice(encode(render(turns, template), tokenizer), described)
         if len(tokens) <= LENGTH or count == 1:
             break
@@ -160,22 +160,22 @@ def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Genera
 
 
 def splice(encoded: Encoded, described: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, targets) with the words of a description in place of the picture, if there is one."""
+    """Return (tokens, targets) with the words of a description in place of the image, if there is one."""
     marks = np.flatnonzero(encoded.tokens == IMAGE_MARK)
     at = int(marks[0]) if len(marks) else 0
     described, rest = (described, at + 1) if len(marks) else ([], 0)
     tokens = np.concatenate([encoded.tokens[:at], np.array(described, np.int32), encoded.tokens[rest:]])
-    nothing = np.zeros(len(described), bool)
-    return tokens, np.concatenate([encoded.targets[:at], nothing, encoded.targets[rest:]])
+    untrained = np.zeros(len(described), bool)
+    return tokens, np.concatenate([encoded.targets[:at], untrained, encoded.targets[rest:]])
 
 
 def batches(
     tokenizer: TextTokenizer, rows: int, seed: int, repetitions: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless batches: tokens int32[rows, LENGTH] padded on the right with 0, targets bool[rows, LENGTH].
+    """Yield tokens int32[rows, LENGTH], padded on the right with 0, and targets bool[rows, LENGTH], endlessly.
 
-    The first `repetitions` batches hold nothing but words said over and over: a decoder that has learned to find what
-    it read before learns to read descriptions sooner.
+    The first `repetitions` batches hold only repeated words: a decoder that has learned to find what it read before
+    learns to read descriptions sooner.
     """
     rng = np.random.default_rng(seed)
     for batch in itertools.count():

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML page that needs nothing next to itself."""
+"""The demo's report: one self-contained HTML page."""
 
 import base64
 import dataclasses
@@ -14,23 +14,23 @@ SMOOTHING = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
-    """One question about an image, what the model answered and what was right."""
+class Answer:
+    """One question about an image, the model's answer and the right one."""
 
     kind: str
     question: str
-    answer: str
+    text: str
     expected: str
     correct: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One held-out image (a PNG file's bytes) and what was asked about it."""
+    """One held-out image (a PNG file's bytes) and the answers to questions about it."""
 
     title: str
     image: bytes
-    said: tuple[Said, ...]
+    answers: tuple[Answer, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Curve:
 def page(
     report: dict[str, Any], charts: dict[str, Sequence[Curve]], cards: Sequence[Card], mistakes: Sequence[Card]
 ) -> str:
-    """The whole page. `report` is what report.json holds; `charts` are loss curves by title."""
+    """Return the page. `report` is the content of report.json; `charts` are loss curves by title."""
     style = importlib.resources.files("llava_jax.demo").joinpath("report.css").read_text(encoding="utf-8")
     body = [
         _head(report),
         _section("Does it see?", _table(report), TABLE_NOTE),
-        _section("Images it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not chosen."),
-        _section("Where it went wrong", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
+        _section("Images it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not selected."),
+        _section("Mistakes", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
         if mistakes
-        else _section("Where it went wrong", "", "Nowhere: every answer about the held-out scenes is right."),
-        _section("Learning", _charts(charts), CHART_NOTE),
+        else _section("Mistakes", "", "None: every answer about the held-out scenes is right."),
+        _section("Learning curves", _charts(charts), CHART_NOTE),
         _section("How it was made", _parts(report), _made_of(report)),
         _section("Talk to it", f"<pre><code>{html.escape(report['chat'])}</code></pre>", CHAT_NOTE),
     ]
@@ -67,13 +67,13 @@ def page(
 
 
 TABLE_NOTE = (
-    "Share of questions about held-out scenes that are answered with exactly the right word. "
-    "<b>Shuffled</b> is the same model, but each question comes with the image of a scene where it has another "
-    "answer: a model that looks must fail. <b>Read as text</b> is the language model alone, before it ever saw "
-    "an image, with a sentence about the scene in place of the image: what it could answer at best."
+    "Percentage of questions about held-out scenes answered with exactly the right words. "
+    "<b>Shuffled</b> is the same model, but each question comes with the image of a scene where the answer is "
+    "different: a model that looks at the image must fail. <b>Read as text</b> is the language model alone, before "
+    "it ever saw an image, with a sentence about the scene in place of the image: an upper bound."
 )
-CHART_NOTE = "Loss per supervised token at each step: faint as measured, strong as a running mean."
-CHAT_NOTE = "The model just trained, in the terminal, with an image that was not in the training data."
+CHART_NOTE = "Loss per supervised token: the faint line is each step, the strong one a running mean."
+CHAT_NOTE = "Chat in the terminal with the model just trained, about an image that was not in the training data."
 
 
 # ---- parts of the page --------------------------------------------------------------------------------------------
@@ -94,9 +94,9 @@ def _head(report: dict[str, Any]) -> str:
         )
     return (
         "<header>\n<h1>A language model learns to see</h1>\n"
-        "<p>This is LLaVA played end to end at a small size: a vision encoder, a projector and a language model; "
-        "instruction data written from captions and boxes by a teacher that never saw an image; two stages of "
-        f"training. It took {_minutes(report['total_seconds'])} on this machine.</p>\n"
+        "<p>This is LLaVA end to end at a small size: a vision tower, a projector and a language model; instruction "
+        "data written from captions and boxes by a teacher that never saw an image; two training stages. "
+        f"It took {_minutes(report['total_seconds'])} on this machine.</p>\n"
         f'<div class="tiles">{"".join(tiles)}</div>\n</header>'
     )
 
@@ -128,16 +128,16 @@ def _gallery(cards: Sequence[Card]) -> str:
 
 def _card(card: Card) -> str:
     lines = []
-    for said in card.said:
-        answer = html.escape(said.answer) or "<i>nothing</i>"
-        if said.correct:
-            verdict = f'<span class="right"><b>&#10003;</b> {answer}</span>'
+    for answer in card.answers:
+        text = html.escape(answer.text) or "<i>no answer</i>"
+        if answer.correct:
+            verdict = f'<span class="right"><b>&#10003;</b> {text}</span>'
         else:
             verdict = (
-                f'<span class="wrong"><b>&#10007;</b> {answer}</span> '
-                f'<span class="expected">right: {html.escape(said.expected)}</span>'
+                f'<span class="wrong"><b>&#10007;</b> {text}</span> '
+                f'<span class="expected">right: {html.escape(answer.expected)}</span>'
             )
-        lines.append(f"<dt>{html.escape(said.question)}</dt><dd>{verdict}</dd>")
+        lines.append(f"<dt>{html.escape(answer.question)}</dt><dd>{verdict}</dd>")
     source = base64.b64encode(card.image).decode()
     image = f'<img alt="scene {html.escape(card.title)}" src="data:image/png;base64,{source}" width="96" height="96">'
     return f"<figure>{image}<figcaption><dl>{''.join(lines)}</dl></figcaption></figure>"
@@ -157,9 +157,9 @@ def _parts(report: dict[str, Any]) -> str:
 def _made_of(report: dict[str, Any]) -> str:
     data = report["data"]
     return (
-        f"{data['train_scenes']:,} training scenes and {data['held_out_scenes']} held-out ones, none of them among the "
-        f"training scenes; {data['caption_rows']:,} captions for stage 1 and {data['instruction_rows']:,} rows of "
-        "instructions for stage 2 (conversation, detail, reasoning). The largest process held "
+        f"{data['train_scenes']:,} training scenes and {data['held_out_scenes']} held-out ones, which are not among "
+        f"the training scenes; {data['caption_rows']:,} captions for stage 1 and {data['instruction_rows']:,} rows of "
+        "instructions for stage 2 (conversation, detail, reasoning). Peak memory of a process: "
         f"{report['peak_memory_bytes'] / 2**30:.1f} GiB."
     )
 
@@ -194,13 +194,13 @@ def _chart(title: str, curves: Sequence[Curve]) -> str:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Running mean that forgets, without the pull of its start towards zero."""
-    found, total, weight = [], 0.0, 0.0
+    """Return an exponential running mean, corrected for its start at zero."""
+    means, total, weight = [], 0.0, 0.0
     for value in values:
         total = SMOOTHING * total + (1 - SMOOTHING) * value
         weight = SMOOTHING * weight + (1 - SMOOTHING)
-        found.append(total / weight)
-    return found
+        means.append(total / weight)
+    return means
 
 
 def _path(values: Sequence[float], steps: int, top: float) -> str:
@@ -231,6 +231,6 @@ def _axis_x(step: int, steps: int) -> str:
 
 
 def _nice(value: float) -> float:
-    """The smallest of 1, 2, 4, 6, 8 times a power of ten that is not below `value`."""
+    """Return the smallest of 1, 2, 4, 6, 8 times a power of ten that is not below `value`."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
     return next(power * factor for factor in (1, 2, 4, 6, 8, 10) if power * factor >= value)

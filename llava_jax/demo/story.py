@@ -1,7 +1,7 @@
-"""`demo`: the paper played end to end at a small size, by the same commands and functions as a real run.
+"""Run the paper end to end at a small size, with the same commands and functions as a real run (`demo`).
 
-Every part that is finished is remembered in the workdir (parts.json) and skipped the next time; a part that was
-stopped halfway continues by itself where its command can (train, generate).
+Every finished part is recorded in the workdir (parts.json) and skipped the next time; a part that was stopped halfway
+resumes by itself where its command can (train, generate).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CONFIG = "tiny"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the demo is; everything else of the two stages stands in its recipe."""
+    """How large the demo is; all other settings of the two stages are in its recipe."""
 
     vision: str = str(BACKBONES / "clip")
     llm: str = str(BACKBONES / "llama")
@@ -56,7 +56,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One way to answer the held-out questions: a trained model (its folder), a questions file, its name in tables."""
+    """One way to answer the held-out questions: its name in tables, a trained model's folder, a questions file."""
 
     name: str
     model: str
@@ -75,12 +75,12 @@ CARDS, MISTAKES = 9, 6
 
 
 def run(workdir: str, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Plays the story in `workdir` and returns what report.json holds. Raises InputError."""
+    """Run the demo in `workdir` and return the content of report.json. Raises InputError."""
     return play(Story(workdir, sizes or Sizes()))
 
 
 def play(story: "Story") -> dict[str, Any]:
-    """Every part in its turn, those done before left out."""
+    """Run every part in its turn, except those done before."""
     story.part("draw the world", story.draw_world)
     story.part("write instructions", story.write_instructions)
     story.part("stage 1, pretrain", story.pretrain)
@@ -119,7 +119,7 @@ class Story:
         path = self.folder / "parts.json"
         if not path.is_file():
             if any(self.folder.iterdir()):
-                raise InputError(f"--workdir={self.folder}: is not empty and no demo began in it; name another folder")
+                raise InputError(f"--workdir={self.folder}: is not empty and holds no demo; name another folder")
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["sizes"] != json.loads(json.dumps(dataclasses.asdict(self.sizes))):
@@ -128,8 +128,8 @@ class Story:
             )
         self._done, self._peak = content["seconds"], content["peak_memory_bytes"]
 
-    def part(self, name: str, play: Callable[[], None]) -> None:
-        """Plays one part and remembers that it is done, or says that it was."""
+    def part(self, name: str, action: Callable[[], None]) -> None:
+        """Run one part and record that it is done, or print that it was done before."""
         self._number += 1
         total = 5 + len(CONDITIONS)
         if name in self._done:
@@ -137,7 +137,7 @@ class Story:
             return
         print(f"\n[{self._number}/{total}] {name}", flush=True)
         started = time.monotonic()
-        play()
+        action()
         self._done[name] = time.monotonic() - started
         self._peak = max(self._peak, peak_memory())
         sizes = dataclasses.asdict(self.sizes)
@@ -153,11 +153,11 @@ class Story:
         train, held_out = files.split_scenes(sizes.seed, sizes.train_scenes, sizes.held_out_scenes)
         captions = files.write_split(str(self.world / "train"), train, sizes.seed + 1)
         rows = files.write_caption_rows(str(self.world / "captions.json"), captions, sizes.seed + 2)
-        print(f"  {len(train)} training scenes, {rows} captions for stage 1: {self._say(self.world / 'train')}")
+        print(f"  {len(train)} training scenes, {rows} captions for stage 1: {self._relative(self.world / 'train')}")
         captions = files.write_split(str(self.world / "held_out"), held_out, sizes.seed + 3)
         asked = files.write_questions(str(self.world / "held_out"), held_out, captions, sizes.seed + 4)
         kinds = ", ".join(f"{count} {kind}" for kind, count in asked.items())
-        print(f"  {len(held_out)} held-out scenes, none of them among the training scenes; questions: {kinds}")
+        print(f"  {len(held_out)} held-out scenes, not among the training scenes; questions: {kinds}")
 
     def write_instructions(self) -> None:
         limits = {"conversation": 0, "detail": self.sizes.detail_rows, "reasoning": self.sizes.reasoning_rows}
@@ -166,61 +166,61 @@ class Story:
             output = self.world / f"{kind}.json"
             self.command(
                 "synthesize",
-                f"--contexts={self._say(self.world / 'train')}",
+                f"--contexts={self._relative(self.world / 'train')}",
                 f"--kind={kind}",
                 "--teacher=embedded",
-                f"--output={self._say(output)}",
+                f"--output={self._relative(output)}",
                 f"--seed={self.sizes.seed}",
                 f"--limit={limit}",
             )
             rows += json.loads(output.read_text(encoding="utf-8"))
         files.write_json(str(self.world / "instructions.json"), rows)
-        print(f"  {len(rows)} rows for stage 2: {self._say(self.world / 'instructions.json')}")
+        print(f"  {len(rows)} rows for stage 2: {self._relative(self.world / 'instructions.json')}")
 
     def pretrain(self) -> None:
         self._train("pretrain", "pretrain", "captions.json", self.sizes.pretrain)
 
     def finetune(self, name: str, with_stage_1: bool) -> None:
-        start = [f"init.projector={self._say(self.folder / 'pretrain')}"] if with_stage_1 else []
+        start = [f"init.projector={self._relative(self.folder / 'pretrain')}"] if with_stage_1 else []
         self._train(name, "finetune", "instructions.json", [*self.sizes.finetune, *start])
 
     def _train(self, name: str, stage: str, annotations: str, settings: Sequence[str]) -> None:
         chosen = [
-            f"model.vision={self._say(self.sizes.vision)}",
-            f"model.llm={self._say(self.sizes.llm)}",
-            f"data.annotations={self._say(self.world / annotations)}",
-            f"data.images={self._say(self.world / 'train' / 'images')}",
+            f"model.vision={self._relative(self.sizes.vision)}",
+            f"model.llm={self._relative(self.sizes.llm)}",
+            f"data.annotations={self._relative(self.world / annotations)}",
+            f"data.images={self._relative(self.world / 'train' / 'images')}",
             f"seed={self.sizes.seed}",
             *settings,
         ]
         overrides = [f"--config.{setting}" for setting in chosen]
-        workdir = f"--workdir={self._say(self.folder / name)}"
+        workdir = f"--workdir={self._relative(self.folder / name)}"
         self.command("train", f"--config={CONFIG}:stage={stage}", workdir, *overrides)
 
     def answer(self, key: str) -> None:
         condition, held_out = CONDITIONS[key], self.world / "held_out"
         self.command(
             "generate",
-            f"--model={self._say(self.folder / condition.model)}",
-            f"--questions={self._say(held_out / condition.questions)}.jsonl",
-            f"--images={self._say(held_out / 'images')}",
-            f"--answers={self._say(self.folder / 'answers' / key)}.jsonl",
+            f"--model={self._relative(self.folder / condition.model)}",
+            f"--questions={self._relative(held_out / condition.questions)}.jsonl",
+            f"--images={self._relative(held_out / 'images')}",
+            f"--answers={self._relative(self.folder / 'answers' / key)}.jsonl",
             "--template=v1",
             f"--batch_size={self.sizes.answer_batch}",
             f"--max_new_tokens={self.sizes.answer_tokens}",
         )
 
     def command(self, *words: str) -> None:
-        """Runs one of our commands in a process of its own, so that its memory is given back."""
-        say_command(*words)
-        # The second one silences transformers, which misses torch at every start.
+        """Run one of our commands in a process of its own, so that its memory is released."""
+        print_command(*words)
+        # The second one silences transformers, which reports at every start that there is no torch.
         environment = {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **os.environ}
         code = subprocess.run([sys.executable, "-m", "llava_jax", *words], env=environment).returncode
         if code:
             raise InputError(f"demo: `llava-jax {words[0]}` ended with exit code {code}; see what it says above")
 
-    def _say(self, path: str | os.PathLike[str]) -> str:
-        """A path as the commands get it: relative to the current folder where it lies below."""
+    def _relative(self, path: str | os.PathLike[str]) -> str:
+        """Return a path as the commands get it: relative to the current folder where it is inside."""
         text, here = os.fspath(path), pathlib.Path.cwd()
         below = os.path.isabs(text) and pathlib.Path(text).is_relative_to(here)
         return os.path.relpath(text, here) if below else text
@@ -228,7 +228,7 @@ class Story:
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Scores the answers, writes report.json and report.html, prints the table and the command for a chat."""
+        """Score the answers, write report.json and report.html, print the table and the command for a chat."""
         results = {key: {"name": condition.name, **self._score(key)} for key, condition in CONDITIONS.items()}
         chat = self._chat_command()
         content = {
@@ -251,8 +251,8 @@ class Story:
         for goal in content["goals"]:
             state = "met   " if goal["met"] else "MISSED"
             print(f"{state} {goal['name']}: {goal['value']:.1f} {goal['unit']} ({goal['needed']})")
-        print(f"\n{content['total_seconds']:.0f} s in all; the largest process held {self._peak / 2**30:.1f} GiB")
-        print(f"report: {self._say(self.folder / 'report.html')}\n\ntalk to it:\n  {chat}", flush=True)
+        print(f"\n{content['total_seconds']:.0f} s in total; peak memory of a process {self._peak / 2**30:.1f} GiB")
+        print(f"report: {self._relative(self.folder / 'report.html')}\n\nchat with it:\n  {chat}", flush=True)
         return content
 
     def _score(self, key: str) -> dict[str, Any]:
@@ -261,8 +261,8 @@ class Story:
 
     def _chat_command(self) -> str:
         image = self.world / "held_out" / "images" / f"{self.sizes.held_out_scenes:06d}.png"
-        words = ["chat", f"--model={self._say(self.folder / 'finetune')}", f"--image={self._say(image)}"]
-        return f"{self._say(sys.executable)} -m llava_jax {shlex.join(words)}"
+        words = ["chat", f"--model={self._relative(self.folder / 'finetune')}", f"--image={self._relative(image)}"]
+        return f"{self._relative(sys.executable)} -m llava_jax {shlex.join(words)}"
 
     def _data(self) -> dict[str, int]:
         def rows(name: str) -> int:
@@ -289,47 +289,47 @@ class Story:
         }
 
     def _cards(self) -> tuple[list[report.Card], list[report.Card]]:
-        """(the first held-out scenes, the first ones with a wrong answer), as answered after both stages."""
-        answers = {row["question_id"]: row["text"] for row in read_jsonl(self.folder / "answers" / "both_stages.jsonl")}
-        said: dict[str, list[report.Said]] = {}
+        """Return (the first held-out scenes, the first ones with a wrong answer), as answered after both stages."""
+        texts = {row["question_id"]: row["text"] for row in read_jsonl(self.folder / "answers" / "both_stages.jsonl")}
+        answers: dict[str, list[report.Answer]] = {}
         for row in read_jsonl(self.world / "held_out" / "questions.jsonl"):
-            answer = answers.get(row["question_id"], "")
-            correct = exact_match.normalise(answer) == exact_match.normalise(row["answer"])
-            line = report.Said(row["category"], row["text"], answer, row["answer"], correct)
-            said.setdefault(row["image"], []).append(line)
-        wrong = [image for image, lines in said.items() if not all(line.correct for line in lines)]
-        return self._draw_cards(list(said)[:CARDS], said), self._draw_cards(wrong[:MISTAKES], said)
+            text = texts.get(row["question_id"], "")
+            correct = exact_match.normalise(text) == exact_match.normalise(row["answer"])
+            answer = report.Answer(row["category"], row["text"], text, row["answer"], correct)
+            answers.setdefault(row["image"], []).append(answer)
+        wrong = [image for image, group in answers.items() if not all(answer.correct for answer in group)]
+        return self._draw_cards(list(answers)[:CARDS], answers), self._draw_cards(wrong[:MISTAKES], answers)
 
-    def _draw_cards(self, images: list[str], said: dict[str, list[report.Said]]) -> list[report.Card]:
+    def _draw_cards(self, images: list[str], answers: dict[str, list[report.Answer]]) -> list[report.Card]:
         folder = self.world / "held_out" / "images"
-        return [report.Card(image, (folder / image).read_bytes(), tuple(said[image])) for image in images]
+        return [report.Card(image, (folder / image).read_bytes(), tuple(answers[image])) for image in images]
 
 
-def say_command(*words: str) -> None:
-    """Prints one of our commands as it can be typed, an argument a line where there are many."""
+def print_command(*words: str) -> None:
+    """Print one of our commands as it can be typed, one argument a line where there are many."""
     quoted = [shlex.quote(word) for word in words]
     between = " " if len(" ".join(quoted)) < 100 else " \\\n      "
     print("  $ llava-jax " + between.join(quoted), flush=True)
 
 
 def goals(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the demo has to show, each with the value measured (percent, or points between two of them)."""
+    """Return what the demo has to show, each goal with its measured value (percent, or points between two of them)."""
     both, shuffled = results["both_stages"]["accuracy"], results["shuffled"]["accuracy"]
     one, without = results["stage_1_only"]["accuracy"], results["without_stage_1"]["accuracy"]
     text = results["read_as_text"]["accuracy"]
     measured = (
-        ("right after both stages", both, "%", both >= 85, "85 % or more"),
-        ("more than with shuffled images", both - shuffled, "points", both - shuffled >= 30, "30 points or more"),
-        ("more than after stage 1 only", both - one, "points", both > one, "more than 0"),
-        ("more than without stage 1", both - without, "points", both > without, "more than 0"),
-        ("right when the decoder reads the scene as text", text, "%", text >= 95, "95 % or more"),
+        ("correct after both stages", both, "%", both >= 85, "85 % or more"),
+        ("better than with shuffled images", both - shuffled, "points", both - shuffled >= 30, "30 points or more"),
+        ("better than after stage 1 only", both - one, "points", both > one, "more than 0"),
+        ("better than without stage 1", both - without, "points", both > without, "more than 0"),
+        ("correct when the decoder reads the scene as text", text, "%", text >= 95, "95 % or more"),
     )
     names = ("name", "value", "unit", "met", "needed")
     return [dict(zip(names, row, strict=True)) for row in measured]
 
 
 def peak_memory() -> int:
-    """Bytes of the largest process so far, of this one and those it has started."""
+    """Return the bytes of the largest process so far, of this one and those it has started."""
     kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 

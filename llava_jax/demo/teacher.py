@@ -1,7 +1,7 @@
 """The embedded teacher: a program that writes instruction data about the demo's small world.
 
-It stands where a large language model stands in a real run and knows no more than one would: it reads the last user
-message (captions, and for some kinds boxes), works out what is in the picture, and answers in the layout asked for.
+It takes the place of the large language model of a real run and knows no more than one would: it reads the last user
+message (captions, and for some kinds boxes), works out what is in the image, and answers in the layout asked for.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class EmbeddedTeacher:
         self._seed = seed
 
     def answer(self, messages: Sequence[Message]) -> Reply:
-        """The reply to the last message. Raises InputError when it is not about the small world."""
+        """Return the reply to the last message. Raises InputError when it is not about the small world."""
         text = messages[-1]["content"]
         return Reply(self._write(read_scene(text), np.random.default_rng([self._seed, zlib.crc32(text.encode())])))
 
@@ -46,28 +46,28 @@ class EmbeddedTeacher:
 
 
 def read_scene(text: str) -> Scene:
-    """What captions and boxes tell. Raises InputError when they are of another world or contradict each other."""
+    """Return the scene of captions and boxes. Raises InputError when they are of another world or contradictory."""
     captions, _, boxes = text.partition("\n\n")
-    tellings = [_read_caption(line) for line in captions.splitlines()]
+    readings = [_read_caption(line) for line in captions.splitlines()]
     if boxes:
-        tellings.append(_read_boxes(boxes))
-    scenes = set(tellings)
+        readings.append(_read_boxes(boxes))
+    scenes = set(readings)
     if () in scenes or not scenes:
-        strange = next((line for line in text.splitlines() if not _read_caption(line)), text)
+        unknown = next((line for line in text.splitlines() if not _read_caption(line)), text)
         raise InputError(
-            f"the embedded teacher cannot read {strange!r:.70}: it knows only the demo's world of coloured shapes; "
-            "give it contexts that `demo` wrote"
+            f"the embedded teacher cannot read {unknown!r:.70}: it knows only the demo's world of coloured shapes; "
+            "give it the contexts that `demo` wrote"
         )
     if len(scenes) > 1:
-        raise InputError(f"captions and boxes of one picture contradict each other: {text!r:.200}")
-    return tellings[0]
+        raise InputError(f"captions and boxes of one image contradict each other: {text!r:.200}")
+    return readings[0]
 
 
 def _read_caption(line: str) -> Scene:
-    found = [(colour, shape, row, column) for colour, shape, row, column in NAME_PLACE.findall(line)]
-    found += [(colour, shape, row, column) for row, column, colour, shape in PLACE_NAME.findall(line)]
+    mentions = NAME_PLACE.findall(line)
+    mentions += [(colour, shape, row, column) for row, column, colour, shape in PLACE_NAME.findall(line)]
     rows, columns = world.ROWS.index, world.COLUMNS.index
-    return tuple(sorted(Thing(rows(row), columns(column), colour, shape) for colour, shape, row, column in found))
+    return tuple(sorted(Thing(rows(row), columns(column), colour, shape) for colour, shape, row, column in mentions))
 
 
 def _read_boxes(text: str) -> Scene:

@@ -1,4 +1,4 @@
-"""The demo's small world: scenes of one to three coloured shapes, their pictures, captions, maps and questions."""
+"""The demo's small world: scenes of one to three coloured shapes, their images, captions, maps and questions."""
 
 import dataclasses
 import itertools
@@ -21,8 +21,8 @@ COLUMNS = ("left", "centre", "right")
 EMPTY = "empty"
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("presence", "colour", "shape", "count", "position")
-PICTURE_SIZE = 96
-CELL = PICTURE_SIZE // 3
+IMAGE_SIZE = 96
+CELL = IMAGE_SIZE // 3
 MAP_SIDE = 6
 OPENINGS = ("", "there is ", "a picture of ", "an image with ", "the picture shows ")
 
@@ -56,13 +56,15 @@ class Question:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene is kept for the final questions, by hash, so that nothing ever trains on it: a tenth of all,
-    of the few with one thing a third."""
+    """Return whether a scene is kept for the final questions, by hash, so that nothing ever trains on it.
+
+    That is a tenth of all scenes, and a third of the few with one thing.
+    """
     return zlib.crc32(repr(scene).encode()) % (3 if len(scene) == 1 else 10) == 0
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """One to three things (equally likely) in different cells; colours and shapes may repeat."""
+    """Draw one to three things (equally likely) in different cells; colours and shapes may repeat."""
     while True:
         count = int(rng.integers(1, 4))
         cells = rng.choice(9, size=count, replace=False)
@@ -75,7 +77,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
 
 
 def sample_scenes(rng: np.random.Generator, number: int, held_out: bool = False) -> list[Scene]:
-    """`number` different scenes."""
+    """Draw `number` different scenes."""
     scenes: dict[Scene, None] = {}
     while len(scenes) < number:
         scenes[sample_scene(rng, held_out)] = None
@@ -83,7 +85,7 @@ def sample_scenes(rng: np.random.Generator, number: int, held_out: bool = False)
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one thing changed in one way: another colour, another shape or another cell. Not held out."""
+    """Return the scene with one thing changed in one way: another colour, shape or cell. It is not held out."""
     while True:
         index = int(rng.integers(len(scene)))
         thing, others = scene[index], scene[:index] + scene[index + 1 :]
@@ -102,14 +104,14 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
             return changed
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- images -----------------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, list[tuple[float, float, float, float]]]:
-    """The picture (96 x 96) and each thing's box (x1, y1, x2, y2) in pixels; size, place and grey vary a little."""
+    """Return the image (96 x 96) and each thing's box (x1, y1, x2, y2) in pixels; size, place and grey vary."""
     scale = 4
     grey = int(rng.integers(205, 246))
-    image = Image.new("RGB", (PICTURE_SIZE * scale, PICTURE_SIZE * scale), (grey, grey, grey))
+    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), (grey, grey, grey))
     canvas = ImageDraw.Draw(image)
     boxes = []
     for thing in scene:
@@ -122,7 +124,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, list[tupl
         colour = tuple(int(c * shade) for c in COLOURS[thing.colour])
         _draw_shape(canvas, thing.shape, tuple(scale * value for value in box), colour)
         boxes.append(box)
-    return image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS), boxes
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS), boxes
 
 
 def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], colour: tuple[int, ...]) -> None:
@@ -147,15 +149,14 @@ def _join(parts: list[str]) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence that names every thing with its colour and its place, in any order, with one of several openings."""
+    """Write one sentence that names every thing with its colour and place, in any order and after any opening."""
     things = [scene[i] for i in rng.permutation(len(scene))]
     opening = OPENINGS[int(rng.integers(len(OPENINGS)))]
     return opening + _join([f"a {thing.name} at the {thing.place}" for thing in things]) + "."
 
 
 def place_map(scene: Scene) -> list[str]:
-    """The scene as a 6 x 6 map in words: `empty` where nothing is, and on the four fields that a thing covers its
-    colour, its shape, its row and its column."""
+    """Return the scene as a 6 x 6 map in words: `empty`, or the four words of a thing on its four fields."""
     fields = [[EMPTY] * MAP_SIDE for _ in range(MAP_SIDE)]
     for thing in scene:
         words = (thing.colour, thing.shape, ROWS[thing.row], COLUMNS[thing.column])
@@ -165,7 +166,7 @@ def place_map(scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Every question of the five kinds that has one answer, with as many presence questions of yes as of no."""
+    """Return every question of the five kinds that has one answer, with as many presence questions of yes as of no."""
     colours = [t.colour for t in scene]
     shapes = [t.shape for t in scene]
     names = [t.name for t in scene]
@@ -189,7 +190,7 @@ def plural(noun: str) -> str:
 
 
 def _absent(scene: Scene, thing: Thing, rng: np.random.Generator) -> str:
-    """A name that no thing of the scene has; mostly one that shares the colour or the shape with `thing`."""
+    """Draw a name that no thing of the scene has; mostly one that shares the colour or the shape with `thing`."""
     present = {t.name for t in scene}
     if rng.random() < 0.4:
         near = [f"{thing.colour} {shape}" for shape in SHAPES]
