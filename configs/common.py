@@ -29,10 +29,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.max_length = 2048
     c.data.shuffle = True
     c.data.group_by = "none"  # modality_length: rows of like length and kind share an update, as the original
-    c.data.pack = False  # several conversations in a row
+    c.data.pack = False  # several conversations in a row; False: one, all rows as long as the longest
     c.data.pack_length = 0  # tokens in a packed row; 0: what leaves the least padding
     c.data.pack_images = 0  # images in a packed row; 0: what is needed
-    c.data.workers = 0  # threads that make batches, and processes that check rows before the run; 0: one, and none
+    c.data.workers = 0  # threads that make batches; 0: one
 
     c.optim = ml_collections.ConfigDict()
     c.optim.lr = 2e-5

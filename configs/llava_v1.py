@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data.image_position = "keep"
     c.data.aspect = "crop"
     c.data.max_length = 2048
+    c.data.pack = True
     c.data.workers = 8
     c.optim.schedule = "cosine"
     c.optim.warmup_ratio = 0.03

@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.model.llm = f"weights/vicuna-{args.size}-v1.5"
     c.model.projector = "mlp2x_gelu"
     c.data.max_length = 2048
+    c.data.pack = True
     c.data.workers = 8
     c.optim.schedule = "cosine"
     c.optim.warmup_ratio = 0.03

@@ -77,8 +77,8 @@ def settings_from_dict(values: dict) -> Settings:
     _check_order(settings.data)
     if settings.data.pack and settings.train.loss_norm == "rank_mean":
         raise InputError(
-            "train.loss_norm=rank_mean weighs the rows of each device as the original does, which data.pack mixes: "
-            "expected global_token with data.pack=True"
+            "train.loss_norm=rank_mean weighs the rows of each device as the original does, and data.pack=True mixes "
+            "them: set --config.data.pack=False, or leave loss_norm at global_token"
         )
     parse_groups(settings.optim.groups)
     lora_targets(settings.lora.targets)
@@ -201,11 +201,12 @@ def _check_value(key: str, value: Any) -> None:
 def _check_order(data: DataSettings) -> None:
     if data.group_by != "none" and (data.pack or not data.shuffle):
         other = "data.pack=True" if data.pack else "data.shuffle=False"
-        raise InputError(f"data.group_by={data.group_by} and {other} each order the rows: set only one of them")
+        mend = "--config.data.pack=False" if data.pack else "--config.data.shuffle=True"
+        raise InputError(f"data.group_by={data.group_by} and {other} each order the rows: set {mend}")
     if not data.pack and (data.pack_length or data.pack_images):
         raise InputError(
             f"data.pack_length={data.pack_length} and data.pack_images={data.pack_images} say how rows are packed: "
-            "set data.pack=True, or both to 0"
+            "set --config.data.pack=True, or both to 0"
         )
 
 

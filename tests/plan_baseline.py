@@ -37,7 +37,9 @@ class Entry:
 def entry(title: str, size: str, stage: str, topology: str, *more: str, llm: str = "") -> Entry:
     config = f"--config=configs/llava_v1_5.py:size={size},stage={stage}"
     towers = (f"--config.model.llm={llm or f'random:vicuna-{size}'}", "--config.model.vision=random:clip-l-14-336")
-    return Entry(title, (config, *towers, f"--topology={topology}", f"--rows={ROWS[stage]}", *more))
+    # One conversation a row, unless `more` packs them.
+    given = (config, *towers, "--config.data.pack=False", f"--topology={topology}", f"--rows={ROWS[stage]}")
+    return Entry(title, (*given, *more))
 
 
 def published() -> dict[str, Entry]:

@@ -1,14 +1,17 @@
 """Plans of batches: every conversation once an epoch, batch_size of them an update, one shape, almost no padding."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
+from llava_jax.cli.train import load_settings
 from llava_jax.data.grouping import count_words
 from llava_jax.data.packing import BatchPlan, deal, pack_update, plan_batches
 from llava_jax.types import UNPACKED, DataSettings, InputError, Record, Turn
 
+ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = DataSettings("rows.json", "", "v1", "front", "pad", 2048, True, **{**UNPACKED, "pack": True})
 
 
@@ -202,6 +205,45 @@ def test_unpacked_rows_hold_one_conversation():
     assert plan.shape.filled == pytest.approx(LENGTHS.mean() / 32)
     assert [plan.members(0, row).tolist() for row in range(4)] == plan.order_UC[0, :, None].tolist()
     assert sorted(plan.order_UC.ravel()[:12]) == sorted(plan.order_UC.ravel()[12:]) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    "longest, max_length, length",
+    [(5, 2048, 16), (16, 2048, 16), (100, 2048, 112), (120, 2048, 128), (129, 2048, 256), (640, 2048, 640)]
+    + [(700, 2048, 768), (2048, 2048, 2048), (700, 720, 720), (60, 62, 62)],
+)
+def test_unpacked_rows_are_as_long_as_the_longest(longest, max_length, length):
+    lengths = np.array([3, longest, 4])
+    plan = plan_batches(
+        [None] * 3,
+        lengths,
+        dataclasses.replace(SETTINGS, pack=False, max_length=max_length),
+        batch_size=1,
+        row_multiple=1,
+        steps=3,
+        seed=0,
+        slots_A=np.zeros(3, int),
+    )
+    assert plan.shape.length == length and plan.shape.filled == pytest.approx(lengths.mean() / length)
+
+
+@pytest.mark.parametrize("config", ["llava_v1", "llava_v1_5"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_published_configs_leave_little_padding_as_they_are(config, stage):
+    lengths, images = instruction_lengths(30_000)
+    settings = load_settings([f"--config={ROOT}/configs/{config}.py:stage={stage}"])
+    size = settings.train.batch_size
+    sizes = dict(batch_size=size, row_multiple=8, steps=-(-30_000 // size), seed=0)
+    plan = plan_batches([None] * 30_000, lengths, settings.data, slots_A=images, **sizes)
+    assert plan.shape.filled >= 0.93, plan.shape
+
+
+def test_short_captions_with_the_tiny_config_leave_little_padding():
+    lengths = np.random.default_rng(0).normal(56, 4, 30_000).clip(40, 64).astype(np.int32)
+    settings = load_settings([f"--config={ROOT}/configs/tiny.py:stage=pretrain"])
+    sizes = dict(batch_size=settings.train.batch_size, row_multiple=1, steps=3750, seed=0)
+    plan = plan_batches([None] * 30_000, lengths, settings.data, slots_A=np.ones(30_000, int), **sizes)
+    assert plan.shape.filled >= 0.8, plan.shape
 
 
 def test_grouped_rows_follow_the_original():

@@ -47,9 +47,15 @@ def test_round_trip_through_the_file(tmp_path):
             "train.remat: expected one of none, dots, minimal, full, or names of minimal, attention",
         ),
         (dict(train__remat="full+down_weight"), "joined by '+', got 'full+down_weight'"),
-        (dict(data__pack=True, train__loss_norm="rank_mean"), "expected global_token with data.pack=True"),
-        (dict(data__pack_length=512), "set data.pack=True, or both to 0"),
-        (dict(data__group_by="modality_length", data__pack=True), "data.pack=True each order the rows"),
+        (
+            dict(data__pack=True, train__loss_norm="rank_mean"),
+            "set --config.data.pack=False, or leave loss_norm at global_token",
+        ),
+        (dict(data__pack_length=512), "set --config.data.pack=True, or both to 0"),
+        (
+            dict(data__group_by="modality_length", data__pack=True),
+            "data.pack=True each order the rows: set --config.data.pack=False",
+        ),
         (dict(data__group_by="modality_length", data__shuffle=False), "data.shuffle=False each order the rows"),
         (dict(mesh__data=-1), "at most one axis can be -1"),
         (dict(mesh__tensor=0), "config key mesh.tensor"),

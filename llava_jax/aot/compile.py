@@ -94,7 +94,8 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
         if not tokens_per_row:
             raise InputError(
                 "data.pack=True: compile reads no data: give --tokens_per_row=N, the mean length of a conversation "
-                "with its image tokens (LLaVA-1.5: about 600 in pretrain, 840 in finetune)"
+                "with its image tokens (LLaVA-1.5: about 600 in pretrain, 840 in finetune), or "
+                "--config.data.pack=False for one conversation of data.max_length tokens a row"
             )
         tokens = size * tokens_per_row / FILLED
         length = data.pack_length or _pack_length(tokens / ways, data.max_length)

@@ -21,6 +21,8 @@ from llava_jax.types import DataSettings, InputError, Record
 TARGET = 0.95
 # A chosen row length is a multiple of UNIT, attention is at its best at one of BLOCK: it then works in whole tiles.
 UNIT, BLOCK = 128, 512
+# Of an unpacked row below UNIT.
+SHORT = 16
 # A decoder of width D spends T / (12 D) as much on causal attention over T tokens as on its matrices; this is 12 D of
 # the 4096 of a 7B.
 ATTENTION = 12 * 4096
@@ -110,6 +112,12 @@ def check_order(
             )
 
 
+def row_length(longest: int, max_length: int) -> int:
+    """Tokens of an unpacked row: those of the longest conversation, rounded up as attention kernels want it."""
+    unit = UNIT if longest > UNIT else SHORT
+    return min(math.ceil(longest / unit) * unit, max_length)
+
+
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
     """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
     # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
@@ -133,8 +141,8 @@ def plan_batches(
 
     `lengths_A` are their tokens, `slots_A` their images (tiles under anyres), `words_A` their words, which group_by
     needs. Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one
-    conversation and max_length tokens. InputError when that does not divide, or the settings contradict each other or
-    the data.
+    conversation, and the tokens of the longest. InputError when that does not divide, or the settings contradict each
+    other or the data.
     """
     check_batch_size(batch_size, row_multiple, settings.pack)
     check_order(records, lengths_A, slots_A, words_A, settings, mixture)
@@ -147,9 +155,10 @@ def plan_batches(
     else:
         places = steps * batch_size
         order_UC = _stream(len(records), settings.shuffle, seed, places, mixture).reshape(steps, batch_size)
-    filled = float(lengths_A[order_UC].mean() / settings.max_length)
+    length = row_length(int(lengths_A.max()), settings.max_length)
+    filled = float(lengths_A[order_UC].mean() / length)
     images_used = float(slots_A[order_UC].sum(axis=1).mean())
-    shape = BatchShape(batch_size, settings.max_length, int(slots_A.max()), filled, images_used)
+    shape = BatchShape(batch_size, length, int(slots_A.max()), filled, images_used)
     rows_UC = np.tile(np.arange(batch_size, dtype=np.int32), (steps, 1))
     return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
 
