@@ -201,8 +201,8 @@ def _check_value(key: str, value: Any) -> None:
 def _check_order(data: DataSettings) -> None:
     if data.group_by != "none" and (data.pack or not data.shuffle):
         other = "data.pack=True" if data.pack else "data.shuffle=False"
-        mend = "--config.data.pack=False" if data.pack else "--config.data.shuffle=True"
-        raise InputError(f"data.group_by={data.group_by} and {other} each order the rows: set {mend}")
+        change = "--config.data.pack=False" if data.pack else "--config.data.shuffle=True"
+        raise InputError(f"data.group_by={data.group_by} and {other} each order the rows: set {change}")
     if not data.pack and (data.pack_length or data.pack_images):
         raise InputError(
             f"data.pack_length={data.pack_length} and data.pack_images={data.pack_images} say how rows are packed: "

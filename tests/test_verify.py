@@ -54,7 +54,7 @@ def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):
         _row("truncated", image="cut.jpg"),
         _row("empty", answer=""),
         _row("unequal", question="What is this?"),
-        _row("role", conversations=[{"from": "system", "value": "x"}]),
+        _row("role", conversations=[{"from": "robot", "value": "x"}]),
         _row("twice", conversations=[*GOOD["conversations"], {"from": "gpt", "value": "More."}]),
         _row("long", question="<image>\n" + "a " * 100),
         _row("outside", image="../a.png"),
@@ -70,7 +70,7 @@ def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):
         "truncated": "cut.jpg",
         "empty": "empty answer",
         "unequal": "0 <image>",
-        "role": "unknown role 'system'",
+        "role": "unknown role 'robot'",
         "twice": "two gpt turns in a row",
         "outside": "leaves the images folder",
         "long": "row longer than max_length keeps no target",
@@ -99,6 +99,8 @@ def test_figures(tmp_path, images, tokenizer):
         "answers before the first question left out: 1",
         "last questions without an answer left out: 1",
     ]
+    told = leading | {"system": "Be brief."}
+    assert _verify(tmp_path, images, tokenizer, [told]).count("leading") == 1
     kept_by_v0 = _verify(tmp_path, images, tokenizer, [leading], "v0")
     assert (kept_by_v0.kept, kept_by_v0.count("leading")) == (1, 0)
 

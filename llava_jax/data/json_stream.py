@@ -100,7 +100,7 @@ def _parser(path: str, expected: str) -> Any:
     for piece in utf8_pieces(path, expected):
         if DEEP.search(piece):
             raise InputError(f"{path}: not JSON that can be read: nested more than 200 deep; expected {expected}")
-        # No escape goes on behind a quote.
+        # No escape reaches past a quote.
         head, _, rest = (rest + piece).rpartition(b'"')
         lone = lone or LONE.search(head) is not None
     return (ijson.get_backend("python") if lone else ijson).items_coro

@@ -32,9 +32,9 @@ from llava_jax.types import DataSettings, Encoded, InputError, Record
 
 # Settings that say where a row stands or who reads it, not what it becomes.
 ORDER = ("annotations", "shuffle", "group_by", "pack", "pack_length", "pack_images", "workers")
-# Rows that are tokenised together, and threads that do that: while the tokenizer works outside of Python's lock, the
-# other one reads rows.
-TOGETHER, THREADS = 1024, 2
+# Rows that are tokenised together (some bring their images along, so not many), and threads that do that: while the
+# tokenizer works outside of Python's lock, the other one reads rows.
+TOGETHER, THREADS = 256, 2
 # Of each row, zeros where it cannot be trained: tokens that are trained on, those of them to be predicted, tokens that
 # max_length cuts off, images (anyres: tiles), words of its turns; and whether an answer before the first question, or a
 # last question without an answer, is left out.
@@ -201,9 +201,9 @@ def report_lines(checked: Checked, max_length: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
-    """A row that can be trained, what is trained of it, and its FIGURES."""
+    """The id of a row that can be trained, what is trained of it, and its FIGURES."""
 
-    record: Record
+    id: str
     encoded: Encoded
     figures: tuple[int, ...]
 
@@ -261,9 +261,10 @@ class _Check:
         full = full_length(encoded, counts)
         length = full if trained is encoded else full_length(trained, counts)
         targets, words = np.count_nonzero(trained.targets), count_words(record)
-        leading = record.turns[0].speaker == "gpt" and find_template(self.settings.template).drop_leading_answer
-        figures = (length, targets, full - length, slots, words, leading, record.turns[-1].speaker == "human")
-        return _Trained(record, trained, figures)
+        speakers = [turn.speaker for turn in record.turns if turn.speaker != "system"]
+        leading = speakers[:1] == ["gpt"] and find_template(self.settings.template).drop_leading_answer
+        figures = (length, targets, full - length, slots, words, leading, speakers[-1:] == ["human"])
+        return _Trained(record.id, trained, figures)
 
     def _require_folder(self, records: Sequence[Record]) -> None:
         folder = self.settings.images
@@ -295,7 +296,7 @@ def _check_settings(settings: DataSettings, tokenizer: TextTokenizer) -> None:
 def _dump_line(row: _Trained, tokenizer: TextTokenizer) -> str:
     tokens, targets = row.encoded.tokens, row.encoded.targets
     line = {
-        "id": row.record.id,
+        "id": row.id,
         "tokens": tokens.tolist(),
         "targets": targets.astype(int).tolist(),
         "text": tokenizer.decode(tokens[targets], skip_special=False),
