@@ -10,7 +10,9 @@ import pytest
 from llava_jax.cli import main
 from llava_jax.cli.flags import Parser
 
-WRITTEN = re.compile(r"--(\w+)(?: \S+)?\s+(?:written|to be written|folder of the run|folder for everything)")
+WRITTEN = re.compile(
+    r"--(\w+)(?: \S+)?\s+(?:written|to be written|folder of the run|folder for everything|folder to copy into)"
+)
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -103,6 +105,7 @@ def test_every_flag_that_is_written_is_guarded():
     [
         "train --config=cfg.py:stage=finetune --workdir=gs://bucket/run",
         "demo --workdir=gs://bucket/run",
+        "configs --copy=tiny --to=gs://bucket/configs",
         "convert --from=m --to=hf:gs://bucket/m",
         "convert --from=gs://bucket/m --to=hf:m",
         "generate --model=hf:s3://bucket/m --prompt=x",

@@ -7,10 +7,15 @@ import re
 import pytest
 
 from llava_jax.api import question, read_messages
+from llava_jax.data import validate
+from llava_jax.data.records import load_records
 from llava_jax.data.rows import Rejected, parse_or_reject
 from llava_jax.data.templates import find_template, render
+from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.infer.batch_generate import read_questions
-from llava_jax.types import InputError, Turn
+from llava_jax.prepare.arrayrecord import find_problems
+from llava_jax.types import UNPACKED, DataSettings, InputError, Turn
+from tests.tiny_llava import write_tokenizer
 
 CUT = "a\ud83d"  # an emoji cut in two
 
@@ -68,6 +73,13 @@ def test_an_answer_of_weight_0_is_no_target(name):
     entry["conversations"][3]["weight"] = 0
     nothing = render(parse_or_reject(entry, 0).turns, template)
     assert text(nothing, targets=True) == ""
+
+
+def test_a_weight_is_not_lost_when_rows_are_packed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.json").write_text(json.dumps([turns_of(row(), weight=1), turns_of(row(), weight=0)]))
+    (problem,) = find_problems(load_records(str(tmp_path / "rows.json")), "")
+    assert "row 1" in problem and "weight 0" in problem
 
 
 def test_questions_are_read_as_rows(tmp_path):
@@ -195,3 +207,17 @@ def test_an_id_that_pandas_wrote():
 def test_a_file_name_in_another_encoding_is_told():
     reason = parse_or_reject(row("<image>", image="caf\udce9.jpg"), 0).reason
     assert "byte 0xE9" in reason and "rename the file" in reason
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_keys_that_are_not_read_are_said_at_every_start(kept, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAVA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(validate, "KEPT_ROWS", 1 if kept else 100)
+    write_tokenizer(str(tmp_path / "llm"))
+    rows = [row(source="web"), row(source="book", quality=3), row()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = DataSettings(str(tmp_path / "rows.json"), "", "v1", "front", "pad", 2048, shuffle=False, **UNPACKED)
+    records, tokenizer = load_records(settings.annotations), load_tokenizer(str(tmp_path / "llm"))
+    for _ in range(2):
+        checked = validate.check_once(records, settings, tokenizer, patches=4)
+        assert "keys not read: source (2 rows), quality (1 rows)" in validate.summary(checked, 2048)

@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
         "llava-jax configs --copy=llava_v1_5",
         configs.configs_flags,
         configs.configs,
+        writes=("to",),
     ),
     "compile": Command(
         "compile the step of `train` ahead of time, for TPUs by name or for what is here: does it fit, how fast is it",

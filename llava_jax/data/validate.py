@@ -23,6 +23,7 @@ from llava_jax.data.grouping import count_words
 from llava_jax.data.images import check_image
 from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
 from llava_jax.data.records import Rejected, Rows, load_records
+from llava_jax.data.rows import unread_line
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
 from llava_jax.data.templates import check_image_position, find_template
 from llava_jax.data.tiles import Tiling
@@ -48,11 +49,15 @@ FIGURES = np.dtype(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checked:
-    """What was found in all rows: their FIGURES, the rows that cannot be trained, and the image files that can be."""
+    """What was found in all rows: their FIGURES, the rows that cannot be trained, and the image files that can be.
+
+    `unread` says of each key that is not read in how many rows it stands.
+    """
 
     figures_A: np.ndarray
     rejected: tuple[Rejected, ...]
     images: frozenset[str]
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -131,6 +136,8 @@ def summary(checked: Checked, max_length: int) -> list[str]:
     ):
         if checked.count(figure):
             lines.append(f"{what} left out: {checked.count(figure):,}")
+    if checked.unread:
+        lines.append(unread_line(checked.unread, "rows"))
     return lines
 
 
@@ -160,16 +167,17 @@ def check_records(
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
     check = _Check(records, settings, tokenizer, patches, tiling, look)
-    figures_A, rejected = np.zeros(len(records), FIGURES), []
+    figures_A, rejected, unread = np.zeros(len(records), FIGURES), [], collections.Counter()
     for row, found in enumerate(check.rows()):
         if isinstance(found, Rejected):
             rejected.append(found)
             continue
         figures_A[row] = found.figures
+        unread.update(found.record.unread)
         if dump is not None:
             dump.write(_dump_line(found, tokenizer))
     good = frozenset(path for path, problem in check.images.items() if problem is None)
-    return Checked(figures_A, tuple(rejected), good)
+    return Checked(figures_A, tuple(rejected), good, dict(unread))
 
 
 def verify(
@@ -330,11 +338,12 @@ def check_once(
     if kept is not None:
         images = kept["images"].tobytes().decode().split("\0") if kept["images"].size else []
         if all(map(os.path.isfile, images)):
-            return Checked(kept["figures"], (), frozenset(images))
+            return Checked(kept["figures"], (), frozenset(images), json.loads(kept["unread"].tobytes()))
     checked = check_records(records, settings, tokenizer, patches=patches)
     if not checked.rejected:
         images = "\0".join(sorted(checked.images)).encode()
-        keep(name, {"figures": checked.figures_A, "images": np.frombuffer(images, np.uint8)})
+        unread = np.frombuffer(json.dumps(checked.unread).encode(), np.uint8)
+        keep(name, {"figures": checked.figures_A, "images": np.frombuffer(images, np.uint8), "unread": unread})
     return checked
 
 

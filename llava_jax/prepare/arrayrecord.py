@@ -92,6 +92,8 @@ def find_problems(rows: Rows, images: str) -> list[str]:
         entry = rows.entry(row)
         if isinstance(entry, Rejected):
             return str(entry)
+        if not all(turn.target for turn in entry.turns):
+            return str(Rejected(row, entry.id, "weight 0 of a turn is not packed; train such rows from their JSON file"))
         found = (
             image_problem(image) if isinstance(image, bytes) else of_file(os.path.join(images, image))
             for image in entry.images
