@@ -8,6 +8,7 @@ import re
 import pytest
 
 from llava_jax.cli import main
+from llava_jax.cli.configs import find_config
 from llava_jax.cli.flags import Parser
 
 WRITTEN = re.compile(
@@ -132,3 +133,10 @@ def test_a_run_from_its_own_config_is_no_conflict(files, capsys):
     (files / "own").mkdir()
     (files / "own" / "config.json").write_text(json.dumps({"stage": "none"}))
     assert "names another file" not in refused("train --config=own/config.json --workdir=own".split(), capsys)
+
+
+def test_a_recipe_of_the_package_is_an_input_as_well(files, capsys):
+    recipe = str(find_config("tiny"))
+    before = pathlib.Path(recipe).read_bytes()
+    said = refused(["compile", "--config=tiny:stage=finetune", f"--json={recipe}"], capsys)
+    assert "names another file of this command" in said and pathlib.Path(recipe).read_bytes() == before

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llava_jax.cli.configs import find_config
 from llava_jax.cli.train import load_settings
 from llava_jax.data.sources import split_sources
 from llava_jax.settings import RANDOM
@@ -67,7 +68,7 @@ def _files_of_run(passed: Sequence[str]) -> list[Named]:
     spec = next(word for word in passed if word.startswith("--config=")).removeprefix("--config=")
     model, init, data = settings.model, settings.init, settings.data
     named = {
-        "--config": spec.partition(":")[0],
+        "--config": find_config(spec.partition(":")[0]),
         "model.vision": model.vision.removeprefix(RANDOM),
         "model.llm": model.llm.removeprefix(RANDOM),
         "init.model": init.model.rpartition(":")[2],
