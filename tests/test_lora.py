@@ -266,8 +266,28 @@ def test_a_run_under_any_name(ran, tmp_path):
     convert(f"orbax:{workdir}", f"peft:{tmp_path}/out")
     tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("clip", "out")]
     assert all(tensors[0][name].tobytes() == x.tobytes() for name, x in tensors[1].items())
-    with pytest.raises(InputError, match="holds none of them"):
+
+
+def test_adapters_are_read_back_onto_their_base(ran, tmp_path):
+    """A folder of peft as --model: with the base it names, or another one where that is not there."""
+    workdir, settings, _, _ = ran
+    _, params, extras = read_model(f"orbax:{workdir}", "model", dtype="float32")
+    convert(f"orbax:{workdir}", f"peft:{tmp_path}/out")
+    base = shutil.copytree(settings.init.model.removeprefix("hf:"), tmp_path / "base")
+    for source, given in ((f"peft:{tmp_path}/out", ""), (f"{tmp_path}/out", ""), (f"peft:{tmp_path}/out", str(base))):
+        config, found, others = read_model(source, "model", dtype="float32", base=given)
+        assert (others.template, others.aspect) == (extras.template, extras.aspect)
+        found = jax.tree.map(np.asarray, found)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-2), found["llm"], params["llm"])
+        jax.tree.map(np.testing.assert_array_equal, found["projector"], params["projector"])
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "gone/base"
+    }
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(InputError, match="base of its adapter, 'gone/base', is no folder here.*--base=DIR"):
         read_model(f"{tmp_path}/out", "model")
+    with pytest.raises(InputError, match="the folder holds adapters of peft"):
+        read_model(f"hf:{tmp_path}/out", "model")
 
 
 def test_only_a_run_with_adapters_has_some(ran, tmp_path):

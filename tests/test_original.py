@@ -488,3 +488,64 @@ def test_bin_stands_wherever_safetensors_do(tmp_path, folders):
     second = flat(hf.read_llama(str(tmp_path / "l"))[1])
     for path, array in first.items():
         np.testing.assert_array_equal(array + 1, second[path])
+
+
+# ---- parts alone, and the base they belong to ---------------------------------------------------------------------
+
+
+def test_a_projector_of_a_lora_run(tmp_path, folders):
+    """non_lora_trainables.bin, with peft's prefix, by itself and by its folder."""
+    folder, tower = folders
+    lora, _ = lora_folder(tmp_path)
+    config, params, _ = hf.read_llava(str(lora), beside=Beside(vision=tower, base=folder))
+    assert_equal(flat(hf.read_projector(str(lora / "non_lora_trainables.bin"), config)), flat(params["projector"]))
+    assert_equal(flat(load.read_projector(str(lora), config)), flat(params["projector"]))
+
+
+@pytest.fixture
+def stage_1(tmp_path, folders):
+    """(what the original's pretrain script leaves, its base, the tower, the tensors of both)."""
+    base, tower = folders
+    tensors = llava_tensors()
+    write_config(base, llama_json(LLAMA))
+    write_shards(base, {name: x for name, x in tensors.items() if "mm_projector" not in name})
+    write_config(tmp_path / "pt", described())
+    write_bin(tmp_path / "pt" / "mm_projector.bin", {n: x for n, x in tensors.items() if "mm_projector" in n})
+    return str(tmp_path / "pt"), base, tower, tensors
+
+
+def test_a_stage_1_folder_with_its_base(tmp_path, stage_1):
+    folder, base, tower, tensors = stage_1
+    for beside in (Beside(tower, base), Beside(tower)):
+        _, params, extras = hf.read_llava(folder, beside=beside)
+        assert_equal(flat(params), expected(hub(tensors | clip_tensors())))
+        assert extras.tokenizer == base
+        write_config(folder, described(_name_or_path=base))
+    convert.convert(f"llava:{folder}", f"hf:{tmp_path / 'h'}", vision=tower, base=base)
+    assert_equal(flat(load.read_projector(folder, CONFIG)), flat(params["projector"]))
+
+
+def test_a_stage_1_folder_without_its_base(tmp_path, stage_1):
+    folder, _, tower, _ = stage_1
+    with pytest.raises(InputError, match=r"projector alone \(mm_projector.bin\); name the decoder .*--base=DIR"):
+        hf.read_llava(folder, beside=Beside(tower))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds neither checkpoints nor mm_projector.bin nor non_lora_trainables.bin"):
+        load.read_projector(str(tmp_path / "none"), CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_without_an_index(tmp_path, folders, kind):
+    folder, tower = folders
+    wanted = flat(hf.read_llava(folder, beside=Beside(vision=tower))[1])
+    os.remove(os.path.join(folder, "pytorch_model.bin.index.json"))
+    if kind == "safetensors":
+        for n, names in enumerate((list(llava_tensors())[::2], list(llava_tensors())[1::2]), 1):
+            held = {name: llava_tensors()[name] for name in names}
+            save_file(held, os.path.join(folder, f"model-0000{n}-of-00002.safetensors"))
+            os.remove(os.path.join(folder, f"pytorch_model-0000{n}-of-00002.bin"))
+    assert_equal(flat(hf.read_llava(folder, beside=Beside(vision=tower))[1]), wanted)
+    last = f"{'pytorch_' if kind == 'bin' else ''}model-00002-of-00002.{kind}"
+    os.remove(os.path.join(folder, last))
+    with pytest.raises(InputError, match=f"shards without an index, and of 00002 absent: {last}"):
+        hf.read_llava(folder, beside=Beside(vision=tower))

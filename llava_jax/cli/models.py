@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SOURCE = (
     "hf:DIR (a Hugging Face folder), llava:DIR (an original LLaVA one), orbax:DIR (a workdir of train, or what convert "
-    "wrote so), or just DIR"
+    "wrote so), peft:DIR (adapters, with --base), or just DIR"
 )
 
 
@@ -159,7 +159,7 @@ def convert_flags(parser: argparse.ArgumentParser) -> None:
 
 def beside_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
-    base = "the model that the adapter in a llava:DIR belongs to, where it only names one"
+    base = "the model that adapters (peft:DIR, llava:DIR) or a stage-1 llava:DIR belong to, where they only name one"
     parser.add_argument("--base", default="", metavar="DIR", help=base)
     step = "the checkpoint of a workdir of train to take; the newest by default"
     parser.add_argument("--step", type=int, metavar="N", help=step)

@@ -18,7 +18,7 @@ from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.llava import build
 from llava_jax.parallel.placement import LazyTensor
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
-from llava_jax.weights import hf_config, name_table, original
+from llava_jax.weights import hf_config, name_table, original, peft
 from llava_jax.weights.chat_known import recognised_template
 from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.hf_facts import config_value, read_json
@@ -112,6 +112,8 @@ def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, lazy: bool = Fal
 
 def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
     """What `read_llava` says, without the weights."""
+    if peft.is_adapter(folder):
+        return read_llava_config(peft.base_of(folder, beside.base), Beside(beside.vision))
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
     if not hf_config.is_original(given):
@@ -126,7 +128,9 @@ def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, 
 
 
 def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
-    """The folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
+    """Return the folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
+    if peft.is_adapter(folder):
+        return [folder, *weight_folders(peft.base_of(folder, beside.base), Beside(beside.vision))]
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path) or not hf_config.is_original(read_json(path)):
         return [folder]
@@ -134,8 +138,10 @@ def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
     return [other for other in (folder, found.tower, found.base) if other]
 
 
-def stored_dtype(folder: str) -> str:
+def stored_dtype(folder: str, beside: Beside = HERE) -> str:
     """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
+    if peft.is_adapter(folder):
+        return stored_dtype(peft.base_of(folder, beside.base))
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
     stored = config_value(given, "dtype")
     return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
@@ -159,6 +165,9 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
 
 def _opened(folder: str, beside: Beside) -> tuple[Tensors, str]:
     """(tensors of a LLaVA folder, the kind of their names)."""
+    if peft.is_adapter(folder):
+        tensors, kind = _opened(peft.base_of(folder, beside.base), Beside(beside.vision))
+        return peft.merged(folder, tensors, kind), kind
     if hf_config.is_original(hf_config.read_config(folder, "a LLaVA folder")):
         return original.open_tensors(original.open_original(folder, beside)), "original"
     return open_folder(folder), "llava"
@@ -167,7 +176,9 @@ def _opened(folder: str, beside: Beside) -> tuple[Tensors, str]:
 def _only_for_originals(folder: str, beside: Beside) -> None:
     for flag, given in (("--vision", beside.vision), ("--base", beside.base)):
         if given:
-            raise InputError(f"{flag}={given}: {folder} holds its whole model; the flag is for original LLaVA folders")
+            raise InputError(
+                f"{flag}={given}: {folder} holds its whole model; the flag is for original LLaVA folders and adapters"
+            )
 
 
 def _read(

@@ -19,6 +19,7 @@ from llava_jax.weights.adapters import merge_adapters, merge_difference, place_q
 from llava_jax.weights.fingerprints import check_unchanged, frozen_sources, model_inputs
 from llava_jax.weights.hf import Beside, LlavaExtras, read_llava, stored_dtype
 from llava_jax.weights.hf_facts import contradictions
+from llava_jax.weights.original import OTHERS, PROJECTOR
 from llava_jax.weights.source import is_workdir, parse
 from llava_jax.weights.spec import ModelSpec, adapted, float_dtype, model_spec
 
@@ -62,7 +63,8 @@ def read_model(
             exif=rules.exif,
         )
     else:
-        dtype, beside = dtype or stored_dtype(folder), Beside(vision, base)
+        beside = Beside(vision, base)
+        dtype = dtype or stored_dtype(folder, beside)
         config, params, extras = read_llava(folder, dtype=dtype, lazy=True, beside=beside)
         for line in [line for each in hf.weight_folders(folder, beside) for line in contradictions(each)]:
             print(f"warning: {line}")
@@ -136,7 +138,14 @@ def read_projector(source: str, config: ModelConfig) -> Params:
     if not os.path.isdir(source):
         return hf.read_projector(source, config)
     if not is_workdir(source):
-        raise InputError(f"init.projector={source}: no checkpoints in it, expected the workdir of a pretrain run")
+        files = [os.path.join(source, name) for name in (PROJECTOR, OTHERS)]
+        file = next((path for path in files if os.path.isfile(path)), None)
+        if file is None:
+            raise InputError(
+                f"init.projector={source}: holds neither checkpoints nor {PROJECTOR} nor {OTHERS}; expected the "
+                "workdir or output folder of a pretrain run, or a .safetensors or .bin file"
+            )
+        return hf.read_projector(file, config)
     found = runs.load_params(source, part="projector")[1]["projector"]
     if "image_newline" not in found:
         config = dataclasses.replace(config, pinpoints=())

@@ -132,8 +132,14 @@ _UNUSED = {
 }
 
 
+def without_peft(name: str) -> str:
+    """The name without what peft puts in front of a model's tensors."""
+    return re.sub(r"^base_model\.(?:model\.)?|\.modules_to_save\.default(?=\.)", "", name)
+
+
 def canonical(name: str, kind: str) -> str:
     """The table's spelling of a tensor name found in a folder of `kind`, one of ALIASES."""
+    name = without_peft(name)
     for pattern, replacement in ALIASES[kind]:
         renamed, hits = re.subn(pattern, replacement, name, count=1)
         if hits:

@@ -1,7 +1,14 @@
-"""The adapters of a run as peft saves them: adapter_config.json and adapter_model.safetensors, with the projector."""
+"""peft's folders: adapter_config.json and adapter_model.safetensors, read merged into their base, and written of a run.
 
+What was trained whole (the projector) lies among the adapters, as peft's modules_to_save.
+"""
+
+import dataclasses
 import json
+import math
 import os
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,14 +17,163 @@ from safetensors.numpy import save_file
 from llava_jax.types import InputError, LoraConfig, ModelConfig
 from llava_jax.weights import name_table
 from llava_jax.weights.hf_export import finished_folder
-from llava_jax.weights.tensors import open_file
+from llava_jax.weights.hf_facts import read_json
+from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file
 
 Params = dict[str, Any]
 
+CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
+LOW_RANK = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 # LlavaForConditionalGeneration of transformers 5 in memory, where peft looks; the names in files are older.
 LLM = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
+
+
+# ---- read -------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(folder: str) -> bool:
+    """Return whether a folder holds adapters and no model, by what lies in it."""
+    has = [os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, "config.json")]
+    return has == [True, False]
+
+
+def found(path: str, folder: str) -> str:
+    """Return a model's path as it is written, or below the folder; empty when it is neither."""
+    below = os.path.join(folder, path)
+    return next((found for found in (below, path) if os.path.isfile(os.path.join(found, "config.json"))), "")
+
+
+def base_of(folder: str, override: str = "") -> str:
+    """Return the folder that the adapters belong to: `override`, or the one they name. Raises InputError."""
+    named = read_json(os.path.join(folder, CONFIG)).get("base_model_name_or_path")
+    if override and not os.path.isfile(os.path.join(override, "config.json")):
+        raise InputError(f"--base={override}: has no config.json; expected the model that the adapter {folder} is for")
+    base = override or (found(named, folder) if isinstance(named, str) and named else "")
+    if not base:
+        raise InputError(
+            f"{folder}: the base of its adapter, {named!r}, is no folder here; download it and name the folder: "
+            "--base=DIR (for a run: llava-jax convert --from=… --base=DIR --to=hf:DIR)"
+        )
+    return base
+
+
+def merged(folder: str, base: Tensors, kind: str) -> Tensors:
+    """Return the base's tensors (names of `kind`) with the folder's adapters added and its whole tensors in place."""
+    scale = _scale(folder)
+    paths = [os.path.join(folder, name) for name in (ADAPTER, "adapter_model.bin")]
+    adapter = open_file(next((path for path in paths if os.path.isfile(path)), paths[0]))
+    pairs = _pairs(adapter, base, kind)
+    updated = base.joined(Tensors(folder, dict.fromkeys(pairs, _Merged(base, adapter, pairs, scale))))
+    whole = {name: file for name, file in adapter.file_of.items() if not LOW_RANK.fullmatch(name)}
+    return dataclasses.replace(placed(updated, Tensors(adapter.where, whole), kind), where=folder)
+
+
+def placed(base: Tensors, trained: Tensors, kind: str) -> Tensors:
+    """Return the base's tensors with those of `trained` in their place, under the base's spelling."""
+    spelled = {name_table.canonical(name, kind): name for name in base.names()}
+    files: dict[str, File] = {}
+    for name in trained.names():
+        files[spelled.get(name_table.canonical(name, kind), name_table.without_peft(name))] = _As(trained, name)
+    return base.joined(Tensors(trained.where, files))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged(File):
+    """Weights of a base with their low-rank updates added, in float32; tensor -> (A [r, in], B [out, r])."""
+
+    base: Tensors
+    adapter: Tensors
+    pairs: Mapping[str, tuple[str, str]]
+    scale: float
+
+    def keys(self) -> list[str]:
+        return list(self.pairs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> str:
+        return "F32"
+
+    def get(self, name: str) -> np.ndarray:
+        a, b = (self.adapter.get(part).astype(np.float32) for part in self.pairs[name])
+        return self.base.get(name).astype(np.float32) + np.float32(self.scale) * (b @ a)
+
+
+@dataclasses.dataclass(frozen=True)
+class _As(File):
+    """One tensor, under whatever name it is asked for."""
+
+    tensors: Tensors
+    name: str
+
+    def keys(self) -> list[str]:
+        return [self.name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.name)
+
+    def dtype(self, name: str) -> str:
+        return self.tensors.dtype(self.name)
+
+    def get(self, name: str) -> np.ndarray:
+        return self.tensors.get(self.name)
+
+
+def _scale(folder: str) -> float:
+    """What B A is multiplied by; InputError for the kinds of adapter that are more than W + scale · B A."""
+    where = os.path.join(folder, CONFIG)
+    given = read_json(where)
+    # Others of the last one (pissa, olora, corda …) change the base's own weights.
+    only = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, False, None, "gaussian"))
+    for key, allowed in only.items():
+        if given.get(key) not in allowed:
+            raise InputError(f"{where}: {key} is {given.get(key)!r}, which is not supported; expected {allowed[0]!r}")
+    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "lora_bias"):
+        if given.get(key):
+            raise InputError(f"{where}: {key} is {given[key]!r}, which is not supported; expected it unset")
+    rank, alpha = given.get("r"), given.get("lora_alpha")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise InputError(f"{where}: r is {rank!r}, lora_alpha {alpha!r}; expected numbers, r above 0")
+    return alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
+
+
+def _pairs(adapter: Tensors, base: Tensors, kind: str) -> dict[str, tuple[str, str]]:
+    """Tensor of the base -> names of its A and B; InputError lists every one that fits nothing."""
+    spelled = {name_table.canonical(name, kind): name for name in base.names()}
+    halves: dict[str, dict[str, str]] = {}
+    problems = []
+    for name in adapter.names():
+        match = LOW_RANK.fullmatch(name)
+        if match is None:
+            continue
+        target = spelled.get(name_table.canonical(match[1] + ".weight", kind))
+        if target is None:
+            problems.append(f"{name} belongs to no weight of the base")
+        else:
+            halves.setdefault(target, {})[match[2]] = name
+    problems += _misfits(adapter, base, halves)
+    if problems:
+        raise InputError(f"{adapter.where}: does not fit the base {base.where}: {'; '.join(problems)}")
+    return {target: (half["A"], half["B"]) for target, half in halves.items()}
+
+
+def _misfits(adapter: Tensors, base: Tensors, halves: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    for target, half in halves.items():
+        if set(half) != {"A", "B"}:
+            yield f"{', '.join(half.values())} has no counterpart"
+            continue
+        a, b = (adapter.shape(half[letter]) for letter in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != base.shape(target):
+            yield f"{half['B']} {list(b)} times {half['A']} {list(a)} is not {target} {list(base.shape(target))}"
+        for name in half.values():
+            if adapter.dtype(name) not in FLOATS:
+                yield f"{name} is {adapter.dtype(name)}"
+
+
+# ---- written ------------------------------------------------------------------------------------------------------
 
 
 def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params, base: str) -> None:
@@ -34,7 +190,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
         )
     tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
     with finished_folder(folder) as partial:
-        with open(os.path.join(partial, "adapter_config.json"), "w", encoding="utf-8") as file:
+        with open(os.path.join(partial, CONFIG), "w", encoding="utf-8") as file:
             json.dump(adapter_json(config.lora, base), file, indent=2)
         path = os.path.join(partial, ADAPTER)
         save_file(tensors, path, metadata={"format": "pt"})
@@ -73,8 +229,8 @@ def _module(target: str) -> str:
 def _adapters(lora: LoraConfig, params: Params) -> dict[str, np.ndarray]:
     found = {}
     for target in lora.targets:
-        room, layer = target.split("/")
-        a, b = (np.asarray(params["layers"][room][layer][leaf], np.float32) for leaf in ("a", "b"))
+        module, layer = target.split("/")
+        a, b = (np.asarray(params["layers"][module][layer][leaf], np.float32) for leaf in ("a", "b"))
         for index in range(len(a)):
             name = f"base_model.model.{LLM}layers.{_module(target).format(index)}"
             found[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[index].reshape(-1, lora.rank).T)

@@ -6,15 +6,17 @@ from llava_jax.types import InputError
 from llava_jax.weights.hf_config import is_original
 from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.orbax_model import is_converted
+from llava_jax.weights.peft import is_adapter
 
 FORMS = (
     "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train, "
-    "or what convert wrote so), or such a DIR alone"
+    "or what convert wrote so), peft:DIR (adapters, with --base), or such a DIR alone"
 )
 _HOLDS = {
     "run": "a workdir of train",
     "orbax": "a whole model as orbax",
     "llava": "a config.json of the original LLaVA",
+    "peft": "adapters of peft",
     "hf": "a config.json without checkpoints/ or weights/",
     "": "none of them",
 }
@@ -36,10 +38,10 @@ def split(source: str) -> tuple[str, str]:
 def parse(source: str, name: str = "model") -> tuple[str, str]:
     """(kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
 
-    The kind is `run` (a workdir of train), `orbax` (a whole model that we wrote so), `hf` or `llava`.
+    The kind is `run` (a workdir of train), `orbax` (a whole model that we wrote so), `peft`, `hf` or `llava`.
     """
     form, folder = split(source)
-    if form not in ("", "hf", "llava", "orbax"):
+    if form not in ("", "hf", "llava", "orbax", "peft"):
         raise InputError(f"{name}={source}: form {form!r} is not read; expected {FORMS}")
     if not os.path.isdir(folder):
         raise InputError(f"{name}={source}: no folder {folder!r}; expected {FORMS}")
@@ -51,7 +53,7 @@ def parse(source: str, name: str = "model") -> tuple[str, str]:
     elif os.path.isfile(config):
         found = "llava" if is_original(read_json(config)) else "hf"
     else:
-        found = ""
+        found = "peft" if is_adapter(folder) else ""
     if not found or form not in ("", "orbax" if found == "run" else found):
         raise InputError(f"{name}={source}: the folder holds {_HOLDS[found]}; expected {FORMS}")
     return found, folder

@@ -4,6 +4,7 @@ Read are .safetensors, torch's .bin files and what we wrote as orbax; written ar
 """
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -119,7 +120,24 @@ def weight_files(folder: str) -> list[str]:
     if orbax_model.is_converted(folder):
         return orbax_model.files(folder)
     index, single = _layout(folder)
-    return sorted(set(_indexed(folder, index).values())) if index else [os.path.join(folder, single)] if single else []
+    if index:
+        return sorted(set(_indexed(folder, index).values()))
+    return [os.path.join(folder, single)] if single else _shards(folder)
+
+
+def _shards(folder: str) -> list[str]:
+    """The shards of a folder that has lost their index, which only repeats what they hold; all of them, or none."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{stem}-?????-of-?????.{ending}")))
+        if not found:
+            continue
+        total = os.path.basename(found[0]).partition("-of-")[2].removesuffix(f".{ending}")
+        wanted = [os.path.join(folder, f"{stem}-{n:05d}-of-{total}.{ending}") for n in range(1, int(total) + 1)]
+        if found != wanted:
+            absent = ", ".join(os.path.basename(path) for path in wanted if path not in found)
+            raise InputError(f"{folder}: has shards without an index, and of {total} absent: {absent}; download them")
+        return found
+    return []
 
 
 def _layout(folder: str) -> tuple[str, str]:
@@ -138,6 +156,10 @@ def open_folder(folder: str) -> Tensors:
         file = orbax_model.OrbaxFile(folder)
         return Tensors(folder, dict.fromkeys(file.keys(), file))
     index, single = _layout(folder)
+    shards = [] if index or single else _shards(folder)
+    if shards:
+        files = [(name, file) for file in map(_opened, shards) for name in file.keys()]
+        return Tensors(folder, dict(files))
     if not index and not single:
         raise InputError(
             f"{folder}: has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE} nor {TORCH_INDEX}); expected a Hugging "
