@@ -271,19 +271,20 @@ def test_a_run_under_any_name(ran, tmp_path):
 def test_adapters_are_read_back_onto_their_base(ran, tmp_path):
     """A folder of peft as --model: with the base it names, or another one where that is not there."""
     workdir, settings, _, _ = ran
-    _, params, extras = read_model(f"orbax:{workdir}", "model", dtype="float32")
+    config, trained = load.load_adapters(str(workdir))
+    _, params, extras = hf.read_llava(settings.init.model.removeprefix("hf:"))
+    # On the base as it is: in four bits it is only while a run trains on it.
+    wanted = merge_adapters(dataclasses.replace(config, nf4=False), params["llm"], trained["lora"], "float32")
     convert(f"orbax:{workdir}", f"peft:{tmp_path}/out")
     base = shutil.copytree(settings.init.model.removeprefix("hf:"), tmp_path / "base")
     for source, given in ((f"peft:{tmp_path}/out", ""), (f"{tmp_path}/out", ""), (f"peft:{tmp_path}/out", str(base))):
-        config, found, others = read_model(source, "model", dtype="float32", base=given)
+        _, found, others = read_model(source, "model", dtype="float32", base=given)
         assert (others.template, others.aspect) == (extras.template, extras.aspect)
         found = jax.tree.map(np.asarray, found)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-2), found["llm"], params["llm"])
-        jax.tree.map(np.testing.assert_array_equal, found["projector"], params["projector"])
-    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": "gone/base"
-    }
-    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(named))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found["llm"], wanted)
+        jax.tree.map(np.testing.assert_array_equal, found["projector"], trained["projector"])
+    path = tmp_path / "out" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "gone/base"}))
     with pytest.raises(InputError, match="base of its adapter, 'gone/base', is no folder here.*--base=DIR"):
         read_model(f"{tmp_path}/out", "model")
     with pytest.raises(InputError, match="the folder holds adapters of peft"):
