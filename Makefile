@@ -7,7 +7,7 @@
 # make lint    ruff, its format, and who may import whom (import-linter)
 #
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
-# requirements file changes.
+# requirements file or the Python changes: make test PYTHON=python3.12.
 
 .PHONY: demo test parity bench docs package lint
 .DELETE_ON_ERROR:
@@ -15,6 +15,7 @@
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 DEMO ?= demo_run
 
 demo: .venv/.runtime
@@ -50,15 +51,20 @@ define environment
 		echo "error: Python 3.11 or later is needed and '$(PYTHON)' is not; install it or give it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { \
 		echo "error: $(PYTHON) has no pip; install it (for example python3-pip) and run make again" >&2; exit 2; }
-	@test -x $(1)/bin/python || { echo "setting up $(1) with $$($(PYTHON) --version)"; \
-		$(PYTHON) -m venv $(1) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(1); }
+	@$(1)/bin/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null || { \
+		echo "setting up $(1) with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(1); }
 endef
+
+# An environment is of one Python; the targets that fill it follow it, and are made again when it was.
+%/.python-$(VERSION):
+	$(call environment,$*)
+	@touch $@
 
 # $(call install,FOLDER,WHAT)
 install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-version-check $(2)
 
-.venv/.runtime: requirements.txt pyproject.toml
-	$(call environment,.venv)
+.venv/.runtime: requirements.txt pyproject.toml .venv/.python-$(VERSION)
 	@echo "installing requirements.txt into .venv (a few minutes the first time)"
 	@$(call install,.venv,-r requirements.txt)
 	@$(call install,.venv,--no-deps -e .)
@@ -72,15 +78,14 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 	@$(call install,.venv,-r requirements-docs.txt)
 	@touch $@
 
-.venv-parity/.parity: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml
-	$(call environment,.venv-parity)
+.venv-parity/.parity: requirements.txt requirements-dev.txt requirements-parity.txt pyproject.toml \
+		.venv-parity/.python-$(VERSION)
 	@echo "installing requirements-parity.txt into .venv-parity (torch: several minutes the first time)"
 	@$(call install,.venv-parity,-r requirements-dev.txt -r requirements-parity.txt)
 	@$(call install,.venv-parity,--no-deps -e .)
 	@touch $@
 
-.venv-parity-446/.parity: requirements-parity-446.txt
-	$(call environment,.venv-parity-446)
+.venv-parity-446/.parity: requirements-parity-446.txt .venv-parity-446/.python-$(VERSION)
 	@echo "installing requirements-parity-446.txt into .venv-parity-446 (torch: several minutes the first time)"
 	@$(call install,.venv-parity-446,-r requirements-parity-446.txt)
 	@touch $@
