@@ -8,6 +8,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import math
 import pathlib
 import textwrap
@@ -37,7 +38,7 @@ def field_docs(cls: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     return {
         field.target.id: inspect.cleandoc(doc.value.value).replace("\n", " ")
-        for field, doc in zip(body, body[1:], strict=False)
+        for field, doc in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }
 

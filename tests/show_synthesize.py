@@ -87,8 +87,7 @@ class Killed:
         """(kind, image) of every good answer in the journal, by its whole lines."""
         lines = self.journal.read_bytes().split(b"\n")[:-1] if self.journal.is_file() else []
         rows = [json.loads(line) for line in lines]
-        numbers = {(row["kind"], row["id"]) for row in rows if row["text"] == self.expected(row)}
-        return numbers
+        return {(row["kind"], row["id"]) for row in rows if row["text"] == self.expected(row)}
 
     def expected(self, row):
         return good_answer(row["kind"], f"Street number {int(row['id'])} in the rain.")

@@ -30,10 +30,7 @@ def blocks(text: str) -> list[str]:
 def command_lines(path: pathlib.Path) -> list[str]:
     """Every call of our command in a page's code blocks or a notebook's cells, continued lines joined."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        found = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
-    else:
-        found = blocks(text)
+    found = ["".join(cell["source"]) for cell in json.loads(text)["cells"]] if path.suffix == ".ipynb" else blocks(text)
     lines = [line for block in found for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.match(r"(llava-jax|python -m llava_jax) ", line)]
 

@@ -379,7 +379,7 @@ def test_the_original_of_a_next(tmp_path):
     tower = part(load_file(folder / "clip-vision-tower" / "model.safetensors"), "", "model.vision_tower.vision_tower.")
     save_file(tensors | tower, folder / "model.safetensors")
     os.remove(folder / "clip-vision-tower" / "model.safetensors")
-    config, params, extras = hf.read_llava(str(folder))
+    config, _params, extras = hf.read_llava(str(folder))
     assert config.pinpoints == NEXT.pinpoints and (extras.aspect, extras.vision) == ("anyres", str(folder))
     convert.convert(str(folder), f"hf:{tmp_path / 'back'}")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "back"))

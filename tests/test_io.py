@@ -47,13 +47,13 @@ def test_a_link_stays_one_and_what_is_no_file_stays_too(tmp_path):
     with io.replacing(str(tmp_path / "a.json")) as file:
         file.write("whole")
     assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "a.json").read_text() == "whole"
-    with pytest.raises(InputError, match="disk: is no file"):  # noqa: SIM117
+    with pytest.raises(InputError, match="disk: is no file"):
         with io.replacing(str(tmp_path / "disk")):
             pass
 
 
 def test_a_file_that_cannot_be_written(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="a.json: cannot be written .*name a file that can"):  # noqa: SIM117
+    with pytest.raises(InputError, match="a.json: cannot be written .*name a file that can"):
         with io.replacing(str(tmp_path / "none" / "a.json")):
             pass
 
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(io.os, "fsync", full)
-    with pytest.raises(InputError, match="a.json: cannot be written .No space left on device.; make room"):  # noqa: SIM117
+    with pytest.raises(InputError, match="a.json: cannot be written .No space left on device.; make room"):
         with io.replacing(str(tmp_path / "a.json")) as file:
             file.write("much")
     assert os.listdir(tmp_path) == []

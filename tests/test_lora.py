@@ -255,7 +255,7 @@ def test_adapters_of_a_next_are_not_written_without_its_newline(tmp_path):
 
 def test_a_run_under_any_name(ran, tmp_path):
     """What adapters make, the run itself and the adapters' folder: none is known by its name."""
-    workdir, settings, _, _ = ran
+    workdir, _settings, _, _ = ran
     config, params, _ = read_model(f"orbax:{workdir}", "model")
     for name in ("zzz", "openai-clip-vicuna"):
         shutil.copytree(workdir, tmp_path / name)

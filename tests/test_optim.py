@@ -109,9 +109,9 @@ def test_adamw_follows_the_paper(eps):
     for path, start in jax.tree_util.tree_leaves_with_path(params()):
         name = O.leaf_path(path)
         peak = 1e-3 if name.startswith("projector") else 3e-3 if "head" in name else s.lr
-        series = [dict((O.leaf_path(p), x) for p, x in jax.tree_util.tree_leaves_with_path(g))[name] for g in gradients]
+        series = [{O.leaf_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(g)}[name] for g in gradients]
         want = adamw(start, series, [peak * f for f in factors], s, decay=name.endswith("kernel"))
-        found = dict((O.leaf_path(p), x) for p, x in jax.tree_util.tree_leaves_with_path(got))[name]
+        found = {O.leaf_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(got)}[name]
         # Ten roundings of a float32 parameter of size 2 are worth 1.2e-6; the steps are 1e-3 and more.
         np.testing.assert_allclose(found - start, want - start, rtol=1e-3, atol=1.2e-6, err_msg=name)
 
@@ -132,9 +132,9 @@ def test_clip_norm_0_is_off():
     off, on = run(settings(), params(), gradients), run(settings(clip_norm=1.0), params(), gradients)
     for path, start in jax.tree_util.tree_leaves_with_path(params()):
         name = O.leaf_path(path)
-        pick = [dict((O.leaf_path(p), x) for p, x in jax.tree_util.tree_leaves_with_path(g))[name] for g in gradients]
+        pick = [{O.leaf_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(g)}[name] for g in gradients]
         want = adamw(start, pick, [1e-2] * 3, settings(), decay=False)
-        found = [dict((O.leaf_path(p), x) for p, x in jax.tree_util.tree_leaves_with_path(t))[name] for t in (off, on)]
+        found = [{O.leaf_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(t)}[name] for t in (off, on)]
         np.testing.assert_allclose(found[0], want, rtol=1e-5, atol=1e-6)
         assert not np.allclose(found[1], want, rtol=1e-4, atol=1e-5)
 

@@ -165,7 +165,7 @@ def test_a_tower_inside(folders, prefix):
     folder, tower = folders
     os.remove(os.path.join(tower, "pytorch_model.bin"))
     write_shards(folder, llava_tensors() | clip_tensors(prefix))
-    config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    _config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
     assert extras.vision == folder
     assert_equal(flat(params), expected(hub(llava_tensors() | clip_tensors())))
 
@@ -231,7 +231,7 @@ def test_errors_name_what_is_missing(folders):
     with pytest.raises(InputError, match="needs no base"):
         hf.read_llava_config(folder, Beside(tower, tower))
     tensors = llava_tensors()
-    write_shards(folder, {name: x[:-1] if "norm.weight" == name[-11:] else x for name, x in tensors.items()})
+    write_shards(folder, {name: x[:-1] if name[-11:] == "norm.weight" else x for name, x in tensors.items()})
     with pytest.raises(InputError, match=r"model.norm.weight is \[7\], expected \[8\]"):
         hf.read_llava(folder, beside=Beside(vision=tower))
     write_shards(folder, {"model.extra.weight": np.ones(2, np.float32), **tensors})
@@ -404,7 +404,7 @@ def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
 
 def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
     folder, tower = folders
-    config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    config, params, _extras = hf.read_llava(folder, beside=Beside(vision=tower))
     siglip = dataclasses.replace(config, vision=dataclasses.replace(CLIP, family="siglip"))
     qwen = dataclasses.replace(config, llm=dataclasses.replace(LLAMA, family="qwen3"))
     how = dict(source_vision_folder=tower, tokenizer_folder=folder, template="v1", image_position="front")
@@ -479,7 +479,7 @@ def test_convert_refuses(tmp_path, folders):
 
 def test_bin_stands_wherever_safetensors_do(tmp_path, folders):
     """A LLaMA folder of one .bin, and the same tensors as safetensors next to it, which are then taken."""
-    folder, _ = folders
+    _folder, _ = folders
     tensors = {name: x for name, x in llava_tensors().items() if "mm_projector" not in name}
     write_config(tmp_path / "l", llama_json(LLAMA))
     write_bin(tmp_path / "l" / "pytorch_model.bin", tensors)

@@ -158,7 +158,7 @@ def test_microbatches_keep_rows_on_their_rank():
 
 def test_frozen_weights_may_be_of_another_dtype():
     low = PARAMS | {"vision": jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS["vision"])}
-    before, after, metrics, _, _ = update("pretrain", params=low)
+    before, after, _metrics, _, _ = update("pretrain", params=low)
     assert after["vision"]["kernel"].dtype == jnp.bfloat16 and after["projector"]["kernel"].dtype == np.float32
     assert before["vision"]["kernel"].tobytes() == after["vision"]["kernel"].tobytes()
 

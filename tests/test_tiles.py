@@ -297,7 +297,7 @@ def test_a_sideways_photograph_is_checked_cut_and_counted_as_it_is_shown(inputs,
         settings = settings_of(inputs, data__exif=exif, **files)
         return settings, batches_of(settings)
 
-    settings, (config, records, tokenizer, checked, batch) = batch_of(stored, exif=orientation)
+    settings, (config, _records, tokenizer, checked, batch) = batch_of(stored, exif=orientation)
     for mine, theirs in zip(batch, batch_of(shown)[1][-1], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     batch_of(stored, exif=orientation)
@@ -380,7 +380,7 @@ def test_a_row_whose_images_do_not_fit_is_named(inputs):
 
 
 def test_verify_counts_what_is_trained(inputs, first):
-    config, records, tokenizer, checked, _ = first
+    config, _records, tokenizer, checked, _ = first
     _, again = verify(settings_of(inputs).data, tokenizer, patches=4, tiling=tiling(config))
     assert again.kept == 8 and again.figures_A.tolist() == checked.figures_A.tolist()
 

@@ -336,5 +336,5 @@ def forbidden_shapes(lowered: Lowered) -> tuple[list[tuple[int, ...]], list[tupl
     scores = [(B, H, T, T), (B * H, T, T)]
     logits = [(B, t, V) for V in widths for t in (T, T - 1)]
     # A flat [B*T, V] looks like the embedding table where B*T is the model's width.
-    logits += [(B * T, V) for V in widths if B * T != config.width]
+    logits += [(B * T, V) for V in widths if config.width != B * T]
     return scores, logits

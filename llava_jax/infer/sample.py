@@ -81,7 +81,7 @@ def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[s
     A state is the longest end of the text so far that begins a stop string (Aho-Corasick), so a stop string that
     several tokens spell is seen whatever its cut. `pieces[t]` is the text of token t; `stop_ids` accept at once.
     """
-    states = [""] + sorted({stop[:size] for stop in stops for size in range(1, len(stop))})
+    states = ["", *sorted({stop[:size] for stop in stops for size in range(1, len(stop))})]
     number = {state: index for index, state in enumerate(states)}
     accept, alphabet = len(states), frozenset("".join(stops))
 

@@ -5,6 +5,7 @@ magnitude is kept in bfloat16 instead of being quantised a second time (4.25 bit
 chosen by fifteen selects, which a TPU does elementwise next to the matmul; a table of sixteen would be a gather there.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -48,7 +49,7 @@ def quantise(kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> tuple[ja
     divisor = jnp.expand_dims(scale.astype(jnp.float32), at + 1)
     share = (blocked / jnp.where(divisor > 0, divisor, 1.0)).reshape(kernel.shape)
     codes = jnp.zeros(kernel.shape, jnp.uint8)
-    for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True):
+    for low, high in itertools.pairwise(LEVELS):
         codes += (share > (low + high) / 2).astype(jnp.uint8)
     first, second = jnp.split(codes, 2, axis=packed)
     return first | (second << 4), scale

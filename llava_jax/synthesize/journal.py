@@ -39,7 +39,7 @@ class Journal:
         self.tokens_in = self.tokens_out = 0
         self._lock = threading.Lock()
         self._places: dict[str, list[tuple[int, int]]] = {}
-        self._file = tempfile.TemporaryFile() if path is None else _open(path)
+        self._file = tempfile.TemporaryFile() if path is None else _open(path)  # noqa: SIM115, held with the journal
         self._end = self._read()
 
     def __enter__(self) -> "Journal":
@@ -107,7 +107,7 @@ class Journal:
 
 
 def _open(path: str) -> Any:
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")  # noqa: SIM115, held with the journal
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

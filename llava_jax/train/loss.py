@@ -45,12 +45,12 @@ class _Parts(NamedTuple):
     head_DV: jax.Array | None
 
 
-def _forward(hidden_BTD, head_DV, labels_BT, weights_BT, head_learns):  # noqa: ANN001, ANN202
+def _forward(hidden_BTD, head_DV, labels_BT, weights_BT, head_learns):
     parts = _sharded(hidden_BTD, head_DV, labels_BT, weights_BT, head_learns)
     return parts.loss, parts
 
 
-def _backward(head_learns, parts, cotangent):  # noqa: ANN001, ANN202
+def _backward(head_learns, parts, cotangent):
     def scaled(gradient: jax.Array | None) -> jax.Array | None:
         return None if gradient is None else (gradient * cotangent).astype(gradient.dtype)
 

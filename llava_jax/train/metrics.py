@@ -51,7 +51,7 @@ class MetricsWriter:
     def __init__(self, workdir: str, first_step: int, steps: int, log_every: int, screen: TextIO):
         path = os.path.join(workdir, "metrics.jsonl")
         truncate_metrics(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step)
         self._steps, self._log_every, self._screen = steps, log_every, screen
         self._last_line = -QUIET_SECONDS

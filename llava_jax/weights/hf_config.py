@@ -100,7 +100,7 @@ def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
     )
     if result.width % result.heads:
         raise InputError(f"{where}: hidden_size {result.width} is not a multiple of {result.heads} attention heads")
-    if result.image_size % result.patch_size and family == "clip" or result.image_size < result.patch_size:
+    if (result.image_size % result.patch_size and family == "clip") or result.image_size < result.patch_size:
         raise InputError(f"{where}: image_size {result.image_size} is not a multiple of patch {result.patch_size}")
     return result
 

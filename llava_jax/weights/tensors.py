@@ -177,7 +177,7 @@ def open_folder(folder: str) -> Tensors:
             f"{' …' if len(absent) > 5 else ''}); download the folder again"
         )
     # What a shard holds beyond the index counts, too: it may be what the index forgot, or what nobody expects.
-    unlisted = {name: file for file in files.values() for name in file.keys() if name not in path_of}
+    unlisted = {name: files[path] for path, names in held.items() for name in names if name not in path_of}
     return Tensors(folder, unlisted | {name: files[path] for name, path in path_of.items()})
 
 

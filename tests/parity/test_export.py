@@ -102,9 +102,9 @@ def test_blocks_that_are_not_held_are_copied(tmp_path):
 
 
 def test_bfloat16_and_shards(tmp_path):
-    folder, config, params = exported(tmp_path, dtype="bfloat16")
+    folder, _config, params = exported(tmp_path, dtype="bfloat16")
     assert json.load(open(folder + "/config.json"))["torch_dtype"] == "bfloat16"
-    read, again, _ = hf.read_llava(folder, dtype="bfloat16")
+    _read, again, _ = hf.read_llava(folder, dtype="bfloat16")
     np.testing.assert_array_equal(
         np.asarray(again["projector"]["linear_1"]["kernel"]),
         np.asarray(params["projector"]["linear_1"]["kernel"].astype(jnp.bfloat16)),
