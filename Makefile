@@ -4,12 +4,13 @@
 # make bench   speed and memory beside torch and transformers
 # make docs    the documentation, warnings as errors, its notebooks executed
 # make package wheel and sdist, each installed into an empty environment and used in an empty folder
-# make lint    ruff, its format, and who may import whom (import-linter)
+# make lint    ruff, its format, who may import whom (import-linter), and make types
+# make types   ty over the package
 #
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test parity bench docs package lint
+.PHONY: demo test parity bench docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -43,6 +44,10 @@ lint: .venv/.dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-logo
+	$(MAKE) types
+
+types: .venv/.dev
+	.venv/bin/ty check --python .venv
 
 # $(call environment,FOLDER): an empty virtual environment. Pip of the base Python fills it, so a Python without
 # ensurepip (Debian without python3-venv) will do.

@@ -263,19 +263,21 @@ class Llava:
         Raises InputError for what cannot be asked.
         """
         if isinstance(prompts, str):
-            prompts, images = [prompts], [images]
+            asked, shown = [prompts], [images]
         elif isinstance(images, IMAGE_TYPES):
             raise InputError(
                 f"images is one image for a list of {len(prompts)} prompts; give a list with an entry (an image, a "
                 "list of images or None) for each"
             )
-        images = [None] * len(prompts) if images is None else images
-        if len(images) != len(prompts):
-            raise InputError(f"{len(images)} images for {len(prompts)} prompts: expected one entry (or None) a prompt")
+        else:
+            asked, shown = prompts, [None] * len(prompts) if images is None else images
+        if len(shown) != len(asked):
+            raise InputError(f"{len(shown)} images for {len(asked)} prompts: expected one entry (or None) a prompt")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more")
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, beams, seed)
-        ready = [self.prompt(question(text, shown)) for text, shown in zip(prompts, images, strict=True)]
+        # A list of lists for one prompt is refused where its entries are opened.
+        ready = [self.prompt(question(text, given)) for text, given in zip(asked, shown, strict=True)]  # ty: ignore
         order = sorted(range(len(ready)), key=lambda i: (len(ready[i].pixels), bucket(len(ready[i].tokens))))
         answers = [""] * len(ready)
         for start in range(0, len(order), batch_size):
@@ -423,5 +425,5 @@ def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
     engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
-        checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)
     return Llava(name, engine, processor, f"{checksum:08x}")

@@ -148,7 +148,7 @@ def lora_targets(pattern: str) -> tuple[str, ...]:
     return found
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def _build(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise InputError(f"config key {prefix.rstrip('.') or 'config'}: expected a group of keys, got {values!r}")
     hints = get_type_hints(cls)

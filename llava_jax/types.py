@@ -339,7 +339,7 @@ class DataSettings:
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.
-UNPACKED = dict(group_by="none", pack=False, pack_length=0, pack_images=0, workers=0)
+UNPACKED: dict[str, Any] = dict(group_by="none", pack=False, pack_length=0, pack_images=0, workers=0)
 
 
 @dataclasses.dataclass(frozen=True)

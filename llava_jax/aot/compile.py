@@ -186,7 +186,7 @@ def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
             raise
         return figures | refused | {"compile_seconds": time.monotonic() - start}, ""
     seconds = time.monotonic() - start
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     figures |= memory_figures(compiled, lowered) | time_figures(text, figures, lowered)
     return figures | {"compile_seconds": seconds}, text
 
@@ -267,9 +267,10 @@ def refusal(message: str, arguments: int) -> dict[str, Any] | None:
     """
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
     temporary = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
-    if used is None and temporary is None:
+    found = used or temporary
+    if found is None:
         return None
-    needed, limit = (_read_size(text) for text in (used or temporary).groups())
+    needed, limit = (_read_size(text) for text in found.groups())
     figures = {"fits": False, "hbm_bytes": limit}
     if used is None:
         figures |= {"argument_bytes": arguments, "temporary_bytes": needed}
@@ -284,7 +285,7 @@ def _read_size(text: str) -> int:
 
 def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str, Any]:
     """Return bytes a chip: arguments, temporaries, and the sum of all that must be in memory at once."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + new
     limit = lowered.target.hbm_bytes
@@ -304,7 +305,7 @@ def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str,
 def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[str, Any]:
     """Return the estimated time of a TPU program and what its text holds; nothing for other devices."""
     target = lowered.target
-    if target.layout is None:
+    if target.layout is None or target.chip is None:
         return {}
     cost: Estimate = estimate(text, target.chip, target.layout)
     program = hlo.parse(text)
@@ -333,8 +334,8 @@ def forbidden_shapes(lowered: Lowered) -> tuple[list[tuple[int, ...]], list[tupl
     B = lowered.shape.rows // batch_ranks(mesh) // lowered.settings.train.accumulate
     H = -(-config.heads // mesh.shape["tensor"])
     widths = {config.vocab_size, -(-config.vocab_size // mesh.shape["tensor"])}
-    scores = [(B, H, T, T), (B * H, T, T)]
-    logits = [(B, t, V) for V in widths for t in (T, T - 1)]
+    scores: list[tuple[int, ...]] = [(B, H, T, T), (B * H, T, T)]
+    logits: list[tuple[int, ...]] = [(B, t, V) for V in widths for t in (T, T - 1)]
     # A flat [B*T, V] looks like the embedding table where B*T is the model's width.
     logits += [(B * T, V) for V in widths if config.width != B * T]
     return scores, logits

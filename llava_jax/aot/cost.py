@@ -55,7 +55,7 @@ class Cost:
     """Of a computation: seconds, their parts (SECONDS and others), its costliest instructions (seconds, what, from)."""
 
     seconds: float
-    parts: collections.Counter
+    parts: dict[str, float]
     costliest: list[tuple[float, str, str]]
 
 
@@ -77,7 +77,8 @@ class Estimate:
 def rings_of(chip: str, sizes: tuple[int, ...]) -> tuple[bool, bool, bool]:
     """Return which axes of a slice are rings: v5p's all three where each has 4 chips, v5e's and v6e's those of 16."""
     if chip == "v5p":
-        return (all(size >= 4 for size in sizes),) * 3
+        ring = all(size >= 4 for size in sizes)
+        return ring, ring, ring
     return sizes[0] >= 16, sizes[1] >= 16, False
 
 
@@ -158,7 +159,7 @@ class _Clocks:
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
     copied: dict[str, float] = dataclasses.field(default_factory=dict)
     offloaded: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    parts: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     costliest: list[tuple[float, str, str]] = dataclasses.field(default_factory=list)
 
     def spend(self, part: str, seconds: float, i: Instruction | None = None) -> None:
@@ -231,12 +232,12 @@ class Pricer:
 
     def _control(self, i: Instruction, clocks: _Clocks) -> None:
         if i.opcode == "while":
-            trips = trip_count(self.program, i.attribute("condition"))
+            trips = trip_count(self.program, i.attribute("condition") or "")
             clocks.parts["unknown_loops"] += trips is None
-            clocks.include(self.of(i.attribute("body")), 1 if trips is None else trips)
+            clocks.include(self.of(i.attribute("body") or ""), 1 if trips is None else trips)
             clocks.link = max(clocks.link, clocks.core)
         elif i.opcode == "call":
-            clocks.include(self.of(i.attribute("to_apply") or i.calls))
+            clocks.include(self.of(i.attribute("to_apply") or i.calls or ""))
         else:
             branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
             names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
@@ -293,7 +294,7 @@ class Pricer:
             clocks.spend("vector", (i.cycles or 0) / self.chip.clock / self.chip.vector_overpricing)
 
     def _compute(self, i: Instruction, clocks: _Clocks, types: dict[str, str]) -> None:
-        seconds = i.cycles / self.chip.clock
+        seconds = (i.cycles or 0) / self.chip.clock
         clocks.parts["matmul_flops"] += self._matmul_flops(i, types)
         if self._has_matmul(i):
             clocks.spend("matmul", seconds, i)

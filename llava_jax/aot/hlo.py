@@ -105,8 +105,8 @@ def parse(text: str) -> Program:
     entry, body = "", None
     for line in text.splitlines():
         if body is None:
-            if line[:1] in ("%", "E") and line.rstrip().endswith("{"):
-                is_entry, name = _HEADER.match(line).groups()
+            if line.rstrip().endswith("{") and (header := _HEADER.match(line)):
+                is_entry, name = header.groups()
                 entry = name if is_entry else entry
                 body = computations.setdefault(name, [])
         elif line.rstrip() == "}" or line.startswith("}, execution_thread"):
@@ -147,8 +147,8 @@ def in_hbm(text: str) -> list[str]:
 
 def matmul_flops(instruction: Instruction, types: dict[str, str]) -> float:
     """Return the FLOPs of a dot or a convolution (every matmul of a TPU program is one), twice its multiply-adds."""
-    sides = [types.get(name) for name in instruction.operands[:2]]
-    if len(sides) < 2 or None in sides:
+    sides = [types[name] for name in instruction.operands[:2] if name in types]
+    if len(sides) < 2:
         return 0.0
     (_, lhs), (_, rhs), (_, out) = (arrays(text)[0] for text in (*sides, instruction.type))
     if labels := re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest):

@@ -109,26 +109,28 @@ class Side(contextlib.AbstractContextManager):
                 )
             except OSError as error:
                 raise InputError(f"{self.command[0]}: {error.strerror}; expected a Python with torch") from error
+        assert self.process.stdin is not None and self.process.stdout is not None  # pipes, see above
+        self.orders, self.answers = self.process.stdin, self.process.stdout
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        self.answers.close()
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.orders.close()
 
     def ready(self) -> None:
         self.results = self._answer()
 
     def turn(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended: `_answer` says why
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            self.orders.write("\n")
+            self.orders.flush()
         self.turns.append(self._answer())
 
     def finish(self) -> None:
-        self.process.stdin.close()
+        self.orders.close()
         self.results |= self._answer()
 
     def figures(self) -> Figures:
@@ -136,7 +138,7 @@ class Side(contextlib.AbstractContextManager):
         return self.results | {name: statistics.median(turn[name] for turn in self.turns) for name in self.turns[0]}
 
     def _answer(self) -> Figures:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
             raise InputError(failure(f"{self.name} ({self.command[0]})", self.process.wait(), self.log))
         return json.loads(line)

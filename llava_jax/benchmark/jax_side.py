@@ -259,7 +259,8 @@ def open_batches(
       pack, workers: as in DataSettings.
       steps: batches; 0 for each record once.
     """
-    settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED | dict(pack=pack))
+    unpacked = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED)
+    settings = dataclasses.replace(unpacked, pack=pack)
     checked = check_records(records, settings, tokenizer, patches=PATCHES)
     plan = plan_batches(
         records,
@@ -280,7 +281,7 @@ def open_batches(
         patches=PATCHES,
         image_token_id=tokenizer.size,
     )
-    return batches, checked.tokens
+    return batches, checked.total("tokens")
 
 
 def drain(batches: BatchIterator, count: int, seconds: Callable[[], float]) -> float:

@@ -99,6 +99,7 @@ def check_order(
                 f"data.group_by=modality_length orders all rows, and data.annotations={settings.annotations} mixes "
                 "them by weight: leave the weights out, or set group_by to none"
             )
+        assert words_A is not None  # group_by needs them
         modality_lengths(records, words_A, slots_A)
     for key, given, needed_A, what in (
         ("data.pack_length", settings.pack_length, lengths_A, "tokens"),
@@ -147,9 +148,18 @@ def plan_batches(
     check_batch_size(batch_size, row_multiple, settings.pack)
     check_order(records, lengths_A, slots_A, words_A, settings, mixture)
     if settings.pack:
-        sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=steps, seed=seed, mixture=mixture)
-        return plan_packed(lengths_A, slots_A, settings, **sizes)
+        return plan_packed(
+            lengths_A,
+            slots_A,
+            settings,
+            batch_size=batch_size,
+            row_multiple=row_multiple,
+            steps=steps,
+            seed=seed,
+            mixture=mixture,
+        )
     if settings.group_by == "modality_length":
+        assert words_A is not None
         lengths = modality_lengths(records, words_A, slots_A)
         order_UC = grouped_order(lengths, batch_size, row_multiple, seed, steps)
     else:

@@ -98,7 +98,7 @@ def _make_row(
         end = start + len(ours)
         tokens[start:end], targets[start:end] = ours, ours_targets
         segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
-        if tiling is not None:
+        if tiling is not None and take is not None:
             take[start:end] = spread(ours, image_token_id, tiling.takes(sizes, first))
         start = end
     rows_M = np.full(plan.most, -1, np.int64)
@@ -127,9 +127,8 @@ class BatchIterator(grain.DatasetIterator):
         self._reader: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
-        self.start_prefetch()
         try:
-            batch = next(self._reader)
+            batch = next(self._reading())
         except InputError as error:
             # Grain appends lines about its own traceback to the message.
             raise InputError(str(error).split("\n")[0]) from None
@@ -138,9 +137,13 @@ class BatchIterator(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         """Begin to read ahead."""
+        self._reading()
+
+    def _reading(self) -> grain.DatasetIterator:
         if self._reader is None:
             self._reader = iter(self._batches[self._delivered :].to_iter_dataset(self._how))
             self._reader.start_prefetch()
+        return self._reader
 
     def get_state(self) -> dict[str, Any]:
         return {"batches": self._delivered}

@@ -226,8 +226,8 @@ def load_records(annotations: str) -> Rows:
     parts = [_open_source(source) for source in found]
     if len(parts) == 1:
         return parts[0]
-    weights = [source.weight for source in found]
-    return JoinedRows(parts, [source.path for source in found], None if None in weights else weights)
+    weights = [source.weight for source in found if source.weight is not None]
+    return JoinedRows(parts, [source.path for source in found], weights if len(weights) == len(found) else None)
 
 
 def parse_records(annotations: str) -> Iterator[Record | Rejected]:

@@ -152,7 +152,7 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
 def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
     """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
     with contextlib.suppress(OSError), whole(kept_path(name, ".npz")) as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 @contextlib.contextmanager

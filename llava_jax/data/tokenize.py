@@ -87,8 +87,11 @@ class TextTokenizer:
             self._special["<s>"] = source.bos_token_id
         self._known: dict[tuple[Span, ...], Chunk] = {}
         added = {i for i, token in source.added_tokens_decoder.items() if token.special}
-        reserved = (added | {*source.all_special_ids, self.eos_id}) - {source.unk_token_id, None}
-        marks = {self._splitter.token_to_id(mark): self._special.get(text, -1) for text, mark in _MARKS.items()}
+        reserved = added | {*source.all_special_ids}
+        reserved |= {i for i in (self.eos_id,) if i is not None}
+        reserved -= {source.unk_token_id}
+        places = {text: self._splitter.token_to_id(mark) for text, mark in _MARKS.items()}
+        marks = {place: self._special.get(text, -1) for text, place in places.items() if place is not None}
         # What each id of the splitter becomes: itself, -1 where no text may have it, a mark what it stands for.
         self._final = np.arange(max(self.size, *(mark + 1 for mark in marks)), dtype=np.int32)
         self._final[sorted(reserved)] = -1
@@ -117,8 +120,8 @@ class TextTokenizer:
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
         """Ids that end an answer; a stop that is plain text has none (StreamDecoder watches for it)."""
-        ids = {*self.ends, *(self.special_id(text) for text in template.stop)}
-        return tuple(sorted(ids - {None}))
+        stops = (self.special_id(text) for text in template.stop)
+        return tuple(sorted({*self.ends, *(i for i in stops if i is not None)}))
 
     def image_token_id(self, vocab_rows: int) -> int:
         """The id of `<image>`, or the first one that neither the tokenizer nor the embedding table uses."""
@@ -159,10 +162,10 @@ class TextTokenizer:
 
         def start_of(token: int) -> int:
             # A token without characters (an inserted prefix) goes with the character it stands before.
-            return min(encoding.token_to_chars(token)[0], len(text) - 1)
+            return min(encoding.token_to_chars(token)[0], len(text) - 1)  # ty: ignore[not-subscriptable], of a text
 
         def end_of(token: int) -> int:
-            return max(encoding.token_to_chars(token)[1], start_of(token) + 1)
+            return max(encoding.token_to_chars(token)[1], start_of(token) + 1)  # ty: ignore[not-subscriptable]
 
         end = 0
         for is_target, run in itertools.groupby(filter(_has_text, spans), key=_is_target):

@@ -241,8 +241,8 @@ class _Check:
 
     def _part(self, start: int) -> list[_Trained | Rejected]:
         rows = range(start, min(start + TOGETHER, len(self.records)))
-        own = isinstance(self.records, Rows)
-        entries = [self.records.entry(row) if own else self.records[row] for row in rows]
+        records = self.records
+        entries = [records.entry(row) if isinstance(records, Rows) else records[row] for row in rows]
         given = [entry for entry in entries if isinstance(entry, Record)]
         self._require_folder(given)
         try:
@@ -268,7 +268,7 @@ class _Check:
             return Rejected(row, record.id, str(error))
         full = full_length(encoded, counts)
         length = full if trained is encoded else full_length(trained, counts)
-        targets, words = np.count_nonzero(trained.targets), count_words(record)
+        targets, words = int(np.count_nonzero(trained.targets)), count_words(record)
         speakers = [turn.speaker for turn in record.turns if turn.speaker != "system"]
         leading = speakers[:1] == ["gpt"] and find_template(self.settings.template).drop_leading_answer
         figures = (length, targets, full - length, slots, words, leading, speakers[-1:] == ["human"])

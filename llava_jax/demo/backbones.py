@@ -71,7 +71,7 @@ def fit(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), scale)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Params, state: optax.OptState, lr: jax.Array, *batch: jax.Array):
+    def update(params: Params, state: Any, lr: jax.Array, *batch: jax.Array):
         (loss, metric), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
         state[1].hyperparams["learning_rate"] = lr
         updates, state = optimizer.update(grads, state, params)

@@ -70,8 +70,9 @@ def make_tokenizer(folder: str) -> None:
     vocabulary = dict(model["vocab"])
     for index in range(len(vocabulary), VOCABULARY):
         vocabulary[f"<reserved_{index}>"] = index
+    merges = [(left, right) for left, right in model["merges"]]
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, list(map(tuple, model["merges"])), unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     tokenizer.add_special_tokens(specials)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

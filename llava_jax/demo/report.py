@@ -5,7 +5,7 @@ import dataclasses
 import html
 import importlib.resources
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH, HEIGHT = 520, 240
@@ -42,7 +42,7 @@ class Curve:
 
 
 def page(
-    report: dict[str, Any], charts: dict[str, Sequence[Curve]], cards: Sequence[Card], mistakes: Sequence[Card]
+    report: dict[str, Any], charts: Mapping[str, Sequence[Curve]], cards: Sequence[Card], mistakes: Sequence[Card]
 ) -> str:
     """Return the page. `report` is the content of report.json; `charts` are loss curves by title."""
     style = importlib.resources.files("llava_jax.demo").joinpath("report.css").read_text(encoding="utf-8")
@@ -171,7 +171,7 @@ def _minutes(seconds: float) -> str:
 # ---- loss curves --------------------------------------------------------------------------------------------------
 
 
-def _charts(charts: dict[str, Sequence[Curve]]) -> str:
+def _charts(charts: Mapping[str, Sequence[Curve]]) -> str:
     return f'<div class="charts">{"".join(_chart(title, curves) for title, curves in charts.items())}</div>'
 
 

@@ -7,7 +7,8 @@ message (captions, and for some kinds boxes), works out what is in the image, an
 import itertools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class EmbeddedTeacher:
         if kind not in writers:
             raise InputError(f"kind {kind!r}: expected one of {', '.join(writers)}")
         self.name = "embedded"
-        self.settings = {"model": "embedded", "seed": seed}
+        self.settings: Mapping[str, Any] = {"model": "embedded", "seed": seed}
         self._write = writers[kind]
         self._seed = seed
 

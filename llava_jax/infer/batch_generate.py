@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TextIO
@@ -25,7 +25,8 @@ QUESTION_KEYS = ("question_id", "image", "images", "text", "system", "category",
 class Model(Protocol):
     """What this file needs of `llava_jax.Llava`."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def about(self) -> dict[str, Any]: ...
@@ -189,10 +190,10 @@ def answer_file(
     start, answered = time.monotonic(), 0
     with open(answers, "a", encoding="utf-8") as file, ThreadPoolExecutor(1) as reader:
         # Images of the next batch are read while the device answers this one.
-        ahead = reader.submit(_prompts, model, batches[0]) if batches else None
+        ahead = deque(reader.submit(_prompts, model, batch) for batch in batches[:1])
         for index, batch in enumerate(batches):
-            prompts = ahead.result()
-            ahead = reader.submit(_prompts, model, batches[index + 1]) if index + 1 < len(batches) else None
+            prompts = ahead.popleft().result()
+            ahead.extend(reader.submit(_prompts, model, batch) for batch in batches[index + 1 : index + 2])
             texts = model.answer(prompts, sampling, rows)
             for question, text in zip(batch, texts, strict=True):
                 file.write(_line(_answer(question, text, model.name, metadata)))

@@ -1,7 +1,7 @@
 """Talk with a model in the terminal, its answer shown as it comes."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
 from llava_jax.types import InputError, Sampling
@@ -17,7 +17,8 @@ class Model(Protocol):
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> Any: ...
 
-    def stream(self, messages: Sequence[dict[str, Any]], **sampling: Any) -> Iterator[str]: ...
+    @property
+    def stream(self) -> Callable[..., Iterator[str]]: ...
 
 
 def chat(model: Model, image: str | None, input: TextIO, output: TextIO, sampling: Sampling | None = None) -> None:

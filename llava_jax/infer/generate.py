@@ -90,7 +90,7 @@ def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
         if feature_index_BT is not None:
             feature_index_BT[row, : len(prompt.tokens)] = prompt.take
         hash_B[row] = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
-        if len(prompt.pixels):
+        if pixels_BNXYC is not None:
             pixels_BNXYC[row, : len(prompt.pixels)] = prompt.pixels
     return Inputs(tokens_BT, length_B, pixels_BNXYC, hash_B, feature_index_BT)
 

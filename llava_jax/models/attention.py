@@ -134,7 +134,7 @@ def _attend(
     Q, S = q_BKGQH.shape[3], k_BKSH.shape[2]
     distance = jnp.arange(S - Q, S)[:, None] - jnp.arange(S)
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
-    if ids_BQ is not None:
+    if ids_BQ is not None and ids_BS is not None:
         seen = seen & (ids_BQ[:, None, None, :, None] == ids_BS[:, None, None, None, :])
     scores = jnp.einsum("BKGQH,BKSH->BKGQS", q_BKGQH, k_BKSH, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v_BKSH.dtype)

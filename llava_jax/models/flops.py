@@ -37,7 +37,7 @@ def projector_weights(config: ModelConfig) -> int:
     return linear_1 + (config.llm.width**2 if config.projector == "mlp2x_gelu" else 0)
 
 
-def step_flops(config: ModelConfig, stage: str, *, rows: int, length: int, images: int) -> float:
+def step_flops(config: ModelConfig, stage: str, *, rows: int, length: int, images: float) -> float:
     """Return the model FLOPs of one update over `rows` rows of `length` tokens and `images` images in all.
 
     Every token of a row counts, image tokens as text; attention counts the positions seen, half of the row without a

@@ -1,7 +1,7 @@
 """LLaMA decoder (arXiv 2302.13971) and its kin, driven by the Hugging Face config: training, prefill and decode."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     def qkv(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = constrain(rotate(q_BTNH, *rope), "batch", "length", "heads", "head_dim")
         k_BTKH = constrain(rotate(k_BTKH, *rope), "batch", "length", "kv_heads", "head_dim")
@@ -174,7 +174,7 @@ class Llama(nnx.Module):
 
     def _forward(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, Any]:
         """Return hidden states after the last norm, and with `keep_kv` keys and values [L, B, T, K, H]."""
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
 
@@ -182,10 +182,9 @@ class Llama(nnx.Module):
             x_BTD, kv = block(x_BTD, rope, segment_ids_BT)
             return x_BTD, kv if keep_kv else None
 
-        if self.remat != "none":
-            # prevent_cse: a scan's body is not merged with its recomputation anyway.
-            body = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
-        x_BTD, kv = jax.lax.scan(body, x_BTD, self.layers)
+        # prevent_cse: a scan's body is not merged with its recomputation anyway.
+        saved = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
+        x_BTD, kv = jax.lax.scan(body if self.remat == "none" else saved, x_BTD, self.layers)
         return self.norm(x_BTD), kv
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:

@@ -59,10 +59,10 @@ def merge(
       feature_index_BT: int32, used with `newline_D`: which feature stands where, -1 for the newline.
       newline_D: a LLaVA-NeXT's newline; without it the features are taken in order.
     """
-    index_BT = jnp.cumsum(is_image_BT, axis=1) - 1 if newline_D is None else feature_index_BT
+    index_BT = jnp.cumsum(is_image_BT, axis=1) - 1 if feature_index_BT is None else feature_index_BT
     index_BT = jnp.clip(index_BT, 0, features_BPD.shape[1] - 1)
     taken_BTD = jnp.take_along_axis(features_BPD, index_BT[..., None], axis=1)
-    if newline_D is not None:
+    if feature_index_BT is not None and newline_D is not None:
         taken_BTD = jnp.where((feature_index_BT < 0)[..., None], newline_D.astype(taken_BTD.dtype), taken_BTD)
     return jnp.where(is_image_BT[..., None], taken_BTD.astype(x_BTD.dtype), x_BTD)
 
@@ -115,7 +115,7 @@ class Llava(nnx.Module):
         is_image_BT = tokens_BT == self.config.image_token_id
         if not self.config.pinpoints:
             return merge(x_BTD, features_BPD, is_image_BT)
-        return merge(x_BTD, features_BPD, is_image_BT, feature_index_BT, self.projector.image_newline)
+        return merge(x_BTD, features_BPD, is_image_BT, feature_index_BT, self.projector.image_newline[...])
 
     def hidden(
         self,

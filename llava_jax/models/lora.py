@@ -88,7 +88,7 @@ def keep_mask(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array
     return ((noise ^ (noise >> 16)) & 0xFFFF) >= round(rate * 65536)
 
 
-def adapt(llm: nnx.Module, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+def adapt(llm: Any, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
     """Add the adapters of `config.lora` to the decoder's stacked blocks, and store their kernels as `config.nf4` says.
 
     All else is drawn before, so that a model has the same weights with adapters as without.
@@ -98,21 +98,22 @@ def adapt(llm: nnx.Module, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
     for name, linear in linears(llm):
         kernel, axes, in_dims = linear.kernel, linear.axes, linear.in_dims
 
-        def make_adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, in_dims=in_dims) -> Adapter:
-            return Adapter(kernel, axes, in_dims, config.lora, rngs=rngs)
-
         def make_nf4(kernel: jax.Array, axes=axes, in_dims=in_dims) -> Nf4:
             return Nf4(kernel, axes, in_dims)
 
         adapter = None
         if config.lora is not None and name in config.lora.targets:
+
+            def make_adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, dims=in_dims, lora=config.lora) -> Adapter:
+                return Adapter(kernel, axes, dims, lora, rngs=rngs)
+
             adapter = jax.vmap(make_adapter)(rngs.split(kernel.shape[0]), kernel[...])
         module, layer = name.split("/")
         stored = jax.vmap(make_nf4)(kernel[...]) if config.nf4 else kernel
         setattr(getattr(llm.layers, module), layer, LoraLinear(linear, stored, adapter))
 
 
-def linears(llm: nnx.Module) -> Iterator[tuple[str, Linear]]:
+def linears(llm: Any) -> Iterator[tuple[str, Linear]]:
     """Yield (name, layer) of DECODER_LINEARS in a decoder; kernels have a leading L."""
     for name in DECODER_LINEARS:
         module, layer = name.split("/")

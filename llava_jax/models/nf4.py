@@ -111,6 +111,6 @@ def weights_in(path: tuple, leaf: Any) -> int:
     return math.prod(leaf.shape) * (2 if is_codes(leaf) else 1)
 
 
-def stored_as(tree: dict, dtype: str) -> dict:
+def stored_as(tree: Any, dtype: str) -> Any:
     """Return the parameters in `dtype`, codes as they are."""
     return jax.tree.map(lambda x: x if is_codes(x) else x.astype(dtype), tree)

@@ -137,7 +137,8 @@ def _inside(box: tuple[float, ...], where: str) -> tuple[float, float, float, fl
     x1, y1, x2, y2 = box
     if not (-SLACK <= x1 <= x2 <= 1 + SLACK and -SLACK <= y1 <= y2 <= 1 + SLACK):
         raise InputError(f"{where} is {list(box)}, expected 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1")
-    return tuple(min(max(float(value), 0.0), 1.0) for value in box)
+    x1, y1, x2, y2 = (min(max(float(value), 0.0), 1.0) for value in box)
+    return x1, y1, x2, y2
 
 
 # ---- COCO -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Build the step of a stage, ready to be compiled: the same for `train`, which runs it, and `compile`."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ class Run(NamedTuple):
 
     mesh: Mesh
     config: ModelConfig
-    step: Callable[..., Any]
+    step: jax.stages.Wrapped
     tx: optax.GradientTransformation
     state: TrainState
     frozen: Any

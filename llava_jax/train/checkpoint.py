@@ -11,7 +11,7 @@ is not recorded: a run resumes with any number of them on any mesh.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import grain
 import jax
@@ -19,10 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from llava_jax.parallel.distributed import check_agreed
+from llava_jax.train.step import TrainState
 from llava_jax.types import InputError
 from llava_jax.weights.runs import UNREADABLE, first_line
-
-State = TypeVar("State", bound=tuple)  # step.TrainState: a NamedTuple with the fields step, params, opt_state
 
 
 @contextmanager
@@ -45,7 +44,7 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
         manager.close()
 
 
-def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterator, meta: dict) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator, meta: dict) -> None:
     """Start saving `state` after `state.step` updates; does nothing when that step is already there."""
     step = int(state.step)
     if step in manager.all_steps():
@@ -60,8 +59,8 @@ def save(manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterat
 
 
 def restore(
-    workdir: str, manager: ocp.CheckpointManager, state: State, data: grain.DatasetIterator
-) -> tuple[State, dict] | None:
+    workdir: str, manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator
+) -> tuple[TrainState, dict] | None:
     """Return (state, meta) of the newest readable checkpoint and move `data` to its position; None without checkpoint.
 
     `state` is a tree of ShapeDtypeStructs with shardings. An unreadable checkpoint is reported, moved away and skipped.
@@ -119,7 +118,7 @@ def _leaves(tree: Any) -> dict[str, tuple]:
     return names
 
 
-def _check_like(folder: str, saved: dict[str, tuple], state: State) -> None:
+def _check_like(folder: str, saved: dict[str, tuple], state: TrainState) -> None:
     wanted = _leaves(state._asdict())
     paths = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
     if paths:

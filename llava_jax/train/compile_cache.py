@@ -35,7 +35,7 @@ def compiler_options(spec: str, device_kind: str) -> dict[str, str | bool]:
     if spec in ("none", ""):
         return {}
     if spec == "tuned":
-        return tuned_options(chip_of(device_kind))
+        return {**tuned_options(chip_of(device_kind))}
     options: dict[str, str | bool] = {}
     for item in spec.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))

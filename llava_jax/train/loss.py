@@ -69,7 +69,7 @@ def _sharded(
     hidden, head = spec_of(("batch", "length", "activation"), 3), spec_of(("activation", "vocab"), 2)
     rows, split_head = spec_of(("batch", "length"), 2), spec_of(("embed", "vocab"), 2)
     local = functools.partial(_local, head_learns=head_learns, on_mesh=True)
-    out = _Parts(spec_of((), 0), hidden, split_head if head_learns else None)
+    out = _Parts(spec_of((), 0), hidden, split_head if head_learns else None)  # ty: ignore[invalid-argument-type]
     # check_vma: the sums over the mesh below are what makes the results equal on it.
     return jax.shard_map(local, in_specs=(hidden, head, rows, rows), out_specs=out, check_vma=False)(
         hidden_BTD, head_DV, labels_BT, weights_BT

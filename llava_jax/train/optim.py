@@ -12,7 +12,7 @@ from llava_jax.models.nf4 import is_codes, weights_in
 from llava_jax.settings import parse_groups
 from llava_jax.types import InputError, OptimSettings
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], jax.Array]  # of the number of updates before
 
 
 def leaf_path(path: tuple) -> str:
@@ -33,7 +33,7 @@ def make_schedule(settings: OptimSettings, steps: int) -> Schedule:
     """
     warmup = warmup_steps(settings, steps)
 
-    def factor(step: jax.Array | int) -> jax.Array:
+    def factor(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = (step - warmup) / max(1, steps - warmup)
         decay = {
@@ -85,7 +85,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def round_to(x: jax.Array, dtype: jnp.dtype, seed: jax.Array) -> jax.Array:
+def round_to(x: jax.Array, dtype: str | jnp.dtype, seed: jax.Array) -> jax.Array:
     """Cast float32 `x` to `dtype`; bfloat16 rounds up or down at random, so that the expected value is unchanged.
 
     To the nearest, a change of less than half a unit of bfloat16 (0.2 to 0.4 %) would be lost in each update: the
@@ -116,10 +116,10 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gradien
         moments = [jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) for _ in range(2)]
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), *moments)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         mu = jax.tree.map(lambda m, g: (1 - b1) * g + b1 * m.astype(jnp.float32), state.mu, grads)
         nu = jax.tree.map(lambda v, g: (1 - b2) * (g * g) + b2 * v.astype(jnp.float32), state.nu, grads)
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         mu_scale, nu_scale = (1 / (1 - beta ** count.astype(jnp.float32)) for beta in (b1, b2))
         updates = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps), mu, nu)
         moments = [jax.tree.map(lambda x: round_to(x, dtype, count), tree) for tree in (mu, nu)]

@@ -121,7 +121,7 @@ def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPl
     source = settings.data.annotations
     rows = {"source": source, "fingerprint": records.fingerprint}
     # A run that continues counts batches: with the rows in another order some would come twice and some never.
-    order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC, digest_size=16).hexdigest()}
+    order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC.data, digest_size=16).hexdigest()}
     return {
         "stage": settings.stage,
         "trainable": list(STAGES[settings.stage]),

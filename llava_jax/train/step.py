@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -179,7 +178,7 @@ def train_step(
 
 def batch_ranks(mesh: Mesh) -> int:
     """Shards a batch is cut into: the devices along the mesh's batch axes."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Params, shardings: Params) -> TrainState:
@@ -204,7 +203,7 @@ def make_step(
     learning_rate: Schedule,
     pixels: Pixels,
     dropout_seed: int | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """Return the jitted `train_step` of these arguments; `state_at` and `frozen_at` are shardings, state is donated."""
     step = partial(
         train_step, config=config, tx=tx, learning_rate=learning_rate, pixels=pixels, dropout_seed=dropout_seed

@@ -45,6 +45,7 @@ def merge_adapters(config: ModelConfig, llm: Params, lora: Params, dtype: str) -
 
     With `config.nf4` W is the kernel that its four bits stand for: what the adapters were trained on.
     """
+    assert config.lora is not None
     for name, linear in _linears(config):
         kernel = _get(llm, name)["kernel"]
         if config.nf4:
@@ -61,6 +62,7 @@ def merge_difference(config: ModelConfig, llm: Params, lora: Params, merge: Para
 
     Of a probe of sixteen tokens, in float32, one block at a time, so that no second model has to fit.
     """
+    assert config.lora is not None
     rounds = list(_linears(config)) if config.nf4 else []
     graphdefs = [_block(config, lora=None), _block(config, lora=dataclasses.replace(config.lora, dropout=0.0))]
     layers = [merge["layers"], join({"llm": llm, "lora": lora})["llm"]["layers"]]

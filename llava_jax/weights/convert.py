@@ -100,6 +100,7 @@ def convert_adapters(source: str, destination: str, step: int | None = None) -> 
     if form != "run":
         raise InputError(f"{folder}: is a whole model; --to=peft:DIR takes the adapters of a run with stage=lora")
     config, trained = load_adapters(folder, step)
+    assert config.lora is not None
     start = read_settings(os.path.join(folder, "config.json")).init.model
     start_form, start_folder = parse(start, "init.model") if start else ("", "")
     base = start_folder if start_form == "hf" else ""

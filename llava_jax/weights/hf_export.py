@@ -59,7 +59,7 @@ def write_llava(
             partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
         )
         exported = _grown(config, tokens)
-        ours = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
+        ours: dict[str, Any] = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
         ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
         _write_configs(partial, exported, tokens, dtype, ours)
         check_ids(partial, tokenizer_folder, template, image_position, force)
@@ -103,7 +103,7 @@ def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
 def _write_configs(
     folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, ours: Mapping[str, Any]
 ) -> None:
-    ids = dict(pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
+    ids: dict[str, Any] = dict(pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
     described = hf_config.llava_json(config, dtype=dtype, **ids) | {"llava_jax": dict(ours)}
     generation = dict(bos_token_id=tokens.bos_id, eos_token_id=tokens.eos_id, pad_token_id=tokens.pad_id)
     for name, value in (("config.json", described), ("generation_config.json", generation)):
@@ -180,7 +180,7 @@ def _save_orbax(folder: str, params: Params, beyond: Iterable[Piece], dtype: str
 def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Iterator[Piece]:
     """The tower's last blocks, post-norm and SigLIP's head: never run by LLaVA, but transformers asks for them."""
     width, mlp = config.vision.width, config.vision.mlp_width
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         name_table.VISION + "post_layernorm.weight": (width,),
         name_table.VISION + "post_layernorm.bias": (width,),
     }

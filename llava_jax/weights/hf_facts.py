@@ -157,7 +157,7 @@ def _stated(folder: str, fact: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _special(config: Mapping[str, Any]) -> dict[str, str]:
+def _special(config: Any) -> dict[str, str]:
     given = {key: config[key] for key in SPECIAL_TOKENS if config.get(key)}
     return {key: token["content"] if isinstance(token, dict) else token for key, token in given.items()}
 

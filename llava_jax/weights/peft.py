@@ -188,6 +188,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
             f"--to=peft:{folder}: the run trained image_newline, which peft's format has no place for; write the "
             "merged model, --to=hf:DIR"
         )
+    assert config.lora is not None
     tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
     with finished_folder(folder) as partial:
         with open(os.path.join(partial, CONFIG), "w", encoding="utf-8") as file:

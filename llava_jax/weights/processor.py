@@ -196,7 +196,7 @@ def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
     if not np.isclose(given.get("rescale_factor") or 1 / 255, 1 / 255, rtol=1e-6, atol=0):
         raise InputError(f"{path}: rescale_factor is {given['rescale_factor']}, not supported; expected 1/255")
     _check_square(given, path, vision.image_size)
-    values = {}
+    values: dict[str, Any] = {}
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         numbers = given.get(key)
         if numbers is not None:

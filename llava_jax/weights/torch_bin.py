@@ -188,7 +188,7 @@ class _Mark:
 def _read(content: bytes) -> Any:
     """What the pickle describes: dicts, lists, tuples, numbers, strings and `_Tensor`s; _Refused for anything else."""
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
         start = max(index for index, item in enumerate(stack) if isinstance(item, _Mark))
