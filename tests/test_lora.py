@@ -25,7 +25,7 @@ from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import loop
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
 from llava_jax.weights import hf, load, runs, spec
-from llava_jax.weights.adapters import merge_difference
+from llava_jax.weights.adapters import merge_adapters, merge_difference
 from llava_jax.weights.convert import convert
 from llava_jax.weights.load import read_model
 from llava_jax.weights.peft import write_peft

@@ -209,8 +209,18 @@ def test_unpacked_rows_hold_one_conversation():
 
 @pytest.mark.parametrize(
     "longest, max_length, length",
-    [(5, 2048, 16), (16, 2048, 16), (100, 2048, 112), (120, 2048, 128), (129, 2048, 256), (640, 2048, 640)]
-    + [(700, 2048, 768), (2048, 2048, 2048), (700, 720, 720), (60, 62, 62)],
+    [
+        (5, 2048, 16),
+        (16, 2048, 16),
+        (100, 2048, 112),
+        (120, 2048, 128),
+        (129, 2048, 256),
+        (640, 2048, 640),
+        (700, 2048, 768),
+        (2048, 2048, 2048),
+        (700, 720, 720),
+        (60, 62, 62),
+    ],
 )
 def test_unpacked_rows_are_as_long_as_the_longest(longest, max_length, length):
     lengths = np.array([3, longest, 4])

@@ -173,7 +173,7 @@ def check_records(
             rejected.append(found)
             continue
         figures_A[row] = found.figures
-        unread.update(found.record.unread)
+        unread.update(found.unread)
         if dump is not None:
             dump.write(_dump_line(found, tokenizer))
     good = frozenset(path for path, problem in check.images.items() if problem is None)
@@ -209,11 +209,12 @@ def report_lines(checked: Checked, max_length: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
-    """The id of a row that can be trained, what is trained of it, and its FIGURES."""
+    """The id of a row that can be trained, what is trained of it, its FIGURES, and its keys that are not read."""
 
     id: str
     encoded: Encoded
     figures: tuple[int, ...]
+    unread: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +273,7 @@ class _Check:
         speakers = [turn.speaker for turn in record.turns if turn.speaker != "system"]
         leading = speakers[:1] == ["gpt"] and find_template(self.settings.template).drop_leading_answer
         figures = (length, targets, full - length, slots, words, leading, speakers[-1:] == ["human"])
-        return _Trained(record.id, trained, figures)
+        return _Trained(record.id, trained, figures, record.unread)
 
     def _require_folder(self, records: Sequence[Record]) -> None:
         folder = self.settings.images

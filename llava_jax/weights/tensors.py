@@ -158,7 +158,7 @@ def open_folder(folder: str) -> Tensors:
     index, single = _layout(folder)
     shards = [] if index or single else _shards(folder)
     if shards:
-        files = [(name, file) for file in map(_opened, shards) for name in file.keys()]
+        files = [(name, file) for file in map(_opened, shards) for name in file.keys()]  # noqa: SIM118 (no dict)
         return Tensors(folder, dict(files))
     if not index and not single:
         raise InputError(
