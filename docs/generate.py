@@ -1,4 +1,4 @@
-"""Write reference/config.md and reference/commands.md from the code: `python -m docs.generate`.
+"""Write the pages of the reference that repeat what the code says: `python -m docs.generate`.
 
 A key's description is the docstring below its field in `llava_jax/types.py`, its choices and range are those that
 `llava_jax/settings.py` checks, its default is that of `configs/common.py`; a flag's is what argparse knows of it.
@@ -20,6 +20,7 @@ from llava_jax.cli.flags import Parser
 from llava_jax.cli.main import COMMANDS
 from llava_jax.settings import CHOICES, RANGES, REMATS, flatten
 from llava_jax.types import REMAT_NAMES, WEIGHT_NAMES, Settings
+from llava_jax.weights.hf_facts import PLACES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = {
@@ -160,7 +161,26 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
 
 
-PAGES = {"docs/reference/config.md": config_page, "docs/reference/commands.md": commands_page}
+def hf_folders_page() -> str:
+    lines = [
+        "# What counts in a Hugging Face folder",
+        GENERATED,
+        "",
+        "A folder can state a fact in several places. Where they differ, the first place below that says something "
+        "counts, as in transformers 5, and a line names the contradiction.",
+        "",
+        "| fact | places, the first counts |",
+        "| --- | --- |",
+        *(f"| {fact} | {', '.join(f'`{place}`' for place in places)} |" for fact, places in PLACES.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "docs/reference/config.md": config_page,
+    "docs/reference/commands.md": commands_page,
+    "docs/reference/hf_folders.md": hf_folders_page,
+}
 
 if __name__ == "__main__":
     for path, page in PAGES.items():
