@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 from configs import llava_v1_5
 from llava_jax.models import nf4
 from llava_jax.models.flops import adapter_weights, step_flops
-from llava_jax.models.llava import build, logical_axes
-from llava_jax.models.lora import join, keep_mask, split
+from llava_jax.models.layers import stored_as
+from llava_jax.models.llava import build, join_parts, logical_axes, split_parts
+from llava_jax.models.lora import keep_mask
 from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import loop
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
@@ -114,15 +115,15 @@ def test_a_block_of_zeros_stays_zero():
 def test_adapters_are_a_part_of_their_own():
     config = dataclasses.replace(TINY, lora=LORA, nf4=True)
     abstract = build(config)[1]
-    parts = split(abstract)
+    parts = split_parts(abstract)
     assert set(parts) == {"vision", "projector", "llm", "lora"}
-    axes = split(logical_axes(config))
+    axes = split_parts(logical_axes(config))
     jax.tree.map(lambda leaf, names: leaf.ndim - len(names) in (0, 1) or pytest.fail(str(names)), parts, axes)
     q, o = parts["lora"]["layers"]["attn"]["q"], parts["lora"]["layers"]["attn"]["o"]
     assert (q["a"].shape, q["b"].shape) == ((2, 32, 4), (2, 4, 8, 4))
     assert (o["a"].shape, o["b"].shape) == ((2, 8, 4, 4), (2, 4, 32))
     assert set(parts["llm"]["layers"]["mlp"]["up"]["kernel"]) == {"codes", "scale"}
-    seeded = jax.eval_shape(lambda p: join(p, jax.random.key(0)), parts)
+    seeded = jax.eval_shape(lambda p: join_parts(p, jax.random.key(0)), parts)
     assert jax.tree.structure(seeded) == jax.tree.structure(abstract)
     assert jax.tree.leaves(seeded) == jax.tree.leaves(abstract)
 
@@ -210,12 +211,12 @@ def test_merged_gives_the_logits_of_the_adapters(ran):
         return jax.jit(lambda p: nnx.merge(build(config)[0], p)(tokens, None))
 
     with_adapters = forward(calm)
-    unmerged = with_adapters(join(nf4.stored_as({**frozen, **learnt}, "float32")))
+    unmerged = with_adapters(join_parts(stored_as({**frozen, **learnt}, "float32")))
     given = forward(plan.config)(jax.tree.map(np.asarray, merged))
     scale = np.abs(unmerged).max()
     assert np.abs(given - unmerged).max() <= 1e-4 * scale
     zeroed = jax.tree.map(np.zeros_like, learnt["lora"])
-    without = with_adapters(join(nf4.stored_as({**frozen, **learnt, "lora": zeroed}, "float32")))
+    without = with_adapters(join_parts(stored_as({**frozen, **learnt, "lora": zeroed}, "float32")))
     assert np.abs(unmerged - without).max() > 1e-3 * scale
 
 
@@ -351,7 +352,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     mesh = make_mesh(MeshSettings(2, 2, 2))
     with jax.set_mesh(mesh):
         calm = split_rank(calm, mesh)
-        at = lora.split(param_shardings(llava.logical_axes(calm), llava.build(calm)[1], mesh))
+        at = llava.split_parts(param_shardings(llava.logical_axes(calm), llava.build(calm)[1], mesh))
         q = at["lora"]["layers"]["attn"]["q"]
         assert not q["a"].is_fully_replicated and q["b"].spec[1] == ("fsdp_outer", "fsdp_inner")
         placed, on = jax.device_put(params, at), jax.device_put(batch, batch_sharding(mesh))

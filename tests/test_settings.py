@@ -6,7 +6,7 @@ import pytest
 
 from configs import tiny
 from llava_jax import settings as S
-from llava_jax.train.workdir import absolute_paths
+from llava_jax.train.checkpoint import absolute_paths
 from llava_jax.types import InputError
 
 

@@ -27,8 +27,7 @@ from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import STAGES
-from llava_jax.train.build_step import Run, prepare
-from llava_jax.train.compile_cache import compile_lowered
+from llava_jax.train.build_step import Run, compile_lowered, prepare
 from llava_jax.train.step import TrainState, partition
 from llava_jax.types import (
     UNPACKED,

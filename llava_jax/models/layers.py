@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +99,20 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * self.scale.astype(x.dtype)
+
+
+def is_codes(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Return whether a leaf of the parameters holds codes, which no cast may touch."""
+    return leaf.dtype == jnp.uint8
+
+
+def weights_in(path: tuple, leaf: Any) -> int:
+    """Return how many weights a leaf stands for: two a byte of codes, none in the scale of their blocks."""
+    if [key.key for key in path[-2:]] == ["kernel", "scale"]:
+        return 0
+    return math.prod(leaf.shape) * (2 if is_codes(leaf) else 1)
+
+
+def stored_as(tree: Any, dtype: str) -> Any:
+    """Return the parameters in `dtype`, codes as they are."""
+    return jax.tree.map(lambda x: x if is_codes(x) else x.astype(dtype), tree)

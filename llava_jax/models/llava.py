@@ -80,7 +80,8 @@ class Llava(nnx.Module):
             attention=config.attention,
             attention_block=config.attention_block,
         )
-        adapt(self.llm, config, rngs=rngs)
+        if config.lora is not None or config.nf4:
+            adapt(self.llm, config, rngs=rngs)
 
     def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
         """Return projected features [B, N*P, D] of N image slots a row; pixels are zeros in empty slots.
@@ -164,3 +165,43 @@ def logical_axes(config: ModelConfig) -> Params:
     state = nnx.state(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
     flat = {path: tuple(variable.get_metadata()["axes"]) for path, variable in nnx.to_flat_state(state)}
     return nnx.traversals.unflatten_mapping(flat)
+
+
+# ---- adapters as a part of their own --------------------------------------------------------------------------------
+
+
+def split_parts(params: Params) -> Params:
+    """Return the tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
+    llm, lora = _without_adapters(params["llm"])
+    return {**params, "llm": llm} | ({"lora": lora} if lora else {})
+
+
+def _without_adapters(tree: Params) -> tuple[Params, Params]:
+    rest: Params = {}
+    adapters: Params = {}
+    for name, branch in tree.items():
+        if name == "adapter":
+            adapters |= {leaf: branch[leaf] for leaf in ("a", "b")}
+        elif isinstance(branch, dict):
+            rest[name], inner = _without_adapters(branch)
+            adapters |= {name: inner} if inner else {}
+        else:
+            rest[name] = branch
+    return rest, adapters
+
+
+def join_parts(params: Params, key: jax.Array | None = None) -> Params:
+    """Return the tree that the model takes, from that of `split_parts`; the seeds of dropout are drawn from `key`."""
+    if "lora" not in params:
+        return params
+    plain = {part: tree for part, tree in params.items() if part != "lora"}
+    return plain | {"llm": _with_adapters(params["llm"], params["lora"], key)}
+
+
+def _with_adapters(tree: Params, adapters: Params, key: jax.Array | None) -> Params:
+    if "a" in adapters:
+        seeds = {} if key is None else {"seed": jax.random.bits(key, adapters["a"].shape[:1])}
+        return tree | {"adapter": adapters | seeds}
+    keys = [None] * len(adapters) if key is None else jax.random.split(key, len(adapters))
+    pairs = zip(sorted(adapters), keys, strict=True)
+    return tree | {name: _with_adapters(tree[name], adapters[name], subkey) for name, subkey in pairs}

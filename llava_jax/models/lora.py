@@ -93,8 +93,6 @@ def adapt(llm: Any, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
 
     All else is drawn before, so that a model has the same weights with adapters as without.
     """
-    if config.lora is None and not config.nf4:
-        return
     for name, linear in linears(llm):
         kernel, axes, in_dims = linear.kernel, linear.axes, linear.in_dims
 
@@ -118,46 +116,6 @@ def linears(llm: Any) -> Iterator[tuple[str, Linear]]:
     for name in DECODER_LINEARS:
         module, layer = name.split("/")
         yield name, getattr(getattr(llm.layers, module), layer)
-
-
-# ---- adapters as a part of their own --------------------------------------------------------------------------------
-
-
-def split(params: Params) -> Params:
-    """Return the tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
-    llm, lora = _without_adapters(params["llm"])
-    return {**params, "llm": llm} | ({"lora": lora} if lora else {})
-
-
-def _without_adapters(tree: Params) -> tuple[Params, Params]:
-    rest: Params = {}
-    adapters: Params = {}
-    for name, branch in tree.items():
-        if name == "adapter":
-            adapters |= {leaf: branch[leaf] for leaf in ("a", "b")}
-        elif isinstance(branch, dict):
-            rest[name], inner = _without_adapters(branch)
-            adapters |= {name: inner} if inner else {}
-        else:
-            rest[name] = branch
-    return rest, adapters
-
-
-def join(params: Params, key: jax.Array | None = None) -> Params:
-    """Return the tree that the model takes, from that of `split`; the seeds of dropout are drawn from `key`."""
-    if "lora" not in params:
-        return params
-    plain = {part: tree for part, tree in params.items() if part != "lora"}
-    return plain | {"llm": _with_adapters(params["llm"], params["lora"], key)}
-
-
-def _with_adapters(tree: Params, adapters: Params, key: jax.Array | None) -> Params:
-    if "a" in adapters:
-        seeds = {} if key is None else {"seed": jax.random.bits(key, adapters["a"].shape[:1])}
-        return tree | {"adapter": adapters | seeds}
-    keys = [None] * len(adapters) if key is None else jax.random.split(key, len(adapters))
-    pairs = zip(sorted(adapters), keys, strict=True)
-    return tree | {name: _with_adapters(tree[name], adapters[name], subkey) for name, subkey in pairs}
 
 
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype) -> np.ndarray:

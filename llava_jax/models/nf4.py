@@ -7,7 +7,6 @@ chosen by fifteen selects, which a TPU does elementwise next to the matmul; a ta
 
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,20 +96,3 @@ class Nf4(nnx.Module):
         """Return the kernel in `dtype`; the devices exchange its codes."""
         codes, scale = unshard(self.codes[...], *self.axes), unshard(self.scale[...], *self.scale_axes)
         return dequantise(codes, scale, self.axes, self.in_dims, dtype)
-
-
-def is_codes(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Return whether a leaf of the parameters holds codes, which no cast may touch."""
-    return leaf.dtype == jnp.uint8
-
-
-def weights_in(path: tuple, leaf: Any) -> int:
-    """Return how many weights a leaf stands for: two a byte of codes, none in the scale of their blocks."""
-    if [key.key for key in path[-2:]] == ["kernel", "scale"]:
-        return 0
-    return math.prod(leaf.shape) * (2 if is_codes(leaf) else 1)
-
-
-def stored_as(tree: Any, dtype: str) -> Any:
-    """Return the parameters in `dtype`, codes as they are."""
-    return jax.tree.map(lambda x: x if is_codes(x) else x.astype(dtype), tree)

@@ -20,8 +20,8 @@ from llava_jax.parallel.placement import global_batch
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint, metrics
-from llava_jax.train.build_step import Run, prepare
-from llava_jax.train.compile_cache import compile_step, compiler_options
+from llava_jax.train.build_step import Run, compile_step, compiler_options, prepare
+from llava_jax.train.checkpoint import absolute_paths, hold_workdir
 from llava_jax.train.profiler import Tracer, tracing
 from llava_jax.train.setup import (
     ideal_seconds,
@@ -34,7 +34,6 @@ from llava_jax.train.setup import (
     total_steps,
 )
 from llava_jax.train.step import TrainState, batch_ranks
-from llava_jax.train.workdir import absolute_paths, hold_workdir
 from llava_jax.types import Batch, InputError, Record, Settings
 from llava_jax.weights.load import read_projector
 from llava_jax.weights.spec import check_vocabulary, model_spec
@@ -86,7 +85,9 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)
-        with open_metrics(workdir, todo, settings) as writer, tracing(workdir, todo, settings.train.profile) as tracer:
+        profile = settings.train.profile
+        tracing_these = tracing(workdir, todo, profile) if profile else nullcontext()
+        with open_metrics(workdir, todo, settings) as writer, tracing_these as tracer:
             state = run_updates(
                 run,
                 state,
@@ -126,7 +127,7 @@ def run_updates(
     start: Callable[..., Callable],
     report: Callable[..., None],
     save: Callable[[TrainState], None],
-    tracer: Tracer,
+    tracer: Tracer | None,
     should_stop: Callable[[int], bool],
 ) -> TrainState:
     """Run the updates `steps`; save every `save_every`, at the end, and when `should_stop` says so.
@@ -151,12 +152,14 @@ def run_updates(
         if n == steps.start:
             # The first batch is waited for before the clock starts.
             step, waited = start(state, frozen, arrays), 0.0
-        tracer.before(n, state)
+        if tracer is not None:
+            tracer.before(n, state)
         state, values = step(state, frozen, arrays)
         if pending is not None:
             report(*pending)
         pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited)
-        tracer.after(n, state)
+        if tracer is not None:
+            tracer.after(n, state)
         stopped = should_stop(n + 1)
         if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
             report(*pending)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llava_jax.models.nf4 import is_codes, weights_in
+from llava_jax.models.layers import is_codes, weights_in
 from llava_jax.settings import parse_groups
 from llava_jax.types import InputError, OptimSettings
 

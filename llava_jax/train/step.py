@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_jax.models.clip import normalised
-from llava_jax.models.lora import join
-from llava_jax.models.nf4 import stored_as
+from llava_jax.models.layers import stored_as
+from llava_jax.models.llava import join_parts
 from llava_jax.parallel.sharding import RULES, batch_sharding, replicated
 from llava_jax.settings import STAGES
 from llava_jax.train.loss import next_token, weighted_nll
@@ -74,7 +74,7 @@ def loss_terms(
     """
     # Cast here, not where they are used: inside the scan over layers the float32 weights would be gathered.
     params, frozen = stored_as((params, frozen), config.dtype)
-    model = nnx.merge(config.graphdef, join({**frozen, **params}, key))
+    model = nnx.merge(config.graphdef, join_parts({**frozen, **params}, key))
     hidden_BTD = model.hidden(
         batch.tokens_BT,
         batch.pixels_BNXYC,

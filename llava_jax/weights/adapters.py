@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from llava_jax.models.layers import Linear
-from llava_jax.models.llava import Llava
-from llava_jax.models.lora import join, linears, merged
+from llava_jax.models.llava import Llava, join_parts
+from llava_jax.models.lora import linears, merged
 from llava_jax.models.nf4 import dequantise, quantise
 from llava_jax.models.rope import angles
 from llava_jax.parallel.placement import place
@@ -65,7 +65,7 @@ def merge_difference(config: ModelConfig, llm: Params, lora: Params, merge: Para
     assert config.lora is not None
     rounds = list(_linears(config)) if config.nf4 else []
     graphdefs = [_block(config, lora=None), _block(config, lora=dataclasses.replace(config.lora, dropout=0.0))]
-    layers = [merge["layers"], join({"llm": llm, "lora": lora})["llm"]["layers"]]
+    layers = [merge["layers"], join_parts({"llm": llm, "lora": lora})["llm"]["layers"]]
     ids = np.random.default_rng(0).integers(0, config.llm.vocab_size, 16)
     x = [jnp.asarray(llm["embed"]["table"][ids][None], jnp.float32)] * 2
     with jax.default_matmul_precision("highest"):

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from llava_jax.models.layers import stored_as
 from llava_jax.models.llava import Llava, build
-from llava_jax.models.lora import split as split_adapters
-from llava_jax.models.nf4 import stored_as
+from llava_jax.models.llava import split_parts as split_adapters
 from llava_jax.parallel.placement import place
 from llava_jax.settings import RANDOM, read_settings
 from llava_jax.types import InputError, ModelConfig, Settings

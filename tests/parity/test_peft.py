@@ -12,8 +12,7 @@ from flax import nnx
 from peft import PeftModel
 from test_export import exported
 
-from llava_jax.models.llava import build
-from llava_jax.models.lora import join, split
+from llava_jax.models.llava import build, join_parts, split_parts
 from llava_jax.types import LoraConfig
 from llava_jax.weights.adapters import merge_adapters
 from llava_jax.weights.peft import write_peft
@@ -28,7 +27,7 @@ def test_peft_gives_our_logits(tmp_path, targets, projector):
     trained = dataclasses.replace(config, lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=targets))
     graphdef, abstract = build(trained)
     rng = np.random.default_rng(3)
-    learnt = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), split(abstract))
+    learnt = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), split_parts(abstract))
     lora, learnt_projector = learnt["lora"], learnt["projector"]
     write_peft(str(tmp_path / "adapters"), trained, lora, learnt_projector, folder)
 
@@ -45,7 +44,7 @@ def test_peft_gives_our_logits(tmp_path, targets, projector):
 
     seen = jnp.asarray(np.where(is_image, config.image_token_id, tokens)), jnp.asarray(pixels)
     whole = params | {"projector": learnt_projector, "lora": lora}
-    ours = nnx.merge(graphdef, join(whole))(*seen)
+    ours = nnx.merge(graphdef, join_parts(whole))(*seen)
     assert peers.relative(ours, logits) <= 1e-4
     assert peers.relative(ours, plain) > 1e-2
     merged = whole | {"llm": merge_adapters(trained, params["llm"], lora, "float32")}

@@ -12,7 +12,7 @@ import pytest
 
 from llava_jax.parallel import chips
 from llava_jax.settings import write_settings
-from llava_jax.train import compile_cache as C
+from llava_jax.train import build_step as C
 from llava_jax.types import InputError
 from tests.tiny_run import make_inputs, make_settings, read_metrics
 
