@@ -374,7 +374,9 @@ def test_generate_answers_one_question(trained, exported, world, capsys):
         said, read, answer = capsys.readouterr().out.split("\n\n")
         assert "at most 4 tokens" in said
         facts = dict(re.split(" {2,}", line.strip()) for line in read.splitlines()[1:])
-        assert facts == {"template": "v1", "aspect": "crop", "image position": "front", "dtype": "float32"}
+        exif = "apply (images are turned upright)"
+        wanted = {"template": "v1", "aspect": "crop", "image position": "front", "exif": exif, "dtype": "float32"}
+        assert facts == wanted
         answers.append(answer)
     assert answers[0] == answers[1]
 
