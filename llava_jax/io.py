@@ -2,12 +2,16 @@
 
 import codecs
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from llava_jax.types import InputError
+
+# A full disk, a quota, a file system that holds no file of that size: so say the libraries that write, too.
+NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def each_line(path: str) -> Iterator[tuple[str, Any]]:
@@ -69,6 +73,18 @@ def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> int:
             file.write(("" if count == 1 else between) + json.dumps(row, ensure_ascii=False))
         file.write(after)
     return count
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write a JSON file for a person to read; it appears under its name only when it is whole."""
+    with replacing(path) as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+
+
+def no_room(error: BaseException) -> str:
+    """Why nothing more can be written, where an error says so, whichever library raised it; "" for any other."""
+    return next((reason for reason in NO_ROOM if reason in str(error)), "")
 
 
 @contextlib.contextmanager

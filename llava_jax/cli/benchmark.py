@@ -1,13 +1,13 @@
 """The commands that measure: benchmark train, generate and data, alone or next to transformers and PyTorch."""
 
 import argparse
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from llava_jax.benchmark.worker import PICTURE_BATCH, ROW_BATCH
 from llava_jax.cli.flags import announce, check_output
+from llava_jax.io import write_json
 from llava_jax.types import InputError
 
 STAGES = ("pretrain", "finetune")
@@ -80,7 +80,7 @@ def train(args: argparse.Namespace) -> int:
         announce_work(f"benchmark train, {stage}", args, work, peer, f"{args.rounds} turns of {args.steps} updates")
         results[stage] = measure(args, work, peer)
         print_train(work, results[stage])
-    return write_json(args, {"command": "train", "size": args.size, "stages": results}, results.values())
+    return write_figures(args, {"command": "train", "size": args.size, "stages": results}, results.values())
 
 
 def generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +102,7 @@ def generate(args: argparse.Namespace) -> int:
         ("tokens a second", lambda side: f"{work['rows'] / side['token']:.1f}"),
         ("seconds to the first", lambda side: f"{side['first_token']:.3f}"),
     )
-    return write_json(args, {"command": "generate", "size": args.size, **result}, [result])
+    return write_figures(args, {"command": "generate", "size": args.size, **result}, [result])
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +131,7 @@ def data(args: argparse.Namespace) -> int:
     one, two, ratio = 1 / scaled["workers_1"], 1 / scaled["workers_2"], scaled["ratio"]
     print(f"  workers: {one:.1f} images a second from one, {two:.1f} from two, {ratio:.2f} times as many")
     scaling = {"one": one, "two": two, "ratio": ratio, "load": os.getloadavg()[0]}
-    return write_json(args, {"command": "data", **result, "scaling": scaling}, [result])
+    return write_figures(args, {"command": "data", **result, "scaling": scaling}, [result])
 
 
 # ---- what the three share -------------------------------------------------------------------------------------------
@@ -234,11 +234,9 @@ def print_table(result: Mapping[str, Any], *lines: tuple) -> None:
     print(flush=True)
 
 
-def write_json(args: argparse.Namespace, figures: dict[str, Any], results: Any) -> int:
+def write_figures(args: argparse.Namespace, figures: dict[str, Any], results: Any) -> int:
     """Writes `--json`; its `ratio` is the smallest of the results."""
     ratios = [result["ratio"] for result in results if "ratio" in result]
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({**figures, "ratio": min(ratios) if ratios else None}, file, indent=2)
-            file.write("\n")
+        write_json(args.json, {**figures, "ratio": min(ratios) if ratios else None})
     return 0

@@ -1,12 +1,12 @@
 """`compile`: its flags, the environment that libtpu needs, and what is printed and written."""
 
 import argparse
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli.flags import announce, check_output
 from llava_jax.cli.train import load_settings
+from llava_jax.io import replacing, write_json
 from llava_jax.types import InputError, Settings
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def single(args: argparse.Namespace, settings: Settings, target: "Target") -> in
         figures["calibration"] = report.CALIBRATION
     print(f"compiled in {figures['compile_seconds']:.1f} s\n")
     print(report.report(figures))
-    write_json(args.json, figures)
+    write_figures(args.json, figures)
     if args.hlo and text:
-        with open(args.hlo, "w", encoding="utf-8") as file:
+        with replacing(args.hlo) as file:
             file.write(text)
         print(f"program written to {args.hlo}")
     elif args.hlo:
@@ -127,13 +127,11 @@ def sweep(args: argparse.Namespace, settings: Settings, target: "Target") -> int
         done.append(figures)
     chosen = report.best(done)
     print("\n" + report.sweep_end(done, chosen))
-    write_json(args.json, {"plans": done, "best": chosen})
+    write_figures(args.json, {"plans": done, "best": chosen})
     return 1 if all(figures["fits"] is False for figures in done if "skipped" not in figures) else 0
 
 
-def write_json(path: str | None, figures: dict[str, Any]) -> None:
+def write_figures(path: str | None, figures: dict[str, Any]) -> None:
     if path:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
-            file.write("\n")
+        write_json(path, figures)
         print(f"figures written to {path}")

@@ -11,9 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from safetensors import SafetensorError
+
 from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
 from llava_jax.cli.flags import Parser
 from llava_jax.cli.guard import Named, check_paths, named
+from llava_jax.io import no_room
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
 
@@ -177,6 +180,8 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 SHOWN = "backslashreplace"
+# What Python, tensorstore and safetensors raise where a disk is full.
+WRITE_ERRORS = (OSError, ValueError, SafetensorError)
 HELP = ("--help", "-h", "help")
 
 
@@ -237,8 +242,15 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(ours, [command.passes] if command.passes else [])
     args.passed = passed
     read, written = command.files(args)
-    check_paths(named(args, command.reads) + read, named(args, command.writes) + written, passed)
-    return command.run(args)
+    outputs = named(args, command.writes)
+    check_paths(named(args, command.reads) + read, outputs + written, passed)
+    try:
+        return command.run(args)
+    except WRITE_ERRORS as error:
+        if not no_room(error):
+            raise
+        name = getattr(error, "filename", None) or " and ".join(map(str, outputs)) or "output"
+        raise InputError(f"{name}: cannot be written ({no_room(error)}); make room, run again") from error
 
 
 def take_any_text() -> None:
@@ -269,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:  # of a check of ours, not of the system
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        name = error.filename or "a file or a connection"
+        print(f"error: {name}: {error.strerror}", file=sys.stderr)
         return 2

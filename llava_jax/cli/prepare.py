@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_jax.cli.flags import announce, check_output
 from llava_jax.cli.guard import Named
-from llava_jax.io import write_rows
+from llava_jax.io import write_json, write_rows
 from llava_jax.types import InputError
 
 
@@ -77,7 +77,6 @@ def concepts(args: argparse.Namespace) -> int:
     from llava_jax.prepare import captions as captions_room
     from llava_jax.prepare import concepts as room
     from llava_jax.prepare import phrases
-    from llava_jax.prepare.output import write_json
 
     finder = phrases.builtin_phrases if args.finder == "builtin" else phrases.spacy_phrases(args.spacy_model)
     rule = room.Rule(args.min_count, args.cap, args.case, args.articles, args.pooled, args.seed)

@@ -1,11 +1,10 @@
 """Exact match of short answers: the share of questions whose answer is the right one, over all and by category."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from llava_jax.data.rows import check_unicode
-from llava_jax.io import read_lines
+from llava_jax.io import read_lines, write_json
 from llava_jax.types import InputError
 
 
@@ -46,9 +45,7 @@ def evaluate(questions_path: str, answers_path: str, json_path: str | None = Non
     figures = score(questions_path, answers_path)
     print(table({"exact match": figures}))
     if json_path is not None:
-        with open(json_path, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
-            file.write("\n")
+        write_json(json_path, figures)
     return figures
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from llava_jax.data.rows import check_text, check_unicode, parse_images, parse_system, unread_keys, unread_line
 from llava_jax.infer.generate import Prompt, bucket
-from llava_jax.io import read_lines
+from llava_jax.io import read_lines, replacing
 from llava_jax.types import InputError, Sampling
 
 # The last two are what `evaluate` reads.
@@ -152,9 +152,8 @@ def _sort_answers(path: str, questions: Sequence[Question]) -> None:
         order.setdefault(question.key, []).append(index)
     rows = [row for _, row in _whole_answers(path)]
     rows.sort(key=lambda row: order[json.dumps([row["question_id"], row["prompt"]])].pop())
-    with open(path + ".sorted", "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.writelines(_line(row) for row in rows)
-    os.replace(path + ".sorted", path)
 
 
 # ---- answering ------------------------------------------------------------------------------------------------------

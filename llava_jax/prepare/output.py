@@ -1,10 +1,9 @@
-"""How the tools of `prepare` read JSON and write it."""
+"""How the tools of `prepare` read JSON, and the rows they make."""
 
 import json
 import os
 from typing import Any
 
-from llava_jax.io import replacing
 from llava_jax.types import InputError
 
 
@@ -23,10 +22,3 @@ def single_turn(row_id: str, image: str | None, question: str, answer: str) -> d
     """A row of LLaVA's JSON with one question and one answer."""
     said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"id": row_id, **({} if image is None else {"image": image}), "conversations": said}
-
-
-def write_json(path: str, content: Any) -> None:
-    """Writes a JSON file for a person to read; it appears under its name only when it is whole."""
-    with replacing(path) as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.write("\n")
