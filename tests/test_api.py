@@ -115,7 +115,8 @@ def test_an_answer_ends_at_the_first_stop_string(tiny, monkeypatch):
 @pytest.mark.parametrize(
     "messages,message",
     [
-        ([dict(role="system", content="x")], "message 1: role is 'system', expected 'user'"),
+        ([dict(role="system", content="x")], "the last one to be the user's"),
+        ([dict(role="tool", content="x")], "message 1: role is 'tool', expected 'user'"),
         ([dict(role="user", content="x"), dict(role="user", content="x")], "message 2: role is 'user'"),
         ([dict(role="user", content="x"), dict(role="assistant", content="x")], "the last one to be the user's"),
         ([], "0 messages"),

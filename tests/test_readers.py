@@ -2,11 +2,14 @@
 
 import json
 import os
+import pathlib
 import re
 
 import pytest
+from PIL import Image
 
-from llava_jax.api import question, read_messages
+from llava_jax.api import Llava, question, read_messages
+from llava_jax.cli.train import load_settings
 from llava_jax.data import validate
 from llava_jax.data.records import load_records
 from llava_jax.data.rows import Rejected, parse_or_reject
@@ -14,7 +17,9 @@ from llava_jax.data.templates import find_template, render
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.infer.batch_generate import read_questions
 from llava_jax.prepare.arrayrecord import find_problems
-from llava_jax.types import UNPACKED, DataSettings, InputError, Turn
+from llava_jax.train.checkpoint import hold_workdir
+from llava_jax.train.setup import warmup_note
+from llava_jax.types import UNPACKED, DataSettings, InputError, OptimSettings, Turn
 from tests.tiny_llava import write_tokenizer
 
 CUT = "a\ud83d"  # an emoji cut in two
@@ -195,6 +200,13 @@ def test_a_message_that_cannot_be_asked_is_named(message, says):
         read_messages([{"role": "user"} | message])
 
 
+@pytest.mark.parametrize("image", ["x.jpg", pathlib.Path("x.jpg"), Image.new("RGB", (4, 4))], ids=type)
+def test_one_image_for_a_list_of_prompts_is_an_error_that_says_what_to_give(image):
+    model = Llava("m", engine=None, processor=None, weights="")
+    with pytest.raises(InputError, match="one image for a list of 2 prompts; give a list with an entry"):
+        model.generate(["a", "b"], images=image)
+
+
 # ---- ids and names --------------------------------------------------------------------------------------------------
 
 
@@ -221,3 +233,47 @@ def test_keys_that_are_not_read_are_said_at_every_start(kept, tmp_path, monkeypa
     for _ in range(2):
         checked = validate.check_once(records, settings, tokenizer, patches=4)
         assert "keys not read: source (2 rows), quality (1 rows)" in validate.summary(checked, 2048)
+
+
+# ---- what a start says ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, ratio, says",
+    [(1, 0.03, "nothing is learned"), (3, 1.0, "does not reach 0.002"), (2, 0.03, ""), (1, 0.0, "")],
+)
+def test_a_run_that_is_all_warmup_says_so(steps, ratio, says):
+    optim = OptimSettings(0.002, "", "cosine", ratio, 0.0, 0.0, 0.9, 0.999, 1e-8)
+    lines = warmup_note(optim, steps)
+    assert len(lines) == bool(says) and says in "".join(lines)
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path):
+    settings = load_settings(["--config=tiny:stage=finetune"])
+    with pytest.raises(InputError), hold_workdir(str(tmp_path / "new"), settings):
+        os.mkdir(tmp_path / "new" / "checkpoints")
+        raise InputError("no rows")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    for folder, written in (("mine", ()), ("run", ("metrics.jsonl",))):
+        with pytest.raises(InputError), hold_workdir(str(tmp_path / folder), settings):
+            for name in written:
+                (tmp_path / folder / name).write_text("")
+            raise InputError("no rows")
+        assert set(os.listdir(tmp_path / folder)) == {".lock", *written}
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("train.steps=two", "a whole number"),
+        ("train.steps=1.5", "a whole number"),
+        ("train.steps=", "a whole number"),
+        ("optim.lr=fast", "a number"),
+        ("data.pack=maybe", "true or false"),
+    ],
+)
+def test_an_override_of_another_type_is_one_clear_line(word, expected):
+    key, _, value = word.partition("=")
+    with pytest.raises(InputError, match=rf"^--config.{key}={value}: expected {expected}, as in --config.{key}=\S+$"):
+        load_settings(["--config=tiny:stage=finetune", f"--config.{word}"])

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import operator
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,13 @@ CONFIG_ERRORS = (
     TypeError,
     ValueError,
 )
+
+# How a value is read by the type of its key, and what it is called.
+PARSERS = {
+    int: (flags.IntegerParser(), "a whole number"),
+    float: (flags.FloatParser(), "a number"),
+    bool: (flags.BooleanParser(), "true or false"),
+}
 
 
 def train_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +80,9 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
         )
     spec = f"{path}{colon}{arg}"
     overrides = [word for word in passed if word.startswith("--config.")]
-    check_keys(run_config(spec), overrides)
+    config = run_config(spec)
+    check_keys(config, overrides)
+    check_values(config, overrides)
     return run_config(spec, overrides)
 
 
@@ -122,6 +132,19 @@ def check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
             raise InputError(f"--config.{key}: no such config key{nearest(key, tuple(known))}")
         if not equals:
             raise InputError(f"--config.{key}: no value; write --config.{key}=VALUE")
+
+
+def check_values(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Raise InputError for an override whose value is none of the key's type."""
+    for word in overrides:
+        key, _, value = word.removeprefix("--config.").partition("=")
+        found = operator.attrgetter(key)(config)
+        if type(found) in PARSERS:
+            parser, expected = PARSERS[type(found)]
+            try:
+                parser.parse(value)
+            except (ValueError, TypeError):
+                raise InputError(f"--config.{key}={value}: expected {expected}, as in --config.{key}={found}") from None
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ is not recorded: a run resumes with any number of them on any mesh.
 import dataclasses
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,6 +147,7 @@ def _set_aside(workdir: str, step: int) -> None:
 # ---- the folder of a run ----
 
 
+LOCK = ".lock"
 # What may change when a run is resumed: none of it enters the numbers.
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
 # Nor does the way a batch is split over devices, where neither the loss nor the order of rows depends on it.
@@ -156,14 +158,16 @@ MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.
 def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
     """Create and lock the workdir in the first process; check in the others that they see the same folder.
 
-    Raises InputError when it holds anything but this run.
+    A folder made here is removed when the run ends before it has written anything. Raises InputError when it holds
+    anything but this run.
     """
-    path = os.path.join(workdir, ".lock")
+    path = os.path.join(workdir, LOCK)
     if not is_first():
         check_shared(workdir, path)
         yield
         return
     check_workdir(workdir, settings)
+    is_ours = not os.path.exists(workdir)
     try:
         os.makedirs(workdir, exist_ok=True)
         lock = open(path, "w")  # noqa: SIM115
@@ -181,7 +185,16 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
                 f"--workdir={workdir}: its file system cannot lock files ({error.strerror}), choose another folder"
             ) from error
         check_shared(workdir, path)
-        yield
+        try:
+            yield
+        finally:
+            if is_ours and _is_unused(workdir):
+                shutil.rmtree(workdir)
+
+
+def _is_unused(workdir: str) -> bool:
+    """Whether nothing but the lock has been written there."""
+    return [name for _, _, names in os.walk(workdir) for name in names] == [LOCK]
 
 
 def check_workdir(workdir: str, settings: Settings) -> None:

@@ -24,7 +24,7 @@ from llava_jax.train import checkpoint
 from llava_jax.train.build_step import Run
 from llava_jax.train.optim import describe, warmup_steps
 from llava_jax.train.step import TrainState, batch_ranks, partition
-from llava_jax.types import InputError, ModelConfig, Settings
+from llava_jax.types import InputError, ModelConfig, OptimSettings, Settings
 from llava_jax.weights.chat_known import chat_template_note
 from llava_jax.weights.fingerprints import check_unchanged, frozen_sources, model_inputs
 from llava_jax.weights.load import read_params
@@ -142,6 +142,14 @@ def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
     return flops / (chip.peak_flops * run.mesh.size)
 
 
+def warmup_note(optim: OptimSettings, steps: int) -> list[str]:
+    """Return a line where the warmup takes all updates, the first of which has rate 0."""
+    if warmup_steps(optim, steps) < steps:
+        return []
+    what = "nothing is learned" if steps == 1 else f"the learning rate does not reach {optim.lr:g}"
+    return [f"all updates are warmup: {what}; give more train.steps or epochs, or optim.warmup_ratio=0"]
+
+
 def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: BatchPlan) -> str:
     """What was decided, printed before the first update."""
     t, steps = settings.train, batches.steps
@@ -165,6 +173,7 @@ def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: B
             f"{spec.config.vision.patches} image tokens{of_tile} (id {spec.config.image_token_id}), "
             f"max_length {settings.data.max_length}",
             *([note] if note else []),
+            *warmup_note(settings.optim, steps),
             describe(settings.optim, run.state.params, run.frozen),
         ]
     )
