@@ -14,7 +14,7 @@ from llava_jax.types import InputError
 SIDE = """
 import json, sys
 sys.path.insert(0, {folder!r})
-import turns
+import worker
 seconds = iter({seconds})
 worker.serve(lambda work: (json.loads(work["found"]), lambda: {{"step": next(seconds)}}))
 """
