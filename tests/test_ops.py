@@ -188,7 +188,7 @@ def test_what_is_no_target_has_no_gradient():
 
 
 @pytest.mark.parametrize("length", [8, 200, 400])
-def test_loss_in_stretches_equals_the_plain_one_forward_and_backward(length):
+def test_loss_in_chunks_equals_the_plain_one_forward_and_backward(length):
     """One chunk, two and four of 256 positions, the last one short; most have no target."""
     hidden, head = heads(0, 2, length, 8), heads(1, 8, 11)
     tokens = jax.random.randint(jax.random.key(2), (2, length), 0, 11)
@@ -210,7 +210,7 @@ def test_loss_in_stretches_equals_the_plain_one_forward_and_backward(length):
     np.testing.assert_array_equal(jax.grad(lambda h: ours(h, head, False))(hidden), grads[0])
 
 
-def test_stretches_bound_the_logits_in_memory():
+def test_chunks_bound_the_logits_in_memory():
     """The compiled loss holds no more than a quarter of the logits, where the plain one holds them all."""
     hidden, head = jnp.zeros((2, 1024, 8)), jnp.zeros((8, 4096))
     tokens, targets = jnp.zeros((2, 1024), jnp.int32), jnp.ones((2, 1024), bool)
@@ -224,7 +224,7 @@ def test_stretches_bound_the_logits_in_memory():
     assert temporary(lambda h, w: weighted_nll(h, w, tokens, targets.astype(jnp.float32), True)) < logits
 
 
-def test_stretches_follow_positions_and_vocabulary():
+def test_chunks_follow_positions_and_vocabulary():
     assert chunk_length(4 * 2048, 32000) == 2048
     assert chunk_length(16 * 4096, 128256) == 512
     assert chunk_length(100, 2048) == 256

@@ -1,4 +1,4 @@
-"""The report page: complete, well-formed, and in need of nothing beside itself."""
+"""The report page: complete, well-formed and self-contained."""
 
 import base64
 import html.parser
@@ -78,7 +78,7 @@ def reader(page):
     return reader
 
 
-def test_it_needs_nothing_beside_itself(page, reader):
+def test_it_is_self_contained(page, reader):
     links = [value for _, name, value in reader.attributes if name in ("src", "href", "srcset", "action", "data")]
     assert links == ["data:image/png;base64," + base64.b64encode(PICTURE).decode()] * 2
     assert not re.search(r"https?:|url\(|@import|<script|<link", page)

@@ -143,7 +143,7 @@ class Lowered:
 
     @property
     def hash(self) -> str:
-        """The hash of the program, the compiler options, and the versions of the compilers."""
+        """Return the hash of the program, the compiler options, and the versions of the compilers."""
         versions = f"{jax.__version__} {_libtpu_version()}"
         options = compiler_options(self.settings.train.compiler_options, self.target.devices[0].device_kind)
         text = f"{self.lowered.as_text()} {sorted(options.items())} {versions}"
@@ -266,10 +266,10 @@ def refusal(message: str, arguments: int) -> dict[str, Any] | None:
     """
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
     temporary = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
-    found = used or temporary
-    if found is None:
+    match = used or temporary
+    if match is None:
         return None
-    needed, limit = (_read_size(text) for text in found.groups())
+    needed, limit = (_read_size(text) for text in match.groups())
     figures = {"fits": False, "hbm_bytes": limit}
     if used is None:
         figures |= {"argument_bytes": arguments, "temporary_bytes": needed}

@@ -55,24 +55,24 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names inside the parentheses after the opcode."""
+        """Return the names inside the parentheses after the opcode."""
         return _NAME.findall(_parenthesised(self.rest[self.rest.index("(") :]))
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate; None where it has none."""
+        """Return the compiler's estimate; None where it has none."""
         match = _CYCLES.search(self.rest)
         return int(match.group(1)) if match and int(match.group(1)) < NO_ESTIMATE else None
 
     @property
     def op_name(self) -> str:
-        """Where in the program it comes from, as jax names it."""
+        """Return where in the program it comes from, as jax names it."""
         match = _OP_NAME.search(self.rest)
         return match.group(1) if match else ""
 
     @property
     def collective(self) -> str | None:
-        """'all-gather' of all-gather, all-gather-start and all-gather-done; None for what is no collective."""
+        """Return 'all-gather' for all-gather, all-gather-start and all-gather-done; None for other operations."""
         base = self.opcode.removesuffix("-start").removesuffix("-done")
         return base if base in COLLECTIVES else None
 

@@ -88,14 +88,21 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         tokens = torch.from_numpy(arrays["tokens"]).long().to(device)
         pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(device, model.dtype)
     model.generation_config.eos_token_id = None
-    prompt = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False)
+    mask = torch.ones_like(tokens)
     seconds = clock(device)
 
     @torch.inference_mode()
     def answer(count: int) -> tuple[float, list[list[int]]]:
         began = seconds()
-        ids = model.generate(**prompt, max_new_tokens=count, min_new_tokens=count)[:, tokens.shape[1] :].tolist()
-        return seconds() - began, ids
+        ids = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            pixel_values=pixels,
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+        )
+        return seconds() - began, ids[:, tokens.shape[1] :].tolist()
 
     def turn() -> dict[str, float]:
         total, first = answer(work["new_tokens"])[0], answer(1)[0]

@@ -83,7 +83,7 @@ def _read_boxes(text: str) -> Scene:
 
 
 def conversation(scene: Scene, rng: np.random.Generator) -> str:
-    """Three to five different questions, each kind in its turn, with answers of one or two words."""
+    """Write three to five different questions, each kind in its turn, with answers of one or two words."""
     by_kind: dict[str, list[world.Question]] = {}
     for question in world.questions(scene, rng):
         by_kind.setdefault(question.kind, []).append(question)
@@ -95,7 +95,7 @@ def conversation(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
-    """How many things there are, and each with its colour, shape and place, in any order."""
+    """Write how many things there are, and each with its colour, shape and place, in any order."""
     things = [scene[i] for i in rng.permutation(len(scene))]
     number = world.NUMBERS[len(scene)]
     opening = f"there is {number} object." if len(scene) == 1 else f"there are {number} objects."
@@ -103,13 +103,13 @@ def description(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def reasoning(scene: Scene, rng: np.random.Generator) -> str:
-    """One question that takes two facts, and an answer that names both and ends in the conclusion."""
+    """Write one question that takes two facts, and an answer that names both and ends in the conclusion."""
     asked = [*_comparisons(scene), *_conjunctions(scene, rng), *_sameness(scene)]
     return _exchange(*asked[int(rng.integers(len(asked)))])
 
 
 def _comparisons(scene: Scene) -> list[tuple[str, str]]:
-    """Which of two things is higher, lower, further left or further right, where there is a difference."""
+    """Ask which of two things is higher, lower, further left or further right, where there is a difference."""
     names = [thing.name for thing in scene]
     asked = []
     for one, other in itertools.permutations(scene, 2):
@@ -129,7 +129,7 @@ def _comparisons(scene: Scene) -> list[tuple[str, str]]:
 
 
 def _conjunctions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Whether a thing named by its shape has a colour and is in a row: yes where both hold, else no."""
+    """Ask whether a thing named by its shape has a colour and is in a row: yes where both hold, else no."""
     shapes = [thing.shape for thing in scene]
     asked = []
     for thing in scene:
@@ -145,7 +145,7 @@ def _conjunctions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str
 
 
 def _sameness(scene: Scene) -> list[tuple[str, str]]:
-    """Whether two or three things all have one colour, and whether they all have one shape."""
+    """Ask whether two or three things all have one colour, and whether they all have one shape."""
     if len(scene) == 1:
         return []
     asked = []

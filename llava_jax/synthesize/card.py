@@ -44,7 +44,7 @@ class Tally:
 
     @property
     def rejected_share(self) -> float:
-        """The share of answers that cannot be used."""
+        """Return the share of answers that cannot be used."""
         return sum(self.bad_replies.values()) / self.replies if self.replies else 0.0
 
     def add(self, verdict: Verdict, problem: str) -> None:

@@ -77,10 +77,10 @@ class EndpointTeacher:
         raise RequestFailed(f"no answer after {TRIES} tries, at last: {problem:.200}")
 
     def _ask(self, messages: Sequence[Message]) -> Reply:
-        given: Any = list(messages)  # as the client's own types have them
+        payload: Any = list(messages)  # the client's own types are narrower
         response = self._client.chat.completions.with_raw_response.create(
             model=self.name,
-            messages=given,
+            messages=payload,
             extra_body={name: value for name, value in self.settings.items() if name != "model"},
         )
         return read_completion(json.loads(response.text))
