@@ -94,9 +94,8 @@ def plans(settings: Settings, target: Target, grid: Grid, tokens_per_row: float 
                 total = rows * mesh[0] * mesh[1]
                 yield {"mesh": shards, "rows": total, "remat": remat, "skipped": skipped, **empty}
                 continue
-            figures, _ = compile_plan(
-                lower(_point(settings, rows, remat, mesh, tokens_per_row), target, tokens_per_row)
-            )
+            point = _point(settings, rows, remat, mesh, tokens_per_row)
+            figures, _ = compile_plan(lower(point, target, tokens_per_row))
             too_large = rows if figures["fits"] is False else 0
             yield figures
 
@@ -110,6 +109,5 @@ def _point(
         data = dataclasses.replace(data, pack_length=data.pack_length or data.max_length)
         size = int(size * data.pack_length * FILLED / tokens_per_row)
     train = dataclasses.replace(settings.train, batch_size=size, accumulate=1, remat=remat)
-    return dataclasses.replace(
-        settings, data=data, train=train, mesh=MeshSettings(*mesh, fsdp_inner=settings.mesh.fsdp_inner)
-    )
+    sizes = MeshSettings(*mesh, fsdp_inner=settings.mesh.fsdp_inner)
+    return dataclasses.replace(settings, data=data, train=train, mesh=sizes)

@@ -201,11 +201,11 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
     def turn() -> dict[str, float]:
         with closing(image_batches()) as batches:
-            spent = drain(batches, len(images) // PICTURE_BATCH, seconds)
-        data, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, size, pack=True, workers=0)
-        with closing(data):
-            packed = drain(data, len(rows) // ROW_BATCH, seconds)
-        return {"image": spent / len(images), "row": packed / len(rows), "row_tokens": tokens / len(rows)}
+            image_seconds = drain(batches, len(images) // PICTURE_BATCH, seconds)
+        packed, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, size, pack=True, workers=0)
+        with closing(packed) as batches:
+            row_seconds = drain(batches, len(rows) // ROW_BATCH, seconds)
+        return {"image": image_seconds / len(images), "row": row_seconds / len(rows), "row_tokens": tokens / len(rows)}
 
     with closing(image_batches()) as batches:
         hashes = [fingerprint(normalised(image)) for batch in batches for image in batch.pixels_BNXYC[:, 0]]

@@ -3,10 +3,8 @@
 In the model an adapter is part of its Linear (`llm/layers/attn/q/adapter/a`); in a run all of them are the part `lora`
 (`lora/layers/attn/q/a`) next to vision, projector and llm, so that a stage trains and saves complete parts.
 
-qwix 0.1.8 is not used: it finds a model's weights by running it with jax's own functions replaced and puts objects
-without axes into the tree of weights, which our scan over stacked layers refuses (IndexError in jax.lax.scan). Its
-rules select by weight, not by the path of a layer, and its dropout draws from a counter, not from the number of the
-update.
+qwix 0.1.8 is not used: it puts objects without axes into the tree of weights, which our scan over stacked layers
+refuses; its rules select by weight, not by a layer's path, and its dropout draws from a counter, not from the update.
 """
 
 import math

@@ -7,6 +7,7 @@ its files; checkpoints are written by all, so the workdir must be on a file syst
 import glob
 import hashlib
 import os
+import pathlib
 import secrets
 import signal
 import sys
@@ -195,17 +196,10 @@ def check_shared(workdir: str, path: str) -> None:
             os.fsync(file.fileno())
     wanted = np.asarray(multihost_utils.broadcast_one_to_all(nonce), np.uint8).tobytes().hex()
     end = time.monotonic() + VISIBLE_SECONDS
-    while not _reads(path, wanted):
+    while not (os.path.exists(path) and pathlib.Path(path).read_text(encoding="utf-8") == wanted):
         if time.monotonic() > end:
             raise InputError(
                 f"--workdir={workdir}: process {jax.process_index()} does not see what process 0 writes in it: "
                 "expected a folder that all hosts share, choose one on a network file system"
             )
         time.sleep(0.2)
-
-
-def _reads(path: str, content: str) -> bool:
-    if not os.path.exists(path):
-        return False
-    with open(path, encoding="utf-8") as file:
-        return file.read() == content

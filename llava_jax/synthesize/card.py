@@ -1,6 +1,5 @@
 """The data card: figures of a file of instruction data and of the replies that were rejected, as data and as text."""
 
-import collections
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -11,10 +10,6 @@ from llava_jax.types import IMAGE_PLACEHOLDER, Turn
 
 OPENING_WORDS = 3
 TOP = 12
-
-
-def _counter() -> Counter:
-    return collections.Counter()
 
 
 @dataclasses.dataclass
@@ -31,12 +26,12 @@ class Tally:
     turns: int = 0
     image_first: int = 0
     replies: int = 0
-    set_aside: Counter = dataclasses.field(default_factory=_counter)
-    bad_replies: Counter = dataclasses.field(default_factory=_counter)
-    question_words: Counter = dataclasses.field(default_factory=_counter)
-    answer_words: Counter = dataclasses.field(default_factory=_counter)
-    question_openings: Counter = dataclasses.field(default_factory=_counter)
-    answer_openings: Counter = dataclasses.field(default_factory=_counter)
+    set_aside: Counter = dataclasses.field(default_factory=Counter)
+    bad_replies: Counter = dataclasses.field(default_factory=Counter)
+    question_words: Counter = dataclasses.field(default_factory=Counter)
+    answer_words: Counter = dataclasses.field(default_factory=Counter)
+    question_openings: Counter = dataclasses.field(default_factory=Counter)
+    answer_openings: Counter = dataclasses.field(default_factory=Counter)
 
     @property
     def leaks(self) -> int:

@@ -78,7 +78,7 @@ def restore(
     for step in steps:
         folder = os.path.join(workdir, "checkpoints", str(step))
         try:
-            _check_like(folder, _saved_leaves(manager, step), state)
+            _check_like(folder, manager.item_metadata(step)["state"], state)
             args = ocp.args.Composite(
                 state=ocp.args.StandardRestore(state._asdict()),
                 data=ocp.args.JsonRestore(),
@@ -108,15 +108,8 @@ def restore(
     return None
 
 
-def _saved_leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, tuple]:
-    """Return path -> (shape, dtype) of what the checkpoint says it holds."""
-    saved = manager.item_metadata(step)["state"]
-    if saved is None:
-        raise ValueError("its state has no readable metadata")
-    return _leaves(saved.tree if hasattr(saved, "tree") else saved)
-
-
 def _leaves(tree: Any) -> dict[str, tuple]:
+    """Return path -> (shape, dtype)."""
     names = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
@@ -124,8 +117,10 @@ def _leaves(tree: Any) -> dict[str, tuple]:
     return names
 
 
-def _check_like(folder: str, saved: dict[str, tuple], state: TrainState) -> None:
-    wanted = _leaves(state._asdict())
+def _check_like(folder: str, metadata: Any, state: TrainState) -> None:
+    if metadata is None:
+        raise ValueError("its state has no readable metadata")
+    saved, wanted = _leaves(metadata.tree if hasattr(metadata, "tree") else metadata), _leaves(state._asdict())
     paths = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
     if paths:
         first = "; ".join(f"{p}: {saved.get(p, 'absent')} there, {wanted.get(p, 'absent')} expected" for p in paths[:5])
