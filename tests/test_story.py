@@ -120,7 +120,7 @@ def test_a_workdir_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds a demo of other sizes"):
         Quick(str(tmp_path / "run"), story.Sizes(vision="random:tiny", llm="random:tiny"))
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="no demo began in it"):
+    with pytest.raises(InputError, match="holds no demo"):
         Quick(str(tmp_path))
 
 
