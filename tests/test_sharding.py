@@ -121,7 +121,7 @@ EIGHT_DEVICES = textwrap.dedent("""
         print("equal", sizes)
 
     # Hierarchical: one reduce-scatter of a matrix an axis and weight (seven of the block, projector, head), and a remat
-    # policy that keeps matrix products finds those of `matmul`.
+    # policy that keeps matmuls finds those of `matmul`.
     products = {}
     mesh = make_mesh(MeshSettings(1, 8, 1, fsdp_inner=4))
     for remat in ("full", "dots"):
