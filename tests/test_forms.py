@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import llava_jax
 from llava_jax.cli.main import main
+from llava_jax.settings import write_settings
 from llava_jax.train.loop import train
 from llava_jax.types import InputError
 from llava_jax.weights import convert, hf, load, name_table, orbax_model
@@ -446,3 +449,39 @@ def test_an_older_checkpoint_is_taken_only_when_it_is_named(trained, tmp_path, c
     assert llava_jax.load(str(workdir), step=2).params["projector"]
     with pytest.raises(InputError, match="--step=2: .* is no workdir of train"):
         llava_jax.load(f"hf:{trained[0]}/llava", step=2)
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+# Files of at most so many kilobytes: the same error as a full disk, without filling one.
+LIMITED = """
+import resource, sys
+from llava_jax.cli.main import main
+size = int(sys.argv[1]) * 1024
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["hf", "llava", "orbax", "projector"])
+def test_a_full_disk_is_one_line(trained, tmp_path, kind):
+    target = tmp_path / "out" / ("p.safetensors" if kind == "projector" else "m")
+    target.parent.mkdir()
+    limit = "1" if kind == "projector" else "100"
+    words = [sys.executable, "-c", LIMITED, limit, "convert", f"--from=hf:{trained[0]}/llava", f"--to={kind}:{target}"]
+    ran = subprocess.run(words, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr.count("error")) == (2, 1), ran.stderr
+    assert f"error: {target}: cannot be written (File too large); make room, run again" in ran.stderr
+    assert "Traceback" not in ran.stderr and os.listdir(target.parent) == []
+
+
+def test_a_save_on_a_full_disk_is_one_line(trained, tmp_path):
+    """The run before it stays as it was; with room the same command resumes."""
+    settings = make_settings(trained[0], "pretrain", train__checkpoint_every=2)
+    write_settings(str(tmp_path / "config.json"), settings)
+    words = ["train", f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"]
+    ran = subprocess.run([sys.executable, "-c", LIMITED, "8", *words], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert f"error: {tmp_path}/run/checkpoints: cannot be written (File too large); make room" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert main(words) == 0 and sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["2", "4"]

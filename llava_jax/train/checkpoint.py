@@ -28,13 +28,31 @@ from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
 from llava_jax.weights.runs import UNREADABLE, first_line, steps_on_disk
 from llava_jax.weights.source import absolute
+from llava_jax.weights.tensors import enough_room
 
 
 @contextmanager
 def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Yield the run's CheckpointManager; on every way out the save in flight is finished before it is closed."""
-    manager = ocp.CheckpointManager(
-        os.path.abspath(os.path.join(workdir, "checkpoints")),
+    """Yield the run's CheckpointManager; on every way out the save in flight is finished before it is closed.
+
+    Raises InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
+    """
+    folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
+    with enough_room(folder):
+        manager = _manager(folder, keep)
+        try:
+            yield manager
+        finally:
+            # Without the wait the last asynchronous save is lost even on a normal exit.
+            try:
+                manager.wait_until_finished()
+            finally:
+                manager.close()
+
+
+def _manager(folder: str, keep: int) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder,
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         item_handlers={
             "state": ocp.StandardCheckpointHandler(),
@@ -42,12 +60,6 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
             "meta": ocp.JsonCheckpointHandler(),
         },
     )
-    try:
-        yield manager
-    finally:
-        # Without the wait the last asynchronous save is lost even on a normal exit.
-        manager.wait_until_finished()
-        manager.close()
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator, meta: dict) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, orbax_model
 from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
-from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, open_folder, write_shards
+from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, open_folder, write_shards
 
 Params = dict[str, Any]
 DTYPES = ("float32", "bfloat16")
@@ -83,11 +84,17 @@ def finished_folder(folder: str) -> Iterator[str]:
     os.makedirs(parent, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
     try:
-        yield partial
+        with enough_room(folder):
+            yield partial
         os.chmod(partial, 0o755)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for _ in range(50):  # writes that tensorstore had begun when one of them failed end a little later
+            if not os.path.exists(partial):
+                break
+            time.sleep(0.1)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:

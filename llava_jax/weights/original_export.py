@@ -1,5 +1,6 @@
 """Our parameters to a folder of the original LLaVA code's layout, and the projector alone to a file."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from llava_jax.data.templates import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
@@ -17,7 +17,15 @@ from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_export import all_pieces, finished_folder, with_vocabulary
 from llava_jax.weights.processor import TOKENIZER_FILES, own_rows, same_pieces
-from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, open_file, write_shards
+from llava_jax.weights.tensors import (
+    SHARD_BYTES,
+    Piece,
+    check_written,
+    enough_room,
+    open_file,
+    save_tensors,
+    write_shards,
+)
 
 Params = dict[str, Any]
 
@@ -100,13 +108,18 @@ def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) 
     for ours, array in name_table.flatten({"projector": params["projector"]}).items():
         row = name_table.ROWS[ours]
         tensors[original_name(row.hf, config.projector)] = name_table.to_hf(row, np.asarray(array, jnp.dtype(dtype)))
-    save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors leaves it readable by its owner alone.
-    os.chmod(path, 0o644)
-    written = open_file(path)
-    for name, tensor in tensors.items():
-        if written.get(name).tobytes() != tensor.tobytes():
-            raise OSError(f"{path}: {name} read back differs from what was written")
+    partial = f"{path.removesuffix('.safetensors')}.{os.getpid()}.tmp.safetensors"
+    try:
+        with enough_room(path):
+            save_tensors(partial, tensors)
+        written = open_file(partial)
+        for name, tensor in tensors.items():
+            if written.get(name).tobytes() != tensor.tobytes():
+                raise OSError(f"{path}: {name} read back differs from what was written")
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
 
 
 def original_name(name: str, projector: str) -> str:

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from llava_jax.types import InputError, LoraConfig, ModelConfig
 from llava_jax.weights import name_table
 from llava_jax.weights.hf_export import finished_folder
 from llava_jax.weights.hf_facts import read_json
-from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file
+from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file, save_tensors
 
 Params = dict[str, Any]
 
@@ -194,9 +193,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
         with open(os.path.join(partial, CONFIG), "w", encoding="utf-8") as file:
             json.dump(adapter_json(config.lora, base), file, indent=2)
         path = os.path.join(partial, ADAPTER)
-        save_file(tensors, path, metadata={"format": "pt"})
-        # safetensors leaves it readable by its owner alone.
-        os.chmod(path, 0o644)
+        save_tensors(path, tensors)
         written = open_file(path)
         for name, array in tensors.items():
             if written.get(name).tobytes() != array.tobytes():

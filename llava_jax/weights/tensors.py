@@ -3,15 +3,18 @@
 Read are .safetensors, torch's .bin files and what we wrote as orbax; written are .safetensors.
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
+import absl.logging
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -202,6 +205,32 @@ def _indexed(folder: str, index: str) -> dict[str, str]:
 
 # ---- writing ----------------------------------------------------------------------------------------------------
 
+# How safetensors, tensorstore and Python all say it.
+_FULL = re.compile("No space left on device|File too large|Disk quota exceeded")
+
+
+@contextlib.contextmanager
+def enough_room(path: str) -> Iterator[None]:
+    """Raise InputError that names `path` in place of what the libraries raise when the disk is full."""
+    # orbax writes tracebacks to stderr of what it raises as well.
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = _FULL.search(str(error))
+        if reason is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({reason[0]}); make room, run again") from error
+    finally:
+        absl.logging.set_verbosity(verbosity)
+
+
+def save_tensors(path: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a .safetensors file that others can read, too: safetensors leaves it to its owner alone."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -231,9 +260,7 @@ def write_shards(folder: str, pieces: Iterable[Piece], shard_bytes: int = SHARD_
     weight_map: dict[str, str] = {}
     for file, shard in zip(files, shards, strict=True):
         path = os.path.join(folder, file)
-        save_file({piece.name: _made(piece) for piece in shard}, path, metadata={"format": "pt"})
-        # safetensors leaves it readable by its owner alone, which keeps a server from loading it.
-        os.chmod(path, 0o644)
+        save_tensors(path, {piece.name: _made(piece) for piece in shard})
         weight_map |= {piece.name: file for piece in shard}
     if len(shards) > 1:
         total = sum(piece.nbytes for shard in shards for piece in shard)
