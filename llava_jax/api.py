@@ -27,8 +27,8 @@ from llava_jax.parallel.placement import LazyTensor, place
 from llava_jax.parallel.sharding import make_mesh, replicated
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
 from llava_jax.weights.load import read_model
+from llava_jax.weights.processor import check_vocabulary
 from llava_jax.weights.source import split
-from llava_jax.weights.spec import check_vocabulary
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 MESSAGE_KEYS = ("role", "content")

@@ -17,7 +17,6 @@ from types import FrameType
 import llava_jax
 from llava_jax.cli.main import main
 from llava_jax.settings import write_settings
-from llava_jax.train.loop import train
 from tests.tiny_run import make_inputs, make_settings
 
 PACKAGE = os.path.dirname(llava_jax.__file__) + os.sep
@@ -58,10 +57,10 @@ def command(name: str, folder: pathlib.Path) -> list[str]:
     if name == "train":
         write_settings(str(folder / "config.json"), settings)
         return ["train", f"--config={folder}/config.json", f"--workdir={folder}/run"]
-    train(settings, str(folder / "run"))
     if name == "convert":
-        return ["convert", f"--from=orbax:{folder}/run", f"--to=hf:{folder}/out"]
-    return ["generate", f"--model={folder}/run", f"--image={folder}/images/0.png", "--prompt=Why?", "--max_new_tokens=4"]
+        return ["convert", f"--from=hf:{folder}/llava", f"--to=hf:{folder}/out"]
+    question = [f"--image={folder}/images/0.png", "--prompt=Why?", "--max_new_tokens=4"]
+    return ["generate", f"--model=hf:{folder}/llava", *question]
 
 
 if __name__ == "__main__":

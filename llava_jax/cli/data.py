@@ -36,7 +36,7 @@ def verify(args: argparse.Namespace) -> int:
     from llava_jax.data import validate
     from llava_jax.data.tiles import tiling
     from llava_jax.data.tokenize import load_tokenizer
-    from llava_jax.weights.spec import check_vocabulary
+    from llava_jax.weights.processor import check_vocabulary
 
     tokenizer = load_tokenizer(folder)
     if config is not None:

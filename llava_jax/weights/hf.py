@@ -19,11 +19,12 @@ from llava_jax.models.llava import build
 from llava_jax.parallel.placement import LazyTensor
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original, peft
-from llava_jax.weights.chat_known import recognised_template
+from llava_jax.weights.chat_template import recognised_template
 from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.hf_facts import config_value, read_json
 from llava_jax.weights.original import HERE, Beside
 from llava_jax.weights.processor import read_images, with_pixels
+from llava_jax.weights.source import is_adapter, is_original
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
 
 Params = dict[str, Any]
@@ -112,11 +113,11 @@ def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, lazy: bool = Fal
 
 def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
     """What `read_llava` says, without the weights."""
-    if peft.is_adapter(folder):
+    if is_adapter(folder):
         return read_llava_config(peft.base_of(folder, beside.base), Beside(beside.vision))
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
-    if not hf_config.is_original(given):
+    if not is_original(given):
         _only_for_originals(folder, beside)
         config = hf_config.llava_config(given, where)
         config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
@@ -129,10 +130,10 @@ def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, 
 
 def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
     """Return the folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
-    if peft.is_adapter(folder):
+    if is_adapter(folder):
         return [folder, *weight_folders(peft.base_of(folder, beside.base), Beside(beside.vision))]
     path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path) or not hf_config.is_original(read_json(path)):
+    if not os.path.isfile(path) or not is_original(read_json(path)):
         return [folder]
     found = original.open_original(folder, beside)
     return [other for other in (folder, found.tower, found.base) if other]
@@ -140,7 +141,7 @@ def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
 
 def stored_dtype(folder: str, beside: Beside = HERE) -> str:
     """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
-    if peft.is_adapter(folder):
+    if is_adapter(folder):
         return stored_dtype(peft.base_of(folder, beside.base))
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
     stored = config_value(given, "dtype")
@@ -165,10 +166,10 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
 
 def _opened(folder: str, beside: Beside) -> tuple[Tensors, str]:
     """(tensors of a LLaVA folder, the kind of their names)."""
-    if peft.is_adapter(folder):
+    if is_adapter(folder):
         tensors, kind = _opened(peft.base_of(folder, beside.base), Beside(beside.vision))
         return peft.merged(folder, tensors, kind), kind
-    if hf_config.is_original(hf_config.read_config(folder, "a LLaVA folder")):
+    if is_original(hf_config.read_config(folder, "a LLaVA folder")):
         return original.open_tensors(original.open_original(folder, beside)), "original"
     return open_folder(folder), "llava"
 
@@ -301,7 +302,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     """
     ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
     tiled = given["model_type"] == "llava_next"
-    if hf_config.is_original(given):
+    if is_original(given):
         tiled = given.get("image_aspect_ratio") == "anyres"
     aspects = ("anyres",) if tiled else ASPECTS
     allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"), exif=EXIF)

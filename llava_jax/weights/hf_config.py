@@ -40,11 +40,6 @@ def read_config(folder: str, expected: str) -> Json:
     return read_json(path)
 
 
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is that of the original LLaVA code, whose keys for images no other has."""
-    return "mm_vision_tower" in config or "mm_projector_type" in config
-
-
 # ---- theirs to ours ---------------------------------------------------------------------------------------------
 
 

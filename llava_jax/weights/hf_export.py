@@ -21,6 +21,7 @@ from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, orbax_model
 from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
+from llava_jax.weights.source import is_original
 from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, open_folder, write_shards
 
 Params = dict[str, Any]
@@ -223,7 +224,7 @@ def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype)
     """Those tensors of the source folder; bit-equal where its dtype is the export's."""
     given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
     kind = "llava" if given.get("model_type") in ("llava", "llava_next") else "clip"
-    if hf_config.is_original(given):
+    if is_original(given):
         kind = "original"
     tensors = open_folder(source)
     names = {name_table.canonical(name, kind): name for name in tensors.names()}

@@ -12,16 +12,11 @@ import numpy as np
 
 from llava_jax.types import InputError
 from llava_jax.weights import name_table
+from llava_jax.weights.source import WEIGHTS
 
-WEIGHTS = "weights"
 # What the tree in it holds: our nested dict, and {hub name: tensor}.
 PARAMS, BEYOND = "params", "beyond"
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-
-
-def is_converted(folder: str) -> bool:
-    """Whether a folder is a whole model that we wrote as orbax, by what lies in it."""
-    return os.path.isfile(os.path.join(folder, WEIGHTS, "_METADATA"))
 
 
 def files(folder: str) -> list[str]:

@@ -15,6 +15,7 @@ from llava_jax.types import ClipConfig, InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, peft
 from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.processor import TOKENIZER_FILES, with_pixels
+from llava_jax.weights.source import ADAPTER_CONFIG
 from llava_jax.weights.tensors import Tensors, open_file, open_folder, weight_files
 
 Json = dict[str, Any]
@@ -81,7 +82,7 @@ def _tower(folder: str, given: Mapping[str, Any], override: str) -> str:
 
 def _base(folder: str, given: Mapping[str, Any], override: str) -> str:
     """The folder that an adapter or a projector alone belongs to, empty where the folder holds its decoder."""
-    if os.path.isfile(os.path.join(folder, peft.CONFIG)):
+    if os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         return peft.base_of(folder, override)
     if weight_files(folder) or not os.path.isfile(os.path.join(folder, PROJECTOR)):
         if override:
@@ -190,7 +191,7 @@ def _holds_tower(tensors: Tensors) -> bool:
 def _with_base(original: Original) -> Tensors:
     """The base's tensors with an adapter's updates added, and the other trained tensors in their place."""
     folder, tensors = original.folder, open_folder(original.base)
-    if not os.path.isfile(os.path.join(folder, peft.CONFIG)):
+    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         return dataclasses.replace(
             peft.placed(tensors, open_file(os.path.join(folder, PROJECTOR)), "original"), where=folder
         )

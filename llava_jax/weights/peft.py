@@ -17,11 +17,11 @@ from llava_jax.types import InputError, LoraConfig, ModelConfig
 from llava_jax.weights import name_table
 from llava_jax.weights.hf_export import finished_folder
 from llava_jax.weights.hf_facts import read_json
+from llava_jax.weights.source import ADAPTER_CONFIG
 from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file, save_tensors
 
 Params = dict[str, Any]
 
-CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 LOW_RANK = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 # LlavaForConditionalGeneration of transformers 5 in memory, where peft looks; the names in files are older.
@@ -32,12 +32,6 @@ PROJECTOR = "model.multi_modal_projector."
 # ---- read -------------------------------------------------------------------------------------------------------
 
 
-def is_adapter(folder: str) -> bool:
-    """Return whether a folder holds adapters and no model, by what lies in it."""
-    has = [os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, "config.json")]
-    return has == [True, False]
-
-
 def found(path: str, folder: str) -> str:
     """Return a model's path as it is written, or below the folder; empty when it is neither."""
     below = os.path.join(folder, path)
@@ -46,7 +40,7 @@ def found(path: str, folder: str) -> str:
 
 def base_of(folder: str, override: str = "") -> str:
     """Return the folder that the adapters belong to: `override`, or the one they name. Raises InputError."""
-    named = read_json(os.path.join(folder, CONFIG)).get("base_model_name_or_path")
+    named = read_json(os.path.join(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
     if override and not os.path.isfile(os.path.join(override, "config.json")):
         raise InputError(f"--base={override}: has no config.json; expected the model that the adapter {folder} is for")
     base = override or (found(named, folder) if isinstance(named, str) and named else "")
@@ -123,7 +117,7 @@ class _As(File):
 
 def _scale(folder: str) -> float:
     """What B A is multiplied by; InputError for the kinds of adapter that are more than W + scale · B A."""
-    where = os.path.join(folder, CONFIG)
+    where = os.path.join(folder, ADAPTER_CONFIG)
     given = read_json(where)
     # Others of the last one (pissa, olora, corda …) change the base's own weights.
     only = dict(peft_type=("LORA",), bias=("none", None), init_lora_weights=(True, False, None, "gaussian"))
@@ -190,7 +184,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
     assert config.lora is not None
     tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
     with finished_folder(folder) as partial:
-        with open(os.path.join(partial, CONFIG), "w", encoding="utf-8") as file:
+        with open(os.path.join(partial, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
             json.dump(adapter_json(config.lora, base), file, indent=2)
         path = os.path.join(partial, ADAPTER)
         save_tensors(path, tensors)

@@ -17,7 +17,7 @@ import numpy as np
 from llava_jax.data.templates import find_template, render
 from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
-from llava_jax.weights.chat_jinja import chat_jinja
+from llava_jax.weights.chat_template import chat_jinja
 from llava_jax.weights.hf_config import select_strategy
 from llava_jax.weights.hf_facts import folder_value, read_json
 
@@ -212,6 +212,33 @@ def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str) -> None:
+    """InputError when the tokenizer in `folder` is that of another model.
+
+    The embedding may have more rows than the tokenizer has ids; `<image>` and the pad token may lie outside, as their
+    rows are never looked up.
+    """
+    rows, image = config.llm.vocab_size, tokenizer.image_token_id(0)
+    outside = {i for i in (config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
+    fix = "copy the tokenizer's files from where the model came from"
+    if tokenizer.size - len(outside) > rows:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} and the decoder's embedding {rows} rows: "
+            f"expected the tokenizer that belongs to the decoder; {fix}"
+        )
+    if image < tokenizer.size and image != config.image_token_id:
+        raise InputError(
+            f"{folder}: <image> is {image} in the tokenizer and {config.image_token_id} in the model "
+            f"(image_token_index of config.json): expected one id; {fix}"
+        )
+    word = tokenizer.decode([config.image_token_id]) if config.image_token_id < image == tokenizer.size else ""
+    if word:
+        raise InputError(
+            f"{folder}: the model's image token {config.image_token_id} (image_token_index of config.json) is the text "
+            f"{word!r} in the tokenizer: expected one with <image>; {fix}"
+        )
 
 
 def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, processor_class: str) -> ExportedTokens:

@@ -1,12 +1,11 @@
 """SRC, how a model is named everywhere: hf:DIR, llava:DIR, orbax:DIR, or a DIR recognised by the files in it."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from llava_jax.types import InputError
-from llava_jax.weights.hf_config import is_original
 from llava_jax.weights.hf_facts import read_json
-from llava_jax.weights.orbax_model import is_converted
-from llava_jax.weights.peft import is_adapter
 
 FORMS = (
     "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train, "
@@ -22,9 +21,30 @@ _HOLDS = {
 }
 
 
+# The folder with our parameters in a model that we wrote as orbax, and the file that says what adapters are.
+WEIGHTS = "weights"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
 def is_workdir(folder: str) -> bool:
-    """Whether a folder is the workdir of a training run, by what lies in it."""
+    """Return whether a folder is the workdir of a training run, by what lies in it."""
     return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(os.path.join(folder, "checkpoints"))
+
+
+def is_converted(folder: str) -> bool:
+    """Return whether a folder is a whole model that we wrote as orbax, by what lies in it."""
+    return os.path.isfile(os.path.join(folder, WEIGHTS, "_METADATA"))
+
+
+def is_adapter(folder: str) -> bool:
+    """Return whether a folder holds adapters of peft and no model, by what lies in it."""
+    has = [os.path.isfile(os.path.join(folder, name)) for name in (ADAPTER_CONFIG, "config.json")]
+    return has == [True, False]
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Return whether config.json is that of the original LLaVA code, whose keys for images no other has."""
+    return "mm_vision_tower" in config or "mm_projector_type" in config
 
 
 def split(source: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import Any
 
-from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
+from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.settings import RANDOM, lora_targets, nearest, read_settings
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, LoraConfig, ModelConfig, Settings
 from llava_jax.weights import hf, hf_config
@@ -169,30 +169,3 @@ def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
 def float_dtype(dtype: str) -> str:
     """What `train.frozen_dtype` makes of weights that are not in four bits."""
     return "bfloat16" if dtype == "nf4" else dtype
-
-
-def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str) -> None:
-    """InputError when the tokenizer in `folder` is that of another model.
-
-    The embedding may have more rows than the tokenizer has ids; `<image>` and the pad token may lie outside, as their
-    rows are never looked up.
-    """
-    rows, image = config.llm.vocab_size, tokenizer.image_token_id(0)
-    outside = {i for i in (config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
-    mend = "copy the tokenizer's files from where the model came from"
-    if tokenizer.size - len(outside) > rows:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} and the decoder's embedding {rows} rows: "
-            f"expected the tokenizer that belongs to the decoder; {mend}"
-        )
-    if image < tokenizer.size and image != config.image_token_id:
-        raise InputError(
-            f"{folder}: <image> is {image} in the tokenizer and {config.image_token_id} in the model "
-            f"(image_token_index of config.json): expected one id; {mend}"
-        )
-    word = tokenizer.decode([config.image_token_id]) if config.image_token_id < image == tokenizer.size else ""
-    if word:
-        raise InputError(
-            f"{folder}: the model's image token {config.image_token_id} (image_token_index of config.json) is the text "
-            f"{word!r} in the tokenizer: expected one with <image>; {mend}"
-        )

@@ -23,6 +23,7 @@ from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
 from llava_jax.weights.hf_facts import PLACES, read_json
+from llava_jax.weights.source import is_converted
 from llava_jax.weights.torch_bin import DTYPES, TorchFile
 
 SINGLE, INDEX = PLACES["weights"]
@@ -120,7 +121,7 @@ def open_file(path: str) -> Tensors:
 
 def weight_files(folder: str) -> list[str]:
     """The files that hold a model folder's tensors, none where it has none: orbax, safetensors, or else .bin."""
-    if orbax_model.is_converted(folder):
+    if is_converted(folder):
         return orbax_model.files(folder)
     index, single = _layout(folder)
     if index:
@@ -155,7 +156,7 @@ def _layout(folder: str) -> tuple[str, str]:
 
 def open_folder(folder: str) -> Tensors:
     """All tensors of a model folder: of model.safetensors or pytorch_model.bin, of an index's shards, or of orbax."""
-    if orbax_model.is_converted(folder):
+    if is_converted(folder):
         file = orbax_model.OrbaxFile(folder)
         return Tensors(folder, dict.fromkeys(file.keys(), file))
     index, single = _layout(folder)
