@@ -13,9 +13,9 @@ PIECE, SCANNED = 1 << 16, 1 << 24  # bytes that are parsed, and looked through, 
 BOM = codecs.BOM_UTF8
 # A surrogate's escape without its other half, of which ijson's parser in C makes a question mark.
 LONE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+    rb"\\u(?:[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u)[dD][c-fC-F])"
 )
-# ijson's memory grows with the square of the depth; nobody's rows are as deep.
+# A file that is no JSON but begins with brackets: ijson's memory grows with the square of the depth.
 DEEP = re.compile(rb"(?:[\[{]\s*){200}")
 NOISE = re.compile(r"^(?:b')?(?:lexical|parse) error: |\.?(?:\n|\\n).*", re.DOTALL)
 
@@ -97,8 +97,8 @@ def _pieces(path: str, size: int) -> Iterator[tuple[int, bytes]]:
 def _parser(path: str, expected: str) -> Any:
     """ijson's parser: the one in C, or where that would change a text the slow one in Python."""
     rest, lone = b"", False
-    for piece in utf8_pieces(path, expected):
-        if DEEP.search(piece):
+    for number, piece in enumerate(utf8_pieces(path, expected)):
+        if number == 0 and DEEP.match(piece):
             raise InputError(f"{path}: not JSON that can be read: nested more than 200 deep; expected {expected}")
         # No escape reaches past a quote.
         head, _, rest = (rest + piece).rpartition(b'"')

@@ -13,12 +13,11 @@ import functools
 import hashlib
 import itertools
 import json
-import operator
 import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +45,6 @@ class Chunk(NamedTuple):
 
     ids: bytes
     targets: bytes
-
-
-_has_text, _is_target = operator.attrgetter("text"), operator.attrgetter("is_target")
 
 
 def _lone(token: int) -> Chunk:
@@ -141,15 +137,16 @@ class TextTokenizer:
         keys = [tuple(spans) for spans in chunks]
         known = [self._known.get(spans) for spans in keys]
         fresh = [spans for spans, chunk in zip(keys, known, strict=True) if chunk is None]
-        texts = ["".join(map(self._piece, spans)) for spans in fresh]
-        found = map(self._chunk, fresh, texts, self._splitter.encode_batch(texts, add_special_tokens=False))
+        pieces = [[self._piece(span) for span in spans] for spans in fresh]
+        encodings = self._splitter.encode_batch(["".join(texts) for texts in pieces], add_special_tokens=False)
+        found = map(self._chunk, fresh, pieces, encodings)
         done = [next(found) if chunk is None else chunk for chunk in known]
         for spans, chunk in zip(keys, done, strict=True):
             if len(self._known) < KNOWN and not any(span.is_target for span in spans):
                 self._known[spans] = chunk
         return done
 
-    def _chunk(self, spans: Sequence[Span], text: str, encoding: tokenizers.Encoding) -> Chunk:
+    def _chunk(self, spans: Sequence[Span], pieces: Sequence[str], encoding: tokenizers.Encoding) -> Chunk:
         ids = np.frombuffer(array.array("i", encoding.ids), np.int32)
         final = self._final[ids]
         if final.min(initial=0) < 0:
@@ -158,21 +155,26 @@ class TextTokenizer:
                 f"the text spells the special token {token!r} and this tokenizer cannot write it as plain text; remove "
                 "it from the text"
             )
-        targets = np.zeros(len(ids), bool)
+        runs, length = [], 0
+        for span, piece in zip(spans, pieces, strict=True):
+            start, length = length, length + len(piece)
+            if span.is_target and runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], length)
+            elif span.is_target and piece:
+                runs.append((start, length))
 
         def start_of(token: int) -> int:
             # A token without characters (an inserted prefix) goes with the character it stands before.
-            return min(encoding.token_to_chars(token)[0], len(text) - 1)  # ty: ignore[not-subscriptable], of a text
+            return min(encoding.token_to_chars(token)[0], length - 1)  # ty: ignore[not-subscriptable], of a text
 
         def end_of(token: int) -> int:
-            return max(encoding.token_to_chars(token)[1], start_of(token) + 1)  # ty: ignore[not-subscriptable]
+            start, end = encoding.token_to_chars(token)  # ty: ignore[not-iterable]
+            return end if end > start else min(start, length - 1) + 1
 
-        end = 0
-        for is_target, run in itertools.groupby(filter(_has_text, spans), key=_is_target):
-            start, end = end, end + sum(len(self._piece(span)) for span in run)
-            if is_target:
-                first = bisect.bisect_left(range(len(ids)), start, key=start_of)
-                targets[first : bisect.bisect_right(range(len(ids)), end, first, key=end_of)] = True
+        targets = np.zeros(len(ids), bool)
+        for start, end in runs:
+            first = bisect.bisect_left(range(len(ids)), start, key=start_of)
+            targets[first : bisect.bisect_right(range(len(ids)), end, first, key=end_of)] = True
         return Chunk(final.tobytes(), targets.tobytes())
 
     def _piece(self, span: Span) -> str:
@@ -277,24 +279,27 @@ def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
 
 def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer) -> list[Encoded]:
     """`encode` of several conversations, which takes less time than one after another."""
-    texts, counts = [], []
+    chunks, counts = [], []
     for spans in conversations:
-        images = [place for place, span in enumerate(spans) if span.special and span.text == IMAGE_PLACEHOLDER]
-        starts, ends = [0, *(place + 1 for place in images)], [*images, len(spans)]
-        texts += [spans[start:end] for start, end in zip(starts, ends, strict=True)]
-        counts.append(len(starts))
-    chunks, opening = (
-        iter(tokenizer.encode_chunks(texts)),
-        [] if tokenizer.bos_id is None else [_lone(tokenizer.bos_id)],
-    )
-    return [_joined(opening, list(itertools.islice(chunks, count))) for count in counts]
+        chunk, before = [], len(chunks)
+        chunks.append(chunk)
+        for span in spans:
+            if span.special and span.text == IMAGE_PLACEHOLDER:
+                chunk = []
+                chunks.append(chunk)
+            else:
+                chunk.append(span)
+        counts.append(len(chunks) - before)
+    found = iter(tokenizer.encode_chunks(chunks))
+    opening = Chunk(b"", b"") if tokenizer.bos_id is None else _lone(tokenizer.bos_id)
+    return [_joined(opening, itertools.islice(found, count)) for count in counts]
 
 
-def _joined(opening: list[Chunk], chunks: list[Chunk]) -> Encoded:
+def _joined(opening: Chunk, chunks: Iterable[Chunk]) -> Encoded:
     """The chunks with an image between any two."""
-    between = [chunk for following in chunks[1:] for chunk in (IMAGE, following)]
-    ids, targets = map(b"".join, zip(*opening, chunks[0], *between, strict=True))
-    return Encoded(np.frombuffer(ids, np.int32), np.frombuffer(targets, bool))
+    ids, targets = zip(*chunks, strict=True)
+    tokens = np.frombuffer(opening.ids + IMAGE.ids.join(ids), np.int32)
+    return Encoded(tokens, np.frombuffer(opening.targets + IMAGE.targets.join(targets), bool))
 
 
 def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
