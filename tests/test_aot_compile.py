@@ -13,6 +13,7 @@ from configs import llava_v1_5, tiny
 from llava_jax.aot import compile as ahead
 from llava_jax.aot import report, sweep, target
 from llava_jax.cli import compile as command
+from llava_jax.cli.compile import unpacked_without_lengths
 from llava_jax.cli.main import main
 from llava_jax.parallel.chips import CHIPS
 from llava_jax.settings import settings_from_dict
@@ -150,6 +151,15 @@ def test_more_shards_than_conversations_are_refused_as_by_train():
 def test_packed_rows_need_the_mean_length():
     with pytest.raises(InputError, match="tokens_per_row"):
         ahead.batch_shape(settings(tiny, data__pack=True), config_of(), ways=8, tokens_per_row=None)
+
+
+def test_a_config_that_packs_is_compiled_unpacked_until_a_length_is_given():
+    packs = settings(tiny, data__pack=True)
+    alone, said = unpacked_without_lengths(packs, None)
+    assert alone == settings(tiny) and said.endswith("--tokens_per_row=N compiles packed ones")
+    assert unpacked_without_lengths(packs, 300.0) == (packs, "packed")
+    given = settings(tiny, data__pack=True, data__pack_length=512)
+    assert unpacked_without_lengths(given, None) == (given, "packed")  # refused next: its rows are not known
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------

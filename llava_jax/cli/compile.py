@@ -1,6 +1,7 @@
 """`compile`: its flags, the environment that libtpu needs, and what is printed and written."""
 
 import argparse
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def compile_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hlo", metavar="FILE", help="written: the compiled program")
     parser.add_argument("--rows", type=int, metavar="N", help="conversations of the data set, for the hours it takes")
     parser.add_argument(
-        "--tokens_per_row", type=float, metavar="N", help="their mean length, image tokens included (for data.pack)"
+        "--tokens_per_row", type=float, metavar="N", help="their mean length, image tokens included: packed rows"
     )
     sweep = parser.add_argument_group("try several")
     sweep.add_argument(
@@ -50,7 +51,7 @@ def compile_flags(parser: argparse.ArgumentParser) -> None:
 def compile_(args: argparse.Namespace) -> int:
     """Exit code 1 when the step does not fit (with --sweep: when none does)."""
     check_flags(args)
-    settings = load_settings(args.passed)
+    settings, rows = unpacked_without_lengths(load_settings(args.passed), args.tokens_per_row)
     if args.topology:
         os.environ.update(ENVIRONMENT)
     # Only now: jax reads the environment when it is imported.
@@ -64,9 +65,23 @@ def compile_(args: argparse.Namespace) -> int:
         target=f"{target.name}, {len(target.devices)} chips" + (f", {target.slices} slices" * (target.slices > 1)),
         stage=settings.stage,
         batch=f"{train.batch_size} conversations an update, accumulate {train.accumulate}, remat {train.remat}",
+        rows=rows,
         options=f"compiler options {train.compiler_options}, attention {train.attention}",
     )
     return sweep(args, settings, target) if args.sweep else single(args, settings, target)
+
+
+def unpacked_without_lengths(settings: Settings, tokens_per_row: float | None) -> tuple[Settings, str]:
+    """The settings, and what is compiled of the rows: packed ones only where their mean length is known.
+
+    A config that packs says nothing of lengths, which `train` reads from the data.
+    """
+    data = settings.data
+    if data.pack and (tokens_per_row or data.pack_length or data.pack_images):
+        return settings, "packed"
+    hint = "; --tokens_per_row=N compiles packed ones" if data.pack else ""
+    data = dataclasses.replace(data, pack=False)
+    return dataclasses.replace(settings, data=data), f"one conversation of {data.max_length} tokens each{hint}"
 
 
 def check_flags(args: argparse.Namespace) -> None:
