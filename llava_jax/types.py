@@ -331,9 +331,7 @@ class DataSettings:
     pack_images: int
     """Images (with `data.aspect=anyres`: tiles) in a packed row; 0 takes what is needed."""
     workers: int
-    """Threads that read rows and images, and processes that check the rows before the run; 0: one thread, and the
-    main process checks.
-    """
+    """Threads that read rows and images and make batches; 0 is one, as 1 is."""
     exif: str = "ignore"
     """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original."""
 

@@ -9,7 +9,12 @@ import pytest
 from llava_jax.cli.train import load_settings
 from llava_jax.data.grouping import count_words
 from llava_jax.data.packing import BatchPlan, deal, pack_update, plan_batches
+from llava_jax.data.records import load_records
+from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.validate import check_records
+from llava_jax.demo import files
 from llava_jax.types import UNPACKED, DataSettings, InputError, Record, Turn
+from llava_jax.weights.spec import EMBEDDED_TOKENIZER
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = DataSettings("rows.json", "", "v1", "front", "pad", 2048, True, **{**UNPACKED, "pack": True})
@@ -248,9 +253,15 @@ def test_published_configs_leave_little_padding_as_they_are(config, stage):
     assert plan.shape.filled >= 0.93, plan.shape
 
 
-def test_short_captions_with_the_tiny_config_leave_little_padding():
-    lengths = np.random.default_rng(0).normal(56, 4, 30_000).clip(40, 64).astype(np.int32)
-    settings = load_settings([f"--config={ROOT}/configs/tiny.py:stage=pretrain"])
+def test_the_demos_captions_with_the_tiny_config_leave_little_padding(tmp_path):
+    scenes, _ = files.split_scenes(0, 40, 0)
+    files.write_caption_rows(f"{tmp_path}/rows.json", files.write_split(str(tmp_path), scenes, 1), 2)
+    words = ["--config=tiny:stage=pretrain", f"--config.data.annotations={tmp_path}/rows.json"]
+    settings = load_settings([*words, f"--config.data.images={tmp_path}/images"])
+    tokenizer = load_tokenizer(EMBEDDED_TOKENIZER)
+    checked = check_records(load_records(settings.data.annotations), settings.data, tokenizer, patches=36)
+    lengths = np.tile(checked.lengths_A, 30_000 // checked.rows)
+    assert len(lengths) == 30_000 and 50 < lengths.mean() < 62
     sizes = dict(batch_size=settings.train.batch_size, row_multiple=1, steps=3750, seed=0)
     plan = plan_batches([None] * 30_000, lengths, settings.data, slots_A=np.ones(30_000, int), **sizes)
     assert plan.shape.filled >= 0.8, plan.shape

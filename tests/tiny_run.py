@@ -97,7 +97,7 @@ def make_settings(folder: pathlib.Path, stage: str, **changes: object) -> Settin
     values = tiny.get_config(f"stage={stage}").to_dict()
     rows = "captions.json" if stage == "pretrain" else "rows.json"
     values["init"] |= dict(model=f"hf:{folder}/llava")
-    values["data"] |= dict(annotations=f"{folder}/{rows}", images=f"{folder}/images", max_length=112)
+    values["data"] |= dict(annotations=f"{folder}/{rows}", images=f"{folder}/images", max_length=112, pack=False)
     values["train"] |= dict(batch_size=4, steps=4)
     for key, value in changes.items():
         group, _, name = key.rpartition("__")

@@ -39,6 +39,7 @@ class Sizes:
         "train.steps=800",
         "train.batch_size=16",
         "data.max_length=72",
+        "data.pack=False",
         "optim.lr=1e-2",
         "train.checkpoint_every=200",
     )
