@@ -107,7 +107,7 @@ def test_workdir_holds_what_the_contract_says(runs):
     assert sorted(p.name for p in (ran.workdir / "checkpoints").iterdir()) == ["2", "4"]
     for said in (
         "stage finetune: 4 steps of 4 conversations",
-        "batches of 4 x 112 tokens with 1 images a row",
+        "batches of 4 x 80 tokens with 1 images a row",
         "trainable",
         "frozen",
         "compiled in",
