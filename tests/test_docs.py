@@ -83,6 +83,23 @@ def test_config_keys_in_the_text_exist():
     assert [(page, key) for page, key in sorted(named) if key not in known] == []
 
 
+def test_files_in_the_text_exist():
+    """Notes are left out: they tell of code that is gone."""
+    tops = "|".join(path.name for path in [*ROOT.iterdir(), *(ROOT / "llava_jax").iterdir()] if path.is_dir())
+    named = {
+        (path.name, file)
+        for path in PAGES
+        if "notes" not in path.parts
+        for file in re.findall(rf"`((?:{tops})/[\w./]+\.(?:py|sh|sbatch|yaml))`", path.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert [
+        (page, file)
+        for page, file in sorted(named)
+        if not any((top / file).exists() for top in (ROOT, ROOT / "llava_jax"))
+    ] == []
+
+
 def test_make_targets_exist():
     made = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
