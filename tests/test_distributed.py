@@ -162,7 +162,7 @@ def test_a_host_reads_the_rows_of_its_devices_wherever_they_lie(monkeypatch):
         def addressable_devices_indices_map(self, shape):
             return {0: (slice(4, 6),), 1: (slice(0, 2),), 2: (slice(0, 2),)}
 
-    monkeypatch.setattr(distributed, "batch_sharding", lambda mesh: Square())
+    monkeypatch.setattr(placement, "batch_sharding", lambda mesh: Square())
     assert placement.local_rows(make_mesh(MeshSettings(1, -1, 1)), 8) == (0, 1, 4, 5)
 
 
