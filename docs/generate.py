@@ -20,7 +20,7 @@ from llava_jax.cli.flags import Parser
 from llava_jax.cli.main import COMMANDS
 from llava_jax.settings import CHOICES, RANGES, REMATS, flatten
 from llava_jax.types import REMAT_NAMES, WEIGHT_NAMES, Settings
-from llava_jax.weights.hf_facts import PLACES
+from llava_jax.weights.hf_config import PLACES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = {

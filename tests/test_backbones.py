@@ -11,9 +11,9 @@ from flax import nnx
 
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.demo import backbones, reading, world
+from llava_jax.models.attention import angles, rotate
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import build
-from llava_jax.models.rope import angles, rotate
 from llava_jax.types import ModelConfig
 from llava_jax.weights import hf
 

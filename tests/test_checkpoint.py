@@ -14,7 +14,7 @@ import pytest
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint as C
 from llava_jax.types import InputError, Settings
-from llava_jax.weights.runs import fingerprint, load_params
+from llava_jax.weights.source import load_params, run_fingerprint
 from tests.tiny_run import change, make_settings
 
 TX = optax.adam(1e-3)
@@ -216,12 +216,12 @@ def test_one_trainer_a_workdir(tmp_path):
 
 def test_fingerprint_is_of_the_newest_checkpoint(tmp_path):
     write(tmp_path, [2])
-    first = fingerprint(str(tmp_path))
-    assert fingerprint(str(tmp_path)) == first
+    first = run_fingerprint(str(tmp_path))
+    assert run_fingerprint(str(tmp_path)) == first
     write(tmp_path, [3])
-    second = fingerprint(str(tmp_path))
+    second = run_fingerprint(str(tmp_path))
     (tmp_path / "checkpoints" / "3" / "meta" / "metadata").write_text("{}")
-    assert len({first, second, fingerprint(str(tmp_path))}) == 3
+    assert len({first, second, run_fingerprint(str(tmp_path))}) == 3
 
 
 def test_workdir_that_is_a_file_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from llava_jax.cli.main import main
 from llava_jax.data import tokenize
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
-from llava_jax.weights import convert, hf, hf_config, hf_facts, name_table
+from llava_jax.weights import convert, hf, hf_config, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
 from llava_jax.weights.load import read_model
 from tests import make_tokenizers
@@ -675,7 +675,7 @@ def test_flags_of_image_are_the_same_in_both_tokenizer_files(tmp_path, sources, 
     (flags,) = [token["normalized"] for token in written if token["content"] == "<image>"]
     both = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert both["700"]["normalized"] == flags
-    assert hf_facts.contradictions(str(tmp_path / "out")) == []
+    assert hf_config.contradictions(str(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("change, says", [
@@ -714,7 +714,7 @@ def test_a_single_file_counts_before_the_index_of_older_shards(tmp_path, sources
 
 def test_a_folder_that_contradicts_nothing_says_nothing(tmp_path, sources):
     write(sources, tmp_path / "out")
-    assert hf_facts.contradictions(str(tmp_path / "out")) == []
+    assert hf_config.contradictions(str(tmp_path / "out")) == []
 
 
 def test_a_contradiction_names_both_places(tmp_path, sources):
@@ -727,7 +727,7 @@ def test_a_contradiction_names_both_places(tmp_path, sources):
     )
     path.write_text(json.dumps(given | dict(torch_dtype="float16")))
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[7, 8])))
-    dtype, eos, rope = (line.removeprefix(f"{folder}: ") for line in hf_facts.contradictions(folder))
+    dtype, eos, rope = (line.removeprefix(f"{folder}: ") for line in hf_config.contradictions(folder))
     assert "dtype: config.json dtype says 'float32' and config.json torch_dtype 'float16'; config.json dtype" in dtype
     assert "generation_config.json eos_token_id says" in eos and "config.json eos_token_id" in eos
     assert (

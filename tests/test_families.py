@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from llava_jax.models import clip, llama
+from llava_jax.models.attention import angles, rotate
 from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build
-from llava_jax.models.rope import angles, rotate
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import name_table
 from llava_jax.weights.chat_template import chat_template_note

@@ -6,7 +6,7 @@ import pytest
 
 from llava_jax.models.flops import clip_forward_flops, decoder_weights, projector_weights, step_flops
 from llava_jax.types import ModelConfig
-from llava_jax.weights.spec import CLIPS, LLAMAS
+from llava_jax.weights.load import CLIPS, LLAMAS
 
 CONFIG_7B = ModelConfig(vision=CLIPS["clip-l-14-336"], llm=LLAMAS["vicuna-7b"])
 CONFIG_13B = ModelConfig(vision=CLIPS["clip-l-14-336"], llm=LLAMAS["vicuna-13b"])

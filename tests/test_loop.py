@@ -13,8 +13,8 @@ from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.train import loop, profiler, setup
 from llava_jax.types import Batch, InputError
-from llava_jax.weights import fingerprints, load, spec
-from llava_jax.weights import runs as checkpoints
+from llava_jax.weights import load
+from llava_jax.weights import source as checkpoints
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
 
 
@@ -202,8 +202,8 @@ def test_a_run_reads_another_run(runs, inputs):
     """init.model of a workdir: the run's own parts in the dtype asked for, and its newest checkpoint remembered."""
     ran = runs("finetune")
     settings = change(make_settings(inputs, "pretrain"), "init", model=f"orbax:{ran.workdir}")
-    plan = spec.model_spec(settings)
-    assert fingerprints.frozen_sources(settings)["llm"]["fingerprint"] == checkpoints.fingerprint(str(ran.workdir))
+    plan = load.model_spec(settings)
+    assert load.frozen_sources(settings)["llm"]["fingerprint"] == checkpoints.run_fingerprint(str(ran.workdir))
     read = load.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
     assert set(read) == {"vision", "llm"} and str(read["vision"]["patch"]["kernel"].dtype) == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, read["llm"], ran.trainable[1]["llm"])
@@ -212,7 +212,7 @@ def test_a_run_reads_another_run(runs, inputs):
 def test_what_init_model_leaves_unread_is_said(runs, inputs):
     settings = change(make_settings(inputs, "finetune"), "model", projector="linear", feature_layer=-3)
     settings = change(settings, "init", projector=str(runs("pretrain").workdir))
-    said = spec.origins(settings, spec.model_spec(settings))
+    said = load.origins(settings, load.model_spec(settings))
     assert "init.model decides the model" in said and "(init.projector)" in said
     assert "model.projector=linear is not read, it has mlp2x_gelu" in said and "feature_layer=-3 is not read" in said
 
@@ -369,7 +369,7 @@ def test_bad_input_is_one_line(inputs, tmp_path, group, changes, says):
 
 def test_a_row_longer_than_the_decoders_positions_is_refused(inputs, tmp_path):
     settings = make_settings(inputs, "pretrain")
-    plan = spec.model_spec(settings)
+    plan = load.model_spec(settings)
     short = dataclasses.replace(plan.config, llm=dataclasses.replace(plan.config.llm, max_positions=8))
     with pytest.raises(InputError, match="the decoder 8 positions"):
         loop.read_records(settings, short, load_tokenizer(plan.tokenizer))
@@ -379,7 +379,7 @@ def test_random_towers_of_a_config_file(inputs):
     """The specs `random:FILE.json` and `random:NAME`, and the projector drawn as torch.nn.Linear draws it."""
     settings = change(make_settings(inputs, "pretrain"), "init", model="")
     settings = change(settings, "model", vision=f"random:{inputs}/vision.json", llm=f"random:{inputs}/llm/config.json")
-    plan = spec.model_spec(settings)
+    plan = load.model_spec(settings)
     assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     at = jax.tree.map(lambda _: here, build(plan.config)[1])
@@ -388,12 +388,12 @@ def test_random_towers_of_a_config_file(inputs):
     for name, fan_in in (("linear_1", 16), ("linear_2", 32)):
         for leaf in draw[0]["projector"][name].values():
             assert 0.8 / fan_in**0.5 < np.abs(leaf).max() <= 1 / fan_in**0.5
-    assert spec.vision_config("random:clip-l-14-336").patches == 576
-    assert spec.llm_config("random:vicuna-13b").width == 5120
+    assert load.vision_config("random:clip-l-14-336").patches == 576
+    assert load.llm_config("random:vicuna-13b").width == 5120
     with pytest.raises(InputError, match="did you mean vicuna-7b"):
-        spec.llm_config("random:vicuna-7")
+        load.llm_config("random:vicuna-7")
     # Named sizes take the small tokenizer of the package, which fits into the smallest of them.
-    assert load_tokenizer(spec.tokenizer_folder("random:vicuna-7b")).size <= spec.LLAMAS["tiny"].vocab_size
+    assert load_tokenizer(load.tokenizer_folder("random:vicuna-7b")).size <= load.LLAMAS["tiny"].vocab_size
 
 
 def test_steps_go_before_epochs(inputs):

@@ -25,7 +25,8 @@ from llava_jax.models.lora import keep_mask
 from llava_jax.settings import lora_targets, write_settings
 from llava_jax.train import loop
 from llava_jax.types import DECODER_LINEARS, InputError, LoraConfig
-from llava_jax.weights import hf, load, runs, spec
+from llava_jax.weights import hf, load
+from llava_jax.weights import source as checkpoints
 from llava_jax.weights.adapters import merge_adapters, merge_difference
 from llava_jax.weights.convert import convert
 from llava_jax.weights.load import read_model
@@ -67,8 +68,8 @@ def test_recipe_of_llava_v1_5():
 
 def test_published_number_of_adapter_weights():
     lora = LoraConfig(128, 256.0, 0.05, DECODER_LINEARS)
-    assert round(adapter_weights(spec.LLAMAS["vicuna-7b"], lora) / 1e6, 1) == 319.8
-    assert round(adapter_weights(spec.LLAMAS["vicuna-13b"], lora) / 1e6, 1) == 500.7
+    assert round(adapter_weights(load.LLAMAS["vicuna-7b"], lora) / 1e6, 1) == 319.8
+    assert round(adapter_weights(load.LLAMAS["vicuna-13b"], lora) / 1e6, 1) == 500.7
     shape = dict(rows=1, length=10, images=0)
     with_adapters = dataclasses.replace(TINY, lora=LORA)
     more = step_flops(with_adapters, "lora", **shape) - step_flops(TINY, "pretrain", **shape)
@@ -194,7 +195,7 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(ran):
 
 def test_checkpoints_hold_projector_and_adapters_alone(ran):
     workdir = ran[0]
-    _, params, meta = runs.load_params(str(workdir))
+    _, params, meta = checkpoints.load_params(str(workdir))
     assert set(params) == set(meta["trainable"]) == {"projector", "lora"} and set(meta["frozen"]) == {"vision", "llm"}
     assert set(params["lora"]["layers"]["attn"]) == {"q", "o"}
 
@@ -203,7 +204,7 @@ def test_merged_gives_the_logits_of_the_adapters(ran):
     workdir, settings, seen, _ = ran
     plan, merged, _ = load.load_trained(str(workdir))
     frozen, learnt = seen[3][1]
-    config = spec.adapted(settings, plan.config)
+    config = load.adapted(settings, plan.config)
     calm = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
     tokens = np.random.default_rng(0).integers(1, LLM["vocab_size"] - 10, (2, 12))
 
@@ -228,7 +229,7 @@ def test_export_merges_and_compares_logits(ran, tmp_path, capsys):
     plan, merged, _ = load.load_trained(str(workdir))
     out = hf.read_llava(f"{tmp_path}/out")[1]["llm"]["layers"]
     jax.tree.map(np.testing.assert_array_equal, out, merged["llm"]["layers"])
-    config, lora = spec.adapted(settings, plan.config), seen[3][1][1]["lora"]
+    config, lora = load.adapted(settings, plan.config), seen[3][1][1]["lora"]
     base = hf.read_llava(settings.init.model.removeprefix("hf:"), dtype="bfloat16")[1]["llm"]
     assert merge_difference(config, base, lora, merged["llm"]) == pytest.approx(float(said[1]), rel=0.1)
     assert merge_difference(config, base, lora, base) > 1e-2

@@ -17,11 +17,11 @@ from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
-from llava_jax.weights import convert, hf, load, name_table, spec
-from llava_jax.weights.fingerprints import fingerprint
+from llava_jax.weights import convert, hf, load, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
 from llava_jax.weights.original import Beside
 from llava_jax.weights.original_export import write_original
+from llava_jax.weights.source import run_fingerprint
 from tests.tiny_llava import write_tokenizer
 from tests.tiny_run import make_settings
 from tests.torch_files import write_bin
@@ -245,12 +245,12 @@ def test_errors_name_what_is_missing(folders):
 def test_fingerprint_sees_bin_and_the_tower(folders):
     folder, tower = folders
     write_config(folder, described(mm_vision_tower=tower))
-    first = fingerprint(folder)
-    assert first and fingerprint(tower)
+    first = run_fingerprint(folder)
+    assert first and run_fingerprint(tower)
     write_tower(tower, dtype=ml_dtypes.bfloat16)
-    second = fingerprint(folder)
+    second = run_fingerprint(folder)
     write_shards(folder, llava_tensors(ml_dtypes.bfloat16))
-    assert len({first, second, fingerprint(folder)}) == 3
+    assert len({first, second, run_fingerprint(folder)}) == 3
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_llama"])
@@ -282,7 +282,7 @@ def test_a_run_starts_from_it(tmp_path, folders):
     projector = {name: x + 1 for name, x in llava_tensors().items() if "mm_projector" in name}
     file = write_bin(tmp_path / "mm_projector.bin", projector)
     settings = make_settings(tmp_path, "finetune", init__model=f"llava:{folder}", init__projector=file)
-    plan = spec.model_spec(settings)
+    plan = load.model_spec(settings)
     assert (plan.vision_folder, plan.tokenizer, plan.config.projector) == (tower, folder, "mlp2x_gelu")
     read = load.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), expected(hub(llava_tensors() | clip_tensors() | projector)))

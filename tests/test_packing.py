@@ -14,7 +14,7 @@ from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import check_records
 from llava_jax.demo import files
 from llava_jax.types import UNPACKED, DataSettings, InputError, Record, Turn
-from llava_jax.weights.spec import EMBEDDED_TOKENIZER
+from llava_jax.weights.load import EMBEDDED_TOKENIZER
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = DataSettings("rows.json", "", "v1", "front", "pad", 2048, True, **{**UNPACKED, "pack": True})

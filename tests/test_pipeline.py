@@ -18,11 +18,10 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llava_jax.data import pipeline, validate
-from llava_jax.data.example import encode_record
 from llava_jax.data.images import load_image
 from llava_jax.data.packing import plan_batches, steps_for
 from llava_jax.data.pipeline import BatchIterator, make_pipeline
-from llava_jax.data.tokenize import TextTokenizer
+from llava_jax.data.tokenize import TextTokenizer, encode_record
 from llava_jax.data.validate import check_records
 from llava_jax.types import UNPACKED, Batch, DataSettings, InputError, Record, Turn
 

@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from llava_jax.cli.main import main
-from llava_jax.data import index, json_stream, records, sources, validate
+from llava_jax.data import json_stream, records, sources, validate
 from llava_jax.data.images import check_image
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
@@ -165,7 +165,7 @@ def test_a_list_becomes_lines_once(tmp_path, cache, monkeypatch):
     (lines,) = (cache / "rows").iterdir()
     assert [json.loads(line)["id"] for line in lines.read_text().splitlines()] == ["a", "b"]
     with monkeypatch.context() as patch:
-        patch.setattr(index, "elements", None)
+        patch.setattr(records, "elements", None)
         assert [record.id for record in load_records(path)] == ["a", "b"]
     monkeypatch.setenv("LLAVA_JAX_CACHE", path)
     with pytest.raises(InputError, match="cannot be written .*LLAVA_JAX_CACHE"):
@@ -235,7 +235,7 @@ def test_batches_of_a_mixture_have_its_rows(tmp_path, pack):
 @pytest.mark.parametrize("pack", [False, True])
 def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
     """tests/full_size.py with few rows: the second start tokenises nothing, and continues at the exact next row."""
-    for module in (index, validate):
+    for module in (records, validate):
         monkeypatch.setattr(module, "KEPT_ROWS", 100)
     full_size.make_rows(tmp_path, 300)
     settings = full_size.settings_of(tmp_path, workers=0, pack=pack)
@@ -276,7 +276,7 @@ def test_what_nobody_asks_for_is_let_go_of_and_nothing_else(cache):
 
 
 def test_what_is_kept_belongs_to_content_and_images(tmp_path, monkeypatch):
-    for module in (index, validate):
+    for module in (records, validate):
         monkeypatch.setattr(module, "KEPT_ROWS", 10)
     path = full_size.make_rows(tmp_path, 40)
     settings = full_size.settings_of(tmp_path, workers=0, pack=False)

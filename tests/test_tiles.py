@@ -32,8 +32,7 @@ from llava_jax.train.loop import train
 from llava_jax.types import ClipConfig, InputError
 from llava_jax.weights import convert, hf, name_table
 from llava_jax.weights.hf_config import default_pinpoints, llava_config, llava_json
-from llava_jax.weights.load import load_trained, read_files, read_model, read_projector
-from llava_jax.weights.spec import model_spec
+from llava_jax.weights.load import load_trained, model_spec, read_files, read_model, read_projector
 from tests import tiny_llava, tiny_run
 
 PUBLISHED = Tiling(336, 24, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))

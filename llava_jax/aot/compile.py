@@ -28,7 +28,7 @@ from llava_jax.train.build_step import Run, compile_lowered, compiler_options, p
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
 from llava_jax.weights.hf_config import check_feature_layer, default_pinpoints
-from llava_jax.weights.spec import llm_config, model_spec, vision_config
+from llava_jax.weights.load import llm_config, model_spec, vision_config
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs

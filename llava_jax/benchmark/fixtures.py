@@ -17,7 +17,7 @@ from llava_jax.data.images import normalised
 from llava_jax.models.llava import init
 from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
 from llava_jax.weights import hf, hf_config
-from llava_jax.weights.spec import CLIPS, EMBEDDED_TOKENIZER, LLAMAS
+from llava_jax.weights.load import CLIPS, EMBEDDED_TOKENIZER, LLAMAS
 
 MODELS = {
     "tiny": ModelConfig(CLIPS["tiny"], LLAMAS["tiny"], image_token_id=LLAMAS["tiny"].vocab_size),

@@ -45,8 +45,7 @@ from llava_jax.types import (
     TrainSettings,
 )
 from llava_jax.weights import hf
-from llava_jax.weights.load import random_params
-from llava_jax.weights.spec import EMBEDDED_TOKENIZER
+from llava_jax.weights.load import EMBEDDED_TOKENIZER, random_params
 
 READ_AHEAD = 6  # batches that workers may have ready before they are needed
 SETTLE = 0.5  # seconds in which workers have read ahead again

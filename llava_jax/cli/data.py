@@ -79,7 +79,7 @@ def model_of_run(args: argparse.Namespace) -> Model:
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
     from llava_jax.data.packing import check_batch_size
-    from llava_jax.weights.spec import model_spec
+    from llava_jax.weights.load import model_spec
 
     devices = math.prod(max(size, 1) for size in (settings.mesh.data, settings.mesh.fsdp))
     check_batch_size(settings.train.batch_size, devices * settings.train.accumulate, settings.data.pack)
@@ -106,7 +106,8 @@ def model_of_flags(args: argparse.Namespace) -> Model:
     data = DataSettings(
         args.annotations, args.images or "", args.template, position, "pad", length, shuffle=False, **UNPACKED
     )
-    from llava_jax.weights.spec import RANDOM, vision_config
+    from llava_jax.settings import RANDOM
+    from llava_jax.weights.load import vision_config
 
     vision = vision_config(args.vision or f"{RANDOM}clip-l-14-336")
     return data, args.tokenizer, model_of(args.tokenizer, vision), args.patches or vision.patches
@@ -116,7 +117,7 @@ def model_of(folder: str, vision: ClipConfig) -> ModelConfig | None:
     """A model with the decoder whose config.json lies in the tokenizer's folder; None where none lies there."""
     from llava_jax.data.tokenize import load_tokenizer
     from llava_jax.weights.hf_config import DECODERS, read_json
-    from llava_jax.weights.spec import llm_config
+    from llava_jax.weights.load import llm_config
 
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path) or read_json(path).get("model_type") not in DECODERS:

@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
@@ -57,3 +57,13 @@ def announce(title: str, **facts: Any) -> None:
         if value is not None and value != "":
             print(f"  {name.replace('_', ' '):<16}{value}")
     print(flush=True)
+
+
+class Named(NamedTuple):
+    """A path and the flag or config key that names it."""
+
+    flag: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.flag}={self.path}"

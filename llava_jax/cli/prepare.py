@@ -4,8 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from llava_jax.cli.flags import announce, check_output
-from llava_jax.cli.guard import Named
+from llava_jax.cli.flags import Named, announce, check_output
 from llava_jax.io import write_json, write_rows
 from llava_jax.types import InputError
 

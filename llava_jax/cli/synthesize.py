@@ -8,8 +8,7 @@ import threading
 import urllib.parse
 from typing import TYPE_CHECKING, Any
 
-from llava_jax.cli.flags import announce, check_output
-from llava_jax.cli.guard import Named
+from llava_jax.cli.flags import Named, announce, check_output
 from llava_jax.types import InputError
 
 if TYPE_CHECKING:

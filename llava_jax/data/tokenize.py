@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template
+from llava_jax.data.images import image_size
+from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template, find_template, render
 from llava_jax.io import LFS_POINTER, is_lfs_pointer
-from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, InputError
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded, InputError, Record
 
 # A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
 # user writes can become a special token.
@@ -428,3 +429,60 @@ def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+# ---- rows to tokens ----
+
+
+def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenizer) -> Encoded:
+    """The record's ids and targets at full length, each image once as IMAGE_MARK.
+
+    Raises InputError when the template cannot hold the turns, or when marks and images differ in number (one mark more
+    or less would show an image to the wrong words).
+    """
+    (encoded,) = encode_turns_together([record], settings, tokenizer)
+    return encoded
+
+
+def encode_turns_together(records: Sequence[Record], settings: DataSettings, tokenizer: TextTokenizer) -> list[Encoded]:
+    """`encode_turns` of several records, which takes less time; InputError when that of any of them raises it."""
+    template = find_template(settings.template)
+    rendered = [render(record.turns, template, image_position=settings.image_position) for record in records]
+    encoded = encode_all(rendered, tokenizer)
+    for record, found in zip(records, encoded, strict=True):
+        if found.images != len(record.images):
+            raise InputError(
+                f"{found.images} <image> placeholders for {len(record.images)} images; make them the same number"
+            )
+    return encoded
+
+
+def encode_record(
+    record: Record,
+    settings: DataSettings,
+    tokenizer: TextTokenizer,
+    image_token_id: int,
+    patches: int | Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32[t] and targets bool[t] of one training row, t <= settings.max_length, without padding.
+
+    Raises InputError as `encode_turns` does, and when max_length leaves no target or cuts into an image.
+    """
+    encoded = encode_turns(record, settings, tokenizer)
+    return expand(encoded.tokens, encoded.targets, image_token_id, patches, settings.max_length)
+
+
+def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]:
+    """(width, height) of the record's images, from their headers."""
+    return [image_size(path, settings.exif) for path in image_paths(record, settings)]
+
+
+def image_paths(record: Record, settings: DataSettings) -> list[str | bytes]:
+    """Where the record's images lie, in placeholder order; an image that came with its row is given itself."""
+    return [image if isinstance(image, bytes) else os.path.join(settings.images, image) for image in record.images]
+
+
+def require_file(image: str | bytes) -> None:
+    """Raise InputError where an image file does not exist (nothing is decoded)."""
+    if isinstance(image, str) and not os.path.isfile(image):
+        raise InputError(f"image {image}: no such file; check the path, or data.images")

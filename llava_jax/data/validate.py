@@ -18,7 +18,6 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from llava_jax.data.example import encode_turns, encode_turns_together, image_paths, image_sizes, require_file
 from llava_jax.data.grouping import count_words
 from llava_jax.data.images import check_image
 from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
@@ -27,7 +26,17 @@ from llava_jax.data.rows import unread_line
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
 from llava_jax.data.templates import check_image_position, find_template
 from llava_jax.data.tiles import Tiling
-from llava_jax.data.tokenize import TextTokenizer, check_end, cut, full_length
+from llava_jax.data.tokenize import (
+    TextTokenizer,
+    check_end,
+    cut,
+    encode_turns,
+    encode_turns_together,
+    full_length,
+    image_paths,
+    image_sizes,
+    require_file,
+)
 from llava_jax.io import replacing
 from llava_jax.types import DataSettings, Encoded, InputError, Record
 

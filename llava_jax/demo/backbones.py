@@ -23,11 +23,11 @@ from safetensors.numpy import save_file
 from llava_jax.data.images import preprocess
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.demo import reading, world
+from llava_jax.models.attention import inverse_frequencies
 from llava_jax.models.clip import Clip
 from llava_jax.models.layers import LayerNorm, Linear
 from llava_jax.models.llama import Llama
-from llava_jax.models.rope import inverse_frequencies
-from llava_jax.train.loss import masked_nll_rows
+from llava_jax.train.step import masked_nll_rows
 from llava_jax.types import ClipConfig, LlamaConfig
 from llava_jax.weights import hf
 from llava_jax.weights.name_table import TABLE, to_hf

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import attention
+from llava_jax.models.attention import angles, attention, rotate
 from llava_jax.models.layers import Linear, RMSNorm, normal, param
-from llava_jax.models.rope import angles, rotate
 from llava_jax.parallel.sharding import constrain, unshard
 from llava_jax.types import REMAT_NAMES, LlamaConfig
 

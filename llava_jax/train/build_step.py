@@ -20,7 +20,7 @@ from llava_jax.parallel.sharding import mesh_sizes, param_shardings
 from llava_jax.train.optim import make_optimizer, make_schedule
 from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, partition, state_shardings
 from llava_jax.types import InputError, ModelConfig, Settings
-from llava_jax.weights.spec import adapted, float_dtype
+from llava_jax.weights.load import adapted, float_dtype
 
 
 class Run(NamedTuple):

@@ -26,8 +26,7 @@ from llava_jax.parallel.distributed import check_agreed, check_shared, is_first
 from llava_jax.settings import RANDOM, flatten, read_settings
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
-from llava_jax.weights.runs import UNREADABLE, first_line, steps_on_disk
-from llava_jax.weights.source import absolute
+from llava_jax.weights.source import UNREADABLE, absolute, first_line, steps_on_disk
 from llava_jax.weights.tensors import enough_room
 
 

@@ -35,9 +35,8 @@ from llava_jax.train.setup import (
 )
 from llava_jax.train.step import TrainState, batch_ranks
 from llava_jax.types import Batch, InputError, Record, Settings
-from llava_jax.weights.load import read_projector
+from llava_jax.weights.load import model_spec, read_projector
 from llava_jax.weights.processor import check_vocabulary
-from llava_jax.weights.spec import model_spec
 
 STOPPED_EXIT_CODE = 42
 

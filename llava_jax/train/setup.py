@@ -26,9 +26,7 @@ from llava_jax.train.optim import describe, warmup_steps
 from llava_jax.train.step import TrainState, batch_ranks, partition
 from llava_jax.types import InputError, ModelConfig, OptimSettings, Settings
 from llava_jax.weights.chat_template import chat_template_note
-from llava_jax.weights.fingerprints import check_unchanged, frozen_sources, model_inputs
-from llava_jax.weights.load import read_params
-from llava_jax.weights.spec import ModelSpec, origins
+from llava_jax.weights.load import ModelSpec, check_unchanged, frozen_sources, model_inputs, origins, read_params
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 

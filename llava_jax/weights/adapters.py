@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llava_jax.models.attention import angles
 from llava_jax.models.layers import Linear
 from llava_jax.models.llava import Llava, join_parts
 from llava_jax.models.lora import linears, merged
 from llava_jax.models.nf4 import dequantise, quantise
-from llava_jax.models.rope import angles
 from llava_jax.parallel.placement import place
 from llava_jax.types import LoraConfig, ModelConfig
 

@@ -9,7 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_jax.data.templates import TEMPLATES, Span, Template, find_template, render
 from llava_jax.types import IMAGE_PLACEHOLDER, Turn
-from llava_jax.weights.hf_facts import folder_value, special_tokens
+from llava_jax.weights.hf_config import folder_value, special_tokens
 
 # ---- written ------------------------------------------------------------------------------------------------------
 

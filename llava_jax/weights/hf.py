@@ -20,8 +20,8 @@ from llava_jax.parallel.placement import LazyTensor
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original, peft
 from llava_jax.weights.chat_template import recognised_template
+from llava_jax.weights.hf_config import config_value, read_json
 from llava_jax.weights.hf_export import write_llava
-from llava_jax.weights.hf_facts import config_value, read_json
 from llava_jax.weights.original import HERE, Beside
 from llava_jax.weights.processor import read_images, with_pixels
 from llava_jax.weights.source import is_adapter, is_original

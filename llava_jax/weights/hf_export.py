@@ -19,7 +19,7 @@ import numpy as np
 
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, orbax_model
-from llava_jax.weights.hf_facts import read_json
+from llava_jax.weights.hf_config import read_json
 from llava_jax.weights.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
 from llava_jax.weights.source import is_original
 from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, open_folder, write_shards

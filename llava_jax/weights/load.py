@@ -1,6 +1,8 @@
 """Weights of a model from any SRC or of a run's settings: read from files or drawn, and placed on the devices."""
 
 import dataclasses
+import glob
+import hashlib
 import os
 from typing import Any
 
@@ -8,22 +10,186 @@ import jax
 import numpy as np
 from flax import nnx
 
+from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.layers import stored_as
 from llava_jax.models.llava import Llava, build
 from llava_jax.models.llava import split_parts as split_adapters
 from llava_jax.parallel.placement import place
-from llava_jax.settings import RANDOM, read_settings
-from llava_jax.types import InputError, ModelConfig, Settings
-from llava_jax.weights import hf, runs
+from llava_jax.settings import RANDOM, STAGES, lora_targets, nearest, read_settings
+from llava_jax.types import ClipConfig, InputError, LlamaConfig, LoraConfig, ModelConfig, Settings
+from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
-from llava_jax.weights.fingerprints import check_unchanged, frozen_sources, model_inputs
 from llava_jax.weights.hf import Beside, LlavaExtras, read_llava, stored_dtype
-from llava_jax.weights.hf_facts import contradictions
+from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import OTHERS, PROJECTOR
-from llava_jax.weights.source import is_workdir, parse
-from llava_jax.weights.spec import ModelSpec, adapted, float_dtype, model_spec
+from llava_jax.weights.processor import TOKENIZER_FILES
+from llava_jax.weights.source import is_workdir, load_params, parse, run_fingerprint, split
+from llava_jax.weights.tensors import weight_files
 
 Params = dict[str, Any]
+
+# ---- the model of a run ----
+
+
+EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
+CLIPS = {
+    "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
+    "clip-l-14": ClipConfig(width=1024, mlp_width=4096, layers=24, heads=16, image_size=224, patch_size=14),
+    "clip-l-14-336": ClipConfig(width=1024, mlp_width=4096, layers=24, heads=16, image_size=336, patch_size=14),
+}
+LLAMAS = {
+    "tiny": LlamaConfig(
+        vocab_size=2048, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2, head_dim=16, max_positions=1024
+    ),
+    "vicuna-7b": LlamaConfig(
+        vocab_size=32000,
+        width=4096,
+        mlp_width=11008,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        max_positions=4096,
+    ),
+    "vicuna-13b": LlamaConfig(
+        vocab_size=32000,
+        width=5120,
+        mlp_width=13824,
+        layers=40,
+        heads=40,
+        kv_heads=40,
+        head_dim=128,
+        max_positions=4096,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model that is not read yet: config, tokenizer folder, the folder its vision tower comes from (None: random)."""
+
+    config: ModelConfig
+    tokenizer: str
+    vision_folder: str | None
+
+
+# ---- config ----
+
+
+def model_spec(settings: Settings) -> ModelSpec:
+    """Config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
+    if settings.init.model:
+        form, folder = parse(settings.init.model, "init.model")
+        if form == "run":
+            spec = model_spec(read_settings(os.path.join(folder, "config.json")))
+        else:
+            config, extras = hf.read_llava_config(folder)
+            spec = ModelSpec(config, extras.tokenizer, extras.vision)
+        config = dataclasses.replace(spec.config, dtype=settings.train.dtype, remat=settings.train.remat)
+        return dataclasses.replace(spec, config=_with_aspect(settings, config))
+    vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
+    hf_config.check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
+    tokenizer = tokenizer_folder(settings.model.llm)
+    config = ModelConfig(
+        vision=vision,
+        llm=llm,
+        projector=settings.model.projector,
+        feature_layer=settings.model.feature_layer,
+        image_token_id=load_tokenizer(tokenizer).image_token_id(llm.vocab_size),
+        dtype=settings.train.dtype,
+        remat=settings.train.remat,
+    )
+    config = _with_aspect(settings, config)
+    return ModelSpec(config, tokenizer, None if settings.model.vision.startswith(RANDOM) else settings.model.vision)
+
+
+def _with_aspect(settings: Settings, config: ModelConfig) -> ModelConfig:
+    """The config as `data.aspect` asks for it: anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that."""
+    if settings.data.aspect != "anyres" and config.pinpoints:
+        raise InputError(
+            f"data.aspect={settings.data.aspect}: init.model={settings.init.model} is a LLaVA-NeXT, whose images are "
+            "cut into tiles: expected data.aspect=anyres"
+        )
+    if settings.data.aspect == "anyres" and not config.pinpoints:
+        return dataclasses.replace(config, pinpoints=hf_config.default_pinpoints(config.vision))
+    return config
+
+
+def vision_config(spec: str) -> ClipConfig:
+    """ClipConfig of `model.vision`: a CLIP or SigLIP folder, `random:NAME` or `random:FILE.json`."""
+    given, where = _config_json("model.vision", spec, CLIPS)
+    config = CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
+    return config if spec.startswith(RANDOM) else hf.with_pixels(config, spec)
+
+
+def llm_config(spec: str) -> LlamaConfig:
+    """LlamaConfig of `model.llm`: a decoder's folder, `random:NAME` or `random:FILE.json`."""
+    given, where = _config_json("model.llm", spec, LLAMAS)
+    return LLAMAS[spec.removeprefix(RANDOM)] if given is None else hf_config.llama_config(given, where)
+
+
+def _config_json(key: str, spec: str, named: dict) -> tuple[dict | None, str]:
+    name = spec.removeprefix(RANDOM)
+    if not spec:
+        raise InputError(f"{key} is empty: expected a Hugging Face folder, random:NAME or random:FILE.json")
+    if not spec.startswith(RANDOM):
+        kind = "a Hugging Face CLIP folder" if key == "model.vision" else "a Hugging Face LLaMA folder"
+        return hf_config.read_config(spec, f"{kind} ({key})"), os.path.join(spec, "config.json")
+    if name.endswith(".json"):
+        return read_json(name), name
+    if name not in named:
+        raise InputError(f"{key}={spec}: no size of that name{nearest(name, tuple(named))} (or random:FILE.json)")
+    return None, spec
+
+
+def tokenizer_folder(spec: str) -> str:
+    """The folder with the tokenizer of `model.llm`: the folder itself, or the one FILE.json lies in.
+
+    A named size takes the small tokenizer that comes with the package: random weights know no words anyway.
+    """
+    if not spec.startswith(RANDOM):
+        return spec
+    name = spec.removeprefix(RANDOM)
+    return (os.path.dirname(name) or ".") if name.endswith(".json") else EMBEDDED_TOKENIZER
+
+
+def origins(settings: Settings, spec: ModelSpec) -> str:
+    """Say where each part comes from, what of the config that leaves unread, and what the folders contradict."""
+    folders = dict.fromkeys(folder for folder in (spec.vision_folder, spec.tokenizer) if folder)
+    warnings = [f"warning: {line}" for folder in folders for line in contradictions(folder)]
+    init, config = settings.init, spec.config
+    if not init.model:
+        projector = init.projector or f"random ({config.projector})"
+        line = f"vision {settings.model.vision}, decoder {settings.model.llm}, projector {projector}"
+        return "\n".join([line, *warnings])
+    unread = [
+        f"model.{name}={given} is not read, it has {held}"
+        for name, given, held in (
+            ("projector", settings.model.projector, config.projector),
+            ("feature_layer", settings.model.feature_layer, config.feature_layer),
+        )
+        if given != held
+    ]
+    projector = f"projector {init.projector} (init.projector)" if init.projector else f"projector {init.model}"
+    line = f"vision {init.model}, decoder {init.model}, {projector}; init.model decides the model"
+    return "\n".join(["; ".join([line, *unread]), *warnings])
+
+
+def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
+    """The config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
+    if settings.stage != "lora":
+        return config
+    given = settings.lora
+    lora = LoraConfig(given.rank, given.alpha, given.dropout, lora_targets(given.targets))
+    return dataclasses.replace(config, lora=lora, nf4=settings.train.frozen_dtype == "nf4")
+
+
+def float_dtype(dtype: str) -> str:
+    """What `train.frozen_dtype` makes of weights that are not in four bits."""
+    return "bfloat16" if dtype == "nf4" else dtype
+
+
+# ---- weights ----
 
 # Largest difference of logits, over the largest logit, that merging adapters may make by rounding.
 MERGED_ALIKE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -146,7 +312,7 @@ def read_projector(source: str, config: ModelConfig) -> Params:
                 "workdir or output folder of a pretrain run, or a .safetensors or .bin file"
             )
         return hf.read_projector(file, config)
-    found = runs.load_params(source, part="projector")[1]["projector"]
+    found = load_params(source, part="projector")[1]["projector"]
     if "image_newline" not in found:
         config = dataclasses.replace(config, pinpoints=())
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, build(config)[1]["projector"])]
@@ -175,7 +341,7 @@ def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, P
     settings = read_settings(os.path.join(workdir, "config.json"))
     if settings.stage != "lora":
         raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
-    return adapted(settings, model_spec(settings).config), runs.load_params(workdir, step)[1]
+    return adapted(settings, model_spec(settings).config), load_params(workdir, step)[1]
 
 
 def _say_difference(workdir: str, difference: float, dtype: str) -> None:
@@ -193,7 +359,7 @@ def _read_run(
     """(spec, the parts named in `dtypes` as numpy or `LazyTensor`) of a run, adapters merged."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     spec = model_spec(settings)
-    _, trained, meta = runs.load_params(workdir, step)
+    _, trained, meta = load_params(workdir, step)
     check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(spec)})
     params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
     frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
@@ -210,3 +376,86 @@ def _read_run(
             _say_difference(workdir, merge_difference(config, llm, trained["lora"], merge), dtypes["llm"])
         params["llm"] = merge
     return spec, params
+
+
+# ---- fingerprints ----
+
+
+def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
+    """Where each frozen part comes from, with a fingerprint of the folder: kept in every checkpoint."""
+    given = {"vision": settings.model.vision, "llm": settings.model.llm, "projector": settings.init.projector}
+    sources = {}
+    for part in given:
+        if part not in STAGES[settings.stage]:
+            source = settings.init.model or given[part]
+            sources[part] = {"source": source, "fingerprint": fingerprint(source)}
+    return sources
+
+
+def model_inputs(spec: ModelSpec) -> dict[str, dict[str, str]]:
+    """Path and hash of what a model depends on next to its weights: kept in every checkpoint."""
+    files = [os.path.join(spec.tokenizer, name) for name in TOKENIZER_FILES]
+    inputs = file_inputs("the tokenizer", spec.tokenizer, *files)
+    inputs |= file_inputs("the decoder's config.json", os.path.join(spec.tokenizer, "config.json"))
+    if spec.vision_folder:
+        inputs |= file_inputs("the vision tower's config.json", os.path.join(spec.vision_folder, "config.json"))
+        settings = os.path.join(spec.vision_folder, "preprocessor_config.json")
+        inputs |= file_inputs("the vision tower's image settings", settings)
+    return inputs
+
+
+def file_inputs(name: str, path: str, *files: str) -> dict[str, dict[str, str]]:
+    """{name: path and hash of the content of `files` (the path itself by default)}; absent files count as such."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files or (path,):
+        content = ""
+        if os.path.isfile(file):
+            with open(file, "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{os.path.basename(file)} {content}\n".encode())
+    return {name: {"source": path, "fingerprint": digest.hexdigest()}}
+
+
+def check_unchanged(workdir: str, saved: dict, now: dict) -> None:
+    """InputError when a frozen part or another input is no longer what the checkpoint was trained on.
+
+    `saved` and `now` are metas of checkpoints; an input that either does not name is not compared.
+    """
+    found = {f"the frozen {part}": (was, now["frozen"][part]) for part, was in saved["frozen"].items()}
+    inputs = saved.get("inputs", {})
+    found |= {name: (inputs[name], given) for name, given in now["inputs"].items() if name in inputs}
+    for name, (was, given) in found.items():
+        if was["fingerprint"] != given["fingerprint"]:
+            raise InputError(
+                f"{workdir}: {name} in {given['source']} is not the one this run was trained with (fingerprint "
+                f"{given['fingerprint']}, was {was['fingerprint']}): put it back, or choose another workdir"
+            )
+
+
+def fingerprint(source: str) -> str:
+    """Hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
+
+    Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
+    count as part of it.
+    """
+    folder = split(source)[1]
+    if is_workdir(folder):
+        return run_fingerprint(folder)
+    paths = [path for other in hf.weight_folders(folder) for path in _weights(other)] if folder else []
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        size = os.path.getsize(path)
+        digest.update(f"{os.path.basename(path)} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest() if paths else ""
+
+
+def _weights(folder: str) -> list[str]:
+    """Weight files of a folder: .safetensors, and others unless the model itself lies in the former."""
+    found, own = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))), weight_files(folder)
+    if any(path in found for path in own):
+        return found
+    return found + sorted({*own, *glob.glob(os.path.join(glob.escape(folder), "*.bin"))})

@@ -15,8 +15,8 @@ import numpy as np
 
 from llava_jax.types import InputError, LoraConfig, ModelConfig
 from llava_jax.weights import name_table
+from llava_jax.weights.hf_config import read_json
 from llava_jax.weights.hf_export import finished_folder
-from llava_jax.weights.hf_facts import read_json
 from llava_jax.weights.source import ADAPTER_CONFIG
 from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file, save_tensors
 

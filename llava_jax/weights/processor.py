@@ -18,8 +18,7 @@ from llava_jax.data.templates import find_template, render
 from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 from llava_jax.weights.chat_template import chat_jinja
-from llava_jax.weights.hf_config import select_strategy
-from llava_jax.weights.hf_facts import folder_value, read_json
+from llava_jax.weights.hf_config import folder_value, read_json, select_strategy
 
 Json = dict[str, Any]
 

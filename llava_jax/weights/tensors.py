@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
-from llava_jax.weights.hf_facts import PLACES, read_json
+from llava_jax.weights.hf_config import PLACES, read_json
 from llava_jax.weights.source import is_converted
 from llava_jax.weights.torch_bin import DTYPES, TorchFile
 

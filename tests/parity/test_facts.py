@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.weights import hf
-from llava_jax.weights.hf_facts import contradictions, folder_value, special_tokens
+from llava_jax.weights.hf_config import contradictions, folder_value, special_tokens
 
 
 def change(folder, name, **keys):
