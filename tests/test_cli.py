@@ -276,10 +276,11 @@ def test_verify_refuses_what_train_refuses(world, tmp_path, capsys):
     for name, text in says.items():
         assert text in both(f"--config.model.llm={tmp_path}/{name}")
         assert text in refused(verify_words(world, rows, f"--tokenizer={tmp_path}/{name}"), capsys)
-    assert "expected a multiple of 3" in both("--config.train.accumulate=3", "--config.train.batch_size=4")
+    alone = "--config.data.pack=False"
+    assert "expected a multiple of 3" in both(alone, "--config.train.accumulate=3", "--config.train.batch_size=4")
     assert "data.pack_length=64: row 1" in both("--config.data.pack=True", "--config.data.pack_length=64")
     weights = f"--config.data.annotations={rows}:1,{world}/rows.json:1"
-    assert "group_by=modality_length orders all" in both(weights, "--config.data.group_by=modality_length")
+    assert "group_by=modality_length orders all" in both(weights, alone, "--config.data.group_by=modality_length")
 
 
 def test_verify_takes_the_patches_from_a_clip_folder(world, tmp_path, capsys):
