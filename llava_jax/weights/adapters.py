@@ -22,7 +22,7 @@ Params = dict[str, Any]
 
 
 def place_quantised(config: ModelConfig, llm: Params, at: Params) -> Params:
-    """The decoder (numpy) with the kernels of its blocks in four bits, placed at the shardings `at`.
+    """Place the decoder (numpy) with the kernels of its blocks in four bits at the shardings `at`.
 
     Each kernel is first placed as it is, split over the devices as its codes will be, and quantised there.
     """
@@ -41,7 +41,7 @@ def place_quantised(config: ModelConfig, llm: Params, at: Params) -> Params:
 
 
 def merge_adapters(config: ModelConfig, llm: Params, lora: Params, dtype: str) -> Params:
-    """The decoder (numpy, `dtype`) that computes what `llm` with the adapters `lora` does: W + alpha/rank A B.
+    """Return the decoder (numpy, `dtype`) that computes what `llm` with `lora` does: W + alpha/rank A B.
 
     With `config.nf4` W is the kernel that its four bits stand for: what the adapters were trained on.
     """
@@ -58,7 +58,7 @@ def merge_adapters(config: ModelConfig, llm: Params, lora: Params, dtype: str) -
 
 
 def merge_difference(config: ModelConfig, llm: Params, lora: Params, merge: Params) -> float:
-    """Largest difference between the logits of `llm` with its adapters and those of `merge`, over the largest logit.
+    """Return the largest difference of the logits of `llm` with adapters and of `merge`, over the largest logit.
 
     Of a probe of sixteen tokens, in float32, one block at a time, so that no second model has to fit.
     """
@@ -112,14 +112,14 @@ def _rounded(kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> jax.Arra
 
 
 def _get(llm: Params, name: str) -> Params:
-    room, layer = name.split("/")
-    return llm["layers"][room][layer]
+    module, layer = name.split("/")
+    return llm["layers"][module][layer]
 
 
 def _with_kernel(llm: Params, name: str, kernel: Any) -> Params:
     """The tree with another kernel in one linear layer; None takes it out."""
-    room, layer = name.split("/")
+    module, layer = name.split("/")
     layers = llm["layers"]
-    leaves = {key: leaf for key, leaf in layers[room][layer].items() if key != "kernel"}
+    leaves = {key: leaf for key, leaf in layers[module][layer].items() if key != "kernel"}
     leaves |= {} if kernel is None else {"kernel": kernel}
-    return llm | {"layers": layers | {room: layers[room] | {layer: leaves}}}
+    return llm | {"layers": layers | {module: layers[module] | {layer: leaves}}}

@@ -57,7 +57,7 @@ TEXT
 
 
 def chat_jinja(template: Template, *, image_position: str, spelled: Callable[[str], str]) -> str:
-    """Jinja source that renders `template`; `spelled` gives a special string as the tokenizer writes it."""
+    """Return jinja source that renders `template`; `spelled` gives a special string as the tokenizer writes it."""
 
     def join(spans: Sequence[Span]) -> str:
         return "".join(spelled(span.text) if span.special else span.text for span in spans)
@@ -88,7 +88,7 @@ _PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("
 
 
 def recognised_template(folder: str) -> str | None:
-    """The first of our templates that the folder's chat template renders as, None when it is none of them or absent."""
+    """Return the first of our templates that the folder's chat template renders as, None without such one."""
     tokens, source = _chat_template(folder)
     if source is None:
         return None
@@ -100,7 +100,7 @@ def recognised_template(folder: str) -> str | None:
 
 
 def chat_template_note(folder: str, name: str) -> str | None:
-    """One line when the tokenizer in `folder` brings a chat template that writes prompts otherwise than `name` does.
+    """Return a line when the tokenizer's chat template in `folder` writes prompts otherwise than `name` does.
 
     No error: a LLaVA learns the template it is trained with, and v1 on another base is common. None where both write
     the same, the folder brings no chat template, or `name` is for captions, which know no turns.

@@ -73,7 +73,7 @@ class LlavaExtras:
 def read_clip(
     folder: str, *, feature_layer: int = -2, dtype: str = "float32", lazy: bool = False
 ) -> tuple[ClipConfig, Params]:
-    """Config and `vision` parameters (numpy, `dtype`) of a CLIP or SigLIP folder, the whole model or the vision part.
+    """Read config and `vision` parameters (numpy, `dtype`) of a CLIP or SigLIP folder, whole or the vision part.
 
     Blocks above `feature_layer`, the post-norm, SigLIP's head, the text tower and the projections are left out.
     """
@@ -87,7 +87,7 @@ def read_clip(
 
 
 def read_llama(folder: str, *, dtype: str = "float32", lazy: bool = False) -> tuple[LlamaConfig, Params]:
-    """Config and `llm` parameters (numpy, `dtype`) of a decoder folder, of a family in convert.families."""
+    """Read config and `llm` parameters (numpy, `dtype`) of a decoder folder, of a family in families.py."""
     given = hf_config.read_config(folder, "a Hugging Face LLaMA folder (config.json and safetensors)")
     config = hf_config.llama_config(given, os.path.join(folder, "config.json"))
     model = ModelConfig(vision=_NO_CLIP, llm=config)
@@ -97,7 +97,7 @@ def read_llama(folder: str, *, dtype: str = "float32", lazy: bool = False) -> tu
 def read_llava(
     folder: str, *, dtype: str = "float32", lazy: bool = False, beside: Beside = HERE
 ) -> tuple[ModelConfig, Params, LlavaExtras]:
-    """Config, all parameters (numpy, `dtype`) and extras of a LlavaForConditionalGeneration or original LLaVA folder.
+    """Read config, all parameters (numpy, `dtype`) and extras of a Hugging Face or original LLaVA folder.
 
     `next to` are folders for what an original folder only names.
     """
@@ -106,13 +106,13 @@ def read_llava(
 
 
 def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, lazy: bool = False) -> Params:
-    """The parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; all are checked."""
+    """Read the parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; check all."""
     config, _ = read_llava_config(folder)
     return _read(*_opened(folder, HERE), config, PARTS, dtypes, lazy)
 
 
 def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
-    """What `read_llava` says, without the weights."""
+    """Read what `read_llava` says, without the weights."""
     if is_adapter(folder):
         return read_llava_config(peft.base_of(folder, beside.base), Beside(beside.vision))
     where = os.path.join(folder, "config.json")
@@ -140,7 +140,7 @@ def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
 
 
 def stored_dtype(folder: str, beside: Beside = HERE) -> str:
-    """The dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
+    """Return the dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
     if is_adapter(folder):
         return stored_dtype(peft.base_of(folder, beside.base))
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
@@ -149,7 +149,7 @@ def stored_dtype(folder: str, beside: Beside = HERE) -> str:
 
 
 def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
-    """`projector` parameters of a .safetensors or .bin file in any of the usual spellings, checked against `config`.
+    """Read `projector` parameters of a .safetensors or .bin file in any usual spelling, checked against `config`.
 
     A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole images and trains none.
     """

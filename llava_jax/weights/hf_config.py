@@ -11,7 +11,7 @@ from llava_jax.weights.families import ARCHITECTURES, DECODERS, FIXED, FOREIGN, 
 
 Json = dict[str, Any]
 
-# What LlavaConfig of transformers falls back to; convert.families has the towers' and the decoders'.
+# What LlavaConfig of transformers falls back to; families.py has the towers' and the decoders'.
 _LLAVA_VISION = dict(
     model_type="clip_vision_model",
     hidden_size=1024,
@@ -32,7 +32,7 @@ SIGLIP_PIXELS = Pixels(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def read_config(folder: str, expected: str) -> Json:
-    """config.json of a model folder; `expected` says in words what the folder should have been."""
+    """Read config.json of a model folder; `expected` says in words what the folder should have been."""
     path = os.path.join(folder, "config.json")
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; expected {expected}")
@@ -72,7 +72,7 @@ def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
 
 
 def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
-    """ClipConfig of a CLIP or SigLIP config dict, the whole one or the vision part; `where` starts the errors.
+    """Return ClipConfig of a CLIP or SigLIP config dict, the whole one or the vision part; `where` starts the errors.
 
     SigLIP2 of a fixed resolution is published as SigLIP; `siglip2` (NaFlex, any resolution) is refused.
     """
@@ -133,7 +133,7 @@ def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConf
 
 
 def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
-    """LlamaConfig of a decoder's config dict (or LLaVA's text_config), of a family in convert.families.
+    """Return LlamaConfig of a decoder's config dict (or LLaVA's text_config), of a family in families.py.
 
     `where` starts the errors; what a family knows and ours does not is refused by name.
     """
@@ -193,7 +193,7 @@ def _window(config: Mapping[str, Any], family: str, layers: int, where: str) -> 
 
 
 def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") -> ModelConfig:
-    """ModelConfig from a LlavaForConditionalGeneration config; `dtype` is the compute dtype ours will run in."""
+    """Return ModelConfig from a LlavaForConditionalGeneration config; `dtype` is the compute dtype ours will run in."""
     _choice(config, "model_type", ("llava", "llava_next"), where)
     _choice(config, "quantization_config", (None,), where)
     values = _filled(
@@ -227,7 +227,7 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
 
 
 def default_pinpoints(vision: ClipConfig) -> tuple[tuple[int, int], ...]:
-    """LLaVA-NeXT's (height, width): two tiles, four or three, for towers of any size."""
+    """Return LLaVA-NeXT's (height, width): two tiles, four or three, for towers of any size."""
     return tuple((rows * vision.image_size, columns * vision.image_size) for rows, columns in _GRIDS)
 
 
@@ -238,7 +238,7 @@ def _next_pinpoints(config: Mapping[str, Any], vision: ClipConfig, where: str) -
 
 
 def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
-    """The (height, width) of an image_grid_pinpoints, whole tiles each."""
+    """Return the (height, width) of an image_grid_pinpoints, whole tiles each."""
     size = vision.image_size
     pairs = isinstance(given, list) and given and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
     if not pairs or not all(isinstance(side, int) and side > 0 and side % size == 0 for pair in given for side in pair):
@@ -255,7 +255,7 @@ def _vision_defaults(config: Mapping[str, Any]) -> Json:
 
 
 def select_strategy(vision: ClipConfig) -> str:
-    """LLaVA's vision_feature_select_strategy that leaves the patches: default drops the class token, full nothing."""
+    """Return LLaVA's vision_feature_select_strategy that leaves the patches: default drops the class token."""
     return "default" if vision.class_tokens else "full"
 
 
@@ -267,7 +267,7 @@ def feature_layer(given: Any, vision: ClipConfig, where: str) -> int:
 
 
 def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:
-    """The feature layer is one index into the layers+1 hidden states, past the embeddings."""
+    """Raise InputError unless `layer` is one index into the layers+1 hidden states, past the embeddings."""
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise InputError(f"{where}: vision feature layer is {layer!r}; expected one whole number such as -2")
     held = layer + vision.layers + 1 if layer < 0 else layer
@@ -279,7 +279,7 @@ def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:
 
 
 def clip_json(config: ClipConfig) -> Json:
-    """CLIPVisionConfig's or SiglipVisionConfig's JSON."""
+    """Return CLIPVisionConfig's or SiglipVisionConfig's JSON."""
     head = dict(vision_use_head=config.pooling_head) if config.family == "siglip" else {}
     return dict(
         model_type=config.family + "_vision_model",
@@ -297,7 +297,7 @@ def clip_json(config: ClipConfig) -> Json:
 
 
 def llama_json(config: LlamaConfig) -> Json:
-    """The decoder's JSON with both rope spellings, so that 4.x and 5.x rotate by the same angles."""
+    """Return the decoder's JSON with both rope spellings, so that 4.x and 5.x rotate by the same angles."""
     rope = config.rope
     scaling: Json = {} if rope.kind == "default" else dict(rope_type=rope.kind, factor=rope.factor)
     if rope.kind == "llama3":
@@ -334,7 +334,7 @@ def llama_json(config: LlamaConfig) -> Json:
 
 
 def llava_json(config: ModelConfig, *, dtype: str, pad_id: int, bos_id: int | None, eos_id: int | list[int]) -> Json:
-    """LlavaForConditionalGeneration's JSON, or LlavaNextForConditionalGeneration's where the config has pinpoints.
+    """Return LlavaForConditionalGeneration's JSON, or LlavaNext's where the config has pinpoints.
 
     Readable by transformers 4.46 and 5 and by servers.
     """

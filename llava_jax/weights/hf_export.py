@@ -77,7 +77,7 @@ def write_llava(
 
 @contextlib.contextmanager
 def finished_folder(folder: str) -> Iterator[str]:
-    """A temporary folder next to `folder` that takes its name when the block ends, and is removed when it fails."""
+    """Yield a folder next to `folder` that takes its name when the block ends, and is removed when it fails."""
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise InputError(f"{folder}: already exists and is not empty; choose another target or remove it")
@@ -130,13 +130,13 @@ def _write_configs(
 def all_pieces(
     config: ModelConfig, params: Params, source_vision_folder: str | None, dtype: str
 ) -> tuple[list[Piece], list[Piece]]:
-    """Every tensor of the model in hub layout: (our parameters, what LLaVA does not run and readers ask for)."""
+    """Return every tensor of the model in hub layout: (our parameters, what LLaVA does not run but readers ask)."""
     beyond = [*_identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
     return list(_pieces(params, dtype)), beyond
 
 
 def with_vocabulary(params: Params, rows: int) -> Params:
-    """The parameters with the first `rows` of their vocabulary; rows that lack are the mean (of untrained tokens)."""
+    """Return the parameters with the first `rows` of their vocabulary; rows that lack are the mean."""
     flat = name_table.flatten(params)
     for path, axis in (("llm/embed/table", 0), ("llm/head/kernel", 1)):
         if path in flat and flat[path].shape[axis] != rows:

@@ -77,7 +77,7 @@ class ModelSpec:
 
 
 def model_spec(settings: Settings) -> ModelSpec:
-    """Config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
+    """Return config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
     if settings.init.model:
         form, folder = parse(settings.init.model, "init.model")
         if form == "run":
@@ -116,14 +116,14 @@ def _with_aspect(settings: Settings, config: ModelConfig) -> ModelConfig:
 
 
 def vision_config(spec: str) -> ClipConfig:
-    """ClipConfig of `model.vision`: a CLIP or SigLIP folder, `random:NAME` or `random:FILE.json`."""
+    """Return ClipConfig of `model.vision`: a CLIP or SigLIP folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.vision", spec, CLIPS)
     config = CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
     return config if spec.startswith(RANDOM) else hf.with_pixels(config, spec)
 
 
 def llm_config(spec: str) -> LlamaConfig:
-    """LlamaConfig of `model.llm`: a decoder's folder, `random:NAME` or `random:FILE.json`."""
+    """Return LlamaConfig of `model.llm`: a decoder's folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.llm", spec, LLAMAS)
     return LLAMAS[spec.removeprefix(RANDOM)] if given is None else hf_config.llama_config(given, where)
 
@@ -143,7 +143,7 @@ def _config_json(key: str, spec: str, named: dict) -> tuple[dict | None, str]:
 
 
 def tokenizer_folder(spec: str) -> str:
-    """The folder with the tokenizer of `model.llm`: the folder itself, or the one FILE.json lies in.
+    """Return the folder with the tokenizer of `model.llm`: the folder itself, or the one FILE.json lies in.
 
     A named size takes the small tokenizer that comes with the package: random weights know no words anyway.
     """
@@ -176,7 +176,7 @@ def origins(settings: Settings, spec: ModelSpec) -> str:
 
 
 def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
-    """The config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
+    """Return the config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
     if settings.stage != "lora":
         return config
     given = settings.lora
@@ -185,7 +185,7 @@ def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
 
 
 def float_dtype(dtype: str) -> str:
-    """What `train.frozen_dtype` makes of weights that are not in four bits."""
+    """Return what `train.frozen_dtype` makes of weights that are not in four bits."""
     return "bfloat16" if dtype == "nf4" else dtype
 
 
@@ -238,7 +238,7 @@ def read_model(
 
 
 def read_params(settings: Settings, spec: ModelSpec, dtypes: dict[str, str], at: Params) -> Params:
-    """The parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed at the shardings `at`."""
+    """Return the parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed as `at` says."""
     config = adapted(settings, spec.config)
     dtypes = {part: float_dtype(dtype) for part, dtype in dtypes.items()}
     read = read_files(settings, spec, dtypes)
@@ -250,7 +250,7 @@ def read_params(settings: Settings, spec: ModelSpec, dtypes: dict[str, str], at:
 
 
 def read_files(settings: Settings, spec: ModelSpec, dtypes: dict[str, str]) -> Params:
-    """Those parts of `dtypes` that lie in files, in their dtype, as `LazyTensor` or numpy; the others are drawn."""
+    """Return those parts of `dtypes` that lie in files, in their dtype, as `LazyTensor` or numpy."""
     read = _read_sources(settings, spec, dtypes)
     if spec.config.pinpoints and "image_newline" not in read.get("projector", {"image_newline": None}):
         # The source is no LLaVA-NeXT yet.
@@ -283,7 +283,7 @@ def _cast(tree: Params, dtype: str) -> Params:
 
 
 def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Params | None) -> Params:
-    """The parts named in `dtypes` of `models.llava.init(config, seed)`, drawn where they lie; no other is computed.
+    """Draw the parts named in `dtypes` of `models.llava.init(config, seed)` where they lie, and no other.
 
     `at` holds their shardings; None leaves them on the first device.
     """
@@ -296,7 +296,7 @@ def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Pa
 
 
 def read_projector(source: str, config: ModelConfig) -> Params:
-    """Projector (float32 numpy) of a .safetensors or .bin file or of a run's workdir, checked against the config."""
+    """Read the projector (float32 numpy) of a file, a run or an original folder, checked against the config."""
     if not os.path.exists(source):
         raise InputError(
             f"init.projector={source}: not found, expected a .safetensors or .bin file or a pretrain workdir"
@@ -324,7 +324,7 @@ def read_projector(source: str, config: ModelConfig) -> Params:
 def load_trained(
     workdir: str, step: int | None = None, dtype: str | None = None, check_merge: bool = False
 ) -> tuple[ModelSpec, Params, Settings]:
-    """(spec, whole model as numpy or `LazyTensor`, settings) of a run; `dtype` is by default the one it computes in.
+    """Return (spec, whole model as numpy or `LazyTensor`, settings) of a run, in the dtype it computes in or `dtype`.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
     the run saw: InputError otherwise. `check_merge` compares logits before and after adapters are merged.
@@ -337,7 +337,7 @@ def load_trained(
 
 
 def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, Params]:
-    """(config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest or given checkpoint."""
+    """Return (config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest or given step."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     if settings.stage != "lora":
         raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
@@ -382,7 +382,7 @@ def _read_run(
 
 
 def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
-    """Where each frozen part comes from, with a fingerprint of the folder: kept in every checkpoint."""
+    """Return where each frozen part comes from, with a fingerprint of the folder: kept in every checkpoint."""
     given = {"vision": settings.model.vision, "llm": settings.model.llm, "projector": settings.init.projector}
     sources = {}
     for part in given:
@@ -393,7 +393,7 @@ def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
 
 
 def model_inputs(spec: ModelSpec) -> dict[str, dict[str, str]]:
-    """Path and hash of what a model depends on next to its weights: kept in every checkpoint."""
+    """Return path and hash of what a model depends on next to its weights: kept in every checkpoint."""
     files = [os.path.join(spec.tokenizer, name) for name in TOKENIZER_FILES]
     inputs = file_inputs("the tokenizer", spec.tokenizer, *files)
     inputs |= file_inputs("the decoder's config.json", os.path.join(spec.tokenizer, "config.json"))
@@ -405,7 +405,7 @@ def model_inputs(spec: ModelSpec) -> dict[str, dict[str, str]]:
 
 
 def file_inputs(name: str, path: str, *files: str) -> dict[str, dict[str, str]]:
-    """{name: path and hash of the content of `files` (the path itself by default)}; absent files count as such."""
+    """Return {name: path and hash of the content of `files` (the path itself by default)}, absent ones too."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files or (path,):
         content = ""
@@ -417,7 +417,7 @@ def file_inputs(name: str, path: str, *files: str) -> dict[str, dict[str, str]]:
 
 
 def check_unchanged(workdir: str, saved: dict, now: dict) -> None:
-    """InputError when a frozen part or another input is no longer what the checkpoint was trained on.
+    """Raise InputError when a frozen part or another input is no longer what the checkpoint was trained on.
 
     `saved` and `now` are metas of checkpoints; an input that either does not name is not compared.
     """
@@ -433,7 +433,7 @@ def check_unchanged(workdir: str, saved: dict, now: dict) -> None:
 
 
 def fingerprint(source: str) -> str:
-    """Hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
+    """Return hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
 
     Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
     count as part of it.

@@ -133,12 +133,12 @@ _UNUSED = {
 
 
 def without_peft(name: str) -> str:
-    """The name without what peft puts in front of a model's tensors."""
+    """Return the name without what peft puts in front of a model's tensors."""
     return re.sub(r"^base_model\.(?:model\.)?|\.modules_to_save\.default(?=\.)", "", name)
 
 
 def canonical(name: str, kind: str) -> str:
-    """The table's spelling of a tensor name found in a folder of `kind`, one of ALIASES."""
+    """Return the table's spelling of a tensor name found in a folder of `kind`, one of ALIASES."""
     name = without_peft(name)
     for pattern, replacement in ALIASES[kind]:
         renamed, hits = re.subn(pattern, replacement, name, count=1)
@@ -148,13 +148,13 @@ def canonical(name: str, kind: str) -> str:
 
 
 def unused(name: str, kind: str, vision_layers: int) -> bool:
-    """Whether a tensor (canonical name) is known and deliberately not held; CLIP blocks ≥ vision_layers are."""
+    """Return whether a tensor (canonical name) is known and deliberately not held; CLIP blocks ≥ vision_layers are."""
     block = re.match(re.escape(VISION) + r"encoder\.layers\.(\d+)\.", name)
     return bool(re.search(_UNUSED[kind], name)) or (block is not None and int(block[1]) >= vision_layers)
 
 
 def hf_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Their shape of one layer's tensor, given ours (without the leading L)."""
+    """Return their shape of one layer's tensor, given ours (without the leading L)."""
     if row.perm:
         return tuple(shape[row.perm.index(axis)] for axis in range(len(shape)))
     if row.in_dims is None:
@@ -165,12 +165,12 @@ def hf_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_ours(row: Row, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Their tensor in our layout; `shape` is ours without the leading L."""
+    """Return their tensor in our layout; `shape` is ours without the leading L."""
     return tensor.transpose(row.perm) if row.perm else tensor.T.reshape(shape) if row.in_dims else tensor.reshape(shape)
 
 
 def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
-    """Our array (one layer) in their layout, contiguous."""
+    """Return our array (one layer) in their layout, contiguous."""
     if row.perm:
         array = array.transpose(np.argsort(row.perm))
     elif row.in_dims is not None:
@@ -179,7 +179,7 @@ def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a/b": leaf} of a nested dict, in its order."""
+    """Return {"a/b": leaf} of a nested dict, in its order."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
@@ -187,7 +187,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of slash-joined paths."""
+    """Return the nested dict of slash-joined paths."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, leaf = path.split("/")

@@ -20,7 +20,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def files(folder: str) -> list[str]:
-    """The files of such a folder that hold its tensors."""
+    """Return the files of such a folder that hold its tensors."""
     paths = glob.glob(os.path.join(glob.escape(folder), WEIGHTS, "**"), recursive=True)
     return sorted(path for path in paths if os.path.isfile(path))
 
@@ -83,7 +83,7 @@ class OrbaxFile:
         return DTYPES.get(given, given)
 
     def get(self, name: str) -> np.ndarray:
-        """The tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
+        """Return the tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
         import tensorstore
 
         path, layer = self._place[name]

@@ -58,7 +58,7 @@ class Original:
 
 
 def open_original(folder: str, beside: Beside) -> Original:
-    """The folder with the folders next to it; InputError where one is not at hand."""
+    """Open the folder with the folders next to it; raise InputError where one is not at hand."""
     given = hf_config.read_config(folder, "an original LLaVA folder")
     base = _base(folder, given, beside.base)
     has_tokenizer = any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
@@ -102,7 +102,7 @@ def _base(folder: str, given: Mapping[str, Any], override: str) -> str:
 
 
 def read_model_config(original: Original) -> ModelConfig:
-    """ModelConfig of the folder; what we do not do is refused by name."""
+    """Return ModelConfig of the folder; what we do not do is refused by name."""
     given, where = original.given, original.where
     _one_of(given, "model_type", tuple(ORIGINAL_DECODERS), where)
     _one_of(given, "mm_vision_select_feature", ("patch", None), where)
@@ -140,12 +140,12 @@ def _pinpoints(given: Mapping[str, Any], vision: ClipConfig, where: str) -> tupl
 
 
 def aspect(original: Original) -> str:
-    """`pad`, `crop` or `anyres`."""
+    """Return `pad`, `crop` or `anyres`."""
     return ASPECTS[original.given.get("image_aspect_ratio")]
 
 
 def template(original: Original, name: str) -> str:
-    """The template of that name, with images between `<im_start>` and `<im_end>` where the folder says so."""
+    """Return the template of that name, with images between `<im_start>` and `<im_end>` where the folder says so."""
     if not original.given.get("mm_use_im_start_end") or TEMPLATES[name].image_tags == IM_START_END:
         return name
     tagged = f"{name}_im_start_end"
@@ -169,7 +169,7 @@ def _one_of(given: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where:
 
 
 def open_tensors(original: Original) -> Tensors:
-    """All tensors of the model, in the names of the original and, where the tower's are not inside, of CLIP."""
+    """Open all tensors of the model, in the original's names and, where the tower's are not inside, CLIP's."""
     tensors = _with_base(original) if original.base else open_folder(original.folder)
     if _holds_tower(tensors):
         return tensors
@@ -177,7 +177,7 @@ def open_tensors(original: Original) -> Tensors:
 
 
 def tower_source(original: Original) -> str:
-    """The folder that holds the tower's weights, those that LLaVA does not run included."""
+    """Return the folder that holds the tower's weights, those that LLaVA does not run included."""
     for folder in (original.folder, original.base):
         if folder and weight_files(folder) and _holds_tower(open_folder(folder)):
             return folder

@@ -99,7 +99,7 @@ def write_original(
 
 
 def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) -> None:
-    """The projector alone in a .safetensors file, under the names of the original's mm_projector.bin."""
+    """Write the projector alone to a .safetensors file, under the names of the original's mm_projector.bin."""
     if not path.endswith(".safetensors"):
         raise InputError(f"--to=projector:{path}: expected the name of a .safetensors file")
     if os.path.exists(path):
@@ -123,7 +123,7 @@ def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) 
 
 
 def original_name(name: str, projector: str) -> str:
-    """The original's name of a hub tensor; empty for what its own file does not hold."""
+    """Return the original's name of a hub tensor; empty for what its own file does not hold."""
     if name.startswith(name_table.VISION):
         return ""
     if name.startswith(name_table.PROJECTOR) and projector == "linear":

@@ -195,7 +195,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
 
 
 def adapter_json(lora: LoraConfig, base: str) -> dict[str, Any]:
-    """peft's LoraConfig. Modules are a pattern: their last names alone would also find those of the vision tower."""
+    """Return peft's LoraConfig. Modules are a pattern: their last names alone would match the vision tower's, too."""
     names = sorted(_module(target).partition(".")[2].replace(".", r"\.") for target in lora.targets)
     return dict(
         peft_type="LORA",

@@ -55,7 +55,7 @@ class ExportedTokens:
 def write_processor(
     folder: str, tokenizer_folder: str, config: ModelConfig, *, template: str, aspect: str, image_position: str
 ) -> ExportedTokens:
-    """Tokenizer, image and chat files into `folder`, whose config.json is not there yet."""
+    """Write tokenizer, image and chat files into `folder`, whose config.json is not there yet."""
     find_template(template)
     ours = load_tokenizer(tokenizer_folder)
     chat = _write_chat(folder, template, image_position, ours)
@@ -66,7 +66,7 @@ def write_processor(
 
 
 def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
-    """How many of a model's `vocab_size` rows were its own before an export added rows for `<image>` and padding.
+    """Return how many of a model's `vocab_size` rows were its own before an export added some for image and pad.
 
     Our exports say it in config.json. In another's, `<image>` and `<pad>` are the tokenizer's last and the rows end at
     the next multiple of VOCAB_MULTIPLE, as transformers' conversion script leaves them.
@@ -159,7 +159,7 @@ def _image_settings(folder: str) -> tuple[Json, str]:
 
 
 def read_images(folder: str) -> str:
-    """`pad`, `crop` or `squash`, as the folder's image settings say (crop where there are none)."""
+    """Return `pad`, `crop` or `squash`, as the folder's image settings say (crop where there are none)."""
     given, _ = _image_settings(folder)
     squashed = "height" in _sides(given.get("size")) and not given.get("do_center_crop")
     return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
@@ -187,7 +187,7 @@ def _check_square(given: Json, path: str, size: int) -> None:
 
 
 def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
-    """The tower with how the folder's image settings normalise and resize; InputError for what ours cannot do."""
+    """Return the tower with the folder's normalisation and resizing; InputError for what ours cannot do."""
     given, path = _image_settings(folder)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(key) is False:
@@ -214,7 +214,7 @@ def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
 
 
 def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str) -> None:
-    """InputError when the tokenizer in `folder` is that of another model.
+    """Raise InputError when the tokenizer in `folder` is that of another model.
 
     The embedding may have more rows than the tokenizer has ids; `<image>` and the pad token may lie outside, as their
     rows are never looked up.
@@ -358,7 +358,7 @@ def _write_rules(folder: str, content: Json) -> None:
 
 
 def same_pieces(folder: str, source: str, template: str, image_position: str) -> bool:
-    """Whether the tokenizers of two folders read the text around images alike."""
+    """Return whether the tokenizers of two folders read the text around images alike."""
     one, other = (_expected(load_tokenizer(path), template, image_position) for path in (folder, source))
     return one == other
 

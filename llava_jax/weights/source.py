@@ -56,7 +56,7 @@ def is_original(config: Mapping[str, Any]) -> bool:
 
 
 def split(source: str) -> tuple[str, str]:
-    """(form or "", folder) as written, nothing looked up but a folder whose own name has a colon."""
+    """Return (form or "", folder) as written, nothing looked up but a folder whose own name has a colon."""
     form, colon, folder = source.partition(":")
     if not colon or os.path.isdir(source) or os.sep in form:
         return "", source
@@ -64,7 +64,7 @@ def split(source: str) -> tuple[str, str]:
 
 
 def parse(source: str, name: str = "model") -> tuple[str, str]:
-    """(kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
+    """Return (kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
 
     The kind is `run` (a workdir of train), `orbax` (a whole model that we wrote so), `peft`, `hf` or `llava`.
     """
@@ -88,7 +88,7 @@ def parse(source: str, name: str = "model") -> tuple[str, str]:
 
 
 def absolute(source: str) -> str:
-    """The SRC with its folder as an absolute path; an empty one stays empty."""
+    """Return the SRC with its folder as an absolute path; an empty one stays empty."""
     form, folder = split(source)
     return f"{form}:{os.path.abspath(folder)}" if form else os.path.abspath(folder) if folder else ""
 
@@ -155,7 +155,7 @@ def _read_params(folder: str, part: str | None) -> tuple[dict, dict]:
 
 
 def run_fingerprint(workdir: str) -> str:
-    """Hash of the newest checkpoint: its step, its meta, the names and sizes of its files."""
+    """Return hash of the newest checkpoint: its step, its meta, the names and sizes of its files."""
     digest = hashlib.blake2b(digest_size=16)
     folder = os.path.join(workdir, "checkpoints", str(max(steps_on_disk(workdir), default="none")))
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)):

@@ -93,15 +93,15 @@ class Tensors:
         return self.file_of[name].shape(name)
 
     def dtype(self, name: str) -> str:
-        """safetensors' name of the dtype, e.g. BF16."""
+        """Return safetensors' name of the dtype, e.g. BF16."""
         return self.file_of[name].dtype(name)
 
     def get(self, name: str) -> np.ndarray:
-        """The tensor, read-only; it may lie in pages of the file."""
+        """Return the tensor, read-only; it may lie in pages of the file."""
         return self.file_of[name].get(name)
 
     def joined(self, other: "Tensors") -> "Tensors":
-        """These and the other's in one; of two with one name the other's is taken."""
+        """Return these and the other's in one; of two with one name the other's is taken."""
         return Tensors(self.where, {**self.file_of, **other.file_of})
 
 
@@ -112,7 +112,7 @@ def _opened(path: str) -> File:
 
 
 def open_file(path: str) -> Tensors:
-    """All tensors of one .safetensors or .bin file."""
+    """Open all tensors of one .safetensors or .bin file."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected a .safetensors or .bin file")
     file = _opened(path)
@@ -120,7 +120,7 @@ def open_file(path: str) -> Tensors:
 
 
 def weight_files(folder: str) -> list[str]:
-    """The files that hold a model folder's tensors, none where it has none: orbax, safetensors, or else .bin."""
+    """Return the files that hold a model folder's tensors, none where it has none: orbax, safetensors, or else .bin."""
     if is_converted(folder):
         return orbax_model.files(folder)
     index, single = _layout(folder)
@@ -155,7 +155,7 @@ def _layout(folder: str) -> tuple[str, str]:
 
 
 def open_folder(folder: str) -> Tensors:
-    """All tensors of a model folder: of model.safetensors or pytorch_model.bin, of an index's shards, or of orbax."""
+    """Open all tensors of a model folder: model.safetensors or pytorch_model.bin, an index's shards, or orbax."""
     if is_converted(folder):
         file = orbax_model.OrbaxFile(folder)
         return Tensors(folder, dict.fromkeys(file.keys(), file))
@@ -248,7 +248,7 @@ class Piece:
 
 
 def write_shards(folder: str, pieces: Iterable[Piece], shard_bytes: int = SHARD_BYTES) -> None:
-    """model.safetensors, or shards of at most `shard_bytes` (a larger tensor has its own) with their index."""
+    """Write model.safetensors, or shards of at most `shard_bytes` (a larger tensor has its own) with their index."""
     shards: list[list[Piece]] = [[]]
     for piece in pieces:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + piece.nbytes > shard_bytes:

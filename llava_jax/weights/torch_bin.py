@@ -120,7 +120,7 @@ class TorchFile:
         return self._tensors[name].storage.dtype
 
     def get(self, name: str) -> np.ndarray:
-        """The tensor, read-only, in the file's pages; they are let go with it."""
+        """Return the tensor, read-only, in the file's pages; they are let go with it."""
         tensor = self._tensors[name]
         dtype = np.dtype(DTYPES[tensor.storage.dtype])
         if not math.prod(tensor.shape):
