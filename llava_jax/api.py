@@ -14,20 +14,18 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from llava_jax.data.images import image_size, normalised
+from llava_jax.data.images import image_size, load_tiles, normalised
 from llava_jax.data.rows import check_text, check_unicode, unread_keys
 from llava_jax.data.templates import Template, find_template, render
-from llava_jax.data.tiles import load_tiles, rows_of_tiles, spread, tiling
-from llava_jax.data.tokenize import TextTokenizer, encode, expand, load_tokenizer
+from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
+from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
-from llava_jax.infer.sample import stop_table, stripped
-from llava_jax.infer.stream import StreamDecoder
+from llava_jax.infer.sample import StreamDecoder, stop_table, stripped
 from llava_jax.models.llava import build
-from llava_jax.parallel.placement import LazyTensor, place
+from llava_jax.parallel.placement import place
 from llava_jax.parallel.sharding import make_mesh, replicated
-from llava_jax.types import IMAGE_PLACEHOLDER, InputError, MeshSettings, ModelConfig, Sampling, Turn
+from llava_jax.types import IMAGE_PLACEHOLDER, InputError, LazyTensor, MeshSettings, ModelConfig, Sampling, Turn
 from llava_jax.weights.load import read_model
-from llava_jax.weights.processor import check_vocabulary
 from llava_jax.weights.source import split
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -56,12 +54,16 @@ class Processor:
     def rules(self) -> Template:
         return find_template(self.template)
 
+    @property
+    def tiling(self) -> Tiling | None:
+        return tiling(self.config) if self.config.pinpoints else None
+
     def tokens(self, messages: Sequence[Message]) -> np.ndarray:
         """int32[t] of a conversation that the assistant is to continue, each image as its image tokens."""
         turns, images = read_messages(messages)
         spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
         encoded = encode(spans, self.tokenizer)
-        tiles = tiling(self.config)
+        tiles = self.tiling
         counts = self.config.vision.patches if tiles is None else tiles.tokens(self._sizes(images))
         tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
         room = self.config.llm.max_positions
@@ -74,7 +76,7 @@ class Processor:
 
     def pixels(self, messages: Sequence[Message]) -> np.ndarray:
         """float32[n, X, Y, C] of the images of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
-        size, tiles, how = self.config.vision.image_size, tiling(self.config), self.config.vision.pixels
+        size, tiles, how = self.config.vision.image_size, self.tiling, self.config.vision.pixels
         _, images = read_messages(messages)
         arrays = [np.zeros((0, size, size, 3), np.float32)]
         for image in images:
@@ -83,7 +85,7 @@ class Processor:
         return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        tokens, tiles = self.tokens(messages), tiling(self.config)
+        tokens, tiles = self.tokens(messages), self.tiling
         if tiles is None:
             return Prompt(tokens, self.pixels(messages))
         takes = tiles.takes(self._sizes(read_messages(messages)[1]))

@@ -9,6 +9,7 @@ L layers · X image height · Y image width · C channels
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +104,36 @@ class Batch(NamedTuple):
     image_mask_BN: Any
     rows_BM: Any = None
     feature_index_BT: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A parameter in our layout that is still in its file; stands in for its numpy array.
+
+    Attributes:
+      shape, dtype: of the array.
+      stacked: whether the first axis counts layers.
+      one: layer -> that layer's values in our layout, as the file has them (layer 0 where nothing is stacked).
+
+    Indexing gives one layer in `dtype`, `np.asarray` the whole array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+    one: Callable[[int], np.ndarray]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return np.asarray(self.one(layer), self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.empty(self.shape, self.dtype if dtype is None else dtype)
+        if self.stacked:
+            for layer in range(self.shape[0]):
+                array[layer] = self.one(layer)
+        else:
+            array[...] = self.one(0)
+        return array
 
 
 # ---- models -----------------------------------------------------------------------------------------------------

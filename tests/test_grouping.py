@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from llava_jax.data.grouping import count_words, grouped_epoch, grouped_order, modality_lengths, randperm
+from llava_jax.data.grouping import grouped_epoch, grouped_order, modality_lengths, randperm
+from llava_jax.data.rows import count_words
 from llava_jax.types import Record, Turn
 
 # Words of twelve rows, negative without an image.

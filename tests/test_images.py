@@ -23,10 +23,11 @@ from llava_jax.data.images import (
     decode,
     image_size,
     load_image,
+    load_tiles,
     normalised,
     preprocess,
 )
-from llava_jax.data.tiles import Tiling, load_tiles
+from llava_jax.data.tiles import Tiling
 from llava_jax.models import clip
 from llava_jax.types import InputError, Pixels
 

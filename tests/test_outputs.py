@@ -8,8 +8,8 @@ import re
 import pytest
 
 from llava_jax.cli import main
-from llava_jax.cli.configs import find_config
 from llava_jax.cli.flags import Parser
+from llava_jax.cli.train import find_config
 
 WRITTEN = re.compile(
     r"--(\w+)(?: \S+)?\s+(?:written|to be written|folder of the run|folder for everything|folder to copy into)"

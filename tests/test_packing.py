@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from llava_jax.cli.train import load_settings
-from llava_jax.data.grouping import count_words
 from llava_jax.data.packing import BatchPlan, deal, pack_update, plan_batches
 from llava_jax.data.records import load_records
+from llava_jax.data.rows import count_words
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import check_records
 from llava_jax.demo import files

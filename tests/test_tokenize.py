@@ -10,7 +10,7 @@ import pytest
 
 from llava_jax.data.templates import TEMPLATES, Span, find_template, render
 from llava_jax.data.tokenize import TextTokenizer, check_end, cut, encode, encode_all, expand, load_tokenizer
-from llava_jax.infer.stream import StreamDecoder
+from llava_jax.infer.sample import StreamDecoder
 from llava_jax.types import Encoded, InputError, Turn
 from llava_jax.weights.load import EMBEDDED_TOKENIZER
 from tests import make_tokenizers

@@ -19,17 +19,6 @@ def recipes() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.name not in ("__init__.py", COMMON)}
 
 
-def find_config(name: str) -> str:
-    """The file that `--config=` names: one at this path, or else the recipe of this name. Raises InputError."""
-    if os.path.isfile(name):
-        return name
-    known = recipes()
-    if name in known:
-        return str(known[name])
-    near = nearest(pathlib.PurePath(name).stem, tuple(known))
-    raise InputError(f"--config: no file {name!r} and no recipe of that name{near} (`llava-jax configs` lists them)")
-
-
 def configs_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy", metavar="NAME", help="copy this recipe, and the common.py that it imports")
     parser.add_argument("--to", metavar="DIR", help="folder to copy into (the current one); made when it is not there")

@@ -35,13 +35,12 @@ def verify(args: argparse.Namespace) -> int:
     data, folder, config, patches = model_of_run(args) if args.passed else model_of_flags(args)
     from llava_jax.data import validate
     from llava_jax.data.tiles import tiling
-    from llava_jax.data.tokenize import load_tokenizer
-    from llava_jax.weights.processor import check_vocabulary
+    from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     if config is not None:
         check_vocabulary(tokenizer, config, folder)
-    tiles = tiling(config) if config is not None else None
+    tiles = tiling(config) if config is not None and config.pinpoints else None
     announce(
         "prepare verify",
         config=" ".join(args.passed),

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from safetensors import SafetensorError
 
 from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
-from llava_jax.cli.configs import find_config
 from llava_jax.cli.flags import Named, Parser
-from llava_jax.cli.train import load_settings
+from llava_jax.cli.train import find_config, load_settings
 from llava_jax.data.sources import split_sources
 from llava_jax.io import no_room
 from llava_jax.settings import RANDOM, nearest

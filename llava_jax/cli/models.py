@@ -89,7 +89,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
-    from llava_jax import api
+    import llava_jax.api as api
 
     need_file("--image", args.image)
     announce("generate", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
@@ -100,7 +100,7 @@ def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
 
 
 def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
-    from llava_jax import api
+    import llava_jax.api as api
     from llava_jax.infer.batch_generate import answer_file
 
     need_file("--questions", args.questions)
@@ -132,7 +132,7 @@ def chat_flags(parser: argparse.ArgumentParser) -> None:
 
 def chat(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
-    from llava_jax import api
+    import llava_jax.api as api
     from llava_jax.infer import chat as terminal
 
     need_file("--image", args.image)

@@ -5,13 +5,14 @@ import contextlib
 import dataclasses
 import operator
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from llava_jax.cli.configs import find_config
+from llava_jax.cli.configs import recipes
 from llava_jax.cli.flags import announce
 from llava_jax.settings import nearest, read_settings, settings_from_dict
 from llava_jax.types import InputError, Settings
@@ -59,6 +60,17 @@ def train(args: argparse.Namespace) -> int:
             announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
         loop.train(settings, args.workdir)
     return 0
+
+
+def find_config(name: str) -> str:
+    """The file that `--config=` names: one at this path, or else the recipe of this name. Raises InputError."""
+    if os.path.isfile(name):
+        return name
+    known = recipes()
+    if name in known:
+        return str(known[name])
+    near = nearest(pathlib.PurePath(name).stem, tuple(known))
+    raise InputError(f"--config: no file {name!r} and no recipe of that name{near} (`llava-jax configs` lists them)")
 
 
 def load_settings(passed: Sequence[str]) -> Settings:

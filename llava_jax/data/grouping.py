@@ -12,11 +12,6 @@ import numpy as np
 from llava_jax.types import InputError, Record
 
 
-def count_words(record: Record) -> int:
-    """Words of a row over all its turns as the file has them, placeholders counted."""
-    return sum(len(turn.text.split()) for turn in record.turns)
-
-
 def modality_lengths(records: Sequence[Record], words_A: np.ndarray, images_A: np.ndarray) -> list[int]:
     """Words of each row (`count_words`), negative without an image; `images_A` are the images of each.
 

@@ -16,12 +16,15 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from llava_jax.types import ImageBytes, InputError, Pixels
+
+if TYPE_CHECKING:
+    from llava_jax.data.tiles import Tiling
 
 Result = TypeVar("Result")
 
@@ -313,3 +316,17 @@ def _seen(start: int, stop: int, side: int, size: int) -> tuple[int, int]:
     reach = 1 + 2 * max(1, math.ceil(side / size))  # of bicubic; bilinear's is shorter
     low = max(0, (start - reach) * size // side // unit * unit)
     return low, min(size, -(-(stop + reach) * size // side // unit) * unit)
+
+
+def load_tiles(
+    source: str | bytes | Image.Image,
+    size: int,
+    aspect: str,
+    tiles: "Tiling | None",
+    pixels: Pixels = CLIP,
+    exif: str = "apply",
+) -> np.ndarray:
+    """Return uint8[n, size, size, 3] of an image: its tiles (data/tiles.py), or the one square that `aspect` makes."""
+    if tiles is None:
+        return load_image(source, size, aspect, pixels, exif)[None]
+    return tiles.cut(decode(source, exif=exif))

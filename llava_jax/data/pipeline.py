@@ -17,10 +17,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from llava_jax.data.images import CLIP
+from llava_jax.data.images import CLIP, load_tiles
 from llava_jax.data.packing import BatchPlan
 from llava_jax.data.records import Rejected
-from llava_jax.data.tiles import Tiling, load_tiles, spread
+from llava_jax.data.tiles import Tiling, spread
 from llava_jax.data.tokenize import TextTokenizer, encode_record, image_paths, image_sizes
 from llava_jax.types import Batch, DataSettings, InputError, Pixels, Record
 

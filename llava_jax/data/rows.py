@@ -267,3 +267,8 @@ def check_unicode(text: str, where: str, index: int | None = None, fix: str = "g
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "nothing"}
     return names.get(type(value), "a number")
+
+
+def count_words(record: Record) -> int:
+    """Words of a row over all its turns as the file has them, placeholders counted."""
+    return sum(len(turn.text.split()) for turn in record.turns)

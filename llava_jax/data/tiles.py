@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from llava_jax.data.images import CLIP, decode, load_image
+from llava_jax.data.images import CLIP
 from llava_jax.types import InputError, ModelConfig, Pixels
 
 NEWLINE = -1
@@ -89,10 +89,8 @@ class Tiling:
         return np.concatenate([np.arange(patches), lines_YX.reshape(-1)])
 
 
-def tiling(config: ModelConfig) -> Tiling | None:
-    """How the model's images are tiled; None where an image is one square (`data.image`)."""
-    if not config.pinpoints:
-        return None
+def tiling(config: ModelConfig) -> Tiling:
+    """Return how the images of a model with `pinpoints` are tiled."""
     vision = config.vision
     return Tiling(vision.image_size, vision.image_size // vision.patch_size, config.pinpoints, vision.pixels)
 
@@ -106,23 +104,6 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
         return shown, shown - pinpoint[0] * pinpoint[1]
 
     return max(pinpoints, key=merit)
-
-
-def load_tiles(
-    source: str | bytes | Image.Image,
-    size: int,
-    aspect: str,
-    tiles: Tiling | None,
-    pixels: Pixels = CLIP,
-    exif: str = "apply",
-) -> np.ndarray:
-    """uint8[n, size, size, 3] of an image (path, bytes of a file, or in memory).
-
-    Its tiles, or the one square that `aspect` makes.
-    """
-    if tiles is None:
-        return load_image(source, size, aspect, pixels, exif)[None]
-    return tiles.cut(decode(source, exif=exif))
 
 
 def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:

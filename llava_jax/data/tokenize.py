@@ -26,7 +26,7 @@ import tokenizers
 from llava_jax.data.images import image_size
 from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template, find_template, render
 from llava_jax.io import LFS_POINTER, is_lfs_pointer
-from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded, InputError, Record
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded, InputError, ModelConfig, Record
 
 # A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
 # user writes can become a special token.
@@ -216,15 +216,23 @@ def _stamp(folder: str) -> tuple[tuple[str, int, int], ...]:
 @functools.lru_cache(maxsize=2)
 def _read_folder(folder: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[TextTokenizer, Any]:
     """The tokenizer as ours and as transformers', built once: it takes seconds."""
-    for name, _, _ in stamp:
-        if is_lfs_pointer(os.path.join(folder, name)):
-            raise InputError(f"{os.path.join(folder, name)}: {LFS_POINTER}")
+    names = [name for name, _, _ in stamp]
+    try:
+        return _build(folder, names)
+    except InputError:
+        for name in names:
+            if is_lfs_pointer(os.path.join(folder, name)):
+                raise InputError(f"{os.path.join(folder, name)}: {LFS_POINTER}") from None
+        raise
+
+
+def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
     _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
     # Comes with transformers, which raises it for sizes in config.json that contradict each other.
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        source = _auto_tokenizer(folder, [name for name, _, _ in stamp])
+        source = _auto_tokenizer(folder, names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -486,3 +494,30 @@ def require_file(image: str | bytes) -> None:
     """Raise InputError where an image file does not exist (nothing is decoded)."""
     if isinstance(image, str) and not os.path.isfile(image):
         raise InputError(f"image {image}: no such file; check the path, or data.images")
+
+
+def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str) -> None:
+    """Raise InputError when the tokenizer in `folder` is that of another model.
+
+    The embedding may have more rows than the tokenizer has ids; `<image>` and the pad token may lie outside, as their
+    rows are never looked up.
+    """
+    rows, image = config.llm.vocab_size, tokenizer.image_token_id(0)
+    outside = {i for i in (config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
+    fix = "copy the tokenizer's files from where the model came from"
+    if tokenizer.size - len(outside) > rows:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} and the decoder's embedding {rows} rows: "
+            f"expected the tokenizer that belongs to the decoder; {fix}"
+        )
+    if image < tokenizer.size and image != config.image_token_id:
+        raise InputError(
+            f"{folder}: <image> is {image} in the tokenizer and {config.image_token_id} in the model "
+            f"(image_token_index of config.json): expected one id; {fix}"
+        )
+    word = tokenizer.decode([config.image_token_id]) if config.image_token_id < image == tokenizer.size else ""
+    if word:
+        raise InputError(
+            f"{folder}: the model's image token {config.image_token_id} (image_token_index of config.json) is the text "
+            f"{word!r} in the tokenizer: expected one with <image>; {fix}"
+        )

@@ -18,11 +18,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from llava_jax.data.grouping import count_words
 from llava_jax.data.images import check_image
 from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
 from llava_jax.data.records import Rejected, Rows, load_records
-from llava_jax.data.rows import unread_line
+from llava_jax.data.rows import count_words, unread_line
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
 from llava_jax.data.templates import check_image_position, find_template
 from llava_jax.data.tiles import Tiling

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.parallel.matmul import matmul
+from llava_jax.parallel.sharding import matmul
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 

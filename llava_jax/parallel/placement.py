@@ -1,8 +1,6 @@
 """Host arrays onto devices: weights still in their files, layer by layer, and the rows of a batch a process reads."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,40 +9,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.parallel.sharding import batch_sharding
-from llava_jax.types import Batch
+from llava_jax.types import Batch, LazyTensor
 
 # A stack up to this size is read at once: layer by layer costs a compilation, and a wait for each layer.
 AT_ONCE = 16 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A parameter in our layout that is still in its file; stands in for its numpy array.
-
-    Attributes:
-      shape, dtype: of the array.
-      stacked: whether the first axis counts layers.
-      one: layer -> that layer's values in our layout, as the file has them (layer 0 where nothing is stacked).
-
-    Indexing gives one layer in `dtype`, `np.asarray` the whole array.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    stacked: bool
-    one: Callable[[int], np.ndarray]
-
-    def __getitem__(self, layer: int) -> np.ndarray:
-        return np.asarray(self.one(layer), self.dtype)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.empty(self.shape, self.dtype if dtype is None else dtype)
-        if self.stacked:
-            for layer in range(self.shape[0]):
-                array[layer] = self.one(layer)
-        else:
-            array[...] = self.one(0)
-        return array
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from llava_jax.data.packing import BatchShape, check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.templates import find_template
-from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.placement import global_batch
 from llava_jax.parallel.sharding import make_mesh
@@ -36,7 +36,6 @@ from llava_jax.train.setup import (
 from llava_jax.train.step import TrainState, batch_ranks
 from llava_jax.types import Batch, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector
-from llava_jax.weights.processor import check_vocabulary
 
 STOPPED_EXIT_CODE = 42
 

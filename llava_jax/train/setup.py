@@ -25,8 +25,8 @@ from llava_jax.train.build_step import Run
 from llava_jax.train.optim import describe, warmup_steps
 from llava_jax.train.step import TrainState, batch_ranks, partition
 from llava_jax.types import InputError, ModelConfig, OptimSettings, Settings
-from llava_jax.weights.chat_template import chat_template_note
 from llava_jax.weights.load import ModelSpec, check_unchanged, frozen_sources, model_inputs, origins, read_params
+from llava_jax.weights.processor import chat_template_note
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokeniz
         settings.data,
         tokenizer,
         patches=config.vision.patches,
-        tiling=tiling(config),
+        tiling=tiling(config) if config.pinpoints else None,
     )
     checked.require_clean()
     checked.require_fit(settings.data.annotations, config.llm.max_positions)
@@ -86,7 +86,7 @@ def open_data(
         patches=config.vision.patches,
         image_token_id=config.image_token_id,
         pixels=config.vision.pixels,
-        tiling=tiling(config),
+        tiling=tiling(config) if config.pinpoints else None,
         rows=local_rows(mesh, batches.shape.rows),
     )
 

@@ -5,16 +5,15 @@ import os
 from typing import Any
 
 from llava_jax.data.templates import find_template
-from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.settings import read_settings
 from llava_jax.types import InputError, ModelConfig
-from llava_jax.weights.chat_template import chat_template_note
 from llava_jax.weights.hf import LlavaExtras, write_llava
 from llava_jax.weights.hf_export import DTYPES
 from llava_jax.weights.load import load_adapters, read_model
 from llava_jax.weights.original_export import TOWER, write_original, write_projector
 from llava_jax.weights.peft import write_peft
-from llava_jax.weights.processor import check_vocabulary
+from llava_jax.weights.processor import chat_template_note
 from llava_jax.weights.source import parse
 
 TARGETS = "hf:DIR, llava:DIR, orbax:DIR, projector:FILE.safetensors, or peft:DIR for the adapters of a lora run"

@@ -16,14 +16,12 @@ import numpy as np
 from llava_jax.data.images import ASPECTS, EXIF
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.llava import build
-from llava_jax.parallel.placement import LazyTensor
-from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig
+from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original, peft
-from llava_jax.weights.chat_template import recognised_template
-from llava_jax.weights.hf_config import config_value, read_json
+from llava_jax.weights.hf_config import config_value, read_images, read_json, with_pixels
 from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.original import HERE, Beside
-from llava_jax.weights.processor import read_images, with_pixels
+from llava_jax.weights.processor import recognised_template
 from llava_jax.weights.source import is_adapter, is_original
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
 

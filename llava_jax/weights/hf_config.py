@@ -1,9 +1,12 @@
 """Hugging Face's config.json and our configs, both ways; defaults of the published classes fill what is left out."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
@@ -563,3 +566,67 @@ def _difference(one: Any, other: Any) -> tuple[str, str] | None:
     if isinstance(one, set) and isinstance(other, set) and (one <= other or other <= one):
         return None
     return None if one == other else (repr(one)[:60], repr(other)[:60])
+
+
+# ---- image settings ----
+
+# PIL's numbers, as image processors write them.
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
+
+def _image_settings(folder: str) -> tuple[Json, str]:
+    """The image processor's settings and the file they are in."""
+    given, path = folder_value(folder, "image settings")
+    return given or {}, path
+
+
+def read_images(folder: str) -> str:
+    """Return `pad`, `crop` or `squash`, as the folder's image settings say (crop where there are none)."""
+    given, _ = _image_settings(folder)
+    squashed = "height" in _by_side(given.get("size")) and not given.get("do_center_crop")
+    return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
+
+
+def _by_side(size: Any) -> Json:
+    """A size of an image processor by the names of its sides; older ones give the shortest as a number."""
+    size = size if isinstance(size, dict) else {"shortest_edge": size}
+    return {side: pixels for side, pixels in size.items() if pixels is not None}
+
+
+def _check_square(given: Json, path: str, size: int) -> None:
+    """InputError unless images end as squares of the tower's `size`, and are resized to nothing else before."""
+    sides = _by_side(given.get("size"))
+    keys = ("size",) if given.get("do_center_crop") is False else ("size", "crop_size")
+    for key in keys:
+        if {*_by_side(given.get(key)).values()} - {size}:
+            raise InputError(
+                f"{path}: {key} is {given[key]}, which is not supported; expected {size}, the tower's image_size"
+            )
+    if given.get("do_center_crop") is False and not given.get("do_pad") and sides and "height" not in sides:
+        raise InputError(
+            f"{path}: do_center_crop is false and size {given['size']} is no square; expected height and width, or true"
+        )
+
+
+def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
+    """Return the tower with the folder's normalisation and resizing; InputError for what ours cannot do."""
+    given, path = _image_settings(folder)
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if given.get(key) is False:
+            raise InputError(f"{path}: {key} is false, which is not supported; expected true")
+    if not np.isclose(given.get("rescale_factor") or 1 / 255, 1 / 255, rtol=1e-6, atol=0):
+        raise InputError(f"{path}: rescale_factor is {given['rescale_factor']}, not supported; expected 1/255")
+    _check_square(given, path, vision.image_size)
+    values: dict[str, Any] = {}
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        numbers = given.get(key)
+        if numbers is not None:
+            if not isinstance(numbers, list) or len(numbers) != 3 or {*map(type, numbers)} - {int, float}:
+                raise InputError(f"{path}: {key} is {numbers}; expected three numbers")
+            values[name] = tuple(float(number) for number in numbers)
+    if given.get("resample") is not None:
+        known = {number: name for name, number in RESAMPLE.items()}
+        if given["resample"] not in known:
+            raise InputError(f"{path}: resample is {given['resample']}, not supported; expected one of {sorted(known)}")
+        values["resample"] = known[given["resample"]]
+    return dataclasses.replace(vision, pixels=vision.pixels._replace(**values))

@@ -13,8 +13,8 @@ from llava_jax.data.templates import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
 from llava_jax.types import ClipConfig, InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, peft
-from llava_jax.weights.hf_config import read_json
-from llava_jax.weights.processor import TOKENIZER_FILES, with_pixels
+from llava_jax.weights.hf_config import read_json, with_pixels
+from llava_jax.weights.processor import TOKENIZER_FILES
 from llava_jax.weights.source import ADAPTER_CONFIG
 from llava_jax.weights.tensors import Tensors, open_file, open_folder, weight_files
 

@@ -8,17 +8,18 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_jax.data.templates import find_template, render
+from llava_jax.data.templates import TEMPLATES, Span, Template, find_template, render
 from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
-from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
-from llava_jax.weights.chat_template import chat_jinja
-from llava_jax.weights.hf_config import folder_value, read_json, select_strategy
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConfig, Turn
+from llava_jax.weights.hf_config import RESAMPLE, folder_value, read_json, select_strategy, special_tokens
 
 Json = dict[str, Any]
 
@@ -36,8 +37,6 @@ TOKENIZER_FILES = (
 )
 # Keys of tokenizer_config.json that only the machine it was saved on had a use for.
 DROPPED = ("backend", "is_local", "local_files_only")
-# PIL's numbers, as image processors write them.
-RESAMPLE = {"bilinear": 2, "bicubic": 3}
 # A SentencePiece text begins with ▁, and so does each piece after an image; in one string this rule puts it there.
 AFTER_IMAGE = {"type": "Replace", "pattern": {"Regex": r"(?<=<image>)(?!<image>|\z|[ ▁])"}, "content": "▁"}
 
@@ -149,95 +148,7 @@ def _write_chat(folder: str, template: str, image_position: str, tokenizer: Text
     return jinja
 
 
-# ---- what a foreign folder says --------------------------------------------------------------------------------------
-
-
-def _image_settings(folder: str) -> tuple[Json, str]:
-    """The image processor's settings and the file they are in."""
-    given, path = folder_value(folder, "image settings")
-    return given or {}, path
-
-
-def read_images(folder: str) -> str:
-    """Return `pad`, `crop` or `squash`, as the folder's image settings say (crop where there are none)."""
-    given, _ = _image_settings(folder)
-    squashed = "height" in _sides(given.get("size")) and not given.get("do_center_crop")
-    return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
-
-
-def _sides(size: Any) -> Json:
-    """A size of an image processor by the names of its sides; older ones give the shortest as a number."""
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
-    return {side: pixels for side, pixels in size.items() if pixels is not None}
-
-
-def _check_square(given: Json, path: str, size: int) -> None:
-    """InputError unless images end as squares of the tower's `size`, and are resized to nothing else before."""
-    sides = _sides(given.get("size"))
-    keys = ("size",) if given.get("do_center_crop") is False else ("size", "crop_size")
-    for key in keys:
-        if {*_sides(given.get(key)).values()} - {size}:
-            raise InputError(
-                f"{path}: {key} is {given[key]}, which is not supported; expected {size}, the tower's image_size"
-            )
-    if given.get("do_center_crop") is False and not given.get("do_pad") and sides and "height" not in sides:
-        raise InputError(
-            f"{path}: do_center_crop is false and size {given['size']} is no square; expected height and width, or true"
-        )
-
-
-def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
-    """Return the tower with the folder's normalisation and resizing; InputError for what ours cannot do."""
-    given, path = _image_settings(folder)
-    for key in ("do_resize", "do_rescale", "do_normalize"):
-        if given.get(key) is False:
-            raise InputError(f"{path}: {key} is false, which is not supported; expected true")
-    if not np.isclose(given.get("rescale_factor") or 1 / 255, 1 / 255, rtol=1e-6, atol=0):
-        raise InputError(f"{path}: rescale_factor is {given['rescale_factor']}, not supported; expected 1/255")
-    _check_square(given, path, vision.image_size)
-    values: dict[str, Any] = {}
-    for name, key in (("mean", "image_mean"), ("std", "image_std")):
-        numbers = given.get(key)
-        if numbers is not None:
-            if not isinstance(numbers, list) or len(numbers) != 3 or {*map(type, numbers)} - {int, float}:
-                raise InputError(f"{path}: {key} is {numbers}; expected three numbers")
-            values[name] = tuple(float(number) for number in numbers)
-    if given.get("resample") is not None:
-        known = {number: name for name, number in RESAMPLE.items()}
-        if given["resample"] not in known:
-            raise InputError(f"{path}: resample is {given['resample']}, not supported; expected one of {sorted(known)}")
-        values["resample"] = known[given["resample"]]
-    return dataclasses.replace(vision, pixels=vision.pixels._replace(**values))
-
-
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
-
-
-def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str) -> None:
-    """Raise InputError when the tokenizer in `folder` is that of another model.
-
-    The embedding may have more rows than the tokenizer has ids; `<image>` and the pad token may lie outside, as their
-    rows are never looked up.
-    """
-    rows, image = config.llm.vocab_size, tokenizer.image_token_id(0)
-    outside = {i for i in (config.image_token_id, tokenizer.pad_id) if rows <= i < tokenizer.size}
-    fix = "copy the tokenizer's files from where the model came from"
-    if tokenizer.size - len(outside) > rows:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.size - 1} and the decoder's embedding {rows} rows: "
-            f"expected the tokenizer that belongs to the decoder; {fix}"
-        )
-    if image < tokenizer.size and image != config.image_token_id:
-        raise InputError(
-            f"{folder}: <image> is {image} in the tokenizer and {config.image_token_id} in the model "
-            f"(image_token_index of config.json): expected one id; {fix}"
-        )
-    word = tokenizer.decode([config.image_token_id]) if config.image_token_id < image == tokenizer.size else ""
-    if word:
-        raise InputError(
-            f"{folder}: the model's image token {config.image_token_id} (image_token_index of config.json) is the text "
-            f"{word!r} in the tokenizer: expected one with <image>; {fix}"
-        )
 
 
 def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, processor_class: str) -> ExportedTokens:
@@ -412,3 +323,157 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
                 f"{pieces[1]} at token {at}"
             )
     return None
+
+
+# ---- chat templates ----
+
+
+# ---- written ------------------------------------------------------------------------------------------------------
+
+# Content is text, or parts of type text and image; images without a placeholder in the text stand before it.
+_TEXT = """\
+{%- set ns = namespace(text='', images='') -%}
+{%- if message['content'] is string -%}
+{%- set ns.text = message['content'] -%}
+{%- else -%}
+{%- set ns.text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ['image', 'image_url'] -%}
+{%- set ns.images = ns.images + IMAGE + '\\n' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if IMAGE not in ns.text -%}
+{%- set ns.text = ns.images + ns.text -%}
+{%- endif -%}
+{%- endif -%}
+"""
+_FRONT = """\
+{%- if ns.text.split(IMAGE) | length == 2 -%}
+{%- set rest = ns.text.replace(IMAGE, '') | trim -%}
+{%- set ns.text = IMAGE + ('\\n' + rest if rest else '') -%}
+{%- endif -%}
+"""
+_CAPTION = """\
+{%- set ns.text = IMAGE * (ns.text.split(IMAGE) | length - 1) -%}
+"""
+_LOOP = """\
+{{- OPENING -}}
+{%- for message in messages -%}
+{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
+{{- raise_exception('messages take turns, user first; there is no system message') -}}
+{%- endif -%}
+TEXT
+{%- if message['role'] == 'user' -%}
+{{- ('' if loop.first else AGAIN) + QUESTION + ns.text.replace(IMAGE, TAGGED) + AFTER_QUESTION -}}
+{%- else -%}
+{{- CUE + BEFORE_ANSWER + ns.text + AFTER_ANSWER + END -}}
+{%- endif -%}
+{%- endfor -%}
+{{- CUE if add_generation_prompt else CLOSING -}}
+"""
+
+
+def chat_jinja(template: Template, *, image_position: str, spelled: Callable[[str], str]) -> str:
+    """Return jinja source that renders `template`; `spelled` gives a special string as the tokenizer writes it."""
+
+    def join(spans: Sequence[Span]) -> str:
+        return "".join(spelled(span.text) if span.special else span.text for span in spans)
+
+    place = _CAPTION if template.caption_only else _FRONT if image_position == "front" else ""
+    before, after = template.image_tags
+    literals = dict(
+        OPENING=join(template.opening),
+        AGAIN=join(template.again),
+        QUESTION=join(template.question),
+        AFTER_QUESTION=join(template.after_question),
+        CUE=join(template.cue),
+        BEFORE_ANSWER=template.before_answer,
+        AFTER_ANSWER=template.after_answer,
+        END=join(template.end_of_answer),
+        CLOSING=join(template.closing),
+        TAGGED=before + IMAGE_PLACEHOLDER + after,
+        IMAGE=IMAGE_PLACEHOLDER,
+    )
+    names = re.compile(rf"\b({'|'.join(literals)})\b")
+    source = _LOOP.replace("TEXT\n", _TEXT + place)
+    return names.sub(lambda name: json.dumps(literals[name[0]], ensure_ascii=False), source)
+
+
+# ---- recognised ---------------------------------------------------------------------------------------------------
+
+_PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
+
+
+def recognised_template(folder: str) -> str | None:
+    """Return the first of our templates that the folder's chat template renders as, None without such one."""
+    tokens, source = _chat_template(folder)
+    if source is None:
+        return None
+    given = _rendered(source, tokens)
+    for name, template in TEMPLATES.items():
+        if not template.caption_only and _ours(template, tokens) in given:
+            return name
+    return None
+
+
+def chat_template_note(folder: str, name: str) -> str | None:
+    """Return a line when the tokenizer's chat template in `folder` writes prompts otherwise than `name` does.
+
+    No error: a LLaVA learns the template it is trained with, and v1 on another base is common. None where both write
+    the same, the folder brings no chat template, or `name` is for captions, which know no turns.
+    """
+    template = find_template(name)
+    tokens, source = _chat_template(folder)
+    if source is None or template.caption_only:
+        return None
+    ours, given = _ours(template, tokens), _rendered(source, tokens)
+    if ours in given:
+        return None
+    if not given:
+        return f"template {name}: the chat template of {folder} does not render a question and cannot be compared"
+    theirs = min(given, key=len)
+    at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+    shown = [text[max(at - 10, 0) : at + 30] for text in (ours, theirs)]
+    same = recognised_template(folder)
+    take = f"; data.template={same} writes as it does" if same else ""
+    return f"template {name} writes {shown[0]!r} where the chat template of {folder} writes {shown[1]!r}{take}"
+
+
+def _ours(template: Template, tokens: dict[str, str]) -> str:
+    """The probe as our template writes it."""
+    spans = render(_PROBE, template, open_turn=True)
+    spelled = {"<s>": tokens["bos_token"] or "<s>", "</s>": tokens["eos_token"] or "</s>"}
+    return "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
+
+
+def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
+    """(bos_token and eos_token, Jinja text or None) of a folder."""
+    named = special_tokens(folder)
+    tokens = {key: named.get(key, "") for key in ("bos_token", "eos_token")}
+    source, _ = folder_value(folder, "chat template")
+    if isinstance(source, list):  # several under names, as tokenizers with tools have them
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    return tokens, source if isinstance(source, str) else None
+
+
+def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
+    """The probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
+    # As transformers compiles them; its `generation` tags only mark spans.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    names = {"human": "user", "gpt": "assistant"}
+    found = set()
+    for as_parts in (False, True):
+        messages = []
+        for turn in _PROBE:
+            text = turn.text.removeprefix("<image>\n")
+            parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
+            messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
+        try:
+            template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except (TemplateError, TypeError, ValueError, LookupError):
+            continue
+        found |= {text, text.removeprefix(tokens["bos_token"])}
+    return found

@@ -106,9 +106,12 @@ class Tensors:
 
 
 def _opened(path: str) -> File:
-    if is_lfs_pointer(path):
-        raise InputError(f"{path}: {LFS_POINTER}")
-    return SafeFile(path) if path.endswith(".safetensors") else TorchFile(path)
+    try:
+        return SafeFile(path) if path.endswith(".safetensors") else TorchFile(path)
+    except InputError:
+        if os.path.isfile(path) and is_lfs_pointer(path):
+            raise InputError(f"{path}: {LFS_POINTER}") from None
+        raise
 
 
 def open_file(path: str) -> Tensors:
