@@ -356,14 +356,15 @@ def test_a_projector_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch):
     from llava_jax.weights import original_export
 
     folder = hf4(tmp_path)
-    save = original_export.save_file
+    save = original_export.save_tensors
     monkeypatch.setattr(
         original_export,
-        "save_file",
-        lambda tensors, *args, **how: save({k: x + 1 for k, x in tensors.items()}, *args, **how),
+        "save_tensors",
+        lambda path, tensors: save(path, {k: x + 1 for k, x in tensors.items()}),
     )
     with pytest.raises(OSError, match="read back differs"):
         convert.convert(str(folder), f"projector:{tmp_path / 'p.safetensors'}")
+    assert not list(tmp_path.glob("p.*"))
 
 
 # ---- original v1.6 --------------------------------------------------------------------------------------------------
