@@ -659,7 +659,7 @@ def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, source
 
 @pytest.mark.parametrize("with_image", [False, True])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_flags_of_image_are_the_same_in_both_tokenizer_files(tmp_path, sources, legacy, with_image):
+def test_flags_of_image_are_the_same_in_both_tokenizer_files(tmp_path, sources, capsys, legacy, with_image):
     """A SentencePiece tokenizer saved with added_tokens_decoder, as every transformers from 4.34 on writes it."""
     folder = make_tokenizers.trained_llama(tmp_path / "tokenizer", legacy)
     decoder = {str(i): dict(content=text, special=True) for i, text in enumerate(("<unk>", "<s>", "</s>"))}
@@ -671,6 +671,7 @@ def test_flags_of_image_are_the_same_in_both_tokenizer_files(tmp_path, sources, 
     llm = dataclasses.replace(LLAMA, vocab_size=701)
     config = dataclasses.replace(CONFIG, llm=llm, image_token_id=700)
     write(sources, tmp_path / "out", config, random_params(config), tokenizer_folder=folder)
+    assert "warning" not in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
     (flags,) = [token["normalized"] for token in written if token["content"] == "<image>"]
     both = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
