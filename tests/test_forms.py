@@ -19,8 +19,8 @@ from llava_jax.train.loop import train
 from llava_jax.types import InputError
 from llava_jax.weights import convert, hf, load, name_table, orbax_model
 from llava_jax.weights.hf_config import clip_json, default_pinpoints, llama_json
-from llava_jax.weights.load import model_spec, read_files, read_model
-from llava_jax.weights.source import parse, run_fingerprint
+from llava_jax.weights.load import fingerprint, model_spec, read_files, read_model
+from llava_jax.weights.source import parse
 from tests import test_original as original
 from tests.test_convert import CLIP, CONFIG, LLAMA, edit, hub_tensors, part, random_params, write_folder
 from tests.tiny_llava import write_tokenizer
@@ -208,11 +208,11 @@ def test_a_run_may_start_from_orbax(tmp_path):
     assert (plan.vision_folder, plan.tokenizer) == (str(folder), str(folder))
     read = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), flat(hf.read_llava(str(tmp_path / "m"))[1]))
-    before = run_fingerprint(f"orbax:{folder}")
+    before = fingerprint(f"orbax:{folder}")
     assert before
     shutil.rmtree(tmp_path / "o")
     convert.convert(str(tmp_path / "m"), f"orbax:{tmp_path / 'o'}", dtype="bfloat16")
-    assert run_fingerprint(f"orbax:{folder}") != before
+    assert fingerprint(f"orbax:{folder}") != before
 
 
 def test_a_large_layer_is_read_by_itself(tmp_path):

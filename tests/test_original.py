@@ -19,9 +19,9 @@ from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, ModelConfig, Turn
 from llava_jax.weights import convert, hf, load, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
+from llava_jax.weights.load import fingerprint
 from llava_jax.weights.original import Beside
 from llava_jax.weights.original_export import write_original
-from llava_jax.weights.source import run_fingerprint
 from tests.tiny_llava import write_tokenizer
 from tests.tiny_run import make_settings
 from tests.torch_files import write_bin
@@ -245,12 +245,12 @@ def test_errors_name_what_is_missing(folders):
 def test_fingerprint_sees_bin_and_the_tower(folders):
     folder, tower = folders
     write_config(folder, described(mm_vision_tower=tower))
-    first = run_fingerprint(folder)
-    assert first and run_fingerprint(tower)
+    first = fingerprint(folder)
+    assert first and fingerprint(tower)
     write_tower(tower, dtype=ml_dtypes.bfloat16)
-    second = run_fingerprint(folder)
+    second = fingerprint(folder)
     write_shards(folder, llava_tensors(ml_dtypes.bfloat16))
-    assert len({first, second, run_fingerprint(folder)}) == 3
+    assert len({first, second, fingerprint(folder)}) == 3
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_llama"])
