@@ -1,20 +1,21 @@
 """Rows on disk: sources and weights, places of rows in a file, what is kept between starts, TFDS data sets."""
 
-import io
 import json
 import os
 import pickle
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
+from llava_jax import io
 from llava_jax.cli.main import main
-from llava_jax.data import json_stream, records, sources, validate
+from llava_jax.data import records, sources, validate
 from llava_jax.data.images import check_image
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
@@ -82,7 +83,7 @@ def test_a_file_elsewhere_is_copied_once(tmp_path, cache):
 
     def open_(_, path, mode):
         opened.append(str(path))
-        return io.BytesIO(content)
+        return BytesIO(content)
 
     found = types.SimpleNamespace(length=len(content), mtime=1)
     with epath.testing.mock_epath(stat=lambda _, path: found, open=open_):
@@ -96,7 +97,7 @@ def test_a_file_elsewhere_is_copied_once(tmp_path, cache):
 @pytest.mark.parametrize("piece", [5, 64, 1 << 20])
 def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
     for name in ("PIECE", "SCANNED"):
-        monkeypatch.setattr(json_stream, name, piece)
+        monkeypatch.setattr(io, name, piece)
     rows = [row(f"{n}", text) for n, text in enumerate(('"},{"', "[\\", "größe 😀 \u2028", "x" * 300, "\n\t}]"))]
     rows[0] |= {"n": [1.5, -2, 1e400, 2**62], "none": None}
     forms = {
@@ -135,7 +136,7 @@ def test_rows_are_found_whatever_the_pieces(tmp_path, monkeypatch, piece):
 def test_half_a_surrogate_is_a_bad_row_of_a_good_list(tmp_path, monkeypatch, piece):
     """The parser in C would make a question mark of it; an escaped backslash before it is a text, pairs are one."""
     for name in ("PIECE", "SCANNED"):
-        monkeypatch.setattr(json_stream, name, piece)
+        monkeypatch.setattr(io, name, piece)
     texts = {"high": "\ud83d", "low": "a\ude00", "turned": "\ude00\ud83d", "text": "\\ud83d", "pair": "😀"}
     rows = load_records(write(tmp_path / "a.json", [row(name, text) for name, text in texts.items()]))
     for number, name in enumerate(texts):

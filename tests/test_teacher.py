@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from llava_jax import io
 from llava_jax.cli.main import main
-from llava_jax.data import json_stream
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import verify
 from llava_jax.synthesize import batch, endpoint
@@ -593,17 +593,17 @@ def test_what_training_could_not_read_is_set_aside_unasked(tmp_path, capsys):
 @pytest.mark.parametrize("piece", [1, 2, 7, 1 << 20])
 def test_lists_of_a_large_object(tmp_path, monkeypatch, piece):
     for name in ("PIECE", "SCANNED"):
-        monkeypatch.setattr(json_stream, name, piece)
+        monkeypatch.setattr(io, name, piece)
     content = {"info": {"list": [5]}, "none": [], "list": [1, 22.5, 'a"]b', [3], {"k": "é"}], "end": None}
     path = tmp_path / "o.json"
     path.write_text("\ufeff" + json.dumps(content, indent=2), encoding="utf-8")
-    assert list(json_stream.elements(str(path), "list.item", "lists")) == content["list"]
-    assert list(json_stream.elements(str(path), "none.item", "lists")) == []
-    assert list(json_stream.elements(str(path), "end.item", "lists")) == []
+    assert list(io.elements(str(path), "list.item", "lists")) == content["list"]
+    assert list(io.elements(str(path), "none.item", "lists")) == []
+    assert list(io.elements(str(path), "end.item", "lists")) == []
     for text in ("", "[1]", '{"a": [1, 2', '{"a": 1} 2', '{"a" 1}', "{1: 2}", '{"a": [1 2]}'):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match="o.json: (not JSON: .*; )?expected lists"):
-            list(json_stream.elements(str(path), "a.item", "lists"))
+            list(io.elements(str(path), "a.item", "lists"))
 
 
 def test_one_of_several_coco_files_by_name(tmp_path):

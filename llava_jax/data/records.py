@@ -15,11 +15,10 @@ from typing import Any, overload
 import numpy as np
 
 from llava_jax.data import sources
-from llava_jax.data.json_stream import BOM, elements, line_of, unique, utf8_pieces
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.rows import Rejected, parse_or_reject, parse_row
 from llava_jax.data.sources import KEPT_ROWS, Source, code, keep, kept_path, key_of, recall, split_sources, whole
-from llava_jax.io import check_first_line
+from llava_jax.io import BOM, check_first_line, elements, line_of, unique, utf8_pieces
 from llava_jax.types import ImageBytes, InputError, Record
 
 __all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]

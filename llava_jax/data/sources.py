@@ -127,9 +127,10 @@ def kept_path(name: str, suffix: str) -> str:
 
 
 def code() -> str:
-    """A hash of the code of data/: what other code made is made again."""
+    """A hash of the code of data/ and io.py: what other code made is made again."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    return key_of([digest(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name.endswith(".py")])
+    names = [*sorted(os.listdir(folder)), os.path.join(os.pardir, "io.py")]
+    return key_of([digest(os.path.join(folder, name)) for name in names if name.endswith(".py")])
 
 
 def key_of(*facts: object) -> str:

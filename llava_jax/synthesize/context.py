@@ -11,8 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llava_jax.data.json_stream import elements
-from llava_jax.io import read_lines
+from llava_jax.io import elements, read_lines
 from llava_jax.types import InputError
 
 # Boxes of COCO reach over the border by rounding; what reaches further is an error of the file.
