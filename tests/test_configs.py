@@ -11,8 +11,8 @@ from configs import common, llava_v1, llava_v1_5, tiny
 from llava_jax.cli import main
 from llava_jax.cli.train import load_config
 from llava_jax.settings import settings_from_dict
-from llava_jax.train.loop import total_steps
 from llava_jax.train.optim import warmup_steps
+from llava_jax.train.setup import total_steps
 from llava_jax.types import InputError, Settings
 
 # The published data sets: rows -> steps, warmup, batch, lr, epochs, template, aspect, projector, clipping, image size.
@@ -33,7 +33,7 @@ def load(config, arg: str) -> Settings:
 def test_published_recipe(recipe, size):
     config, stage, rows, steps, warmup, batch, lr, epochs, template, aspect, projector, clip, vision = recipe
     s = load(config, f"size={size},stage={stage}")
-    assert total_steps(s, rows) == steps
+    assert total_steps(s.train, rows) == steps
     assert warmup_steps(s.optim, steps) == warmup
     assert (s.train.batch_size, s.optim.lr, s.train.epochs) == (batch, lr, epochs)
     assert (s.data.template, s.data.aspect, s.model.projector, s.optim.clip_norm) == (template, aspect, projector, clip)

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from llava_jax.data import validate
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
-from llava_jax.train import loop, profiler, setup
+from llava_jax.train import loop, profiler
 from llava_jax.types import Batch, InputError
 from llava_jax.weights import load
 from llava_jax.weights import source as checkpoints
@@ -134,11 +135,11 @@ def test_starting_again_when_done_changes_nothing(runs, capsys):
 def test_a_run_does_not_go_on_with_its_rows_in_another_order(runs, monkeypatch):
     ran = runs("finetune")
 
-    def turned(*args):
-        plan = setup.plan_data(*args)
+    def turned(*args, **how):
+        plan = validate.plan_once(*args, **how)
         return dataclasses.replace(plan, order_UC=plan.order_UC[::-1].copy())
 
-    monkeypatch.setattr(loop, "plan_data", turned)
+    monkeypatch.setattr(loop, "plan_once", turned)
     with pytest.raises(InputError, match="the order of rows in .* is not the one this run was trained with"):
         loop.train(ran.settings, str(ran.workdir))
 
@@ -372,7 +373,7 @@ def test_a_row_longer_than_the_decoders_positions_is_refused(inputs, tmp_path):
     plan = load.model_spec(settings)
     short = dataclasses.replace(plan.config, llm=dataclasses.replace(plan.config.llm, max_positions=8))
     with pytest.raises(InputError, match="the decoder 8 positions"):
-        loop.read_records(settings, short, load_tokenizer(plan.tokenizer))
+        loop.read_records(settings.data, short, load_tokenizer(plan.tokenizer))
 
 
 def test_random_towers_of_a_config_file(inputs):
@@ -398,5 +399,5 @@ def test_random_towers_of_a_config_file(inputs):
 
 def test_steps_go_before_epochs(inputs):
     settings = make_settings(inputs, "pretrain", train__steps=0, train__epochs=1.5)
-    assert loop.total_steps(settings, 9) == 5
-    assert loop.total_steps(change(settings, "train", steps=7), 9) == 7
+    assert loop.total_steps(settings.train, 9) == 5
+    assert loop.total_steps(change(settings, "train", steps=7).train, 9) == 7

@@ -312,7 +312,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     from llava_jax.models import llava, lora
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.weights.load import random_params
-    from llava_jax.train.build_step import split_rank
+    from llava_jax.train.setup import split_rank
     from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
     from tests.test_lora import LORA

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llava_jax.train import metrics as M
+from llava_jax.train import loop as M
 from llava_jax.types import InputError
 
 CONTRACT = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
@@ -18,7 +18,7 @@ def values(step: int) -> dict:
 
 def write(workdir, steps: range, total: int, log_every: int = 1) -> str:
     screen = io.StringIO()
-    with M.open_metrics(str(workdir), steps.start, total, log_every, screen) as writer:
+    with M.open_metrics(str(workdir), range(steps.start, total), log_every, screen) as writer:
         for step in steps:
             writer.write(step, values(step), slots=40)
     return screen.getvalue()
@@ -42,7 +42,7 @@ def test_rows_have_the_contracts_fields(tmp_path):
 
 def test_time_waited_mfu_and_compiling(tmp_path):
     screen = io.StringIO()
-    with M.open_metrics(str(tmp_path), 4, 10, 2, screen) as writer:
+    with M.open_metrics(str(tmp_path), range(4, 10), 2, screen) as writer:
         writer.start_clock(compile_seconds=7.0, ideal_seconds=1e-6)
         for step in range(4, 10):
             writer.write(step, values(step), slots=40, data_wait=0.5 * step)

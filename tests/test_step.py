@@ -1,5 +1,7 @@
 """The update on a toy model: what changes, how losses add up, and that a bad batch changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def update(stage="finetune", batch=None, params=None, count=1, **how):
     loss = dict(dtype="float32", packed=False, accumulate=1, loss_norm="global_token", ranks=1) | how
     how = dict(config=S.LossConfig(GRAPHDEF, **loss), tx=tx, learning_rate=rates, pixels=Pixels())
     state_at = S.state_shardings(mesh, tx, trainable, at)
-    jitted = S.make_step(mesh, state_at, frozen_at, **how)
+    jitted = S.make_step(functools.partial(S.train_step, **how), mesh, state_at, frozen_at)
     state = jax.device_put(S.TrainState(jnp.int32(0), trainable, tx.init(trainable)), state_at)
     for _ in range(count):
         state, metrics = jitted(state, frozen, make_batch() if batch is None else batch)

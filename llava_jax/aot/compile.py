@@ -24,7 +24,7 @@ from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import weights_in
 from llava_jax.parallel.sharding import batch_sharding, make_mesh, mesh_sizes
 from llava_jax.settings import RANDOM
-from llava_jax.train.build_step import Run, compile_lowered, compiler_options, prepare
+from llava_jax.train.setup import Run, compile_lowered, compiler_options, prepare
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
 from llava_jax.weights.hf_config import check_feature_layer, default_pinpoints

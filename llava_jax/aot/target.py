@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from llava_jax.aot.cost import Layout, layout_of, rings_of
-from llava_jax.parallel.chips import CHIPS, Chip, chip_of
+from llava_jax.parallel.chips import CHIP_OF_KIND, CHIPS, Chip
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
 
@@ -64,7 +64,7 @@ def named_target(name: str, slices: int = 1) -> Target:
 def local_target() -> Target:
     """Return the devices of this machine; their memory as the runtime gives it, else as the chip's."""
     devices = jax.devices()
-    chip = chip_of(devices[0].device_kind)
+    chip = CHIP_OF_KIND.get(devices[0].device_kind)
     stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
     limit = (stats or {}).get("bytes_limit", chip.hbm_bytes if chip else None)
     layout = layout_of(chip, _local_sizes(devices)) if chip and devices[0].platform == "tpu" else None

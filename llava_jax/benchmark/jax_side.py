@@ -27,8 +27,8 @@ from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import STAGES
-from llava_jax.train.build_step import Run, compile_lowered, prepare
-from llava_jax.train.step import TrainState, partition
+from llava_jax.train.setup import Run, compile_lowered, first_state, prepare
+from llava_jax.train.step import TrainState
 from llava_jax.types import (
     UNPACKED,
     Batch,
@@ -119,8 +119,7 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tuple[TrainState, Any]:
     """Return (state, frozen parameters) of the model folder, or of random weights drawn on the device."""
-    at = jax.tree.map(lambda x: x.sharding, run.state)
-    shardings = jax.tree.map(lambda x: x.sharding, run.frozen) | at.params
+    shardings = jax.tree.map(lambda x: x.sharding, run.frozen | run.state.params)
     dtypes = {
         part: settings.train.param_dtype if part in STAGES[settings.stage] else settings.train.frozen_dtype
         for part in hf.PARTS
@@ -129,9 +128,7 @@ def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tup
         params = jax.device_put(hf.read_llava_parts(work["model"], dtypes), shardings)
     else:
         params = random_params(run.config, settings.seed, dtypes, shardings)
-    params, frozen = partition(params, settings.stage)
-    opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
-    return TrainState(jax.device_put(np.int32(0), at.step), params, opt_state), frozen
+    return first_state(run, settings.stage, params)
 
 
 def read_batch(work: Mapping[str, Any]) -> Batch:

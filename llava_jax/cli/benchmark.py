@@ -8,6 +8,7 @@ from typing import Any
 from llava_jax.benchmark.worker import PICTURE_BATCH, ROW_BATCH
 from llava_jax.cli.flags import announce, check_output
 from llava_jax.io import write_json
+from llava_jax.parallel.chips import CHIP_OF_KIND
 from llava_jax.types import InputError
 
 STAGES = ("pretrain", "finetune")
@@ -202,9 +203,7 @@ def measure(args: argparse.Namespace, work: Mapping[str, Any], peer: str | None)
 
 
 def print_train(work: Mapping[str, Any], result: dict[str, Any]) -> None:
-    from llava_jax.parallel.chips import chip_of
-
-    chip = chip_of(result["ours"]["device"])
+    chip = CHIP_OF_KIND.get(result["ours"]["device"])
     for side in result.values():
         if isinstance(side, dict):
             side["tokens_per_second"] = work["rows"] * work["length"] / side["step"]

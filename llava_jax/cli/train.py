@@ -52,10 +52,10 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace) -> int:
     settings = load_settings(args.passed)
     from llava_jax.parallel import distributed
-    from llava_jax.train import build_step, loop
+    from llava_jax.train import loop, setup
 
     with distributed.connected():
-        build_step.keep_compiled()
+        setup.keep_compiled()
         if distributed.is_first():
             announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
         loop.train(settings, args.workdir)

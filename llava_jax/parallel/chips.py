@@ -40,21 +40,21 @@ CHIPS: dict[str, Chip] = {
 }
 
 # By jax's Device.device_kind. Cards that share a name but not its figures (H100 PCIe, H100 NVL) are left out.
-KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "NVIDIA A100-SXM4-40GB": "a100-40gb",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
+CHIP_OF_KIND = {
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5e": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v5p": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "TPU v6e": CHIPS["v6e"],
+    "NVIDIA A100-SXM4-40GB": CHIPS["a100-40gb"],
+    "NVIDIA A100-SXM4-80GB": CHIPS["a100"],
+    "NVIDIA H100 80GB HBM3": CHIPS["h100"],
+    "NVIDIA H200": CHIPS["h200"],
 }
 
-# More VMEM for the operands of a matmul; gradients are summed during the matmuls, by the SparseCores or, on v5e, with
-# mesh.fsdp_inner. Chosen by the compiler's own estimates; not confirmed on hardware.
+# What `train.compiler_options=tuned` is: more VMEM for the operands of a matmul; gradients are summed during the matmuls,
+# by the SparseCores or, on v5e, with mesh.fsdp_inner. Chosen by the compiler's own estimates; not confirmed on hardware.
 SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
@@ -72,14 +72,3 @@ TUNED = {
     "v5p": {"xla_tpu_scoped_vmem_limit_kib": "49152", **SPARSE_CORE},
     "v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304", **SPARSE_CORE},
 }
-
-
-def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip of jax's `Device.device_kind` ("TPU v5 lite", "NVIDIA H200"), or None when it is unknown."""
-    name = KINDS.get(device_kind)
-    return CHIPS[name] if name else None
-
-
-def compiler_options(chip: Chip | None) -> dict[str, str]:
-    """Return the XLA options of `train.compiler_options=tuned` for a chip, as jax's compile takes them; often none."""
-    return dict(TUNED.get(chip.name, {})) if chip else {}

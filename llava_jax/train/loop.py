@@ -1,34 +1,40 @@
-"""Run one training stage from start to end: mesh, data, model, restore or start, updates, saves."""
+"""Run one training stage from start to end: mesh, data, model, restore or start, updates, saves, metrics."""
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
+from tensorboardX import SummaryWriter
 
 from llava_jax.data.packing import BatchShape, check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
+from llava_jax.data.validate import plan_once
+from llava_jax.io import replacing
 from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.placement import global_batch
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import write_settings
-from llava_jax.train import checkpoint, metrics
-from llava_jax.train.build_step import Run, compile_step, compiler_options, prepare
+from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import absolute_paths, hold_workdir
 from llava_jax.train.profiler import Tracer, tracing
 from llava_jax.train.setup import (
+    Run,
+    compile_step,
+    compiler_options,
     ideal_seconds,
     meta_of,
     open_data,
     opening,
-    plan_data,
+    prepare,
     read_records,
     restore_or_start,
     total_steps,
@@ -38,6 +44,7 @@ from llava_jax.types import Batch, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector
 
 STOPPED_EXIT_CODE = 42
+QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
 def train(settings: Settings, workdir: str) -> None:
@@ -59,24 +66,33 @@ def train(settings: Settings, workdir: str) -> None:
 
 def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
     """Train in a workdir that is locked for this run; return (updates done, updates asked for)."""
-    mesh = make_mesh(settings.mesh)
-    check_batch_size(settings.train.batch_size, batch_ranks(mesh) * settings.train.accumulate, settings.data.pack)
-    compiler_options(settings.train.compiler_options, mesh.devices.flat[0].device_kind)
+    mesh, train = make_mesh(settings.mesh), settings.train
+    row_multiple = batch_ranks(mesh) * train.accumulate
+    check_batch_size(train.batch_size, row_multiple, settings.data.pack)
+    compiler_options(train.compiler_options, mesh.devices.flat[0].device_kind)
     spec = model_spec(settings)
     if settings.init.projector:
         read_projector(settings.init.projector, spec.config)  # fails here, not after the rows are read
     tokenizer = load_tokenizer(spec.tokenizer)
     check_vocabulary(tokenizer, spec.config, spec.tokenizer)
-    records, checked = read_records(settings, spec.config, tokenizer)
-    steps = total_steps(settings, len(records))
-    batches = plan_data(settings, mesh, records, checked, steps)
+    records, checked = read_records(settings.data, spec.config, tokenizer)
+    steps = total_steps(train, len(records))
+    batches = plan_once(
+        records,
+        checked,
+        settings.data,
+        batch_size=train.batch_size,
+        row_multiple=row_multiple,
+        steps=steps,
+        seed=settings.seed,
+    )
     run = prepare(settings, spec.config, mesh, steps, batches.shape.length)
     meta = meta_of(settings, spec, records, batches)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_manager(workdir, settings.train.keep) as manager,
-        closing(open_data(settings, spec.config, tokenizer, records, batches, mesh)) as data,
+        checkpoint.open_manager(workdir, train.keep) as manager,
+        closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh)) as data,
         stop_signal() as should_stop,
     ):
         say(opening(settings, spec, run, len(records), batches))
@@ -84,9 +100,8 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)
-        profile = settings.train.profile
-        tracing_these = tracing(workdir, todo, profile) if profile else nullcontext()
-        with open_metrics(workdir, todo, settings) as writer, tracing_these as tracer:
+        tracing_these = tracing(workdir, todo, train.profile) if train.profile else nullcontext()
+        with open_metrics(workdir, todo, train.log_every) as writer, tracing_these as tracer:
             state = run_updates(
                 run,
                 state,
@@ -94,7 +109,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 data,
                 steps=todo,
                 rows=batches.shape.rows,
-                save_every=settings.train.checkpoint_every,
+                save_every=train.checkpoint_every,
                 start=partial(start, run, settings, batches.shape, writer),
                 report=partial(report, writer=writer, records=records),
                 save=partial(checkpoint.save, manager, data=data, meta=meta),
@@ -102,13 +117,6 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 should_stop=should_stop,
             )
         return int(state.step), steps
-
-
-def open_metrics(workdir: str, steps: range, settings: Settings) -> Any:
-    """Open the run's MetricsWriter; in all processes but the first, None."""
-    if not is_first():
-        return nullcontext()
-    return metrics.open_metrics(workdir, steps.start, steps.stop, settings.train.log_every)
 
 
 # ---- the updates ------------------------------------------------------------------------------------------------
@@ -173,7 +181,7 @@ def start(
     run: Run,
     settings: Settings,
     shape: BatchShape,
-    writer: metrics.MetricsWriter | None,
+    writer: "MetricsWriter | None",
     state: TrainState,
     frozen: Any,
     arrays: Batch,
@@ -193,7 +201,7 @@ def report(
     slots: int,
     waited: float,
     *,
-    writer: metrics.MetricsWriter | None,
+    writer: "MetricsWriter | None",
     records: Sequence[Record],
 ) -> None:
     """Write the metrics of update `n`; `rows` are those that this process read.
@@ -214,3 +222,128 @@ def report(
         )
     if writer is not None:
         writer.write(n, values, slots, waited)
+
+
+# ---- metrics.jsonl, TensorBoard events, the status line --------------------------------------------------------------
+
+
+def truncate_metrics(path: str, step: int) -> None:
+    """Keep the lines of metrics.jsonl before update `step`: later ones will be written again.
+
+    A last line torn by a kill is dropped. Raises an InputError naming any other broken line.
+    """
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().splitlines(keepends=True)
+    earlier = []
+    for number, line in enumerate(lines, 1):
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path} line {number}: not an object with a step, restore or remove the file") from error
+        if logged < step and line.endswith("\n"):
+            earlier.append(line)
+    with replacing(path) as file:
+        file.writelines(earlier)
+
+
+class MetricsWriter:
+    """Writes one object a logged step; the time since the last logged one is shared equally by the steps between.
+
+    `mfu` is the time that the update's model FLOPs take at the chips' peak over the time it took (null where the peak
+    is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
+    line after a start and null in the others.
+    """
+
+    def __init__(self, workdir: str, steps: range, log_every: int, screen: TextIO):
+        path = os.path.join(workdir, "metrics.jsonl")
+        truncate_metrics(path, steps.start)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=steps.start)
+        self._steps, self._log_every, self._screen = steps, log_every, screen
+        self._last_line = -QUIET_SECONDS
+        self._start = self._last = time.monotonic()
+        self._pending_steps, self._pending_tokens, self._pending_wait = 0, 0, 0.0
+        self._compile_seconds: float | None = None
+        self._ideal_seconds: float | None = None
+
+    def start_clock(self, compile_seconds: float | None = None, ideal_seconds: float | None = None) -> None:
+        """Count the next step's time from here (after compiling); at its peak a step would take `ideal_seconds`."""
+        self._start = self._last = time.monotonic()
+        self._compile_seconds, self._ideal_seconds = compile_seconds, ideal_seconds
+
+    def write(self, step: int, values: dict[str, Any], slots: int, data_wait: float = 0.0) -> None:
+        """Record update `step` (0 is the first): its metrics, the batch's size B * T, the seconds it waited for it."""
+        self._pending_steps += 1
+        self._pending_tokens += int(values["tokens"])
+        self._pending_wait += data_wait
+        last = step == self._steps.stop - 1
+        if step % self._log_every and not last:
+            return
+        now = time.monotonic()
+        seconds = (now - self._last) / self._pending_steps
+        row = {
+            "step": step,
+            **{name: float(values[name]) for name in ("loss", "grad_norm", "lr")},
+            **{name: int(values[name]) for name in ("targets", "tokens")},
+            "seconds": seconds,
+            "tokens_per_second": self._pending_tokens / max(now - self._last, 1e-9),
+            "mfu": None if self._ideal_seconds is None else self._ideal_seconds / max(seconds, 1e-9),
+            "data_wait": self._pending_wait / self._pending_steps,
+            "compile_seconds": self._compile_seconds,
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, step)
+        self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
+        self._compile_seconds = None
+        self._show(row, slots, last)
+
+    def _show(self, row: dict[str, Any], slots: int, last: bool) -> None:
+        now = time.monotonic()
+        tty = self._screen.isatty()
+        if not tty and now - self._last_line < QUIET_SECONDS and not last:
+            return
+        self._last_line = now
+        done, total = row["step"] + 1, self._steps.stop
+        left = (now - self._start) / max(1, done - self._steps.start) * (total - done)
+        mfu = "" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%  "
+        line = (
+            f"step {done}/{total} ({100 * done / total:.0f}%)  loss {row['loss']:.4f}  "
+            f"grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{mfu}supervised {100 * row['targets'] / row['tokens']:.0f}%  filled {100 * row['tokens'] / slots:.0f}%  "
+            f"ETA {duration(left)}"
+        )
+        self._screen.write(f"\r\x1b[2K{line}" + ("\n" if last else "") if tty else line + "\n")
+        self._screen.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+@contextmanager
+def open_metrics(
+    workdir: str, steps: range, log_every: int, screen: TextIO | None = None
+) -> Iterator[MetricsWriter | None]:
+    """Yield a MetricsWriter of the updates `steps`, closed on every way out; None in all processes but the first."""
+    if not is_first():
+        yield None
+        return
+    writer = MetricsWriter(workdir, steps, log_every, screen or sys.stdout)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def duration(seconds: float) -> str:
+    """Return '1:02:03' or '2:03'."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

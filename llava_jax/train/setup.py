@@ -1,10 +1,19 @@
-"""What a stage needs before its first update: rows, batches and weights, checked, and said on the screen."""
+"""What a stage needs before its first update: rows, batches, the step and weights, checked, and said on the screen.
 
+`compile` and `benchmark` build the same step.
+"""
+
+import dataclasses
 import hashlib
-from typing import Any
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from llava_jax.data.packing import BatchPlan, BatchShape, steps_for
@@ -13,73 +22,60 @@ from llava_jax.data.records import Rows, load_records
 from llava_jax.data.sources import FORMS
 from llava_jax.data.tiles import tiling
 from llava_jax.data.tokenize import TextTokenizer
-from llava_jax.data.validate import Checked, check_once, plan_once, summary
+from llava_jax.data.validate import Checked, check_once, summary
+from llava_jax.models import attention
 from llava_jax.models.flops import step_flops
-from llava_jax.parallel.chips import chip_of
+from llava_jax.models.layers import is_codes
+from llava_jax.models.llava import build, logical_axes, split_parts
+from llava_jax.parallel.chips import CHIP_OF_KIND, GIB, TUNED
 from llava_jax.parallel.distributed import say
 from llava_jax.parallel.placement import local_rows, place
-from llava_jax.parallel.sharding import mesh_sizes
+from llava_jax.parallel.sharding import mesh_sizes, param_shardings
 from llava_jax.settings import STAGES
 from llava_jax.train import checkpoint
-from llava_jax.train.build_step import Run
-from llava_jax.train.optim import describe, warmup_steps
-from llava_jax.train.step import TrainState, batch_ranks, partition
-from llava_jax.types import InputError, ModelConfig, OptimSettings, Settings
-from llava_jax.weights.load import ModelSpec, check_unchanged, frozen_sources, model_inputs, origins, read_params
+from llava_jax.train.optim import describe, make_optimizer, make_schedule, warmup_steps
+from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, partition, state_shardings, train_step
+from llava_jax.types import DataSettings, InputError, ModelConfig, OptimSettings, Settings, TrainSettings
+from llava_jax.weights.load import (
+    ModelSpec,
+    adapted,
+    check_unchanged,
+    float_dtype,
+    frozen_sources,
+    model_inputs,
+    origins,
+    read_params,
+)
 from llava_jax.weights.processor import chat_template_note
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 
 
-def read_records(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Rows, Checked]:
-    """All rows, each of which can be trained, and what is known of them; prints their sums, and what is left out."""
-    if not settings.data.annotations:
+def read_records(data: DataSettings, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Rows, Checked]:
+    """Return all rows, each of which can be trained, and what is known of them; print sums and what is left out."""
+    if not data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
-    records = load_records(settings.data.annotations)
-    checked = check_once(
-        records,
-        settings.data,
-        tokenizer,
-        patches=config.vision.patches,
-        tiling=tiling(config) if config.pinpoints else None,
-    )
+    records = load_records(data.annotations)
+    tiles = tiling(config) if config.pinpoints else None
+    checked = check_once(records, data, tokenizer, patches=config.vision.patches, tiling=tiles)
     checked.require_clean()
-    checked.require_fit(settings.data.annotations, config.llm.max_positions)
-    for line in summary(checked, settings.data.max_length):
-        say(line)
+    checked.require_fit(data.annotations, config.llm.max_positions)
+    say("\n".join(summary(checked, data.max_length)))
     return records, checked
 
 
-def total_steps(settings: Settings, rows: int) -> int:
-    """`train.steps`, or what `train.epochs` makes."""
-    return settings.train.steps or steps_for(rows, settings.train.batch_size, settings.train.epochs)
-
-
-def plan_data(settings: Settings, mesh: Mesh, records: Rows, checked: Checked, steps: int) -> BatchPlan:
-    """Which rows stand where in the batches of the whole run, and the shape that all of them have."""
-    return plan_once(
-        records,
-        checked,
-        settings.data,
-        batch_size=settings.train.batch_size,
-        row_multiple=batch_ranks(mesh) * settings.train.accumulate,
-        steps=steps,
-        seed=settings.seed,
-    )
+def total_steps(train: TrainSettings, rows: int) -> int:
+    """Return `train.steps`, or what `train.epochs` makes."""
+    return train.steps or steps_for(rows, train.batch_size, train.epochs)
 
 
 def open_data(
-    settings: Settings,
-    config: ModelConfig,
-    tokenizer: TextTokenizer,
-    records: Rows,
-    batches: BatchPlan,
-    mesh: Mesh,
+    data: DataSettings, config: ModelConfig, tokenizer: TextTokenizer, records: Rows, batches: BatchPlan, mesh: Mesh
 ) -> BatchIterator:
-    """The rows of the stage's batches that this process reads."""
+    """Return the rows of the stage's batches that this process reads."""
     return make_pipeline(
         records,
-        settings.data,
+        data,
         tokenizer,
         batches,
         image_size=config.vision.image_size,
@@ -91,13 +87,167 @@ def open_data(
     )
 
 
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What is fixed before the first update; `state` and `frozen` are ShapeDtypeStructs with shardings."""
+
+    mesh: Mesh
+    config: ModelConfig
+    step: jax.stages.Wrapped
+    tx: optax.GradientTransformation
+    state: TrainState
+    frozen: Any
+
+
+def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, length: int) -> Run:
+    """Build the jitted step of the stage for rows of `length` tokens, with the shapes and shardings of what it takes.
+
+    Reads no weights. Raises InputError when the attention asked for cannot run on the mesh's devices, or a parameter
+    does not divide over them.
+    """
+    config = split_rank(adapted(settings, choose_attention(settings.train, config, mesh, length)), mesh)
+    graphdef, abstract = build(config)
+    shardings = split_parts(param_shardings(logical_axes(config), abstract, mesh))
+    params, frozen = partition(_placed(split_parts(abstract), shardings), settings.stage)
+    params_at, frozen_at = partition(shardings, settings.stage)
+    train, optim = settings.train, settings.optim
+    params, frozen = _cast(params, train.param_dtype), _cast(frozen, float_dtype(train.frozen_dtype))
+    tx = make_optimizer(optim, steps, params, train.moment_dtype)
+    state_at = state_shardings(mesh, tx, params, params_at)
+    schedule = make_schedule(optim, steps)
+    update = partial(
+        train_step,
+        config=LossConfig(
+            graphdef, train.dtype, settings.data.pack, train.loss_norm, batch_ranks(mesh), train.accumulate
+        ),
+        tx=tx,
+        learning_rate=lambda n: optim.lr * schedule(n),
+        pixels=config.vision.pixels,
+        dropout_seed=settings.seed if config.lora is not None and config.lora.dropout else None,
+    )
+    step = make_step(update, mesh, state_at, frozen_at)
+    state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(tx.init, params))
+    return Run(mesh, config, step, tx, _placed(state, state_at), frozen)
+
+
+def choose_attention(train: TrainSettings, config: ModelConfig, mesh: Mesh, length: int) -> ModelConfig:
+    """Return the config with the decoder's attention chosen for the mesh's devices and rows of `length` tokens."""
+    device = mesh.devices.flat[0]
+    chosen = attention.choose(
+        train.attention,
+        platform=device.platform,
+        dtype=train.dtype,
+        length=length,
+        head_dim=config.llm.head_dim,
+        window=config.llm.window,
+    )
+    # v6e's matrix unit is twice as wide.
+    chip = CHIP_OF_KIND.get(device.device_kind)
+    block = 1024 if chip is not None and chip.name == "v6e" else 512
+    return dataclasses.replace(config, attention=chosen, attention_block=block)
+
+
+def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """Return the config with adapters split over the fsdp devices wherever their rank divides."""
+    if config.lora is None or config.lora.rank % mesh_sizes(mesh)["fsdp"]:
+        return config
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, split_rank=True))
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
+
+
+def _cast(abstract: Any, dtype: str) -> Any:
+    def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if is_codes(x) else dtype, sharding=x.sharding)
+
+    return jax.tree.map(cast, abstract)
+
+
+# ---- the step as a compiled program ----------------------------------------------------------------------------------
+
+
+COMPILED_FOLDER = os.path.join("~", ".cache", "llava_jax", "compiled")
+
+
+def keep_compiled() -> str:
+    """Turn on the cache of compiled programs and return its folder ('' for none); call it before the first program.
+
+    JAX_COMPILATION_CACHE_DIR names the folder. Without it a GPU or TPU has one under the home folder and a CPU none:
+    its programs compile in seconds, and may not run on another processor. Several CPU devices never use it: with
+    programs that are read back (jax 0.10.2) they run the collectives in different orders, and abort.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return ""
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILED_FOLDER))
+    return jax.config.jax_compilation_cache_dir or ""
+
+
+def compiler_options(spec: str, device_kind: str) -> dict[str, str | bool]:
+    """Return the XLA options of `train.compiler_options`, as jax takes them, for devices of that kind."""
+    if spec in ("none", ""):
+        return {}
+    if spec == "tuned":
+        chip = CHIP_OF_KIND.get(device_kind)
+        return {**TUNED.get(chip.name, {})} if chip else {}
+    options: dict[str, str | bool] = {}
+    for item in spec.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not (name and equals and value):
+            raise InputError(f"train.compiler_options={spec}: {item!r} is not option=value; or give none, or tuned")
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def compile_lowered(lowered: jax.stages.Lowered, spec: str, device_kind: str) -> jax.stages.Compiled:
+    """Compile with the options of `train.compiler_options`; raise InputError for one that the compiler refuses."""
+    options = compiler_options(spec, device_kind)
+    try:
+        return lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        kind, _, rest = str(error).partition(":")
+        if options and kind in ("INVALID_ARGUMENT", "FAILED_PRECONDITION"):
+            reason = rest.splitlines()[0].strip().rstrip(":")
+            raise InputError(
+                f"train.compiler_options={spec}: the compiler for {device_kind} says {reason!r}; correct the option or "
+                "leave it out"
+            ) from error
+        raise
+
+
+def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tuple[Callable, float, str]:
+    """Return (the compiled step, the seconds it took, a line about them and about its memory)."""
+    start = time.monotonic()
+    try:
+        step = compile_lowered(run.step.lower(state, frozen, batch), spec, run.mesh.devices.flat[0].device_kind)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"the step does not fit: {str(error).splitlines()[0]}; `llava-jax compile` with the same config says by "
+            "how much, and what to change"
+        ) from error
+    seconds = time.monotonic() - start
+    line = f"compiled in {seconds:.1f} s"
+    memory = step.memory_analysis()
+    if memory is not None:
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        line += f", {total / GIB:.2f} GiB a device ({memory.temp_size_in_bytes / GIB:.2f} of them temporary)"
+    return step, seconds, line
+
+
 # ---- weights ----------------------------------------------------------------------------------------------------
 
 
 def restore_or_start(
     workdir: str, settings: Settings, spec: ModelSpec, run: Run, manager: Any, data: BatchIterator, meta: dict
 ) -> tuple[TrainState, Any]:
-    """(state, frozen parameters): the newest readable checkpoint with `data` at its position, or a fresh start."""
+    """Return (state, frozen parameters): the newest readable checkpoint, `data` at its position, or a fresh start."""
     restored = checkpoint.restore(workdir, manager, run.state, data)
     frozen_at = jax.tree.map(lambda x: x.sharding, run.frozen)
     frozen_dtypes = dict.fromkeys(run.frozen, settings.train.frozen_dtype)
@@ -106,16 +256,21 @@ def restore_or_start(
         check_unchanged(workdir, saved, meta)
         say(f"resuming at step {int(state.step)}")
         return state, read_params(settings, spec, frozen_dtypes, frozen_at)
-    at = jax.tree.map(lambda x: x.sharding, run.state)
+    params_at = jax.tree.map(lambda x: x.sharding, run.state.params)
     dtypes = dict.fromkeys(run.state.params, settings.train.param_dtype)
-    read = read_params(settings, spec, frozen_dtypes | dtypes, frozen_at | at.params)
-    params, frozen = partition(read, settings.stage)
+    return first_state(run, settings.stage, read_params(settings, spec, frozen_dtypes | dtypes, frozen_at | params_at))
+
+
+def first_state(run: Run, stage: str, read: Any) -> tuple[TrainState, Any]:
+    """Return (state before the first update, frozen parameters) of parameters that lie where the run wants them."""
+    at = jax.tree.map(lambda x: x.sharding, run.state)
+    params, frozen = partition(read, stage)
     opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
     return TrainState(place(np.zeros((), np.int32), at.step), params, opt_state), frozen
 
 
 def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPlan) -> dict:
-    """What a checkpoint says about itself."""
+    """Return what a checkpoint says about itself."""
     source = settings.data.annotations
     rows = {"source": source, "fingerprint": records.fingerprint}
     # A run that continues counts batches: with the rows in another order some would come twice and some never.
@@ -132,8 +287,8 @@ def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPl
 
 
 def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
-    """Seconds an update would take at the peak of the run's chips; None where that is unknown."""
-    chip = chip_of(run.mesh.devices.flat[0].device_kind)
+    """Return the seconds an update would take at the peak of the run's chips; None where that is unknown."""
+    chip = CHIP_OF_KIND.get(run.mesh.devices.flat[0].device_kind)
     if chip is None:
         return None
     flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=shape.images_used)
@@ -149,7 +304,7 @@ def warmup_note(optim: OptimSettings, steps: int) -> list[str]:
 
 
 def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: BatchPlan) -> str:
-    """What was decided, printed before the first update."""
+    """Return what was decided, as it is printed before the first update."""
     t, steps = settings.train, batches.steps
     epochs = steps * t.batch_size / rows
     mesh = ", ".join(f"{name} {size}" for name, size in mesh_sizes(run.mesh).items())

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 def partition(params: Params, stage: str) -> tuple[Params, Params]:
-    """(trainable, frozen): the top keys of the stage, and the others. KeyError when a key of the stage is absent."""
+    """Return (trainable, frozen): the top keys of the stage, and the others. KeyError when a key of it is absent."""
     trainable = {key: params[key] for key in STAGES[stage]}
     return trainable, {key: value for key, value in params.items() if key not in trainable}
 
@@ -177,12 +177,12 @@ def train_step(
 
 
 def batch_ranks(mesh: Mesh) -> int:
-    """Shards a batch is cut into: the devices along the mesh's batch axes."""
+    """Return how many shards a batch is cut into: the devices along the mesh's batch axes."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
 
 def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Params, shardings: Params) -> TrainState:
-    """Shardings of the state: optimizer slots lie as their parameters, counters on every device."""
+    """Return the shardings of the state: optimizer slots lie as their parameters, counters on every device."""
     whole, like = replicated(mesh), jax.tree.structure(params)
 
     def is_slots(part: Any) -> bool:
@@ -193,23 +193,10 @@ def state_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Params
     return TrainState(whole, shardings, slots)
 
 
-def make_step(
-    mesh: Mesh,
-    state_at: TrainState,
-    frozen_at: Params,
-    *,
-    config: LossConfig,
-    tx: optax.GradientTransformation,
-    learning_rate: Schedule,
-    pixels: Pixels,
-    dropout_seed: int | None = None,
-) -> jax.stages.Wrapped:
-    """Return the jitted `train_step` of these arguments; `state_at` and `frozen_at` are shardings, state is donated."""
-    step = partial(
-        train_step, config=config, tx=tx, learning_rate=learning_rate, pixels=pixels, dropout_seed=dropout_seed
-    )
+def make_step(update: Callable, mesh: Mesh, state_at: TrainState, frozen_at: Params) -> jax.stages.Wrapped:
+    """Jit a `train_step` whose keywords are bound; `state_at` and `frozen_at` are shardings, the state is donated."""
     return jax.jit(
-        step,
+        update,
         donate_argnums=0,
         in_shardings=(state_at, frozen_at, batch_sharding(mesh)),
         out_shardings=(state_at, replicated(mesh)),

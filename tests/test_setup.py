@@ -12,7 +12,7 @@ import pytest
 
 from llava_jax.parallel import chips
 from llava_jax.settings import write_settings
-from llava_jax.train import build_step as C
+from llava_jax.train import setup as C
 from llava_jax.types import InputError
 from tests.tiny_run import make_inputs, make_settings, read_metrics
 
@@ -25,7 +25,7 @@ FLAG = "xla_cpu_enable_fast_math"
     [
         ("none", "TPU v5", {}),
         ("tuned", "cpu", {}),
-        ("tuned", "TPU v5 lite", chips.compiler_options(chips.CHIPS["v5e"])),
+        ("tuned", "TPU v5 lite", chips.TUNED["v5e"]),
         ("a=1, b=True,c=x", "cpu", {"a": "1", "b": True, "c": "x"}),
     ],
 )
