@@ -40,7 +40,7 @@ def find_peer_python(choice: str | None) -> str:
     )
 
 
-def measure(work: Mapping[str, Any], *, rounds: int, peer_python: str | None) -> Figures:
+def measure(work: Mapping[str, Any], rounds: int, peer_python: str | None) -> Figures:
     """Return medians of each side over `rounds` turns, and the ratio theirs / ours where there is a peer.
 
     `work` says what a side does (see `jax_side.py`); its files are made in a temporary folder. Raises an InputError

@@ -5,14 +5,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from llava_jax.benchmark.compare import OURS, PEER, find_peer_python, measure
 from llava_jax.benchmark.worker import PICTURE_BATCH, ROW_BATCH
-from llava_jax.cli.flags import announce, check_output
+from llava_jax.cli.flags import announce, check_least, check_output
 from llava_jax.io import write_json
 from llava_jax.parallel.chips import CHIP_OF_KIND
 from llava_jax.types import InputError
 
 STAGES = ("pretrain", "finetune")
-SIZES = ("small", "7b", "tiny")
 # (rows, tokens of a row, supervised tokens of a row): captions are short, conversations are not.
 SHAPES = {
     ("tiny", "pretrain"): (2, 48, 8),
@@ -27,11 +27,9 @@ PATCHES = {"tiny": 16, "small": 144, "7b": 576}
 # What a side computes in: 7b is for a GPU. `remat` is our train.remat: `minimal` keeps what matrix products and
 # attention give; elementwise operations and attention scores are computed again (the scores are in PyTorch as well).
 # `full` goes with gradient checkpointing of every block on the other side (`checkpointing`).
-HOW = {
-    "tiny": dict(dtype="float32", remat="minimal", checkpointing=False, compiled=False, weights=True),
-    "small": dict(dtype="float32", remat="minimal", checkpointing=False, compiled=False, weights=True),
-    "7b": dict(dtype="bfloat16", remat="full", checkpointing=True, compiled=True, weights=False),
-}
+ON_CPU = dict(dtype="float32", remat="minimal", checkpointing=False, compiled=False, weights=True)
+ON_GPU = dict(dtype="bfloat16", remat="full", checkpointing=True, compiled=True, weights=False)
+HOW = {"small": ON_CPU, "7b": ON_GPU, "tiny": ON_CPU}
 PEER_NAME = "transformers + PyTorch"
 
 
@@ -44,12 +42,8 @@ def common_flags(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size",
-        choices=SIZES,
-        default="small",
-        help="small: 39 M, float32; tiny: shows that it runs; 7b: bfloat16, for a GPU",
-    )
+    size = "small: 39 M, float32; tiny: shows that it runs; 7b: bfloat16, for a GPU"
+    parser.add_argument("--size", choices=tuple(HOW), default="small", help=size)
     parser.add_argument("--rows", type=int, help="rows of the batch")
     parser.add_argument("--length", type=int, help="tokens of a row, those of its image included")
     parser.add_argument("--compiler_options", default="none", help="as train.compiler_options: none, tuned, or k=v,k=v")
@@ -64,22 +58,15 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     stages = STAGES if args.stage == "both" else (args.stage,)
-    check_positive(args, "rows", "length", "steps", "rounds")
+    check_least(args, 1, "rows", "length", "steps", "rounds")
     peer, core = sides(args, args.size)
     results = {}
     for stage in stages:
         rows, length, targets = SHAPES[args.size, stage]
-        work = dict(
-            job="train",
-            stage=stage,
-            **model_work(args, core, rows, length),
-            targets=targets,
-            steps=args.steps,
-            lr=1e-4,
-        )
-        check_length(work)
+        work = model_work(args, core, rows, length, targets)
+        work |= dict(job="train", stage=stage, steps=args.steps, lr=1e-4)
         announce_work(f"benchmark train, {stage}", args, work, peer, f"{args.rounds} turns of {args.steps} updates")
-        results[stage] = measure(args, work, peer)
+        results[stage] = measure(work, args.rounds, peer)
         print_train(work, results[stage])
     return write_figures(args, {"command": "train", "size": args.size, "stages": results}, results.values())
 
@@ -91,13 +78,12 @@ def generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    check_positive(args, "rows", "length", "new_tokens", "rounds")
+    check_least(args, 1, "rows", "length", "new_tokens", "rounds")
     peer, core = sides(args, args.size)
     length = {"tiny": 32, "small": 192, "7b": 640}[args.size]
-    work = dict(job="generate", **model_work(args, core, 4, length), targets=0, new_tokens=args.new_tokens)
-    check_length(work)
+    work = model_work(args, core, 4, length, targets=0) | dict(job="generate", new_tokens=args.new_tokens)
     announce_work("benchmark generate", args, work, peer, f"{args.rounds} turns, greedy, {args.new_tokens} ids a row")
-    result = measure(args, work, peer)
+    result = measure(work, args.rounds, peer)
     print_table(
         result,
         ("tokens a second", lambda side: f"{work['rows'] / side['token']:.1f}"),
@@ -114,7 +100,7 @@ def data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def data(args: argparse.Namespace) -> int:
-    check_positive(args, "images", "side", "rows", "rounds")
+    check_least(args, 1, "images", "side", "rows", "rounds")
     for name, batch in (("images", PICTURE_BATCH), ("rows", ROW_BATCH)):
         if getattr(args, name) % batch:
             raise InputError(f"--{name}={getattr(args, name)}: expected whole batches, a multiple of {batch}")
@@ -122,13 +108,13 @@ def data(args: argparse.Namespace) -> int:
     work = dict(job="data", count=args.images, size=args.side, rows=args.rows, core=core)
     images = f"{args.images} JPEGs of 640 x 480 to {args.side} x {args.side}, padded, in batches"
     announce("benchmark data", images=images, rows=args.rows, turns=args.rounds, **where(core, peer))
-    result = measure(args, work, peer)
+    result = measure(work, args.rounds, peer)
     print_table(result, ("images a CPU second", lambda side: f"{1 / side['image']:.1f}"))
     ours = result["ours"]
     print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
     batches = args.images  # each image as often as a batch has places
     work = dict(job="scaling", count=args.images, size=args.side, batches=batches, core=None)
-    scaled = measure(args, work, None)["ours"]
+    scaled = measure(work, args.rounds, None)["ours"]
     one, two, ratio = 1 / scaled["workers_1"], 1 / scaled["workers_2"], scaled["ratio"]
     print(f"  workers: {one:.1f} images a second from one, {two:.1f} from two, {ratio:.2f} times as many")
     scaling = {"one": one, "two": two, "ratio": ratio, "load": os.getloadavg()[0]}
@@ -138,26 +124,8 @@ def data(args: argparse.Namespace) -> int:
 # ---- what the three share -------------------------------------------------------------------------------------------
 
 
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name}={value}: expected 1 or more")
-
-
-def check_length(work: Mapping[str, Any]) -> None:
-    least = PATCHES[work["size"]] + work["targets"] + 2
-    if work["length"] < least:
-        raise InputError(
-            f"--length={work['length']}: expected {least} or more, for an image of {PATCHES[work['size']]} tokens and "
-            f"{work['targets']} supervised ones"
-        )
-
-
 def sides(args: argparse.Namespace, size: str) -> tuple[str | None, int | None]:
-    """(Python of the peer or None, core both are pinned to or None). Raises InputError."""
-    from llava_jax.benchmark.compare import find_peer_python
-
+    """Return (Python of the peer or None, core both are pinned to or None). Raises InputError."""
     check_output("--json", args.json)
     if args.peer_python and not args.peer:
         raise InputError("--peer_python without --peer: add --peer, or leave it out")
@@ -170,14 +138,19 @@ def sides(args: argparse.Namespace, size: str) -> tuple[str | None, int | None]:
     return peer, None if args.core == -1 else args.core
 
 
-def model_work(args: argparse.Namespace, core: int | None, rows: int, length: int) -> dict[str, Any]:
-    how = HOW[args.size]
-    shape = dict(rows=args.rows or rows, length=args.length or length, param_dtype=how["dtype"])
+def model_work(args: argparse.Namespace, core: int | None, rows: int, length: int, targets: int) -> dict[str, Any]:
+    """Return what train and generate both do; `rows` and `length` where no flag says. Raises InputError."""
+    how, patches, length = HOW[args.size], PATCHES[args.size], args.length or length
+    least = patches + targets + 2
+    if length < least:
+        needed = f"for an image of {patches} tokens and {targets} supervised ones"
+        raise InputError(f"--length={length}: expected {least} or more, {needed}")
+    shape = dict(rows=args.rows or rows, length=length, targets=targets, param_dtype=how["dtype"])
     return dict(size=args.size, core=core, compiler_options=args.compiler_options, **shape, **how)
 
 
 def where(core: int | None, peer: str | None) -> dict[str, str]:
-    """What is announced of the machine and of the other side."""
+    """Return what is announced of the machine and of the other side."""
     return {
         "core": "not pinned" if core is None else f"{core}, the only one of each side",
         "peer": f"{PEER_NAME} of {peer}, in turns with ours" if peer else "none (--peer)",
@@ -194,12 +167,6 @@ def announce_work(title: str, args: argparse.Namespace, work: Mapping[str, Any],
         compiler_options="" if args.compiler_options == "none" else args.compiler_options,
         **where(work["core"], peer),
     )
-
-
-def measure(args: argparse.Namespace, work: Mapping[str, Any], peer: str | None) -> dict[str, Any]:
-    from llava_jax.benchmark import compare
-
-    return compare.measure(work, rounds=args.rounds, peer_python=peer)
 
 
 def print_train(work: Mapping[str, Any], result: dict[str, Any]) -> None:
@@ -219,9 +186,7 @@ def print_train(work: Mapping[str, Any], result: dict[str, Any]) -> None:
 
 
 def print_table(result: Mapping[str, Any], *lines: tuple) -> None:
-    """A line a figure, a column a side."""
-    from llava_jax.benchmark.compare import OURS, PEER
-
+    """Print a line a figure, a column a side."""
     columns = {"ours": result[OURS]} | ({PEER_NAME: result[PEER]} if PEER in result else {})
     memory = ("peak memory, MB", lambda side: f"{side.get('device_bytes', side['peak_bytes']) / 1e6:.0f}")
     print(" " * 24 + "".join(f"{name:>24}" for name in columns))
@@ -234,7 +199,7 @@ def print_table(result: Mapping[str, Any], *lines: tuple) -> None:
 
 
 def write_figures(args: argparse.Namespace, figures: dict[str, Any], results: Any) -> int:
-    """Writes `--json`; its `ratio` is the smallest of the results."""
+    """Write `--json`; its `ratio` is the smallest of the results."""
     ratios = [result["ratio"] for result in results if "ratio" in result]
     if args.json:
         write_json(args.json, {**figures, "ratio": min(ratios) if ratios else None})

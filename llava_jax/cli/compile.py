@@ -32,13 +32,13 @@ def compile_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="written: all figures")
     parser.add_argument("--hlo", metavar="FILE", help="written: the compiled program")
     parser.add_argument("--rows", type=int, metavar="N", help="conversations of the data set, for the hours it takes")
-    parser.add_argument(
-        "--tokens_per_row", type=float, metavar="N", help="their mean length, image tokens included: packed rows"
+    length = "their mean length, image tokens included: packed rows"
+    parser.add_argument("--tokens_per_row", type=float, metavar="N", help=length)
+    sweep, what = (
+        parser.add_argument_group("try several"),
+        "batch x remat x mesh; prints a table and the best that fits",
     )
-    sweep = parser.add_argument_group("try several")
-    sweep.add_argument(
-        "--sweep", action="store_true", help="batch x remat x mesh; prints a table and the best that fits"
-    )
+    sweep.add_argument("--sweep", action="store_true", help=what)
     sweep.add_argument("--sweep_rows", metavar="N,N", help="rows a chip (2,4,8)")
     sweep.add_argument("--sweep_remat", metavar="R,R", help="values of train.remat (full,minimal)")
     sweep.add_argument("--sweep_mesh", metavar="DxFxT,…", help="data x fsdp x tensor (all, half, the config's)")
@@ -49,7 +49,7 @@ def compile_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def compile_(args: argparse.Namespace) -> int:
-    """Exit code 1 when the step does not fit (with --sweep: when none does)."""
+    """Return exit code 1 when the step does not fit (with --sweep: when none does)."""
     check_flags(args)
     settings, rows = unpacked_without_lengths(load_settings(args.passed), args.tokens_per_row)
     if args.topology:
@@ -72,7 +72,7 @@ def compile_(args: argparse.Namespace) -> int:
 
 
 def unpacked_without_lengths(settings: Settings, tokens_per_row: float | None) -> tuple[Settings, str]:
-    """The settings, and what is compiled of the rows: packed ones only where their mean length is known.
+    """Return the settings, and what is compiled of the rows: packed ones only where their mean length is known.
 
     A config that packs says nothing of lengths, which `train` reads from the data.
     """
@@ -85,7 +85,7 @@ def unpacked_without_lengths(settings: Settings, tokens_per_row: float | None) -
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """InputError for flags that do not go together, and for files that could not be written after a long compile."""
+    """Raise InputError for flags that do not go together, and files that could not be written after a long compile."""
     if args.slices < 1 or (args.slices > 1 and not args.topology):
         raise InputError(f"--slices={args.slices}: expected 1 or more slices of a --topology")
     for name in ("rows", "tokens_per_row"):

@@ -13,7 +13,7 @@ COMMON = "common.py"
 
 
 def recipes() -> dict[str, pathlib.Path]:
-    """The file of each recipe by its name: inside the package where it is installed, next to it in a checkout."""
+    """Return the file of each recipe by its name: in the package where it is installed, next to it in a checkout."""
     installed = PACKAGE / "configs"
     folder = installed if installed.is_dir() else PACKAGE.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.name not in ("__init__.py", COMMON)}
@@ -38,7 +38,7 @@ def configs(args: argparse.Namespace) -> int:
 
 
 def copy_recipe(name: str, folder: str) -> None:
-    """Copies a recipe and common.py; a common.py that is the same already is left. Raises InputError."""
+    """Copy a recipe and common.py; leave a common.py that is the same already. Raises InputError."""
     known = recipes()
     if name not in known:
         raise InputError(f"--copy={name}: no such recipe{nearest(name, tuple(known))}")

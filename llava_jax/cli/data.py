@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 
-from llava_jax.cli.flags import announce
+from llava_jax.cli.flags import announce, check_least
 from llava_jax.cli.train import load_settings
 from llava_jax.data.sources import FORMS, is_dataset
 from llava_jax.types import UNPACKED, ClipConfig, DataSettings, InputError, ModelConfig
@@ -67,7 +67,7 @@ Model = tuple[DataSettings, str, ModelConfig | None, int]
 
 
 def model_of_run(args: argparse.Namespace) -> Model:
-    """(data settings, tokenizer folder, model, image tokens of an image or tile) of the run that `--config` describes.
+    """Return (data settings, tokenizer folder, model, tokens of an image or tile) of the run that `--config` describes.
 
     How many devices there will be is not known here: of the batch is checked what the config says of them.
     """
@@ -87,24 +87,20 @@ def model_of_run(args: argparse.Namespace) -> Model:
 
 
 def model_of_flags(args: argparse.Namespace) -> Model:
-    """The same of the single flags, which show each image as one square; the model is None where they name none."""
+    """Return the same of the single flags, which show an image as one square; no model where they name none."""
     # The rows of a data set bring their images along.
     brings = args.annotations is not None and is_dataset(args.annotations)
     needed = [name for name in NEEDED if name != "images" or not brings]
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
-        raise InputError(
-            f"prepare verify needs --config=FILE[:arg], or else {' and '.join(missing)} next to the others"
-        )
-    for name in ("max_length", "patches"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)}: expected 1 or more")
+        needs = "prepare verify needs --config=FILE[:arg], or else"
+        raise InputError(f"{needs} {' and '.join(missing)} next to the others")
+    check_least(args, 1, "max_length", "patches")
     if args.vision is not None and args.patches is not None:
         raise InputError("--vision and --patches both say what an image takes; give one of them")
     position, length = args.image_position or "front", args.max_length or 2048
-    data = DataSettings(
-        args.annotations, args.images or "", args.template, position, "pad", length, shuffle=False, **UNPACKED
-    )
+    images = args.images or ""
+    data = DataSettings(args.annotations, images, args.template, position, "pad", length, shuffle=False, **UNPACKED)
     from llava_jax.settings import RANDOM
     from llava_jax.weights.load import vision_config
 
@@ -113,7 +109,7 @@ def model_of_flags(args: argparse.Namespace) -> Model:
 
 
 def model_of(folder: str, vision: ClipConfig) -> ModelConfig | None:
-    """A model with the decoder whose config.json lies in the tokenizer's folder; None where none lies there."""
+    """Return a model with the decoder whose config.json lies in the tokenizer's folder; None where none lies there."""
     from llava_jax.data.tokenize import load_tokenizer
     from llava_jax.weights.hf_config import DECODERS, read_json
     from llava_jax.weights.load import llm_config

@@ -30,13 +30,21 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
     def parse(self, argv: Sequence[str], also_known: Sequence[str] = ()) -> argparse.Namespace:
-        """The flags of `argv`; `also_known` are flags taken out before, for the nearest name only."""
+        """Return the flags of `argv`; `also_known` are flags taken out before, for the nearest name only."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=", 1)[0]
             near = nearest(flag, (*self.known_flags, *also_known))
             raise InputError(f"{self.prog} has no argument {flag!r}{near}; see `{self.prog} --help`")
         return args
+
+
+def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raise InputError for a flag that is given and smaller."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise InputError(f"--{name}={value}: expected {least} or more")
 
 
 def check_output(flag: str, path: str | None) -> None:
@@ -51,7 +59,7 @@ def check_output(flag: str, path: str | None) -> None:
 
 
 def announce(title: str, **facts: Any) -> None:
-    """Prints what a command has decided, one aligned line a fact; empty ones are left out."""
+    """Print what a command has decided, one aligned line a fact; empty ones are left out."""
     print(title)
     for name, value in facts.items():
         if value is not None and value != "":

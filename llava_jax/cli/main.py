@@ -188,7 +188,7 @@ HELP = ("--help", "-h", "help")
 
 
 def overview(group: str = "") -> str:
-    """What `llava-jax` alone prints: each command with its one line; with a group (`prepare`), only its own."""
+    """Return what `llava-jax` alone prints: each command with its one line; with a group (`prepare`), only its own."""
     names = [name for name in COMMANDS if name.startswith(group)]
     lines = [f"  {name:<22}{COMMANDS[name].summary}" for name in names]
     usage = f"usage: llava-jax {group}{'TOOL' if group else 'COMMAND'} [--flag=value …]"
@@ -196,8 +196,8 @@ def overview(group: str = "") -> str:
 
 
 def split_name(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """(command, its arguments), for commands of one word and of two. Raises InputError with the nearest name."""
-    word, rest = argv[0], argv[1:]
+    """Return (command, its arguments), for commands of one word and of two. Raises InputError with the nearest name."""
+    word, *rest = argv
     if word in COMMANDS:
         return word, rest
     tools = tuple(name.split()[1] for name in COMMANDS if name.startswith(f"{word} "))
@@ -211,10 +211,8 @@ def split_name(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 
 def split_passed(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
-    """(arguments `prefix` and `prefix.…`, as `--flag=value` however they were written; the others)."""
-    passed: list[str] = []
-    ours: list[str] = []
-    rest = list(argv)
+    """Return (arguments `prefix` and `prefix.…`, as `--flag=value` however they were written; the others)."""
+    passed, ours, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
         flag = word.split("=", 1)[0]
@@ -228,7 +226,7 @@ def split_passed(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]
 
 
 def run(argv: Sequence[str]) -> int:
-    """One command line, to its exit code. Raises InputError."""
+    """Run one command line and return its exit code. Raises InputError."""
     if not argv or argv[0] in HELP:
         print(overview())
         return 0
@@ -263,7 +261,7 @@ def take_any_text() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted, 141 the reader of our output is gone.
+    """Return the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted, 141 no one reads our output.
 
     `train` leaves by SystemExit(42) after SIGTERM, once its state is saved.
     """
@@ -290,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-# ---- what a command reads and writes ----
+# ---- what a command reads and writes ---------------------------------------------------------------------------------
 
 
 # gs://…, with the form of a model or without.
@@ -300,13 +298,12 @@ FROM_ANYWHERE = "annotations"
 
 
 def named(args: argparse.Namespace, flags: Sequence[str]) -> list[Named]:
-    """The paths of those flags that are given, the several of `--annotations` apart."""
+    """Return the paths of those flags that are given, the several of `--annotations` apart."""
     found = []
     for flag in flags:
-        path = getattr(args, flag)
-        parts = split_sources(path) if path and flag == FROM_ANYWHERE else ()
-        found += [Named(f"--{flag}", source.path) for source in parts]
-        found += [Named(f"--{flag}", path)] if path and not parts else []
+        if path := getattr(args, flag):
+            paths = [source.path for source in split_sources(path)] if flag == FROM_ANYWHERE else [path]
+            found += [Named(f"--{flag}", path) for path in paths]
     return found
 
 
@@ -314,11 +311,8 @@ def check_paths(inputs: Sequence[Named], outputs: Sequence[Named], passed: Seque
     """Raise InputError for a bucket, and for a file to be written that the command also reads, or writes twice.
 
     Links are followed, and files that have two names are known by either. Of a folder that is read every file counts
-    that is not JSON Lines; what an output folder may hold is the command's own business.
-
-    Args:
-        inputs, outputs: files and folders that are read and written.
-        passed: the `--config` words, whose config file and folders are inputs as well.
+    that is not JSON Lines; what an output folder may hold is the command's own business. The config file and folders
+    that the `--config` words in `passed` name are inputs as well.
     """
     for path in (*inputs, *outputs):
         if ADDRESS.fullmatch(path.path) and path.flag != f"--{FROM_ANYWHERE}":
@@ -332,7 +326,7 @@ def check_paths(inputs: Sequence[Named], outputs: Sequence[Named], passed: Seque
 
 
 def _files_of_run(passed: Sequence[str]) -> list[Named]:
-    """The config file and what it names."""
+    """Return the config file and what it names."""
     if not passed:
         return []
     settings = load_settings(passed)

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from llava_jax.cli.flags import announce
+from llava_jax.cli.flags import announce, check_least
 from llava_jax.types import InputError, Sampling
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int = Sampli
 
 
 def sampling_of(args: argparse.Namespace, beams: int = 1) -> Sampling:
-    """Sampling of the flags, checked before a model is read. Raises InputError."""
+    """Return the sampling of the flags, checked before a model is read. Raises InputError."""
     from llava_jax.infer.sample import check_sampling
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, beams, args.seed)
@@ -50,7 +50,7 @@ def sampling_of(args: argparse.Namespace, beams: int = 1) -> Sampling:
 
 
 def said(sampling: Sampling) -> str:
-    """The sampling in words, for what a command says before it starts."""
+    """Return the sampling in words, for what a command says before it starts."""
     kind = f"beam search with {sampling.beams} beams" if sampling.beams > 1 else "greedy"
     if sampling.temperature > 0:
         kind = f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k or 'off'}"
@@ -74,8 +74,7 @@ def generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size={args.batch_size}: expected 1 or more")
+    check_least(args, 1, "batch_size")
     if (args.prompt is None) == (args.questions is None):
         raise InputError("generate needs --prompt (one question) or --questions (a file of them), and not both")
     if args.questions is not None and (args.images is None or args.answers is None):
@@ -89,18 +88,14 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def generate_one(args: argparse.Namespace, sampling: Sampling) -> int:
-    import llava_jax.api as api
-
     need_file("--image", args.image)
     announce("generate", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
-    announce_model(model)
+    model = load(args)
     print(model.generate([args.prompt], [args.image], **dataclasses.asdict(sampling))[0])
     return 0
 
 
 def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
-    import llava_jax.api as api
     from llava_jax.infer.batch_generate import answer_file
 
     need_file("--questions", args.questions)
@@ -114,8 +109,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
         sampling=said(sampling),
         batch_size=args.batch_size,
     )
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
-    announce_model(model)
+    model = load(args)
     written = answer_file(
         model, args.questions, args.images, args.answers, sampling, batch_size=args.batch_size, progress=sys.stdout
     )
@@ -132,13 +126,11 @@ def chat_flags(parser: argparse.ArgumentParser) -> None:
 
 def chat(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
-    import llava_jax.api as api
     from llava_jax.infer import chat as terminal
 
     need_file("--image", args.image)
     announce("chat", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
-    announce_model(model)
+    model = load(args)
     terminal.chat(model, args.image, sys.stdin, sys.stdout, sampling)
     return 0
 
@@ -161,8 +153,9 @@ def beside_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
     base = "the model that adapters (peft:DIR, llava:DIR) or a stage-1 llava:DIR belong to, where they only name one"
     parser.add_argument("--base", default="", metavar="DIR", help=base)
-    step = "the checkpoint of a workdir of train to take; the newest by default"
-    parser.add_argument("--step", type=int, metavar="N", help=step)
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint of a workdir of train to take; the newest by default"
+    )
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -192,8 +185,11 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def announce_model(model: "Llava") -> None:
-    """What the model is asked with, once it is read."""
+def load(args: argparse.Namespace) -> "Llava":
+    """Read the model of the flags, and say what it is asked with."""
+    import llava_jax.api as api
+
+    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
     about = model.about
     announce(
         f"model {model.name}",
@@ -205,9 +201,10 @@ def announce_model(model: "Llava") -> None:
     )
     if model.processor.rules.caption_only:
         print(f"template {about['template']} writes captions: the prompt is not used, only its image\n", flush=True)
+    return model
 
 
 def need_file(flag: str, path: str | None) -> None:
-    """Raises InputError when a flag names a file that is not there: known before a model is read."""
+    """Raise InputError when a flag names a file that is not there: known before a model is read."""
     if path is not None and not os.path.isfile(path):
         raise InputError(f"{flag}={path}: no such file; check the path")

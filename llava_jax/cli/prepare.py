@@ -4,16 +4,8 @@ import argparse
 import os
 from typing import Any
 
-from llava_jax.cli.flags import Named, announce, check_output
+from llava_jax.cli.flags import Named, announce, check_least, check_output
 from llava_jax.io import write_json, write_rows
-from llava_jax.types import InputError
-
-
-def check_least(args: argparse.Namespace, **least: int) -> None:
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            raise InputError(f"--{name}={getattr(args, name)}: expected {value} or more")
-
 
 # ---- captions -------------------------------------------------------------------------------------------------------
 
@@ -24,14 +16,13 @@ def captions_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def caption_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--captions", required=True, metavar="FILE", help="JSON or JSONL of image and caption, or COCO's captions"
-    )
+    captions = "JSON or JSONL of image and caption, or COCO's captions"
+    parser.add_argument("--captions", required=True, metavar="FILE", help=captions)
     parser.add_argument("--output", required=True, metavar="FILE", help="written: rows of stage 1, JSON or JSONL")
 
 
 def captions(args: argparse.Namespace) -> int:
-    check_least(args, seed=0)
+    check_least(args, 0, "seed")
     check_output("--output", args.output)
     from llava_jax.prepare import captions as room
 
@@ -57,12 +48,8 @@ def concepts_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap", type=int, default=100, help="captions a phrase may choose (100)")
     parser.add_argument("--case", choices=("lower", "keep"), default="lower", help="Dog and dog are one phrase (lower)")
     parser.add_argument("--articles", choices=("drop", "keep"), default="drop", help="a dog and the dog are one (drop)")
-    parser.add_argument(
-        "--pooled",
-        choices=("draw", "count"),
-        default="draw",
-        help="above the cap, draw from all captions of a phrase, or count those chosen before towards the cap (draw)",
-    )
+    pooled = "above the cap, draw from all captions of a phrase, or count those chosen before towards the cap (draw)"
+    parser.add_argument("--pooled", choices=("draw", "count"), default="draw", help=pooled)
     parser.add_argument("--finder", choices=("builtin", "spacy"), default="builtin", help="of noun phrases (builtin)")
     parser.add_argument("--spacy_model", default="en_core_web_sm", help="for --finder=spacy (en_core_web_sm)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws and of the questions (0)")
@@ -70,7 +57,8 @@ def concepts_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def concepts(args: argparse.Namespace) -> int:
-    check_least(args, min_count=1, cap=1, seed=0)
+    check_least(args, 1, "min_count", "cap")
+    check_least(args, 0, "seed")
     check_output("--output", args.output)
     check_output("--json", args.json)
     from llava_jax.prepare import captions as captions_room
@@ -109,12 +97,9 @@ def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", required=True, help="a split of pid_splits.json: train, val, test, minival, …")
     parser.add_argument("--output", required=True, metavar="FILE", help="written: rows that `train` takes")
     parser.add_argument("--format", default="QCM-LEA", help="prompt format: QCM-LEA, QCM-LEPA, CQM-A, … (QCM-LEA)")
-    parser.add_argument(
-        "--subset", choices=("all", "image", "text"), default="all", help="problems with an image, or without (all)"
-    )
-    parser.add_argument(
-        "--newlines", choices=("keep", "escape"), default="keep", help="of lecture and solution; escape: as \\n (keep)"
-    )
+    subset, newlines = "problems with an image, or without (all)", "of lecture and solution; escape: as \\n (keep)"
+    parser.add_argument("--subset", choices=("all", "image", "text"), default="all", help=subset)
+    parser.add_argument("--newlines", choices=("keep", "escape"), default="keep", help=newlines)
 
 
 def scienceqa_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]]:
@@ -127,7 +112,6 @@ def scienceqa(args: argparse.Namespace) -> int:
     from llava_jax.prepare import scienceqa as room
 
     check_output("--output", args.output)
-
     room.formats(args.format)
     announce(
         "prepare scienceqa",
@@ -155,7 +139,7 @@ def arrayrecord_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def arrayrecord(args: argparse.Namespace) -> int:
-    check_least(args, shards=0)
+    check_least(args, 0, "shards")
     from llava_jax.prepare import arrayrecord as room
 
     announce(

@@ -1,14 +1,14 @@
 """The command synthesize: flags, the teacher they name, the dry run, batch mode."""
 
-import argparse
 import json
 import math
 import os
 import threading
 import urllib.parse
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
-from llava_jax.cli.flags import Named, announce, check_output
+from llava_jax.cli.flags import Named, announce, check_least, check_output
 from llava_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -25,12 +25,11 @@ JOURNAL = ".journal.jsonl"
 OURS = ("messages", "model", "stream", "n")
 
 
-def synthesize_flags(parser: argparse.ArgumentParser) -> None:
+def synthesize_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--contexts", required=True, metavar="SRC", help="JSONL; COCO's captions*.json, or its folder")
     parser.add_argument("--kind", required=True, choices=("conversation", "detail", "reasoning", "all"))
-    parser.add_argument(
-        "--output", required=True, metavar="FILE.json", help="written: rows that `train` takes, or FILE.jsonl"
-    )
+    output = "written: rows that `train` takes, or FILE.jsonl"
+    parser.add_argument("--output", required=True, metavar="FILE.json", help=output)
     parser.add_argument("--prompts", metavar="DIR", help="prompts in place of those that come with the package")
     parser.add_argument("--limit", type=int, default=0, help="only the first images, this many; 0, all (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
@@ -38,9 +37,8 @@ def synthesize_flags(parser: argparse.ArgumentParser) -> None:
     teacher = parser.add_argument_group("the teacher")
     teacher.add_argument("--teacher", default=EMBEDDED, metavar="NAME", help="embedded, or a model of the endpoint")
     teacher.add_argument("--endpoint", metavar="URL", help=f"OpenAI-compatible, ends in /v1; its key stands in {KEY}")
-    teacher.add_argument(
-        "--request", default='{"max_tokens": 2048}', metavar="JSON", help='sent besides ({"max_tokens": 2048})'
-    )
+    request = '{"max_tokens": 2048}'
+    teacher.add_argument("--request", default=request, metavar="JSON", help=f"sent besides ({request})")
     teacher.add_argument("--concurrency", type=int, default=8, help="requests under way at a time (8)")
     teacher.add_argument("--attempts", type=int, default=3, help="answers to a request until one can be used (3)")
     cost = parser.add_argument_group("cost")
@@ -52,8 +50,8 @@ def synthesize_flags(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--batch_output", metavar="FILE.jsonl,…", help="joined by id, then the rows are written")
 
 
-def synthesize_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]]:
-    """Files behind `--contexts` and `--batch_output`, and those that are named after the output."""
+def synthesize_files(args: Namespace) -> tuple[list[Named], list[Named]]:
+    """Return the files behind `--contexts` and `--batch_output`, and those that are named after the output."""
     from llava_jax.synthesize.context import context_files
     from llava_jax.synthesize.write import ENDS
 
@@ -63,11 +61,13 @@ def synthesize_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]
     return read, [Named("--output", stem + end) for end in (JOURNAL, *ENDS)]
 
 
-def synthesize(args: argparse.Namespace) -> int:
-    """0 when every image is settled, 1 when some are still open: the same command continues."""
+def synthesize(args: Namespace) -> int:
+    """Return 0 when every image is settled, 1 when some are still open: the same command continues."""
     settings, prices = _check(args)
     from llava_jax.synthesize import journal, write
 
+    limits = [f"{args.budget_tokens} tokens"] if args.budget_tokens else []
+    limits += [f"{args.budget_usd:g} USD"] if args.budget_usd else []
     announce(
         "synthesize",
         contexts=args.contexts,
@@ -78,7 +78,7 @@ def synthesize(args: argparse.Namespace) -> int:
         request=json.dumps(settings) if args.teacher != EMBEDDED else None,
         prompts=args.prompts,
         images=f"the first {args.limit}" if args.limit else "all",
-        budget=_budget(args),
+        budget=" and ".join(limits),
         seed=args.seed,
     )
     job = write.open_job(
@@ -107,17 +107,15 @@ def synthesize(args: argparse.Namespace) -> int:
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 
-def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
-    """(what a request holds besides its messages, prices). Raises InputError for flags that do not go together."""
-    for name, least in (("limit", 0), ("seed", 0), ("budget_usd", 0), ("budget_tokens", 0)):
-        if not getattr(args, name) >= least:
-            raise InputError(f"--{name}={getattr(args, name)}: expected {least} or more")
+def _check(args: Namespace) -> "tuple[dict[str, Any], Prices | None]":
+    """Return (what a request holds besides messages, prices). Raises InputError for flags that do not go together."""
+    check_least(args, 0, "limit", "seed", "budget_usd", "budget_tokens")
     for name, most in (("concurrency", 1024), ("attempts", 100)):
         if not 1 <= getattr(args, name) <= most:
             raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
     check_output("--output", args.output)
     check_output("--batch_input", args.batch_input)
-    batch = bool(args.batch_input or args.batch_output)
+    batch = args.batch_input or args.batch_output
     if args.batch_input and args.batch_output:
         raise InputError("--batch_input and --batch_output: the one comes after the other; give one of them")
     if args.teacher == EMBEDDED:
@@ -139,7 +137,7 @@ def _check(args: argparse.Namespace) -> "tuple[dict[str, Any], Prices | None]":
 def _check_address(endpoint: str) -> None:
     try:
         parts = urllib.parse.urlsplit(endpoint)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         whole = False
     if not whole:
@@ -174,13 +172,7 @@ def _prices(text: str | None) -> "Prices | None":
     return Prices(tokens_in, tokens_out)
 
 
-def _budget(args: argparse.Namespace) -> str | None:
-    limits = [f"{args.budget_tokens} tokens"] if args.budget_tokens else []
-    limits += [f"{args.budget_usd:g} USD"] if args.budget_usd else []
-    return " and ".join(limits) or None
-
-
-def _teacher(args: argparse.Namespace, settings: dict[str, Any], stop: threading.Event) -> "Teacher":
+def _teacher(args: Namespace, settings: dict[str, Any], stop: threading.Event) -> "Teacher":
     if args.teacher == EMBEDDED:
         from llava_jax.demo.teacher import EmbeddedTeacher
 
@@ -188,9 +180,8 @@ def _teacher(args: argparse.Namespace, settings: dict[str, Any], stop: threading
     try:
         from llava_jax.synthesize.endpoint import EndpointTeacher
     except ImportError as error:
-        raise InputError(
-            f'{error.name} is not installed, which asks endpoints: pip install "llava-jax[teacher]"'
-        ) from error
+        needs = 'is not installed, which asks endpoints: pip install "llava-jax[teacher]"'
+        raise InputError(f"{error.name} {needs}") from error
     key = os.environ.get(KEY, "").strip()
     if not key and "api.openai.com" in args.endpoint:
         raise InputError(f"{args.endpoint} needs a key: put it in the environment as {KEY}")
@@ -200,10 +191,8 @@ def _teacher(args: argparse.Namespace, settings: dict[str, Any], stop: threading
     return EndpointTeacher(args.endpoint, key or "none", settings, stop)
 
 
-def _ask(
-    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
-) -> "Written":
-    """Asks what is open; where the journal settles everything, neither a key nor the endpoint is needed."""
+def _ask(args: Namespace, job: "Job", settings: dict, answers: "Journal", prices: "Prices | None") -> "Written":
+    """Ask what is open; where the journal settles everything, neither a key nor the endpoint is needed."""
     from llava_jax.synthesize import write
 
     if answers.path:
@@ -230,13 +219,13 @@ def _ask(
 # ---- without asking -------------------------------------------------------------------------------------------------
 
 
-def _journal(args: argparse.Namespace) -> str | None:
-    """Where answers are saved; nowhere those of the embedded teacher, which cost nothing and come again the same."""
+def _journal(args: Namespace) -> str | None:
+    """Return where answers are saved; None for the embedded teacher's, which cost nothing and come again the same."""
     return None if args.teacher == EMBEDDED else os.path.splitext(args.output)[0] + JOURNAL
 
 
-def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], prices: "Prices | None") -> int:
-    """Prints the requests of the first --limit images, or the first of each kind, and what all will cost."""
+def _dry_run(args: Namespace, job: "Job", settings: dict[str, Any], prices: "Prices | None") -> int:
+    """Print the requests of the first --limit images, or the first of each kind, and what all will cost."""
     from llava_jax.synthesize import journal, write
 
     shown: set[str] = set()
@@ -252,9 +241,7 @@ def _dry_run(args: argparse.Namespace, job: "Job", settings: dict[str, Any], pri
     return 0
 
 
-def _write_batch(
-    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
-) -> int:
+def _write_batch(args: Namespace, job: "Job", settings: dict, answers: "Journal", prices: "Prices | None") -> int:
     from llava_jax.synthesize import batch, budget, write
 
     print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
@@ -274,16 +261,14 @@ def _write_batch(
     return 0
 
 
-def _batch_files(args: argparse.Namespace) -> list[str]:
+def _batch_files(args: Namespace) -> list[str]:
     if not args.batch_output:
         return []
     whole = os.path.exists(args.batch_output)  # a name may hold a comma
     return [args.batch_output] if whole else args.batch_output.split(",")
 
 
-def _join_batch(
-    args: argparse.Namespace, job: "Job", settings: dict[str, Any], answers: "Journal", prices: "Prices | None"
-) -> "Written":
+def _join_batch(args: Namespace, job: "Job", settings: dict, answers: "Journal", prices: "Prices | None") -> "Written":
     from llava_jax.synthesize import batch, write
 
     joined = batch.join_output(_batch_files(args), job.tasks(settings), answers, args.teacher)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import operator
 import os
 import pathlib
 import sys
@@ -14,23 +13,12 @@ from ml_collections import ConfigDict, config_flags
 
 from llava_jax.cli.configs import recipes
 from llava_jax.cli.flags import announce
-from llava_jax.settings import nearest, read_settings, settings_from_dict
+from llava_jax.settings import flatten, nearest, read_settings, settings_from_dict
 from llava_jax.types import InputError, Settings
 
 # What running a user's config file can raise, bugs in that file included; each becomes one line.
-CONFIG_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, TypeError)
+CONFIG_ERRORS = (*BUGS, ImportError, OSError, ValueError)
 
 # How a value is read by the type of its key, and what it is called.
 PARSERS = {
@@ -63,7 +51,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def find_config(name: str) -> str:
-    """The file that `--config=` names: one at this path, or else the recipe of this name. Raises InputError."""
+    """Return the file that `--config=` names: one at this path, or else the recipe of this name. Raises InputError."""
     if os.path.isfile(name):
         return name
     known = recipes()
@@ -74,12 +62,12 @@ def find_config(name: str) -> str:
 
 
 def load_settings(passed: Sequence[str]) -> Settings:
-    """The checked settings of a config and its overrides. Raises InputError."""
+    """Return the checked settings of a config and its overrides. Raises InputError."""
     return settings_from_dict(load_config(passed).to_dict())
 
 
 def load_config(passed: Sequence[str]) -> ConfigDict:
-    """The ConfigDict of `--config=FILE|NAME[:arg]` with its `--config.key=value` overrides. Raises InputError."""
+    """Return the ConfigDict of `--config=FILE|NAME[:arg]` with the `--config.key=value` overrides."""
     files = [word for word in passed if word.startswith("--config=")]
     if len(files) != 1:
         given = "none" if not files else " and ".join(files)
@@ -87,19 +75,16 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
     name, colon, arg = files[0].removeprefix("--config=").partition(":")
     path = find_config(name)
     if path.endswith(".json") and colon:
-        raise InputError(
-            f"--config={path}:{arg}: a config.json takes no argument after the colon; give --config={path}"
-        )
+        no = "a config.json takes no argument after the colon"
+        raise InputError(f"--config={path}:{arg}: {no}; give --config={path}")
     spec = f"{path}{colon}{arg}"
     overrides = [word for word in passed if word.startswith("--config.")]
-    config = run_config(spec)
-    check_keys(config, overrides)
-    check_values(config, overrides)
+    check_overrides(run_config(spec), overrides)
     return run_config(spec, overrides)
 
 
 def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of a file through config_flags, in flags of its own. Raises InputError for whatever it raises."""
+    """Return the config of a file through config_flags, in flags of its own; InputError for whatever it raises."""
     values = flags.FlagValues()
     if spec.endswith(".json"):
         argv = ["train", *overrides]
@@ -123,7 +108,7 @@ def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 @contextlib.contextmanager
 def importing_beside(path: str) -> Iterator[None]:
-    """Lets a config import what lies next to it, as `common` or as `configs.common`, wherever we were started."""
+    """Let a config import what lies next to it, as `common` or as `configs.common`, wherever we were started."""
     folder = os.path.dirname(os.path.abspath(path))
     around = os.path.dirname(folder)
     before = list(sys.path)
@@ -135,22 +120,16 @@ def importing_beside(path: str) -> Iterator[None]:
         sys.path[:] = before
 
 
-def check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Raises InputError with the nearest name for an override of a key that the config does not have."""
-    known = leaves(config)
+def check_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Raise InputError for a key that the config does not have, with the nearest name, or a value not of its type."""
+    known = dict(flatten(config.to_dict()))
     for word in overrides:
-        key, equals, _ = word.removeprefix("--config.").partition("=")
+        key, equals, value = word.removeprefix("--config.").partition("=")
         if key not in known:
             raise InputError(f"--config.{key}: no such config key{nearest(key, tuple(known))}")
         if not equals:
             raise InputError(f"--config.{key}: no value; write --config.{key}=VALUE")
-
-
-def check_values(config: ConfigDict, overrides: Sequence[str]) -> None:
-    """Raise InputError for an override whose value is none of the key's type."""
-    for word in overrides:
-        key, _, value = word.removeprefix("--config.").partition("=")
-        found = operator.attrgetter(key)(config)
+        found = known[key]
         if type(found) in PARSERS:
             parser, expected = PARSERS[type(found)]
             try:
@@ -159,15 +138,7 @@ def check_values(config: ConfigDict, overrides: Sequence[str]) -> None:
                 raise InputError(f"--config.{key}={value}: expected {expected}, as in --config.{key}={found}") from None
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> list[str]:
-    """The dotted names of all settings: ['stage', 'seed', 'model.vision', …]."""
-    names: list[str] = []
-    for name, value in config.items():
-        names += leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]
-    return names
-
-
 def last_line(error: BaseException) -> str:
-    """What an error says, without the traceback that config_flags puts before it."""
+    """Return what an error says, without the traceback that config_flags puts before it."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else "no message"

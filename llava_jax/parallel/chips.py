@@ -53,8 +53,8 @@ CHIP_OF_KIND = {
     "NVIDIA H200": CHIPS["h200"],
 }
 
-# What `train.compiler_options=tuned` is: more VMEM for the operands of a matmul; gradients are summed during the matmuls,
-# by the SparseCores or, on v5e, with mesh.fsdp_inner. Chosen by the compiler's own estimates; not confirmed on hardware.
+# `train.compiler_options=tuned`: more VMEM for the operands of a matmul; gradients are summed during the matmuls, by
+# the SparseCores or, on v5e, with mesh.fsdp_inner. Chosen by the compiler's own estimates; not confirmed on hardware.
 SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
