@@ -26,56 +26,40 @@ CHOICES = {
     "data.exif": ("apply", "ignore"),
     "data.group_by": ("none", "modality_length"),
     "optim.schedule": ("cosine", "constant", "linear"),
-    "train.dtype": DTYPES,
-    "train.param_dtype": DTYPES,
-    "train.moment_dtype": DTYPES,
+    **dict.fromkeys(("train.dtype", "train.param_dtype", "train.moment_dtype"), DTYPES),
     "train.frozen_dtype": (*DTYPES, "nf4"),
     "train.attention": ("auto", "splash", "cudnn", "xla"),
     "train.loss_norm": ("global_token", "rank_mean"),
 }
 
+FROM_0 = ("data.pack_length", "data.pack_images", "data.workers", "optim.weight_decay", "optim.clip_norm")
+FROM_0 += ("train.steps", "train.epochs", "train.profile", "train.checkpoint_every")
+FROM_1 = ("lora.rank", "train.batch_size", "train.accumulate", "train.log_every", "train.keep", "mesh.fsdp_inner")
 # key -> (smallest, largest, is the smallest allowed, is the largest allowed)
 RANGES = {
     "seed": (0, 2**31, True, False),
     "data.max_length": (2, math.inf, True, False),
-    "data.pack_length": (0, math.inf, True, False),
-    "data.pack_images": (0, math.inf, True, False),
-    "data.workers": (0, math.inf, True, False),
-    "optim.lr": (0, math.inf, False, False),
     "optim.warmup_ratio": (0, 1, True, True),
-    "optim.weight_decay": (0, math.inf, True, False),
-    "optim.clip_norm": (0, math.inf, True, False),
-    "optim.b1": (0, 1, True, False),
-    "optim.b2": (0, 1, True, False),
-    "optim.eps": (0, math.inf, False, False),
-    "lora.rank": (1, math.inf, True, False),
-    "lora.alpha": (0, math.inf, False, False),
-    "lora.dropout": (0, 1, True, False),
-    "train.batch_size": (1, math.inf, True, False),
-    "train.steps": (0, math.inf, True, False),
-    "train.epochs": (0, math.inf, True, False),
-    "train.accumulate": (1, math.inf, True, False),
-    "train.profile": (0, math.inf, True, False),
-    "train.log_every": (1, math.inf, True, False),
-    "train.checkpoint_every": (0, math.inf, True, False),
-    "train.keep": (1, math.inf, True, False),
-    "mesh.fsdp_inner": (1, math.inf, True, False),
+    **dict.fromkeys(FROM_0, (0, math.inf, True, False)),
+    **dict.fromkeys(FROM_1, (1, math.inf, True, False)),
+    **dict.fromkeys(("optim.b1", "optim.b2", "lora.dropout"), (0, 1, True, False)),
+    **dict.fromkeys(("optim.lr", "optim.eps", "lora.alpha"), (0, math.inf, False, False)),
 }
 # data.annotations alone may lie elsewhere.
 FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images")
 
 
 def settings_from_dict(values: dict) -> Settings:
-    """Settings from a nested dict of every key; InputError names the first key that is unknown, absent or wrong."""
+    """Return Settings from a nested dict of every key; InputError names the first that is unknown, absent or wrong."""
     settings = _build(Settings, values, "")
     for key, value in flatten(dataclasses.asdict(settings)):
         _check_value(key, value)
     _check_mesh(settings)
     train = settings.train
-    if train.steps == 0 and train.epochs == 0:
+    if train.steps == train.epochs == 0:
         raise InputError("train.steps and train.epochs are both 0: set one of them")
     _check_order(settings.data)
-    if settings.data.pack and settings.train.loss_norm == "rank_mean":
+    if settings.data.pack and train.loss_norm == "rank_mean":
         raise InputError(
             "train.loss_norm=rank_mean weighs the rows of each device as the original does, and data.pack=True mixes "
             "them: set --config.data.pack=False, or leave loss_norm at global_token"
@@ -91,7 +75,7 @@ def settings_from_dict(values: dict) -> Settings:
 
 
 def read_settings(path: str) -> Settings:
-    """Settings from a config.json as `write_settings` leaves it."""
+    """Return Settings from a config.json as `write_settings` leaves it."""
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
@@ -103,7 +87,7 @@ def read_settings(path: str) -> Settings:
 
 
 def write_settings(path: str, settings: Settings) -> None:
-    """Writes the settings as the flat nested dict that `read_settings` reads; replaces the file in one move."""
+    """Write the settings as the flat nested dict that `read_settings` reads; replaces the file in one move."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(settings), file, indent=2)
@@ -112,7 +96,7 @@ def write_settings(path: str, settings: Settings) -> None:
 
 
 def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested dict as ("a.b", value)."""
+    """Yield the leaves of a nested dict as ("a.b", value)."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")
@@ -121,7 +105,7 @@ def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def parse_groups(text: str) -> list[tuple[re.Pattern, float]]:
-    """Learning-rate groups of 'pattern=lr,pattern=lr' as (compiled pattern, lr), in order."""
+    """Return the learning-rate groups of 'pattern=lr,pattern=lr' as (compiled pattern, lr), in order."""
     groups = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         pattern, separator, rate = item.rpartition("=")
@@ -137,7 +121,7 @@ def parse_groups(text: str) -> list[tuple[re.Pattern, float]]:
 
 
 def lora_targets(pattern: str) -> tuple[str, ...]:
-    """Those of DECODER_LINEARS whose full path (`llm/layers/attn/q`) the regular expression matches as a whole."""
+    """Return those of DECODER_LINEARS whose full path (`llm/layers/attn/q`) the regular expression matches whole."""
     paths = {f"llm/layers/{name}": name for name in DECODER_LINEARS}
     try:
         found = tuple(name for path, name in paths.items() if re.fullmatch(pattern, path))
@@ -175,7 +159,7 @@ def _convert(kind: type, value: Any, key: str) -> Any:
 
 
 def nearest(name: str, known: tuple[str, ...]) -> str:
-    """`: did you mean X?`, or the list of what exists, for the end of an error line."""
+    """Return `: did you mean X?`, or the list of what exists, for the end of an error line."""
     close = difflib.get_close_matches(name, known, n=1)
     return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
 

@@ -89,11 +89,11 @@ class Batch(NamedTuple):
     positions_BT    int32; rotary positions, 0.. within each segment
     pixels_BNXYC    uint8, the RGB squares that the tower sees, before they are normalised (the step does it, so that a
                     quarter of the bytes travels); zeros in image slots a row does not use
-    shown_BN        bool, image slots that hold an image
+    image_mask_BN   bool, image slots that hold an image
     rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M
                     (host only: None on the device)
-    take_BT         int32, with anyres only: which feature of the row's tiles (n * P + p) an image token takes, -1 for
-                    image_newline; pixels_BNXYC then holds tiles, and N counts them
+    feature_index_BT  int32, with anyres only: which feature of the row's tiles (n * P + p) an image token takes, -1
+                    for image_newline; pixels_BNXYC then holds tiles, and N counts them
     """
 
     tokens_BT: Any
@@ -247,9 +247,9 @@ class ModelConfig:
     """A whole LLaVA. `feature_layer` indexes hidden states as in the original: -2 leaves the last block out.
 
     `image_token_id` may lie outside the vocabulary (the row is never looked up), `remat` is
-    models.llama.remat_policy's; `attention` (of the decoder) names an implementation of ops.attention, with tiles of
+    models.llama.remat_policy's; `attention` (of the decoder) names an implementation of models.attention, with tiles of
     `attention_block` for splash. `lora` and `nf4` (kernels of the decoder's blocks in four bits) are a training step's.
-    `pinpoints`, (height, width) each, make it a LLaVA-NeXT (data.anyres).
+    `pinpoints`, (height, width) each, make it a LLaVA-NeXT (data.tiles).
     """
 
     vision: ClipConfig

@@ -27,12 +27,12 @@ def words():
 
 def test_every_word_of_the_world_is_one_token(words):
     nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, world.EMPTY, "yes", "no")
-    assert {noun: len(reading.ids(words, noun)) for noun in nouns} == dict.fromkeys(nouns, 1)
+    assert {noun: len(words.encode_text(noun)) for noun in nouns} == dict.fromkeys(nouns, 1)
 
 
 def test_any_text_can_be_written_and_read_back(words):
     text = "Naïve 😀 <tag>\nline two,  spaces"
-    assert words.decode(reading.ids(words, text)) == text
+    assert words.decode(words.encode_text(text)) == text
 
 
 def test_a_dialogue_trains_on_answers_and_their_ends_only(words):
@@ -53,7 +53,7 @@ def test_a_dialogue_trains_on_answers_and_their_ends_only(words):
 
 def test_a_map_has_one_word_for_each_image_token(words):
     scene = world.sample_scene(np.random.default_rng(0))
-    assert sum(len(reading.ids(words, word)) for word in world.place_map(scene)) == backbones.CLIP.patches
+    assert sum(len(words.encode_text(word)) for word in world.place_map(scene)) == backbones.CLIP.patches
 
 
 def test_held_out_scenes_are_in_no_training_text_or_image(words):
@@ -94,7 +94,7 @@ def test_shipped_decoder_finds_answers_in_text_about_scenes_it_never_saw(words):
     for row, scene in enumerate(world.sample_scenes(rng, 100, held_out=True)):
         question = reading.some_questions(scene, rng)[0]
         prompt = f"{reading.SYSTEM} USER: {world.caption(scene, rng)}\n{question.text} ASSISTANT:"
-        ids, reply = [reading.BOS, *reading.ids(words, prompt)], [*reading.ids(words, question.answer), reading.EOS]
+        ids, reply = [reading.BOS, *words.encode_text(prompt)], [*words.encode_text(question.answer), reading.EOS]
         tokens_BT[row, : len(ids) + len(reply)] = [*ids, *reply]
         spans.append((len(ids), len(ids) + len(reply)))
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llava_jax.demo import report, story
-from llava_jax.demo.report import Answer, Card, Curve
+from llava_jax.demo.report import Answer, Card
 
 VOID = ("meta", "img", "line")
 PICTURE = b"\x89PNG picture"
@@ -39,7 +39,7 @@ CONTENT = {
 }
 RIGHT = Answer("colour", "What colour is it?", "red", "red", True)
 WRONG = Answer("count", "How many <b>?", "<two>", "three", False)
-CHARTS = {"Stage 1": [Curve("pretrain", (4.0, 2.0, 1.0))], "Stage 2": [Curve("with", (2.0,)), Curve("without", (3.9,))]}
+CHARTS = {"Stage 1": {"pretrain": [4.0, 2.0, 1.0]}, "Stage 2": {"with": [2.0], "without": [3.9]}}
 
 
 class Reader(html.parser.HTMLParser):

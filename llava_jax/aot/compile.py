@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.aot import hlo
-from llava_jax.aot.cost import Estimate, estimate
+from llava_jax.aot.cost import estimate
 from llava_jax.aot.target import Target
 from llava_jax.data.packing import UNIT, check_batch_size
 from llava_jax.models.flops import step_flops
@@ -81,10 +81,8 @@ def plan_config(settings: Settings) -> ModelConfig:
 def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:
     """Return the shape of the global batch: a conversation with its image a row, or as many packed rows as needed.
 
-    Args:
-      settings, config: of the run; an anyres image counts with the most tiles.
-      ways: device shards times microbatches, by which the rows must be divisible.
-      tokens_per_row: mean length of a conversation, image tokens included; packed rows need it.
+    An anyres image counts with the most tiles. The rows must be divisible by `ways`, device shards times microbatches;
+    packed ones need `tokens_per_row`, the mean length of a conversation, image tokens included.
     """
     size, data = settings.train.batch_size, settings.data
     check_batch_size(size, ways, data.pack)
@@ -184,8 +182,7 @@ def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
         if refused is None:
             raise
         return figures | refused | {"compile_seconds": time.monotonic() - start}, ""
-    seconds = time.monotonic() - start
-    text = compiled.as_text() or ""
+    seconds, text = time.monotonic() - start, compiled.as_text() or ""
     figures |= memory_figures(compiled, lowered) | time_figures(text, figures, lowered)
     return figures | {"compile_seconds": seconds}, text
 
@@ -193,8 +190,7 @@ def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
 def describe(lowered: Lowered) -> dict[str, Any]:
     """Return what is known before compiling; every figure that is not is None."""
     settings, target, run, shape = lowered.settings, lowered.target, lowered.run, lowered.shape
-    tokens_per_row = lowered.tokens_per_row
-    chips = len(target.devices)
+    chips, tokens_per_row = len(target.devices), lowered.tokens_per_row
     parts = {part: _count(tree) for part, tree in sorted({**run.frozen, **run.state.params}.items())}
     flops = step_flops(run.config, settings.stage, rows=shape.rows, length=shape.length, images=shape.images_used)
     train = settings.train
@@ -220,17 +216,12 @@ def describe(lowered: Lowered) -> dict[str, Any]:
         "trainable": _count(run.state.params),
         "state_bytes": _bytes_per_device(run.state),
         "frozen_bytes": _bytes_per_device(run.frozen),
-        "argument_bytes": None,
-        "temporary_bytes": None,
-        "peak_bytes": None,
+        **dict.fromkeys(("argument_bytes", "temporary_bytes", "peak_bytes")),
         "hbm_bytes": None if target.hbm_bytes is None else int(target.hbm_bytes),
         "fits": None,
         "over_bytes": None,
         "model_flops": flops / chips,
-        "flops": None,
-        "step_seconds": None,
-        "mfu": None,
-        "breakdown": None,
+        **dict.fromkeys(("flops", "step_seconds", "mfu", "breakdown")),
         "unknown": unknown_reasons(target),
         "lower_seconds": lowered.seconds,
         "program_sha256": lowered.hash,
@@ -265,8 +256,7 @@ def refusal(message: str, arguments: int) -> dict[str, Any] | None:
     The message gives the sum of all that is needed, or that of the temporaries, to which `arguments` bytes are added.
     """
     used = re.search(rf"[Uu]sed {_SIZE} of {_SIZE} hbm", message)
-    temporary = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
-    match = used or temporary
+    match = used or re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
     if match is None:
         return None
     needed, limit = (_read_size(text) for text in match.groups())
@@ -306,19 +296,20 @@ def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[s
     target = lowered.target
     if target.layout is None or target.chip is None:
         return {}
-    cost: Estimate = estimate(text, target.chip, target.layout)
     program = hlo.parse(text)
+    cost = estimate(program, target.chip, target.layout)
+    parts = cost.parts
     scores, logits = forbidden_shapes(lowered)
     return {
-        "flops": cost.matmul_flops + cost.kernel_flops,
+        "flops": parts["matmul_flops"] + parts["kernel_flops"],
         "step_seconds": cost.seconds,
         "mfu": figures["model_flops"] / target.chip.peak_flops / cost.seconds,
         "tokens_per_second_per_chip": lowered.shape.rows * lowered.shape.length / cost.seconds / figures["chips"],
         "breakdown": cost.breakdown,
-        "communication_seconds": cost.communication_seconds,
-        "wire_bytes": cost.wire_bytes,
-        "network_bytes": cost.network_bytes,
-        "unknown_loops": cost.unknown_loops,
+        "communication_seconds": parts["communication"],
+        "wire_bytes": parts["wire_bytes"],
+        "network_bytes": parts["network_bytes"],
+        "unknown_loops": int(parts["unknown_loops"]),
         "costliest": [{"seconds": s, "instruction": what, "from": where} for s, what, where in cost.costliest],
         "largest_buffers": [{"bytes": size, "array": what} for size, what in hlo.largest_buffers(program)],
         "score_buffers": hlo.buffers_shaped(program, scores),

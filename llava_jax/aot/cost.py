@@ -25,7 +25,6 @@ from llava_jax.aot.hlo import (
     group_size,
     in_hbm,
     matmul_flops,
-    parse,
     trip_count,
 )
 from llava_jax.parallel.chips import Chip
@@ -52,32 +51,25 @@ class Layout:
 
 @dataclasses.dataclass
 class Cost:
-    """Of a computation: seconds, their parts (SECONDS and others), its costliest instructions (seconds, what, from)."""
+    """Of a computation on one chip: seconds, their parts, its costliest instructions (seconds, what, from).
+
+    Parts are SECONDS, which add up to `seconds`; seconds of `communication`, hidden or not; `wire_bytes` and
+    `network_bytes`; `matmul_flops` and `kernel_flops`, those that run, remat included; and `unknown_loops`.
+    """
 
     seconds: float
     parts: dict[str, float]
     costliest: list[tuple[float, str, str]]
 
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Of a whole program on one chip: `breakdown` adds up to `seconds`; FLOPs are those that run, remat included."""
-
-    seconds: float
-    breakdown: dict[str, float]
-    communication_seconds: float
-    wire_bytes: float
-    network_bytes: float
-    matmul_flops: float
-    kernel_flops: float
-    unknown_loops: int
-    costliest: list[tuple[float, str, str]]
+    @property
+    def breakdown(self) -> dict[str, float]:
+        return {name: self.parts[name] for name in SECONDS}
 
 
 def rings_of(chip: str, sizes: tuple[int, ...]) -> tuple[bool, bool, bool]:
     """Return which axes of a slice are rings: v5p's all three where each has 4 chips, v5e's and v6e's those of 16."""
     if chip == "v5p":
-        ring = all(size >= 4 for size in sizes)
+        ring = min(sizes) >= 4
         return ring, ring, ring
     return sizes[0] >= 16, sizes[1] >= 16, False
 
@@ -87,21 +79,9 @@ def layout_of(chip: Chip, sizes: tuple[int, ...]) -> Layout:
     return Layout(sizes, all(rings_of(chip.name, sizes)[: chip.links]))
 
 
-def estimate(text: str, chip: Chip, layout: Layout) -> Estimate:
-    """Return the seconds of one run of the program `text` (compiled.as_text()) on each chip of a slice."""
-    cost = Pricer(parse(text), chip, layout).cost
-    parts = cost.parts
-    return Estimate(
-        seconds=cost.seconds,
-        breakdown={name: parts[name] for name in SECONDS},
-        communication_seconds=parts["communication"],
-        wire_bytes=parts["wire_bytes"],
-        network_bytes=parts["network_bytes"],
-        matmul_flops=parts["matmul_flops"],
-        kernel_flops=parts["kernel_flops"],
-        unknown_loops=int(parts["unknown_loops"]),
-        costliest=cost.costliest,
-    )
+def estimate(program: Program, chip: Chip, layout: Layout) -> Cost:
+    """Return the cost of one run of a program on each chip of a slice."""
+    return Pricer(program, chip, layout).of(program.entry)
 
 
 # ---- single instructions ----------------------------------------------------------------------------------------
@@ -193,10 +173,6 @@ class Pricer:
         self._inside = functools.cache(self._first_collective)
         self._body_has_matmul = functools.cache(self._any_matmul)
         self._body_matmul_flops = functools.cache(self._all_matmul_flops)
-
-    @property
-    def cost(self) -> Cost:
-        return self.of(self.program.entry)
 
     def of(self, name: str) -> Cost:
         """Return the cost of one run of a computation."""
@@ -312,9 +288,7 @@ class Pricer:
         return size / (HBM_SHARE * self.chip.hbm_bytes_per_second)
 
     def _has_matmul(self, i: Instruction) -> bool:
-        if i.opcode in ("convolution", "dot"):
-            return True
-        return bool(i.calls) and self._body_has_matmul(i.calls)
+        return i.opcode in ("convolution", "dot") or (i.calls is not None and self._body_has_matmul(i.calls))
 
     def _any_matmul(self, name: str) -> bool:
         return any(self._has_matmul(i) for i in self.program.computations.get(name, ()))
@@ -334,9 +308,8 @@ def _starts(i: Instruction) -> bool:
 
 
 def _ends(i: Instruction) -> bool:
-    if i.collective and i.opcode.endswith("-done"):
-        return True
-    return "collective-done" in i.name or i.name.startswith("async-done") or i.opcode == "async-done"
+    done = (i.collective and i.opcode.endswith("-done")) or i.opcode == "async-done"
+    return bool(done) or "collective-done" in i.name or i.name.startswith("async-done")
 
 
 def _carries(i: Instruction) -> bool:

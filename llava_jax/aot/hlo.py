@@ -130,7 +130,10 @@ def _instruction(name: str, text: str) -> Instruction:
 # ---- sizes ------------------------------------------------------------------------------------------------------
 
 
-def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+Dims = tuple[int, ...]
+
+
+def arrays(text: str) -> list[tuple[str, Dims]]:
     """Return (dtype, dimensions) of every array type in a text."""
     return [(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in _ARRAY.findall(text)]
 
@@ -164,13 +167,7 @@ def _window(rest: str) -> dict[str, list[str]]:
     return {key: value.split("x") for key, value in items}
 
 
-def _convolution(
-    lhs: tuple[int, ...],
-    rhs: tuple[int, ...],
-    out: tuple[int, ...],
-    labels: tuple[str, ...],
-    window: dict[str, list[str]],
-) -> int:
+def _convolution(lhs: Dims, rhs: Dims, out: Dims, labels: tuple[str, ...], window: dict[str, list[str]]) -> int:
     """Count multiply-adds: batch, features in and out, and the taps of each spatial dimension that meet a value."""
     total = out[labels[2].index("b")] * out[labels[2].index("f")] * rhs[labels[1].index("i")]
     for n, dim in enumerate(sorted(filter(str.isdigit, labels[0]))):
@@ -225,7 +222,7 @@ def fused(program: Program) -> set[str]:
     return inside
 
 
-def buffers_shaped(program: Program, shapes: list[tuple[int, ...]]) -> list[str]:
+def buffers_shaped(program: Program, shapes: list[Dims]) -> list[str]:
     """Return 'name type' of every array in memory with one of `shapes`, in any order of dimensions, without ones."""
     wanted = {tuple(sorted(d for d in shape if d > 1)) for shape in shapes}
     hidden = fused(program)

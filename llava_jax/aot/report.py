@@ -115,9 +115,9 @@ def _data_set(figures: Figures) -> list[str]:
     text = f"{figures['data_rows']:,} rows, {figures['steps']:,} steps of {figures['batch_size']}"
     if figures["filled"] is not None:
         text += f", {100 * figures['filled']:.0f} % of their tokens real"
-    if figures["hours"] is None:
-        return [_line("data set", text)]
-    return [_line("data set", f"{text}: {60 * figures['hours']:,.0f} minutes ({figures['hours']:.2f} h), estimated")]
+    if figures["hours"] is not None:
+        text += f": {60 * figures['hours']:,.0f} minutes ({figures['hours']:.2f} h), estimated"
+    return [_line("data set", text)]
 
 
 def data_set(figures: Figures, rows: int, epochs: float, steps: int) -> Figures:
@@ -178,21 +178,14 @@ def sweep_head() -> str:
 def sweep_line(figures: Figures) -> str:
     """Return one plan as a line of the sweep's table."""
     mesh = figures["mesh"]
+    shape = "x".join(str(mesh[axis]) for axis in SIZES), f"{figures['rows'] / (mesh['data'] * mesh['fsdp']):g}"
     time = ["-"] * 3
     if figures["step_seconds"] is not None:
         time = [f"{1000 * figures['step_seconds']:,.0f}", f"{100 * figures['mfu']:.1f}"]
         time.append(f"{figures['tokens_per_second_per_chip']:,.0f}")
     peak = "-" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / GIB:.2f}"
-    fits = {True: "", False: "does not fit", None: ""}[figures["fits"]]
-    cells = (
-        "x".join(str(mesh[axis]) for axis in SIZES),
-        f"{figures['rows'] / (mesh['data'] * mesh['fsdp']):g}",
-        figures["remat"],
-        peak,
-        *time,
-        figures.get("skipped", fits),
-    )
-    return _row(cells)
+    fits = "does not fit" if figures["fits"] is False else ""
+    return _row((*shape, figures["remat"], peak, *time, figures.get("skipped", fits)))
 
 
 def _row(cells: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_jax.aot.compile import FILLED, compile_plan, lower
 from llava_jax.aot.target import Target
@@ -16,13 +16,15 @@ DEFAULT_ROWS = (2, 4, 8)
 DEFAULT_REMATS = ("full", "minimal")
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """What is tried: rows a chip, values of train.remat, and meshes (data, fsdp, tensor)."""
+Mesh = tuple[int, int, int]  # data, fsdp, tensor
+
+
+class Grid(NamedTuple):
+    """What is tried: rows a chip, values of train.remat, and meshes."""
 
     rows: tuple[int, ...]
     remats: tuple[str, ...]
-    meshes: tuple[tuple[int, int, int], ...]
+    meshes: tuple[Mesh, ...]
 
 
 def parse_grid(rows: str | None, remats: str | None, meshes: str | None, settings: Settings, target: Target) -> Grid:
@@ -59,7 +61,7 @@ def _number(flag: str, word: str) -> int:
     return int(word)
 
 
-def _mesh(word: str, chips: int, slices: int, inner: int) -> tuple[int, int, int]:
+def _mesh(word: str, chips: int, slices: int, inner: int) -> Mesh:
     sizes = tuple(_number("--sweep_mesh", size) for size in word.split("x"))
     if len(sizes) != 3 or math.prod(sizes) != chips:
         raise InputError(f"--sweep_mesh: {word!r} is not DATAxFSDPxTENSOR with a product of {chips} chips")
@@ -70,7 +72,7 @@ def _mesh(word: str, chips: int, slices: int, inner: int) -> tuple[int, int, int
     return sizes
 
 
-def _config_mesh(mesh: MeshSettings, chips: int) -> tuple[int, int, int]:
+def _config_mesh(mesh: MeshSettings, chips: int) -> Mesh:
     """Return the config's mesh with its -1 filled in, as far as it divides the chips."""
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     if -1 in sizes:
@@ -88,21 +90,20 @@ def plans(settings: Settings, target: Target, grid: Grid, tokens_per_row: float 
         too_large = 0
         for rows in sorted(grid.rows):
             if too_large:
-                skipped = f"not compiled: {too_large} rows do not fit"
-                shards = dict(zip(SIZES, mesh, strict=True), fsdp_inner=settings.mesh.fsdp_inner)
-                empty = dict.fromkeys(("peak_bytes", "step_seconds", "fits"))
-                total = rows * mesh[0] * mesh[1]
-                yield {"mesh": shards, "rows": total, "remat": remat, "skipped": skipped, **empty}
-                continue
-            point = _point(settings, rows, remat, mesh, tokens_per_row)
-            figures, _ = compile_plan(lower(point, target, tokens_per_row))
-            too_large = rows if figures["fits"] is False else 0
+                figures = dict.fromkeys(("peak_bytes", "step_seconds", "fits")) | {
+                    "mesh": dict(zip(SIZES, mesh, strict=True), fsdp_inner=settings.mesh.fsdp_inner),
+                    "rows": rows * mesh[0] * mesh[1],
+                    "remat": remat,
+                    "skipped": f"not compiled: {too_large} rows do not fit",
+                }
+            else:
+                point = _point(settings, rows, remat, mesh, tokens_per_row)
+                figures, _ = compile_plan(lower(point, target, tokens_per_row))
+                too_large = rows if figures["fits"] is False else 0
             yield figures
 
 
-def _point(
-    settings: Settings, rows: int, remat: str, mesh: tuple[int, int, int], tokens_per_row: float | None
-) -> Settings:
+def _point(settings: Settings, rows: int, remat: str, mesh: Mesh, tokens_per_row: float | None) -> Settings:
     size, data = rows * mesh[0] * mesh[1], settings.data
     if data.pack and tokens_per_row:
         # A fixed length: else batch_shape would choose another, and fewer rows than this point is about.

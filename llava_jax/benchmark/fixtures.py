@@ -23,16 +23,7 @@ MODELS = {
     "tiny": ModelConfig(CLIPS["tiny"], LLAMAS["tiny"], image_token_id=LLAMAS["tiny"].vocab_size),
     "small": ModelConfig(
         ClipConfig(width=256, mlp_width=1024, layers=7, heads=4, image_size=168, patch_size=14),
-        LlamaConfig(
-            vocab_size=8192,
-            width=512,
-            mlp_width=1376,
-            layers=8,
-            heads=8,
-            kv_heads=8,
-            head_dim=64,
-            max_positions=2048,
-        ),
+        LlamaConfig(vocab_size=8192, width=512, mlp_width=1376, layers=8, heads=8, kv_heads=8, head_dim=64),
         image_token_id=8192,
     ),
     "7b": ModelConfig(CLIPS["clip-l-14-336"], LLAMAS["vicuna-7b"]),

@@ -26,24 +26,10 @@ from llava_jax.infer.generate import Engine, Prompt, generate_ids
 from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
-from llava_jax.settings import STAGES
+from llava_jax.settings import STAGES, settings_from_dict
 from llava_jax.train.setup import Run, compile_lowered, first_state, prepare
 from llava_jax.train.step import TrainState
-from llava_jax.types import (
-    UNPACKED,
-    Batch,
-    DataSettings,
-    InitSettings,
-    LoraSettings,
-    MeshSettings,
-    ModelConfig,
-    ModelSettings,
-    OptimSettings,
-    Record,
-    Sampling,
-    Settings,
-    TrainSettings,
-)
+from llava_jax.types import UNPACKED, Batch, DataSettings, ModelConfig, Record, Sampling, Settings
 from llava_jax.weights import hf
 from llava_jax.weights.load import EMBEDDED_TOKENIZER, random_params
 
@@ -57,34 +43,26 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     return {"train": train, "generate": generate, "data": data, "scaling": scaling}[work["job"]](work)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
 def settings_of(work: Mapping[str, Any]) -> Settings:
     """Return the settings of a run that does this work and nothing else, on one device."""
-    data = DataSettings("", "", "v1", "front", "pad", work["length"], shuffle=False, **UNPACKED)
-    optim = OptimSettings(work["lr"], "", "constant", 0.0, weight_decay=0.0, clip_norm=0.0, b1=0.9, b2=0.999, eps=1e-8)
-    train = TrainSettings(
-        batch_size=work["rows"],
-        steps=1,
-        epochs=1.0,
-        accumulate=1,
-        dtype=work["dtype"],
-        param_dtype=work["param_dtype"],
-        moment_dtype=work["param_dtype"],
-        frozen_dtype=work["dtype"],
-        remat=work["remat"],
-        attention="auto",
-        compiler_options=work["compiler_options"],
-        profile=0,
-        log_every=1,
-        checkpoint_every=0,
-        keep=1,
-        loss_norm="global_token",
-    )
-    model = ModelSettings(work["model"], work["model"], "mlp2x_gelu", -2)
-    init, lora, mesh = InitSettings("", ""), LoraSettings(0, 0.0, 0.0, ""), MeshSettings(1, 1, 1)
-    return Settings(work["stage"], 0, model, init, data, optim, lora, train, mesh)
+    data = dict(annotations="", images="", template="v1", image_position="front", aspect="pad", **UNPACKED)
+    optim = dict(lr=work["lr"], groups="", schedule="constant", warmup_ratio=0.0, weight_decay=0.0, clip_norm=0.0)
+    train = dict(batch_size=work["rows"], steps=1, epochs=1.0, accumulate=1, remat=work["remat"], attention="auto")
+    train |= dict(profile=0, log_every=1, checkpoint_every=0, keep=1, loss_norm="global_token")
+    train |= dict.fromkeys(("param_dtype", "moment_dtype"), work["param_dtype"])
+    train |= {"dtype": work["dtype"], "frozen_dtype": work["dtype"], "compiler_options": work["compiler_options"]}
+    values = {
+        "stage": work["stage"],
+        "seed": 0,
+        "model": dict(vision=work["model"], llm=work["model"], projector="mlp2x_gelu", feature_layer=-2),
+        "init": dict(model="", projector=""),
+        "data": data | dict(max_length=work["length"], shuffle=False),
+        "optim": optim | dict(b1=0.9, b2=0.999, eps=1e-8),
+        "lora": dict(rank=1, alpha=1.0, dropout=0.0, targets=".*"),
+        "train": train,
+        "mesh": dict(data=1, fsdp=1, tensor=1),
+    }
+    return settings_from_dict(values)
 
 
 def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
@@ -145,9 +123,6 @@ def model_config(work: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, dtype=work["dtype"], remat=work["remat"])
 
 
-# ---- answering ------------------------------------------------------------------------------------------------------
-
-
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     config = model_config(work)
@@ -176,9 +151,6 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
     answer(1)
     return {"ids": answer(work["new_tokens"])[1], **about(config)}, turn
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
 
 
 def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:

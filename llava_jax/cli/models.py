@@ -26,7 +26,7 @@ def demo(args: argparse.Namespace) -> int:
     from llava_jax.demo import story
 
     announce("demo", workdir=args.workdir)
-    story.run(args.workdir)
+    story.play(story.Story(args.workdir, story.Sizes()))
     return 0
 
 
@@ -99,16 +99,8 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
     from llava_jax.infer.batch_generate import answer_file
 
     need_file("--questions", args.questions)
-    announce(
-        "generate",
-        model=args.model,
-        questions=args.questions,
-        images=args.images,
-        answers=args.answers,
-        template=args.template,
-        sampling=said(sampling),
-        batch_size=args.batch_size,
-    )
+    given = dict(model=args.model, questions=args.questions, images=args.images, answers=args.answers)
+    announce("generate", **given, template=args.template, sampling=said(sampling), batch_size=args.batch_size)
     model = load(args)
     written = answer_file(
         model, args.questions, args.images, args.answers, sampling, batch_size=args.batch_size, progress=sys.stdout
@@ -162,26 +154,10 @@ def convert(args: argparse.Namespace) -> int:
     from llava_jax.weights import convert
 
     source = vars(args)["from"]
-    announce(
-        "convert",
-        source=source,
-        target=args.to,
-        dtype=args.dtype,
-        template=args.template,
-        vision=args.vision,
-        base=args.base,
-    )
-    convert.convert(
-        source,
-        args.to,
-        dtype=args.dtype,
-        template=args.template,
-        vision=args.vision,
-        base=args.base,
-        mm_vision_tower=args.mm_vision_tower,
-        step=args.step,
-        force=args.force,
-    )
+    given = dict(dtype=args.dtype, template=args.template, vision=args.vision, base=args.base)
+    announce("convert", source=source, target=args.to, **given)
+    rest = dict(mm_vision_tower=args.mm_vision_tower, step=args.step, force=args.force)
+    convert.convert(source, args.to, **given, **rest)
     return 0
 
 

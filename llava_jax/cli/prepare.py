@@ -7,8 +7,6 @@ from typing import Any
 from llava_jax.cli.flags import Named, announce, check_least, check_output
 from llava_jax.io import write_json, write_rows
 
-# ---- captions -------------------------------------------------------------------------------------------------------
-
 
 def captions_flags(parser: argparse.ArgumentParser) -> None:
     caption_flags(parser)
@@ -37,9 +35,6 @@ def captions(args: argparse.Namespace) -> int:
 def print_refused(refused: list[Any]) -> None:
     for one in refused:
         print(f"refused: {one}")
-
-
-# ---- concepts -------------------------------------------------------------------------------------------------------
 
 
 def concepts_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +84,6 @@ def concepts(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- scienceqa ------------------------------------------------------------------------------------------------------
-
-
 def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, metavar="DIR", help="folder of problems.json and pid_splits.json")
     parser.add_argument("--split", required=True, help="a split of pid_splits.json: train, val, test, minival, …")
@@ -113,21 +105,12 @@ def scienceqa(args: argparse.Namespace) -> int:
 
     check_output("--output", args.output)
     room.formats(args.format)
-    announce(
-        "prepare scienceqa",
-        source=args.source,
-        split=f"{args.split}, {args.subset}",
-        format=args.format,
-        newlines=args.newlines,
-        output=args.output,
-    )
+    given = dict(source=args.source, split=f"{args.split}, {args.subset}", format=args.format, newlines=args.newlines)
+    announce("prepare scienceqa", **given, output=args.output)
     rows = room.convert(args.source, args.split, args.format, subset=args.subset, newlines=args.newlines)
     write_rows(args.output, rows)
     print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with an image: {args.output}")
     return 0
-
-
-# ---- arrayrecord ----------------------------------------------------------------------------------------------------
 
 
 def arrayrecord_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,14 +125,8 @@ def arrayrecord(args: argparse.Namespace) -> int:
     check_least(args, 0, "shards")
     from llava_jax.prepare import arrayrecord as room
 
-    announce(
-        "prepare arrayrecord",
-        annotations=args.annotations,
-        images=args.images,
-        output=args.output,
-        split=args.split,
-        shards=args.shards or "by size",
-    )
+    given = dict(annotations=args.annotations, images=args.images, output=args.output, split=args.split)
+    announce("prepare arrayrecord", **given, shards=args.shards or "by size")
     folder, rows = room.write(args.annotations, args.images, args.output, split=args.split, shards=args.shards)
     print(f"{rows:,} rows: {folder} (data.annotations of `train`; tfds.data_source reads it as well)")
     return 0

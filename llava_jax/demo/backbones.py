@@ -41,9 +41,6 @@ CAPTION_LENGTH = 48
 Params = dict[str, Any]
 
 
-# ---- one loop for both ------------------------------------------------------------------------------------------
-
-
 def fit(
     params: Params,
     loss_fn: Callable,
@@ -96,9 +93,6 @@ def fit(
     save(jax.device_get(params))
 
 
-# ---- CLIP -------------------------------------------------------------------------------------------------------
-
-
 class Contrast(nnx.Module):
     """CLIP for training: image and caption towers, both projected to one space, and a temperature."""
 
@@ -131,7 +125,7 @@ def clip_batches(tokenizer: TextTokenizer, rows: int, pool: int, seed: int) -> I
         tokens_BT = np.zeros((rows, CAPTION_LENGTH), np.int32)
         last_B = np.zeros(rows, np.int32)
         for row, scene in enumerate(index):
-            ids = reading.ids(tokenizer, world.caption(scenes[scene], rng))[:CAPTION_LENGTH]
+            ids = tokenizer.encode_text(world.caption(scenes[scene], rng))[:CAPTION_LENGTH]
             tokens_BT[row, : len(ids)], last_B[row] = ids, len(ids) - 1
         yield pixels[index], tokens_BT, last_B
 
@@ -164,9 +158,6 @@ def save_clip(params: Params, folder: str) -> None:
         layer_norm_eps=CLIP.norm_eps, projection_dim=128,
     )  # fmt: skip
     save_folder(folder, config, tensors)
-
-
-# ---- LLaMA ------------------------------------------------------------------------------------------------------
 
 
 def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, resume: bool = False) -> None:
@@ -248,9 +239,6 @@ def save_llama(params: Params, folder: str) -> None:
         attention_bias=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     save_folder(folder, config, tensors)
-
-
-# ---- files ------------------------------------------------------------------------------------------------------
 
 
 def named_tensors(params: Params, prefix: str, layers: int) -> dict[str, np.ndarray]:

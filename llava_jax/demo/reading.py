@@ -39,11 +39,6 @@ PHRASES = (
 )
 
 
-def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """Return the ids of a text by itself, without BOS."""
-    return tokenizer.encode_text(text)
-
-
 def make_tokenizer(folder: str) -> None:
     """Train the BPE tokenizer and write it as LLaMA's are: byte fallback, `▁` for spaces, a leading one added."""
     rng = np.random.default_rng(0)
@@ -120,7 +115,7 @@ def row(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) 
 def repetition(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return different words of the world in no order, repeated in the same order until the row is full."""
     nouns = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, *world.NUMBERS, "the", "a", "at", "is", "and")
-    words = ids(tokenizer, " ".join(rng.permutation(nouns)[: rng.integers(6, 25)]))
+    words = tokenizer.encode_text(" ".join(rng.permutation(nouns)[: rng.integers(6, 25)]))
     tokens = np.array([BOS, *np.resize(words, LENGTH - 1)], np.int32)
     return tokens, np.arange(LENGTH) > len(words) + 1
 
@@ -130,14 +125,14 @@ def retelling(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Gener
     described = [BOS, *description(scene, tokenizer, rng)]
     tokens = list(described)
     while len(tokens) < LENGTH:
-        tokens += [*ids(tokenizer, world.caption(scene, rng)), NEWLINE]
+        tokens += [*tokenizer.encode_text(world.caption(scene, rng)), NEWLINE]
     return np.array(tokens[:LENGTH], np.int32), np.arange(LENGTH) >= len(described)
 
 
 def description(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> list[int]:
     """Return what stands in place of an image: a map in words, or a sentence."""
     text = " ".join(world.place_map(scene)) if rng.random() < 0.6 else world.caption(scene, rng)
-    return ids(tokenizer, text)
+    return tokenizer.encode_text(text)
 
 
 def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -33,19 +33,13 @@ class Card:
     answers: tuple[Answer, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """The loss of one training run: a value for each step."""
-
-    name: str
-    values: tuple[float, ...]
+Curves = Mapping[str, Sequence[float]]  # name of a run -> its loss at each step
 
 
-def page(
-    report: dict[str, Any], charts: Mapping[str, Sequence[Curve]], cards: Sequence[Card], mistakes: Sequence[Card]
-) -> str:
+def page(report: dict[str, Any], charts: Mapping[str, Curves], cards: Sequence[Card], mistakes: Sequence[Card]) -> str:
     """Return the page. `report` is the content of report.json; `charts` are loss curves by title."""
     style = importlib.resources.files("llava_jax.demo").joinpath("report.css").read_text(encoding="utf-8")
+    drawn = "".join(_chart(title, curves) for title, curves in charts.items())
     body = [
         _head(report),
         _section("Does it see?", _table(report), TABLE_NOTE),
@@ -53,7 +47,7 @@ def page(
         _section("Mistakes", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
         if mistakes
         else _section("Mistakes", "", "None: every answer about the held-out scenes is right."),
-        _section("Learning curves", _charts(charts), CHART_NOTE),
+        _section("Learning curves", f'<div class="charts">{drawn}</div>', CHART_NOTE),
         _section("How it was made", _parts(report), _made_of(report)),
         _section("Talk to it", f"<pre><code>{html.escape(report['chat'])}</code></pre>", CHAT_NOTE),
     ]
@@ -76,15 +70,13 @@ CHART_NOTE = "Loss per supervised token: the faint line is each step, the strong
 CHAT_NOTE = "Chat in the terminal with the model just trained, about an image that was not in the training data."
 
 
-# ---- parts of the page --------------------------------------------------------------------------------------------
-
-
 def _section(title: str, content: str, note: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n<p>{note}</p>\n{content}\n</section>"
 
 
 def _head(report: dict[str, Any]) -> str:
-    tiles = []
+    tiles, seconds = [], report["total_seconds"]
+    took = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
     for goal in report["goals"]:
         state, mark = ("met", "&#10003;") if goal["met"] else ("missed", "&#10007;")
         tiles.append(
@@ -96,7 +88,7 @@ def _head(report: dict[str, Any]) -> str:
         "<header>\n<h1>A language model learns to see</h1>\n"
         "<p>This is LLaVA end to end at a small size: a vision tower, a projector and a language model; instruction "
         "data written from captions and boxes by a teacher that never saw an image; two training stages. "
-        f"It took {_minutes(report['total_seconds'])} on this machine.</p>\n"
+        f"It took {took} on this machine.</p>\n"
         f'<div class="tiles">{"".join(tiles)}</div>\n</header>'
     )
 
@@ -164,28 +156,17 @@ def _made_of(report: dict[str, Any]) -> str:
     )
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
-
-
-# ---- loss curves --------------------------------------------------------------------------------------------------
-
-
-def _charts(charts: Mapping[str, Sequence[Curve]]) -> str:
-    return f'<div class="charts">{"".join(_chart(title, curves) for title, curves in charts.items())}</div>'
-
-
-def _chart(title: str, curves: Sequence[Curve]) -> str:
-    steps = max(len(curve.values) for curve in curves)
-    top = _nice(max(max(curve.values) for curve in curves))
+def _chart(title: str, curves: Curves) -> str:
+    steps = max(map(len, curves.values()))
+    top = _nice(max(map(max, curves.values())))
     marks = [_axis_y(top * part / 4, top) for part in range(5)]
     marks += [_axis_x(step, steps) for step in sorted({0, steps // 2, steps})]
-    lines = []
-    for index, curve in enumerate(curves, 1):
-        lines.append(f'<path class="faint line-{index}" d="{_path(curve.values, steps, top)}"/>')
-        lines.append(f'<path class="line-{index}" d="{_path(smooth(curve.values), steps, top)}"/>')
-    keys = [f"{html.escape(curve.name)}: {smooth(curve.values)[-1]:.3f}" for curve in curves]
-    legend = "".join(f'<span class="key"><i class="fill-{n}"></i>{key}</span>' for n, key in enumerate(keys, 1))
+    lines, legend = [], ""
+    for index, (name, values) in enumerate(curves.items(), 1):
+        means = smooth(values)
+        lines.append(f'<path class="faint line-{index}" d="{_path(values, steps, top)}"/>')
+        lines.append(f'<path class="line-{index}" d="{_path(means, steps, top)}"/>')
+        legend += f'<span class="key"><i class="fill-{index}"></i>{html.escape(name)}: {means[-1]:.3f}</span>'
     return (
         f'<figure class="chart"><h3>{html.escape(title)}</h3><div class="legend">{legend}</div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}: loss over steps">'

@@ -75,13 +75,8 @@ CONDITIONS = {
 CARDS, MISTAKES = 9, 6
 
 
-def run(workdir: str, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Run the demo in `workdir` and return the content of report.json. Raises InputError."""
-    return play(Story(workdir, sizes or Sizes()))
-
-
 def play(story: "Story") -> dict[str, Any]:
-    """Run every part in its turn, except those done before."""
+    """Run every part in its turn, except those done before; return the content of report.json. Raises InputError."""
     story.part("draw the world", story.draw_world)
     story.part("write instructions", story.write_instructions)
     story.part("stage 1, pretrain", story.pretrain)
@@ -99,22 +94,14 @@ class Story:
         self.sizes = sizes
         self.folder = pathlib.Path(workdir).absolute()
         self.world = self.folder / "world"
-        self._check()
+        for spec in (sizes.vision, sizes.llm):
+            if not spec.startswith("random:") and not os.path.isfile(os.path.join(spec, "config.json")):
+                make = f"make it again with python -m llava_jax.demo.backbones --output={BACKBONES}"
+                raise InputError(f"{spec}: the demo's backbone is not there; {make}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._done: dict[str, float] = {}
-        self._peak = 0
-        self._number = 0
+        self._peak, self._number = 0, 0
         self._read_parts()
-
-    # ---- which parts are done -------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        for spec in (self.sizes.vision, self.sizes.llm):
-            if not spec.startswith("random:") and not os.path.isfile(os.path.join(spec, "config.json")):
-                raise InputError(
-                    f"{spec}: the demo's backbone is not there; "
-                    f"make it again with python -m llava_jax.demo.backbones --output={BACKBONES}"
-                )
 
     def _read_parts(self) -> None:
         path = self.folder / "parts.json"
@@ -124,9 +111,8 @@ class Story:
             return
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["sizes"] != json.loads(json.dumps(dataclasses.asdict(self.sizes))):
-            raise InputError(
-                f"--workdir={self.folder}: holds a demo of other sizes; remove the folder or name another one"
-            )
+            other = "holds a demo of other sizes; remove the folder or name another one"
+            raise InputError(f"--workdir={self.folder}: {other}")
         self._done, self._peak = content["seconds"], content["peak_memory_bytes"]
 
     def part(self, name: str, action: Callable[[], None]) -> None:
@@ -146,8 +132,6 @@ class Story:
         files.write_json(str(self.folder / "parts.json.new"), content)
         os.replace(self.folder / "parts.json.new", self.folder / "parts.json")
         print(f"  {self._done[name]:.1f} s", flush=True)
-
-    # ---- the parts ------------------------------------------------------------------------------------------------
 
     def draw_world(self) -> None:
         sizes = self.sizes
@@ -226,8 +210,6 @@ class Story:
         below = os.path.isabs(text) and pathlib.Path(text).is_relative_to(here)
         return os.path.relpath(text, here) if below else text
 
-    # ---- the end --------------------------------------------------------------------------------------------------
-
     def finish(self) -> dict[str, Any]:
         """Score the answers, write report.json and report.html, print the table and the command for a chat."""
         results = {key: {"name": condition.name, **self._score(key)} for key, condition in CONDITIONS.items()}
@@ -241,10 +223,8 @@ class Story:
             "data": self._data(),
             "chat": chat,
         }
-        cards, mistakes = self._cards()
-        (self.folder / "report.html").write_text(
-            report.page(content, self._charts(), cards, mistakes), encoding="utf-8"
-        )
+        page = report.page(content, self._charts(), *self._cards())
+        (self.folder / "report.html").write_text(page, encoding="utf-8")
         (self.folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print("\nExact match on held-out scenes, percent\n")
         print(exact_match.table({result["name"]: result for result in results.values()}))
@@ -276,17 +256,14 @@ class Story:
             "instruction_rows": rows("instructions.json"),
         }
 
-    def _charts(self) -> dict[str, list[report.Curve]]:
-        def curve(folder: str, name: str) -> report.Curve:
-            rows = read_jsonl(self.folder / folder / "metrics.jsonl")
-            return report.Curve(name, tuple(row["loss"] for row in rows))
+    def _charts(self) -> dict[str, dict[str, list[float]]]:
+        def losses(folder: str) -> list[float]:
+            return [row["loss"] for row in read_jsonl(self.folder / folder / "metrics.jsonl")]
 
+        second = {"after stage 1": losses("finetune"), "without stage 1": losses("finetune_without_stage_1")}
         return {
-            "Stage 1: the projector learns from captions": [curve("pretrain", "pretrain")],
-            "Stage 2: projector and decoder learn from instructions": [
-                curve("finetune", "after stage 1"),
-                curve("finetune_without_stage_1", "without stage 1"),
-            ],
+            "Stage 1: the projector learns from captions": {"pretrain": losses("pretrain")},
+            "Stage 2: projector and decoder learn from instructions": second,
         }
 
     def _cards(self) -> tuple[list[report.Card], list[report.Card]]:

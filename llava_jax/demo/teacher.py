@@ -43,9 +43,6 @@ class EmbeddedTeacher:
         return Reply(self._write(read_scene(text), np.random.default_rng([self._seed, zlib.crc32(text.encode())])))
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
-
-
 def read_scene(text: str) -> Scene:
     """Return the scene of captions and boxes. Raises InputError when they are of another world or contradictory."""
     captions, _, boxes = text.partition("\n\n")
@@ -77,9 +74,6 @@ def _read_boxes(text: str) -> Scene:
         x1, y1, x2, y2 = (float(edge) for edge in edges)
         things.append(Thing(int(3 * (y1 + y2) / 2), int(3 * (x1 + x2) / 2), colour, shape))
     return tuple(sorted(things))
-
-
-# ---- writing ----------------------------------------------------------------------------------------------------
 
 
 def conversation(scene: Scene, rng: np.random.Generator) -> str:

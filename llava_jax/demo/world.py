@@ -144,15 +144,12 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...],
 # ---- words ------------------------------------------------------------------------------------------------------
 
 
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Write one sentence that names every thing with its colour and place, in any order and after any opening."""
     things = [scene[i] for i in rng.permutation(len(scene))]
     opening = OPENINGS[int(rng.integers(len(OPENINGS)))]
-    return opening + _join([f"a {thing.name} at the {thing.place}" for thing in things]) + "."
+    *first, last = (f"a {thing.name} at the {thing.place}" for thing in things)
+    return f"{opening}{', '.join(first)}{' and ' if first else ''}{last}."
 
 
 def place_map(scene: Scene) -> list[str]:
@@ -172,7 +169,8 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     names = [t.name for t in scene]
     asked = [Question("count", "How many objects are there?", NUMBERS[len(scene)])]
     for noun in sorted(set(shapes)):
-        asked.append(Question("count", f"How many {plural(noun)} are there?", NUMBERS[shapes.count(noun)]))
+        plural = noun + "es" if noun.endswith("s") else noun + "s"
+        asked.append(Question("count", f"How many {plural} are there?", NUMBERS[shapes.count(noun)]))
     for thing in scene:
         if shapes.count(thing.shape) == 1:
             asked.append(Question("colour", f"What colour is the {thing.shape}?", thing.colour))
@@ -183,10 +181,6 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
         asked.append(Question("presence", f"Is there a {thing.name}?", "yes"))
         asked.append(Question("presence", f"Is there a {_absent(scene, thing, rng)}?", "no"))
     return list(dict.fromkeys(asked))
-
-
-def plural(noun: str) -> str:
-    return noun + "es" if noun.endswith("s") else noun + "s"
 
 
 def _absent(scene: Scene, thing: Thing, rng: np.random.Generator) -> str:

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from llava_jax.data import sources
 from llava_jax.parallel.distributed import check_agreed, check_shared, is_first
 from llava_jax.settings import RANDOM, flatten, read_settings
+from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
 from llava_jax.weights.source import UNREADABLE, absolute, first_line, steps_on_disk
@@ -38,7 +39,15 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
     """
     folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
     with enough_room(folder):
-        manager = _manager(folder, keep)
+        manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
         try:
             yield manager
         finally:
@@ -47,18 +56,6 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
                 manager.wait_until_finished()
             finally:
                 manager.close()
-
-
-def _manager(folder: str, keep: int) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        item_handlers={
-            "state": ocp.StandardCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        },
-    )
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator, meta: dict) -> None:
@@ -121,11 +118,8 @@ def restore(
 
 def _leaves(tree: Any) -> dict[str, tuple]:
     """Return path -> (shape, dtype)."""
-    names = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
-        names[name] = (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
-    return names
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {leaf_path(path): (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in leaves}
 
 
 def _check_like(folder: str, metadata: Any, state: TrainState) -> None:
@@ -141,9 +135,9 @@ def _check_like(folder: str, metadata: Any, state: TrainState) -> None:
 def _set_aside(workdir: str, step: int) -> None:
     """Move an unreadable checkpoint away: orbax saves no step at or below the newest it sees."""
     source = os.path.join(workdir, "checkpoints", str(step))
-    folder = os.path.join(workdir, "damaged")
+    folder, n = os.path.join(workdir, "damaged"), 1
     os.makedirs(folder, exist_ok=True)
-    target, n = os.path.join(folder, str(step)), 1
+    target = os.path.join(folder, str(step))
     while os.path.exists(target):
         target, n = os.path.join(folder, f"{step}-{n}"), n + 1
     os.rename(source, target)
@@ -182,14 +176,11 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"--workdir={workdir}: another train is running in it, wait for its end or choose another workdir"
-            ) from error
         except OSError as error:
-            raise InputError(
-                f"--workdir={workdir}: its file system cannot lock files ({error.strerror}), choose another folder"
-            ) from error
+            reason = f"its file system cannot lock files ({error.strerror}), choose another folder"
+            if isinstance(error, BlockingIOError):
+                reason = "another train is running in it, wait for its end or choose another workdir"
+            raise InputError(f"--workdir={workdir}: {reason}") from error
         check_shared(workdir, path)
         try:
             yield
@@ -208,7 +199,8 @@ def check_workdir(workdir: str, settings: Settings) -> None:
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(workdir):
         raise InputError(f"--workdir={workdir}: is a file, expected a folder or a new path")
-    if not steps_on_disk(workdir) and not os.path.exists(path):
+    steps = steps_on_disk(workdir)
+    if not steps and not os.path.exists(path):
         return
     try:
         there = absolute_paths(read_settings(path))
@@ -216,7 +208,7 @@ def check_workdir(workdir: str, settings: Settings) -> None:
         raise InputError(
             f"--workdir={workdir}: its config.json is not that of a run ({error}): choose another workdir"
         ) from error
-    if steps_on_disk(workdir):
+    if steps:
         old = dict(flatten(dataclasses.asdict(there)))
         new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))
         mesh_free = settings.train.loss_norm == "global_token" and settings.data.group_by == "none"

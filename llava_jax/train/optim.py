@@ -1,5 +1,7 @@
 """AdamW as torch.optim.AdamW computes it, learning-rate groups by parameter path, schedules as transformers'."""
 
+import collections
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +15,8 @@ from llava_jax.settings import parse_groups
 from llava_jax.types import InputError, OptimSettings
 
 Schedule = Callable[[Any], jax.Array]  # of the number of updates before
-
-
-def leaf_path(path: tuple) -> str:
-    """Return 'llm/layers/attn/q/kernel' for the key path of a nested dict."""
-    return "/".join(str(key.key) for key in path)
+# 'llm/layers/attn/q/kernel' for a key path of jax.
+leaf_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def warmup_steps(settings: OptimSettings, steps: int) -> int:
@@ -150,22 +149,16 @@ def make_optimizer(
 
 def describe(settings: OptimSettings, trainable: Any, frozen: Any) -> str:
     """Return a table of what trains and how: part, state, parameters, dtype, peak lr, decay; a row a combination."""
-    rates, decayed = learning_rates(settings, trainable), decay_mask(trainable)
-    rows: dict[tuple, int] = {}
+    rates, decayed = jax.tree.leaves(learning_rates(settings, trainable)), jax.tree.leaves(decay_mask(trainable))
+    rows = collections.Counter()
 
     def count(path: tuple, state: str, leaf: Any, rate: str, decay: str) -> None:
-        part, weights = path[0].key, weights_in(path, leaf)
-        key = (part, state, "nf4" if is_codes(leaf) else str(leaf.dtype), rate, decay)
-        rows[key] = rows.get(key, 0) + weights
+        dtype = "nf4" if is_codes(leaf) else str(leaf.dtype)
+        rows[path[0].key, state, dtype, rate, decay] += weights_in(path, leaf)
 
-    def decay_of(is_decayed: bool) -> str:
-        return f"{settings.weight_decay:g}" if is_decayed else "0"
-
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(trainable), jax.tree.leaves(rates), jax.tree.leaves(decayed), strict=True
-    )
-    for (path, leaf), rate, is_decayed in leaves:
-        count(path, "trainable", leaf, f"{rate:g}", decay_of(is_decayed))
+    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    for (path, leaf), rate, is_decayed in zip(leaves, rates, decayed, strict=True):
+        count(path, "trainable", leaf, f"{rate:g}", f"{settings.weight_decay:g}" if is_decayed else "0")
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
         count(path, "frozen", leaf, "-", "-")
 
