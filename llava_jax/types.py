@@ -338,9 +338,7 @@ class DataSettings:
     `llava_llama_2`, `mistral_instruct`, `chatml_direct`, …
     """
     image_position: str
-    """`front` moves the placeholder of a turn with one image to the front of that turn, as the released LLaVA code
-    does; `keep` leaves it where the row has it.
-    """
+    """`front` moves the placeholder of a turn with one image to its front, as LLaVA's code does; `keep` does not."""
     aspect: str
     """How an image becomes the tower's square: `pad` (to the longer side, with the mean colour), `crop` (the centre),
     `squash` (the whole image, as SigLIP's processor), or `anyres` (LLaVA-NeXT's tiles).
@@ -350,13 +348,9 @@ class DataSettings:
     shuffle: bool
     """A new order each epoch, the same for the same seed."""
     group_by: str
-    """`modality_length` forms updates from rows of similar length, all with or all without images, in the order of
-    the original sampler.
-    """
+    """`modality_length` forms updates of rows of similar length, all with or all without images, as LLaVA's."""
     pack: bool
-    """Several conversations in one row, each with its own attention segment and positions. `train.batch_size` still
-    counts conversations.
-    """
+    """Several conversations in one row, each with its own attention and positions; `train.batch_size` counts them."""
     pack_length: int
     """Tokens in a packed row; 0 takes the length with the least padding."""
     pack_images: int
@@ -442,9 +436,7 @@ class TrainSettings:
     `_weight` is the weight as it was gathered from the other devices (`mesh.fsdp` above 1).
     """
     attention: str
-    """Implementation of the decoder's attention: `splash` (TPU), `cudnn` (GPU) or `xla`; `auto` takes the first that
-    runs.
-    """
+    """The decoder's attention: `splash` (TPU), `cudnn` (GPU) or `xla`; `auto` takes the first that runs."""
     compiler_options: str
     """`none`, `tuned` (the chip's options of `parallel/chips.py`), or `option=value,option=value` for the compiler."""
     profile: int
@@ -456,9 +448,7 @@ class TrainSettings:
     keep: int
     """Checkpoints kept."""
     loss_norm: str
-    """`global_token` divides the summed loss by the supervised tokens of the whole batch; `rank_mean` is the mean of
-    the devices' means, as in the original.
-    """
+    """`global_token`: mean over all supervised tokens of the batch; `rank_mean`: mean of the devices' means."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,9 +472,7 @@ class Settings:
     """One training stage, complete: what `--config` and its overrides become, and what config.json holds."""
 
     stage: str
-    """What learns: `pretrain` the projector, `finetune` the projector and the decoder, `lora` the projector and
-    adapters of the decoder.
-    """
+    """What learns besides the projector: `pretrain` nothing, `finetune` the decoder, `lora` adapters of it."""
     seed: int
     """Of the initial projector, of random weights and of the row order."""
     model: ModelSettings

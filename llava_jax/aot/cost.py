@@ -17,16 +17,7 @@ import functools
 import math
 import re
 
-from llava_jax.aot.hlo import (
-    Instruction,
-    Program,
-    array_bytes,
-    arrays,
-    group_size,
-    in_hbm,
-    matmul_flops,
-    trip_count,
-)
+from llava_jax.aot.hlo import Instruction, Program, array_bytes, arrays, group_size, in_hbm, matmul_flops, trip_count
 from llava_jax.parallel.chips import Chip
 
 HBM_SHARE = 0.9

@@ -47,7 +47,10 @@ def measure(work: Mapping[str, Any], rounds: int, peer_python: str | None) -> Fi
     with the last line that a side printed when it fails.
     """
     with tempfile.TemporaryDirectory(prefix="llava_jax_benchmark_") as folder:
-        work = with_paths(work, folder)
+        if work["job"] in ("data", "scaling"):
+            work = {**work, "images": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
+        else:
+            work = {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
         path = os.path.join(folder, "work.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(work, file)
@@ -58,10 +61,9 @@ def measure(work: Mapping[str, Any], rounds: int, peer_python: str | None) -> Fi
             commands = {OURS: [*here, "llava_jax.benchmark.jax_side", path]}
             if peer_python is not None:
                 commands[PEER] = [peer_python, os.path.join(HERE, "peer.py"), path]
-            sides = {
-                name: stack.enter_context(Side(name, command, os.path.join(folder, f"{name}.log")))
-                for name, command in commands.items()
-            }
+            sides = {name: Side(name, words, f"{folder}/{name}.log") for name, words in commands.items()}
+            for side in sides.values():
+                stack.enter_context(side)
             for side in sides.values():
                 side.ready()
             for _ in range(rounds):
@@ -70,13 +72,6 @@ def measure(work: Mapping[str, Any], rounds: int, peer_python: str | None) -> Fi
             for side in sides.values():
                 side.finish()
     return summary(work, sides)
-
-
-def with_paths(work: Mapping[str, Any], folder: str) -> Figures:
-    """Return the work with the paths of its files."""
-    if work["job"] in ("data", "scaling"):
-        return {**work, "images": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
-    return {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
 
 
 @contextlib.contextmanager

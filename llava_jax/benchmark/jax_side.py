@@ -165,12 +165,12 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     size = work["size"]
 
     def image_batches() -> BatchIterator:
-        return open_batches(images, folder, tokenizer, PICTURE_BATCH, size, pack=False, workers=0)[0]
+        return open_batches(images, folder, tokenizer, PICTURE_BATCH, size)[0]
 
     def turn() -> dict[str, float]:
         with closing(image_batches()) as batches:
             image_seconds = drain(batches, len(images) // PICTURE_BATCH, seconds)
-        packed, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, size, pack=True, workers=0)
+        packed, tokens = open_batches(rows, folder, tokenizer, ROW_BATCH, size, pack=True)
         with closing(packed) as batches:
             row_seconds = drain(batches, len(rows) // ROW_BATCH, seconds)
         return {"image": image_seconds / len(images), "row": row_seconds / len(rows), "row_tokens": tokens / len(rows)}
@@ -185,9 +185,7 @@ def scaling(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     tokenizer, records = load_tokenizer(EMBEDDED_TOKENIZER), image_records(work["images"])
     folder = os.path.dirname(work["images"][0])
     readers = {
-        workers: open_batches(
-            records, folder, tokenizer, PICTURE_BATCH, work["size"], pack=False, workers=workers, steps=10**5
-        )[0]
+        workers: open_batches(records, folder, tokenizer, PICTURE_BATCH, work["size"], workers=workers, steps=10**5)[0]
         for workers in (1, 2)
     }
 
@@ -211,8 +209,8 @@ def open_batches(
     batch_size: int,
     image_size: int,
     *,
-    pack: bool,
-    workers: int,
+    pack: bool = False,
+    workers: int = 0,
     steps: int = 0,
 ) -> tuple[BatchIterator, int]:
     """Return the batches that `train` would get of these records, and how many tokens the records have.
@@ -226,8 +224,8 @@ def open_batches(
       pack, workers: as in DataSettings.
       steps: batches; 0 for each record once.
     """
-    unpacked = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **UNPACKED)
-    settings = dataclasses.replace(unpacked, pack=pack)
+    how = UNPACKED | dict(pack=pack, workers=workers)
+    settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **how)
     checked = check_records(records, settings, tokenizer, patches=PATCHES)
     plan = plan_batches(
         records,
@@ -241,7 +239,7 @@ def open_batches(
     )
     batches = make_pipeline(
         records,
-        dataclasses.replace(settings, workers=workers),
+        settings,
         tokenizer,
         plan,
         image_size=image_size,

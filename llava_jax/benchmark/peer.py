@@ -11,6 +11,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from worker import PICTURE_BATCH, Figures, Turn, clock, fingerprint, serve
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What trains in each stage, by the names of LlavaForConditionalGeneration.
 PARTS = {
     "pretrain": ("multi_modal_projector",),
@@ -19,30 +20,24 @@ PARTS = {
 
 
 def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         torch.set_num_threads(1)
     return {"train": train, "generate": generate, "data": data}[work["job"]](work)
 
 
-def load(work: Mapping[str, Any], device: str, dtype: torch.dtype) -> torch.nn.Module:
+def load(work: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Load the model of the folder, or one of its size with random weights where it holds no weights."""
+    how = dict(dtype=dtype, attn_implementation="sdpa")
     if work["weights"]:
-        return LlavaForConditionalGeneration.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa").to(
-            device
-        )
+        return LlavaForConditionalGeneration.from_pretrained(work["model"], **how).to(DEVICE)
     config = LlavaConfig.from_pretrained(work["model"])
-    with torch.device(device):
-        return LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-
-
-def place() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(DEVICE):
+        return LlavaForConditionalGeneration._from_config(config, **how)
 
 
 def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the loss of the first update and a turn of `steps` updates, which measures seconds an update."""
-    device = place()
-    model = load(work, device, getattr(torch, work["param_dtype"])).train()
+    model = load(work, getattr(torch, work["param_dtype"])).train()
     trained = []
     for name, value in model.named_parameters():
         value.requires_grad = any(part in name.split(".") for part in PARTS[work["stage"]])
@@ -54,9 +49,9 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         model.enable_input_require_grads()
     forward = torch.compile(model) if work["compiled"] else model
     with np.load(work["batch"]) as arrays:
-        tokens = torch.from_numpy(arrays["tokens"]).long().to(device)
-        labels = torch.from_numpy(np.where(arrays["targets"], arrays["tokens"], -100)).long().to(device)
-        pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(device, model.dtype)
+        tokens = torch.from_numpy(arrays["tokens"]).long().to(DEVICE)
+        labels = torch.from_numpy(np.where(arrays["targets"], arrays["tokens"], -100)).long().to(DEVICE)
+        pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(DEVICE, model.dtype)
 
     def update() -> torch.Tensor:
         # Rows are full, so no mask is given: sdpa then takes its causal kernel.
@@ -66,7 +61,7 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    seconds = clock(device)
+    seconds = clock(DEVICE)
 
     def turn() -> dict[str, float]:
         began = seconds()
@@ -77,19 +72,18 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
     loss = update().item()
     update().item()
-    return {"loss": loss, **about(model, device)}, turn
+    return {"loss": loss, **about(model)}, turn
 
 
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
-    device = place()
-    model = load(work, device, getattr(torch, work["dtype"])).eval()
+    model = load(work, getattr(torch, work["dtype"])).eval()
     with np.load(work["batch"]) as arrays:
-        tokens = torch.from_numpy(arrays["tokens"]).long().to(device)
-        pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(device, model.dtype)
+        tokens = torch.from_numpy(arrays["tokens"]).long().to(DEVICE)
+        pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(DEVICE, model.dtype)
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(tokens)
-    seconds = clock(device)
+    seconds = clock(DEVICE)
 
     @torch.inference_mode()
     def answer(count: int) -> tuple[float, list[list[int]]]:
@@ -108,7 +102,7 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         total, first = answer(work["new_tokens"])[0], answer(1)[0]
         return {"token": total / work["new_tokens"], "first_token": first, **device_peak()}
 
-    return {"ids": answer(work["new_tokens"])[1], **about(model, device)}, turn
+    return {"ids": answer(work["new_tokens"])[1], **about(model)}, turn
 
 
 def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
@@ -151,15 +145,15 @@ def data(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     return {"pixels": hashes, "device": "cpu"}, turn
 
 
-def about(model: torch.nn.Module, device: str) -> Figures:
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+def about(model: torch.nn.Module) -> Figures:
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     parameters = sum(value.numel() for value in model.parameters())
     return {"device": name, "parameters": parameters, "torch": torch.__version__}
 
 
 def device_peak() -> dict[str, float]:
     """Return the most memory the accelerator has held; nothing on a CPU."""
-    return {"device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    return {"device_bytes": torch.cuda.max_memory_allocated()} if DEVICE == "cuda" else {}
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def data(args: argparse.Namespace) -> int:
     print_table(result, ("images a CPU second", lambda side: f"{1 / side['image']:.1f}"))
     ours = result["ours"]
     print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
-    batches = args.images  # each image as often as a batch has places
-    work = dict(job="scaling", count=args.images, size=args.side, batches=batches, core=None)
+    # As many batches as images: each image as often as a batch has places.
+    work = dict(job="scaling", count=args.images, size=args.side, batches=args.images, core=None)
     scaled = measure(work, args.rounds, None)["ours"]
     one, two, ratio = 1 / scaled["workers_1"], 1 / scaled["workers_2"], scaled["ratio"]
     print(f"  workers: {one:.1f} images a second from one, {two:.1f} from two, {ratio:.2f} times as many")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from typing import Any
 
 from llava_jax.cli.flags import Named, announce, check_least, check_output
 from llava_jax.io import write_json, write_rows
@@ -27,14 +26,9 @@ def captions(args: argparse.Namespace) -> int:
     announce("prepare captions", captions=args.captions, output=args.output, seed=args.seed)
     refused: list[room.Refused] = []
     written = write_rows(args.output, room.caption_rows(room.read_captions(args.captions, refused), args.seed))
-    print_refused(refused)
+    print("".join(f"refused: {one}\n" for one in refused), end="")
     print(f"{written:,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
     return 0
-
-
-def print_refused(refused: list[Any]) -> None:
-    for one in refused:
-        print(f"refused: {one}")
 
 
 def concepts_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +72,7 @@ def concepts(args: argparse.Namespace) -> int:
     write_rows(args.output, captions_room.caption_rows((found[index] for index in selection.kept), args.seed))
     if args.json:
         write_json(args.json, {"refused": len(refused), **selection.figures()})
-    print_refused(refused)
+    print("".join(f"refused: {one}\n" for one in refused), end="")
     print("\n".join(selection.lines()))
     print(f"{len(selection.kept):,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
     return 0

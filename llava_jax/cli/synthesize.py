@@ -68,19 +68,12 @@ def synthesize(args: Namespace) -> int:
 
     limits = [f"{args.budget_tokens} tokens"] if args.budget_tokens else []
     limits += [f"{args.budget_usd:g} USD"] if args.budget_usd else []
-    announce(
-        "synthesize",
-        contexts=args.contexts,
-        kind=args.kind,
-        output="none, dry run" if args.dry_run else args.output,
-        teacher=args.teacher,
-        endpoint=args.endpoint,
-        request=json.dumps(settings) if args.teacher != EMBEDDED else None,
-        prompts=args.prompts,
-        images=f"the first {args.limit}" if args.limit else "all",
-        budget=" and ".join(limits),
-        seed=args.seed,
-    )
+    output = "none, dry run" if args.dry_run else args.output
+    request = json.dumps(settings) if args.teacher != EMBEDDED else None
+    images = f"the first {args.limit}" if args.limit else "all"
+    given = dict(contexts=args.contexts, kind=args.kind, output=output, teacher=args.teacher, endpoint=args.endpoint)
+    given |= dict(request=request, prompts=args.prompts, images=images, budget=" and ".join(limits), seed=args.seed)
+    announce("synthesize", **given)
     job = write.open_job(
         args.contexts, args.kind, args.prompts, seed=args.seed, limit=args.limit, attempts=args.attempts
     )

@@ -185,13 +185,8 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_ours and _is_unused(workdir):
+            if is_ours and [name for _, _, names in os.walk(workdir) for name in names] == [LOCK]:
                 shutil.rmtree(workdir)
-
-
-def _is_unused(workdir: str) -> bool:
-    """Whether nothing but the lock has been written there."""
-    return [name for _, _, names in os.walk(workdir) for name in names] == [LOCK]
 
 
 def check_workdir(workdir: str, settings: Settings) -> None:
@@ -205,9 +200,8 @@ def check_workdir(workdir: str, settings: Settings) -> None:
     try:
         there = absolute_paths(read_settings(path))
     except InputError as error:
-        raise InputError(
-            f"--workdir={workdir}: its config.json is not that of a run ({error}): choose another workdir"
-        ) from error
+        reason = f"its config.json is not that of a run ({error})"
+        raise InputError(f"--workdir={workdir}: {reason}: choose another workdir") from error
     if steps:
         old = dict(flatten(dataclasses.asdict(there)))
         new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))

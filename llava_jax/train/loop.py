@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from llava_jax.data.packing import BatchShape, check_batch_size
+from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
@@ -40,7 +40,7 @@ from llava_jax.train.setup import (
     total_steps,
 )
 from llava_jax.train.step import TrainState, batch_ranks
-from llava_jax.types import Batch, InputError, Record, Settings
+from llava_jax.types import InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector
 
 STOPPED_EXIT_CODE = 42
@@ -102,6 +102,13 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         todo = range(int(state.step), steps)
         tracing_these = tracing(workdir, todo, train.profile) if train.profile else nullcontext()
         with open_metrics(workdir, todo, train.log_every) as writer, tracing_these as tracer:
+
+            def start(*inputs: Any) -> Callable:
+                step, seconds = compile_step(run, *inputs, train.compiler_options)
+                if writer is not None:
+                    writer.start_clock(seconds, ideal_seconds(settings.stage, run, batches.shape))
+                return step
+
             state = run_updates(
                 run,
                 state,
@@ -110,7 +117,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 steps=todo,
                 rows=batches.shape.rows,
                 save_every=train.checkpoint_every,
-                start=partial(start, run, settings, batches.shape, writer),
+                start=start,
                 report=partial(report, writer=writer, records=records),
                 save=partial(checkpoint.save, manager, data=data, meta=meta),
                 tracer=tracer,
@@ -137,7 +144,7 @@ def run_updates(
     tracer: Tracer | None,
     should_stop: Callable[[int], bool],
 ) -> TrainState:
-    """Run the updates `steps`; save every `save_every`, at the end, and when `should_stop` says so.
+    """Run the updates `steps` with the step that `start` compiles; save every `save_every`, when stopped, and at the end.
 
     The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
     batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
@@ -175,23 +182,6 @@ def run_updates(
         if stopped:
             break
     return state
-
-
-def start(
-    run: Run,
-    settings: Settings,
-    shape: BatchShape,
-    writer: "MetricsWriter | None",
-    state: TrainState,
-    frozen: Any,
-    arrays: Batch,
-) -> Callable:
-    """Compile the step, print what it takes, and start the clock of the metrics; return the compiled step."""
-    step, seconds, line = compile_step(run, state, frozen, arrays, settings.train.compiler_options)
-    say(line)
-    if writer is not None:
-        writer.start_clock(seconds, ideal_seconds(settings.stage, run, shape))
-    return step
 
 
 def report(

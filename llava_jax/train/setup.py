@@ -157,14 +157,11 @@ def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
+    return jax.tree.map(lambda x, at: x.update(sharding=at), abstract, shardings)
 
 
 def _cast(abstract: Any, dtype: str) -> Any:
-    def cast(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype if is_codes(x) else dtype, sharding=x.sharding)
-
-    return jax.tree.map(cast, abstract)
+    return jax.tree.map(lambda x: x if is_codes(x) else x.update(dtype=dtype), abstract)
 
 
 # ---- the step as a compiled program ----------------------------------------------------------------------------------
@@ -220,8 +217,8 @@ def compile_lowered(lowered: jax.stages.Lowered, spec: str, device_kind: str) ->
         raise
 
 
-def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tuple[Callable, float, str]:
-    """Return (the compiled step, the seconds it took, a line about them and about its memory)."""
+def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tuple[Callable, float]:
+    """Return (the compiled step, the seconds it took); print them and what memory it takes."""
     start = time.monotonic()
     try:
         step = compile_lowered(run.step.lower(state, frozen, batch), spec, run.mesh.devices.flat[0].device_kind)
@@ -238,7 +235,8 @@ def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tu
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         line += f", {total / GIB:.2f} GiB a device ({memory.temp_size_in_bytes / GIB:.2f} of them temporary)"
-    return step, seconds, line
+    say(line)
+    return step, seconds
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------
