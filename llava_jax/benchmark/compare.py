@@ -47,10 +47,10 @@ def measure(work: Mapping[str, Any], rounds: int, peer_python: str | None) -> Fi
     with the last line that a side printed when it fails.
     """
     with tempfile.TemporaryDirectory(prefix="llava_jax_benchmark_") as folder:
+        files: Figures = {"model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
         if work["job"] in ("data", "scaling"):
-            work = {**work, "images": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
-        else:
-            work = {**work, "model": os.path.join(folder, "model"), "batch": os.path.join(folder, "batch.npz")}
+            files = {"images": [os.path.join(folder, f"{n}.jpg") for n in range(work["count"])]}
+        work = {**work, **files}
         path = os.path.join(folder, "work.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(work, file)

@@ -224,7 +224,7 @@ def open_batches(
       pack, workers: as in DataSettings.
       steps: batches; 0 for each record once.
     """
-    how = UNPACKED | dict(pack=pack, workers=workers)
+    how: dict[str, Any] = UNPACKED | dict(pack=pack, workers=workers)
     settings = DataSettings("", folder, "v1", "front", "pad", 2048, shuffle=False, **how)
     checked = check_records(records, settings, tokenizer, patches=PATCHES)
     plan = plan_batches(

@@ -27,12 +27,12 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 def load(work: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Load the model of the folder, or one of its size with random weights where it holds no weights."""
-    how = dict(dtype=dtype, attn_implementation="sdpa")
     if work["weights"]:
-        return LlavaForConditionalGeneration.from_pretrained(work["model"], **how).to(DEVICE)
+        model = LlavaForConditionalGeneration.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa")
+        return model.to(DEVICE)
     config = LlavaConfig.from_pretrained(work["model"])
     with torch.device(DEVICE):
-        return LlavaForConditionalGeneration._from_config(config, **how)
+        return LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:

@@ -144,7 +144,7 @@ def run_updates(
     tracer: Tracer | None,
     should_stop: Callable[[int], bool],
 ) -> TrainState:
-    """Run the updates `steps` with the step that `start` compiles; save every `save_every`, when stopped, and at the end.
+    """Run the updates `steps` with what `start` compiles; save every `save_every`, when told to stop, and at the end.
 
     The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
     batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
