@@ -3,9 +3,11 @@
 Only the standard library: the peer imports this file by its path, where llava_jax need not be installed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -57,8 +59,5 @@ def peak_bytes() -> int:
 
 def forget_peak() -> None:
     """Count `peak_bytes` anew from here, where the system lets a process do so."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except (FileNotFoundError, PermissionError):
-        return
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

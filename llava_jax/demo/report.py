@@ -99,14 +99,11 @@ def _table(report: dict[str, Any]) -> str:
     heads = "".join(f'<th scope="col">{html.escape(result["name"])}</th>' for result in results.values())
     rows = []
     for kind in (*first["categories"], None):
-        cells, asked = [], 0
-        for result in results.values():
-            figures = result if kind is None else result["categories"][kind]
-            asked = figures["asked"]
-            share = figures["accuracy"]
-            cells.append(f'<td style="--share:{share:.1f}%"><span>{share:.1f}</span></td>')
-        label = kind or "all"
-        head = f'<th scope="row">{html.escape(label)}<small>{asked} questions</small></th>'
+        figures = [result if kind is None else result["categories"][kind] for result in results.values()]
+        shares = [f"{one['accuracy']:.1f}" for one in figures]
+        cells = [f'<td style="--share:{share}%"><span>{share}</span></td>' for share in shares]
+        asked = figures[-1]["asked"]
+        head = f'<th scope="row">{html.escape(kind or "all")}<small>{asked} questions</small></th>'
         rows.append(f"<tr{'' if kind else ' class=total'}>{head}{''.join(cells)}</tr>")
     return (
         f'<div class="wide"><table class="results"><thead><tr><th scope="col">question</th>{heads}</tr></thead>'

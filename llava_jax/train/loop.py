@@ -4,8 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, TextIO
 
@@ -317,19 +317,11 @@ class MetricsWriter:
         self._board.close()
 
 
-@contextmanager
 def open_metrics(
     workdir: str, steps: range, log_every: int, screen: TextIO | None = None
-) -> Iterator[MetricsWriter | None]:
-    """Yield a MetricsWriter of the updates `steps`, closed on every way out; None in all processes but the first."""
-    if not is_first():
-        yield None
-        return
-    writer = MetricsWriter(workdir, steps, log_every, screen or sys.stdout)
-    try:
-        yield writer
-    finally:
-        writer.close()
+) -> AbstractContextManager[MetricsWriter | None]:
+    """Return a MetricsWriter of the updates `steps` for a `with`; None in all processes but the first."""
+    return closing(MetricsWriter(workdir, steps, log_every, screen or sys.stdout)) if is_first() else nullcontext()
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,7 @@
 """Trace a few updates for the profiler (`train.profile`)."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import jax
@@ -46,11 +45,6 @@ class Tracer:
             )
 
 
-@contextmanager
-def tracing(workdir: str, steps: range, updates: int) -> Iterator[Tracer]:
-    """Yield a Tracer into WORKDIR/profile that is closed on every way out."""
-    tracer = Tracer(os.path.join(os.path.abspath(workdir), "profile"), steps, updates)
-    try:
-        yield tracer
-    finally:
-        tracer.close()
+def tracing(workdir: str, steps: range, updates: int) -> AbstractContextManager[Tracer]:
+    """Return a Tracer into WORKDIR/profile for a `with`."""
+    return closing(Tracer(os.path.join(os.path.abspath(workdir), "profile"), steps, updates))
