@@ -181,7 +181,7 @@ def test_parts_under_any_name(tmp_path):
             projector = shutil.copy(tmp_path / f"p.{ending}", tmp_path / f"{name}.{ending}")
             given = dict(model__vision=clip, model__llm=llm, init__model="", init__projector=str(projector))
             settings = make_settings(tmp_path, "finetune", **given)
-            read = read_files(settings, model_spec(settings), dict.fromkeys(hf.PARTS, "float32"))
+            read = read_files(model_spec(settings), dict.fromkeys(hf.PARTS, "float32"))
             assert_equal(flat(read), flat(random_params(CONFIG)))
 
 
@@ -206,7 +206,7 @@ def test_a_run_may_start_from_orbax(tmp_path):
     settings = make_settings(tmp_path, "pretrain", init__model=f"orbax:{folder}")
     plan = model_spec(settings)
     assert (plan.vision_folder, plan.tokenizer) == (str(folder), str(folder))
-    read = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    read = read_files(plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), flat(hf.read_llava(str(tmp_path / "m"))[1]))
     before = fingerprint(f"orbax:{folder}")
     assert before

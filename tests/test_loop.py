@@ -205,7 +205,7 @@ def test_a_run_reads_another_run(runs, inputs):
     settings = change(make_settings(inputs, "pretrain"), "init", model=f"orbax:{ran.workdir}")
     plan = load.model_spec(settings)
     assert load.frozen_sources(settings)["llm"]["fingerprint"] == checkpoints.run_fingerprint(str(ran.workdir))
-    read = load.read_files(settings, plan, {"vision": "bfloat16", "llm": "float32"})
+    read = load.read_files(plan, {"vision": "bfloat16", "llm": "float32"})
     assert set(read) == {"vision", "llm"} and str(read["vision"]["patch"]["kernel"].dtype) == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, read["llm"], ran.trainable[1]["llm"])
 
@@ -213,7 +213,7 @@ def test_a_run_reads_another_run(runs, inputs):
 def test_what_init_model_leaves_unread_is_said(runs, inputs):
     settings = change(make_settings(inputs, "finetune"), "model", projector="linear", feature_layer=-3)
     settings = change(settings, "init", projector=str(runs("pretrain").workdir))
-    said = load.origins(settings, load.model_spec(settings))
+    said = load.origins(load.model_spec(settings))
     assert "init.model decides the model" in said and "(init.projector)" in said
     assert "model.projector=linear is not read, it has mlp2x_gelu" in said and "feature_layer=-3 is not read" in said
 
@@ -384,7 +384,7 @@ def test_random_towers_of_a_config_file(inputs):
     assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     at = jax.tree.map(lambda _: here, build(plan.config)[1])
-    draw = [load.read_params(settings, plan, {"projector": "float32"}, at) for _ in range(2)]
+    draw = [load.read_params(plan, {"projector": "float32"}, at) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *draw)
     for name, fan_in in (("linear_1", 16), ("linear_2", 32)):
         for leaf in draw[0]["projector"][name].values():

@@ -284,7 +284,7 @@ def test_a_run_starts_from_it(tmp_path, folders):
     settings = make_settings(tmp_path, "finetune", init__model=f"llava:{folder}", init__projector=file)
     plan = load.model_spec(settings)
     assert (plan.vision_folder, plan.tokenizer, plan.config.projector) == (tower, folder, "mlp2x_gelu")
-    read = load.read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    read = load.read_files(plan, dict.fromkeys(hf.PARTS, "float32"))
     assert_equal(flat(read), expected(hub(llava_tensors() | clip_tensors() | projector)))
 
 

@@ -198,7 +198,7 @@ def test_any_model_becomes_a_next_and_none_ceases_to_be_one(inputs):
     settings = settings_of(inputs, model="llava")
     plan = model_spec(settings)
     assert plan.config.pinpoints == default_pinpoints(plan.config.vision)
-    read = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    read = read_files(plan, dict.fromkeys(hf.PARTS, "float32"))
     newline = read["projector"]["image_newline"]
     assert newline.shape == (32,) and newline.dtype == np.float32 and 0.5 < newline.std() * 32**0.5 < 1.5
     assert jax.tree.structure(read) == jax.tree.structure(build(plan.config)[1])
@@ -389,7 +389,7 @@ def test_a_run_trains_the_newline_and_answers(inputs, tmp_path):
     lines = tiny_run.read_metrics(tmp_path / "run")
     assert len(lines) == 2 and all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     plan, params, _ = load_trained(str(tmp_path / "run"))
-    before = read_files(settings, plan, dict.fromkeys(hf.PARTS, "float32"))
+    before = read_files(plan, dict.fromkeys(hf.PARTS, "float32"))
     assert (params["projector"]["image_newline"] != before["projector"]["image_newline"]).all()
     model = api.load(str(tmp_path / "run"))
     shapes = [draw(40, 20), str(inputs / "images" / "1.png"), None, [draw(33, 33), draw(16, 16)]]

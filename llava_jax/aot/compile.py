@@ -27,8 +27,7 @@ from llava_jax.settings import RANDOM
 from llava_jax.train.setup import Run, compile_lowered, compiler_options, prepare
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
-from llava_jax.weights.hf_config import check_feature_layer, default_pinpoints
-from llava_jax.weights.load import llm_config, model_spec, vision_config
+from llava_jax.weights.load import described, model_spec
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
@@ -64,18 +63,7 @@ def plan_config(settings: Settings) -> ModelConfig:
             f"model.{absent[0]}={towers[absent[0]]}: no such folder; compile needs its sizes only: give {flags} (or "
             "random:FILE.json with a Hugging Face config)"
         )
-    vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
-    check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
-    return ModelConfig(
-        vision=vision,
-        llm=llm,
-        projector=settings.model.projector,
-        feature_layer=settings.model.feature_layer,
-        image_token_id=llm.vocab_size,
-        dtype=settings.train.dtype,
-        remat=settings.train.remat,
-        pinpoints=default_pinpoints(vision) if settings.data.aspect == "anyres" else (),
-    )
+    return described(settings)
 
 
 def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:

@@ -253,10 +253,10 @@ def restore_or_start(
         state, saved = restored
         check_unchanged(workdir, saved, meta)
         say(f"resuming at step {int(state.step)}")
-        return state, read_params(settings, spec, frozen_dtypes, frozen_at)
+        return state, read_params(spec, frozen_dtypes, frozen_at)
     params_at = jax.tree.map(lambda x: x.sharding, run.state.params)
     dtypes = dict.fromkeys(run.state.params, settings.train.param_dtype)
-    return first_state(run, settings.stage, read_params(settings, spec, frozen_dtypes | dtypes, frozen_at | params_at))
+    return first_state(run, settings.stage, read_params(spec, frozen_dtypes | dtypes, frozen_at | params_at))
 
 
 def first_state(run: Run, stage: str, read: Any) -> tuple[TrainState, Any]:
@@ -318,7 +318,7 @@ def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: B
             f"{batches.shape}, at most {batches.most} conversations a row",
             f"projector {spec.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
             f"accumulate {t.accumulate}, mesh {mesh} on {devices}{share}",
-            origins(settings, spec),
+            origins(spec),
             f"tokenizer {spec.tokenizer}, template {settings.data.template}, "
             f"image {spec.config.vision.image_size} px {settings.data.aspect}, "
             f"{spec.config.vision.patches} image tokens{of_tile} (id {spec.config.image_token_id}), "

@@ -16,7 +16,16 @@ from llava_jax.models.llava import Llava, build
 from llava_jax.models.llava import split_parts as split_adapters
 from llava_jax.parallel.placement import place
 from llava_jax.settings import RANDOM, STAGES, lora_targets, nearest, read_settings
-from llava_jax.types import ClipConfig, InputError, LlamaConfig, LoraConfig, ModelConfig, Settings
+from llava_jax.types import (
+    ClipConfig,
+    InitSettings,
+    InputError,
+    LlamaConfig,
+    LoraConfig,
+    ModelConfig,
+    ModelSettings,
+    Settings,
+)
 from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.weights.hf import Beside, LlavaExtras, read_llava, stored_dtype
@@ -32,45 +41,39 @@ Params = dict[str, Any]
 
 
 EMBEDDED_TOKENIZER = os.path.join(os.path.dirname(os.path.dirname(__file__)), "demo", "backbones", "llama")
+_CLIP_L = ClipConfig(width=1024, mlp_width=4096, layers=24, heads=16, image_size=224, patch_size=14)
 CLIPS = {
     "tiny": ClipConfig(width=32, mlp_width=64, layers=3, heads=2, image_size=32, patch_size=8),
-    "clip-l-14": ClipConfig(width=1024, mlp_width=4096, layers=24, heads=16, image_size=224, patch_size=14),
-    "clip-l-14-336": ClipConfig(width=1024, mlp_width=4096, layers=24, heads=16, image_size=336, patch_size=14),
+    "clip-l-14": _CLIP_L,
+    "clip-l-14-336": dataclasses.replace(_CLIP_L, image_size=336),
 }
+_VICUNA = LlamaConfig(32000, width=4096, mlp_width=11008, layers=32, heads=32, kv_heads=32, head_dim=128)
 LLAMAS = {
     "tiny": LlamaConfig(
         vocab_size=2048, width=64, mlp_width=128, layers=2, heads=4, kv_heads=2, head_dim=16, max_positions=1024
     ),
-    "vicuna-7b": LlamaConfig(
-        vocab_size=32000,
-        width=4096,
-        mlp_width=11008,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        head_dim=128,
-        max_positions=4096,
-    ),
-    "vicuna-13b": LlamaConfig(
-        vocab_size=32000,
-        width=5120,
-        mlp_width=13824,
-        layers=40,
-        heads=40,
-        kv_heads=40,
-        head_dim=128,
-        max_positions=4096,
+    "vicuna-7b": dataclasses.replace(_VICUNA, max_positions=4096),
+    "vicuna-13b": dataclasses.replace(
+        _VICUNA, width=5120, mlp_width=13824, layers=40, heads=40, kv_heads=40, max_positions=4096
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model that is not read yet: config, tokenizer folder, the folder its vision tower comes from (None: random)."""
+    """A model that is not read yet: what it is, and where its weights come from.
+
+    `config` is the plain model and `stage_config` the one that the stage trains, with adapters and a decoder in four
+    bits; `tokenizer` and `vision_folder` (None: a random tower) are folders; what lies in no file is drawn from `seed`.
+    """
 
     config: ModelConfig
+    stage_config: ModelConfig
     tokenizer: str
     vision_folder: str | None
+    model: ModelSettings
+    init: InitSettings
+    seed: int
 
 
 # ---- config ----
@@ -78,33 +81,38 @@ class ModelSpec:
 
 def model_spec(settings: Settings) -> ModelSpec:
     """Return config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
-    if settings.init.model:
-        form, folder = parse(settings.init.model, "init.model")
-        if form == "run":
-            spec = model_spec(read_settings(os.path.join(folder, "config.json")))
-        else:
-            config, extras = hf.read_llava_config(folder)
-            spec = ModelSpec(config, extras.tokenizer, extras.vision)
-        config = dataclasses.replace(spec.config, dtype=settings.train.dtype, remat=settings.train.remat)
-        return dataclasses.replace(spec, config=_with_aspect(settings, config))
+    if not settings.init.model:
+        tokenizer = tokenizer_folder(settings.model.llm)
+        config = described(settings)
+        image_token_id = load_tokenizer(tokenizer).image_token_id(config.llm.vocab_size)
+        config = dataclasses.replace(config, image_token_id=image_token_id)
+        vision_folder = None if settings.model.vision.startswith(RANDOM) else settings.model.vision
+        return _spec(settings, config, tokenizer, vision_folder)
+    form, folder = parse(settings.init.model, "init.model")
+    if form == "run":
+        run = model_spec(read_settings(os.path.join(folder, "config.json")))
+        return _spec(settings, run.config, run.tokenizer, run.vision_folder)
+    config, extras = hf.read_llava_config(folder)
+    return _spec(settings, config, extras.tokenizer, extras.vision)
+
+
+def described(settings: Settings) -> ModelConfig:
+    """Return the config that the `model.` keys describe, with its image token behind the vocabulary."""
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
     hf_config.check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
-    tokenizer = tokenizer_folder(settings.model.llm)
-    config = ModelConfig(
-        vision=vision,
-        llm=llm,
-        projector=settings.model.projector,
-        feature_layer=settings.model.feature_layer,
-        image_token_id=load_tokenizer(tokenizer).image_token_id(llm.vocab_size),
-        dtype=settings.train.dtype,
-        remat=settings.train.remat,
-    )
-    config = _with_aspect(settings, config)
-    return ModelSpec(config, tokenizer, None if settings.model.vision.startswith(RANDOM) else settings.model.vision)
+    config = ModelConfig(vision, llm, settings.model.projector, settings.model.feature_layer, llm.vocab_size)
+    return _for_run(settings, config)
 
 
-def _with_aspect(settings: Settings, config: ModelConfig) -> ModelConfig:
-    """The config as `data.aspect` asks for it: anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that."""
+def _spec(settings: Settings, config: ModelConfig, tokenizer: str, vision_folder: str | None) -> ModelSpec:
+    config = _for_run(settings, config)
+    given = settings.model, settings.init, settings.seed
+    return ModelSpec(config, adapted(settings, config), tokenizer, vision_folder, *given)
+
+
+def _for_run(settings: Settings, config: ModelConfig) -> ModelConfig:
+    """The config as the run computes it; `data.aspect` anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that."""
+    config = dataclasses.replace(config, dtype=settings.train.dtype, remat=settings.train.remat)
     if settings.data.aspect != "anyres" and config.pinpoints:
         raise InputError(
             f"data.aspect={settings.data.aspect}: init.model={settings.init.model} is a LLaVA-NeXT, whose images are "
@@ -153,20 +161,20 @@ def tokenizer_folder(spec: str) -> str:
     return (os.path.dirname(name) or ".") if name.endswith(".json") else EMBEDDED_TOKENIZER
 
 
-def origins(settings: Settings, spec: ModelSpec) -> str:
+def origins(spec: ModelSpec) -> str:
     """Say where each part comes from, what of the config that leaves unread, and what the folders contradict."""
     folders = dict.fromkeys(folder for folder in (spec.vision_folder, spec.tokenizer) if folder)
     warnings = [f"warning: {line}" for folder in folders for line in contradictions(folder)]
-    init, config = settings.init, spec.config
+    init, model, config = spec.init, spec.model, spec.config
     if not init.model:
         projector = init.projector or f"random ({config.projector})"
-        line = f"vision {settings.model.vision}, decoder {settings.model.llm}, projector {projector}"
+        line = f"vision {model.vision}, decoder {model.llm}, projector {projector}"
         return "\n".join([line, *warnings])
     unread = [
         f"model.{name}={given} is not read, it has {held}"
         for name, given, held in (
-            ("projector", settings.model.projector, config.projector),
-            ("feature_layer", settings.model.feature_layer, config.feature_layer),
+            ("projector", model.projector, config.projector),
+            ("feature_layer", model.feature_layer, config.feature_layer),
         )
         if given != held
     ]
@@ -237,44 +245,44 @@ def read_model(
     return dataclasses.replace(config, dtype=dtype), params, extras
 
 
-def read_params(settings: Settings, spec: ModelSpec, dtypes: dict[str, str], at: Params) -> Params:
+def read_params(spec: ModelSpec, dtypes: dict[str, str], at: Params) -> Params:
     """Return the parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed as `at` says."""
-    config = adapted(settings, spec.config)
+    config = spec.stage_config
     dtypes = {part: float_dtype(dtype) for part, dtype in dtypes.items()}
-    read = read_files(settings, spec, dtypes)
+    read = read_files(spec, dtypes)
     for part in read:
         quantised = part == "llm" and config.nf4
         read[part] = place_quantised(config, read[part], at[part]) if quantised else place(read[part], at[part])
     drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    return read | random_params(config, settings.seed, drawn, {part: at[part] for part in drawn})
+    return read | random_params(config, spec.seed, drawn, {part: at[part] for part in drawn})
 
 
-def read_files(settings: Settings, spec: ModelSpec, dtypes: dict[str, str]) -> Params:
+def read_files(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
     """Return those parts of `dtypes` that lie in files, in their dtype, as `LazyTensor` or numpy."""
-    read = _read_sources(settings, spec, dtypes)
+    read = _read_sources(spec, dtypes)
     if spec.config.pinpoints and "image_newline" not in read.get("projector", {"image_newline": None}):
         # The source is no LLaVA-NeXT yet.
         D = spec.config.llm.width
-        drawn = np.random.default_rng(settings.seed).normal(0, D**-0.5, D)
+        drawn = np.random.default_rng(spec.seed).normal(0, D**-0.5, D)
         read["projector"] |= _cast({"image_newline": drawn}, dtypes["projector"])
     return read
 
 
-def _read_sources(settings: Settings, spec: ModelSpec, dtypes: dict[str, str]) -> Params:
+def _read_sources(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
     read: Params = {}
-    if "projector" in dtypes and settings.init.projector:
-        read["projector"] = _cast(read_projector(settings.init.projector, spec.config), dtypes["projector"])
+    if "projector" in dtypes and spec.init.projector:
+        read["projector"] = _cast(read_projector(spec.init.projector, spec.config), dtypes["projector"])
     left = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    if settings.init.model:
-        form, folder = parse(settings.init.model, "init.model")
+    if spec.init.model:
+        form, folder = parse(spec.init.model, "init.model")
         whole = _read_run(folder, left)[1] if form == "run" else hf.read_llava_parts(folder, left, lazy=True)
         return read | whole
-    if "vision" in left and not settings.model.vision.startswith(RANDOM):
+    if "vision" in left and not spec.model.vision.startswith(RANDOM):
         layer = spec.config.feature_layer
-        found = hf.read_clip(settings.model.vision, feature_layer=layer, dtype=left["vision"], lazy=True)
+        found = hf.read_clip(spec.model.vision, feature_layer=layer, dtype=left["vision"], lazy=True)
         read["vision"] = found[1]
-    if "llm" in left and not settings.model.llm.startswith(RANDOM):
-        read["llm"] = hf.read_llama(settings.model.llm, dtype=left["llm"], lazy=True)[1]
+    if "llm" in left and not spec.model.llm.startswith(RANDOM):
+        read["llm"] = hf.read_llama(spec.model.llm, dtype=left["llm"], lazy=True)[1]
     return read
 
 
@@ -341,7 +349,7 @@ def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, P
     settings = read_settings(os.path.join(workdir, "config.json"))
     if settings.stage != "lora":
         raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
-    return adapted(settings, model_spec(settings).config), load_params(workdir, step)[1]
+    return model_spec(settings).stage_config, load_params(workdir, step)[1]
 
 
 def _say_difference(workdir: str, difference: float, dtype: str) -> None:
@@ -365,15 +373,14 @@ def _read_run(
     frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
     if "lora" in trained and "llm" in frozen:
         frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
-    params |= read_files(settings, spec, frozen)
+    params |= read_files(spec, frozen)
     drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    params |= jax.tree.map(np.asarray, random_params(spec.config, settings.seed, drawn, None))
+    params |= jax.tree.map(np.asarray, random_params(spec.config, spec.seed, drawn, None))
     if "lora" in trained and "llm" in frozen:
-        config = adapted(settings, spec.config)
         llm = jax.tree.map(np.asarray, params["llm"])
-        merge = merge_adapters(config, llm, trained["lora"], dtypes["llm"])
+        merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])
         if check_merge:
-            _say_difference(workdir, merge_difference(config, llm, trained["lora"], merge), dtypes["llm"])
+            _say_difference(workdir, merge_difference(spec.stage_config, llm, trained["lora"], merge), dtypes["llm"])
         params["llm"] = merge
     return spec, params
 
