@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_jax.types import InputError
-from llava_jax.weights.torch_bin import TorchFile
+from llava_jax.weights.torch_bin import open_torch
 from tests.torch_files import name, tensor, text, write_bin
 
 RNG = np.random.default_rng(0)
@@ -27,17 +27,17 @@ def pickled(values):
 
 
 def test_tensors_are_bit_equal(tmp_path):
-    file = TorchFile(write_bin(tmp_path / "x.bin", TENSORS))
-    assert file.keys() == list(TENSORS)
+    file = open_torch(write_bin(tmp_path / "x.bin", TENSORS))
+    assert list(file) == list(TENSORS)
     for key, array in TENSORS.items():
-        found = file.get(key)
-        assert found.shape == file.shape(key) == array.shape and found.dtype == array.dtype
+        found = file[key].get()
+        assert found.shape == file[key].shape == array.shape and found.dtype == array.dtype
         assert found.tobytes() == array.tobytes()
-    assert file.dtype("b") == "BF16" and file.dtype("ids") == "I64"
+    assert file["b"].dtype == "BF16" and file["ids"].dtype == "I64"
 
 
 def test_values_stay_in_the_file_until_they_are_used(tmp_path):
-    values = TorchFile(write_bin(tmp_path / "x.bin", TENSORS)).get("a.weight")
+    values = open_torch(write_bin(tmp_path / "x.bin", TENSORS))["a.weight"].get()
     while not isinstance(values, np.memmap):
         values = values.base
     assert not values.flags.writeable
@@ -51,8 +51,8 @@ def test_strides_parameters_and_metadata(tmp_path):
     parameter = name("torch._utils", "_rebuild_parameter") + rebuilt + b"\x88}\x87R"
     content = b"\x80\x02" + name("collections", "OrderedDict") + b")R(" + text("p") + parameter + b"u"
     content += b"}" + text("_metadata") + b"}sb."
-    file = TorchFile(write_bin(tmp_path / "x.bin", {"a": array}, content))
-    np.testing.assert_array_equal(file.get("p"), array.reshape(-1)[np.array([[1, 5], [2, 6], [3, 7]])])
+    file = open_torch(write_bin(tmp_path / "x.bin", {"a": array}, content))
+    np.testing.assert_array_equal(file["p"].get(), array.reshape(-1)[np.array([[1, 5], [2, 6], [3, 7]])])
 
 
 class Runs:
@@ -77,7 +77,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(tmp_path, what, protocol):
     content = pickle.dumps(hostile, protocol)
     says = dict(system=r"names (posix|os)\.system", eval=r"names (__builtin__|builtins)\.eval", nested="names ")[what]
     with pytest.raises(InputError, match=f"nothing in it was run: its pickle ({says}|holds the instruction)"):
-        TorchFile(write_bin(tmp_path / "x.bin", TENSORS, content))
+        open_torch(write_bin(tmp_path / "x.bin", TENSORS, content))
     assert not trace.exists()
 
 
@@ -103,32 +103,32 @@ BROKEN = {
 def test_anything_but_tensors_is_refused(tmp_path, case):
     content, says = BROKEN[case]
     with pytest.raises(InputError, match=says):
-        TorchFile(write_bin(tmp_path / "x.bin", TENSORS, content))
+        open_torch(write_bin(tmp_path / "x.bin", TENSORS, content))
 
 
 def test_files_that_are_none(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2))
     with pytest.raises(InputError, match="no zip archive, as torch 1.6"):
-        TorchFile(str(path))
+        open_torch(str(path))
     write_bin(path, TENSORS)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="no zip archive"):
-        TorchFile(str(path))
+        open_torch(str(path))
     with pytest.raises(InputError, match="compressed"):
-        TorchFile(write_bin(path, TENSORS, compression=zipfile.ZIP_DEFLATED))
+        open_torch(write_bin(path, TENSORS, compression=zipfile.ZIP_DEFLATED))
     with pytest.raises(InputError, match="big-endian"):
-        TorchFile(write_bin(path, TENSORS, byteorder=b"big"))
+        open_torch(write_bin(path, TENSORS, byteorder=b"big"))
     with pytest.raises(InputError, match="a.weight has 8 bytes of 12 values"):
-        TorchFile(write_bin(path, TENSORS, **{"data/0": b"12345678"}))
+        open_torch(write_bin(path, TENSORS, **{"data/0": b"12345678"}))
     with pytest.raises(InputError, match="w has no data"):
-        TorchFile(write_bin(path, {}, pickled(text("w") + tensor(TENSORS["b"], "0"))))
+        open_torch(write_bin(path, {}, pickled(text("w") + tensor(TENSORS["b"], "0"))))
     beyond = tensor(TENSORS["a.weight"], "0").replace(b"J\x03\0\0\0", b"J\x05\0\0\0")
     with pytest.raises(InputError, match="w reaches beyond its data"):
-        TorchFile(write_bin(path, TENSORS, pickled(text("w") + beyond)))
+        open_torch(write_bin(path, TENSORS, pickled(text("w") + beyond)))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme", "no model")
     with pytest.raises(InputError, match="without torch's data.pkl"):
-        TorchFile(str(path))
+        open_torch(str(path))
     with pytest.raises(InputError, match="cannot be read"):
-        TorchFile(str(tmp_path / "nowhere.bin"))
+        open_torch(str(tmp_path / "nowhere.bin"))

@@ -209,7 +209,7 @@ def _read(
         one_shape = shape[1:] if row.stacked else shape
 
         def one(layer: int, row: name_table.Row = row, shape: tuple[int, ...] = one_shape) -> np.ndarray:
-            return name_table.to_ours(row, tensors.get(names[row.hf.format(layer)]), shape)
+            return name_table.to_ours(row, tensors[names[row.hf.format(layer)]].get(), shape)
 
         flat[path] = LazyTensor(shape, np.dtype(jnp.dtype(dtypes[part])), row.stacked, one)
     tree = name_table.unflatten(flat)
@@ -255,10 +255,10 @@ def _differences(
                 if reason is None:
                     continue
                 unexpected.append(name) if reason == "" else problems.append(reason)
-        elif tensors.shape(name) != expected[canonical]:
-            shapes.append(f"{name} is {list(tensors.shape(name))}, expected {list(expected[canonical])}")
-        elif tensors.dtype(name) not in FLOATS:
-            dtypes.append(f"{name} is {tensors.dtype(name)}, expected one of {', '.join(sorted(FLOATS))}")
+        elif tensors[name].shape != expected[canonical]:
+            shapes.append(f"{name} is {list(tensors[name].shape)}, expected {list(expected[canonical])}")
+        elif tensors[name].dtype not in FLOATS:
+            dtypes.append(f"{name} is {tensors[name].dtype}, expected one of {', '.join(sorted(FLOATS))}")
     if missing:
         problems.append("missing " + ", ".join(_grouped(missing)))
     if unexpected:
@@ -270,10 +270,10 @@ def _surplus(tensors: Tensors, config: ModelConfig, names: Mapping[str, str], ca
     """Why a tensor that has no row may not be there: None when it may, "" when it is simply unknown."""
     embedding = names.get(name_table.LLM + "embed_tokens.weight")
     if canonical == name_table.HEAD and config.llm.tied and embedding is not None:
-        same = np.array_equal(tensors.get(names[canonical]), tensors.get(embedding))
+        same = np.array_equal(tensors[names[canonical]].get(), tensors[embedding].get())
         return None if same else f"{names[canonical]} differs from the embeddings although the config ties them"
     if canonical.startswith(name_table.PROJECTOR + "linear_2.") and config.projector == "linear":
-        tensor = tensors.get(names[canonical])
+        tensor = tensors[names[canonical]].get()
         same = np.array_equal(tensor, np.eye(config.llm.width) if tensor.ndim == 2 else np.zeros(config.llm.width))
         return None if same else f"{names[canonical]} is not the identity although the projector is linear"
     return ""

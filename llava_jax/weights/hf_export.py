@@ -228,14 +228,14 @@ def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype)
         kind = "original"
     tensors = open_folder(source)
     names = {name_table.canonical(name, kind): name for name in tensors.names()}
-    wrong = [name for name, shape in shapes.items() if name not in names or tensors.shape(names[name]) != shape]
+    wrong = [name for name, shape in shapes.items() if name not in names or tensors[names[name]].shape != shape]
     if wrong:
         raise InputError(
             f"{source}: lacks {', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''} in the expected shape; give the "
             "folder the vision tower came from"
         )
     for name, shape in shapes.items():
-        yield Piece(name, shape, dtype, lambda name=name: tensors.get(names[name]).astype(dtype))
+        yield Piece(name, shape, dtype, lambda name=name: tensors[names[name]].get().astype(dtype))
 
 
 def _fresh(name: str, shape: tuple[int, ...], dtype: np.dtype) -> Piece:

@@ -7,8 +7,8 @@ by default). Other spellings are brought to them by `canonical` before the table
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,14 @@ class Row:
     @property
     def stacked(self) -> bool:
         return "{}" in self.hf
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: shape, safetensors' name of its dtype, and values, read-only and maybe in pages of the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    get: Callable[[], np.ndarray]
 
 
 VISION = "vision_tower.vision_model."

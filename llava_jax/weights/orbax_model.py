@@ -3,6 +3,7 @@
 It lies in the folder `weights` of a model folder, whose other files are those of an export to Hugging Face.
 """
 
+import functools
 import glob
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 
 from llava_jax.types import InputError
 from llava_jax.weights import name_table
-from llava_jax.weights.source import WEIGHTS
+from llava_jax.weights.source import WEIGHTS, first_line
 
 # What the tree in it holds: our nested dict, and {hub name: tensor}.
 PARAMS, BEYOND = "params", "beyond"
@@ -42,59 +43,42 @@ def save(folder: str, params: Mapping[str, Any], beyond: Mapping[str, np.ndarray
         checkpointer.save(os.path.abspath(os.path.join(folder, WEIGHTS)), args=args)
 
 
-class OrbaxFile:
-    """The tensors of such a folder under the hub's names; InputError when it cannot be read."""
+def open_tensors(folder: str) -> dict[str, name_table.Stored]:
+    """Return the tensors of such a folder under the hub's names; InputError when it cannot be read."""
+    import orbax.checkpoint as ocp
+    import tensorstore
+    from etils import epath
 
-    def __init__(self, folder: str):
-        import orbax.checkpoint as ocp
-        import tensorstore
-        from etils import epath
+    where = os.path.abspath(os.path.join(folder, WEIGHTS))
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": where + os.sep}}
+    try:
+        # orbax leaves a traceback behind where this fails.
+        tensorstore.KvStore.open(store).result().list().result()
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(where)).tree
+    except (ValueError, OSError, KeyError) as error:
+        raise _broken(where, error) from error
 
-        self._path = os.path.abspath(os.path.join(folder, WEIGHTS))
-        self._store = {"driver": "ocdbt", "base": {"driver": "file", "path": self._path + os.sep}}
+    def get(leaf: Any, row: name_table.Row | None, layer: int | None) -> np.ndarray:
+        """The tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
         try:
-            # orbax leaves a traceback behind where this fails.
-            tensorstore.KvStore.open(self._store).result().list().result()
-            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self._path)).tree
-        except (ValueError, OSError, KeyError) as error:
-            raise self._broken(error) from error
-        self._leaves = {**name_table.flatten(tree.get(PARAMS, {})), **tree.get(BEYOND, {})}
-        # Hub name -> our path or the name again, and the layer where that is a stack.
-        self._place: dict[str, tuple[str, int | None]] = {}
-        for path, leaf in self._leaves.items():
-            row = name_table.ROWS.get(path)
-            for layer in range(leaf.shape[0]) if row and row.stacked else (None,):
-                self._place[row.hf.format(layer) if row else path] = path, layer
-
-    def keys(self) -> list[str]:
-        return list(self._place)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        path, layer = self._place[name]
-        shape = tuple(self._leaves[path].shape)
-        return (
-            name_table.hf_shape(name_table.ROWS[path], shape[0 if layer is None else 1 :])
-            if path in name_table.ROWS
-            else shape
-        )
-
-    def dtype(self, name: str) -> str:
-        given = str(np.dtype(self._leaves[self._place[name][0]].dtype))
-        return DTYPES.get(given, given)
-
-    def get(self, name: str) -> np.ndarray:
-        """Return the tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
-        import tensorstore
-
-        path, layer = self._place[name]
-        store = self._store | {"path": self._leaves[path].name + "/"}
-        try:
-            array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+            kvstore = store | {"path": leaf.name + "/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
             values = (array if layer is None else array[layer]).read().result()
         except ValueError as error:
-            raise self._broken(error) from error
-        return name_table.to_hf(name_table.ROWS[path], values) if path in name_table.ROWS else values
+            raise _broken(where, error) from error
+        return name_table.to_hf(row, values) if row else values
 
-    def _broken(self, error: BaseException) -> InputError:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        return InputError(f"{self._path}: cannot be read ({line}); convert the model again")
+    stored = {}
+    for path, leaf in {**name_table.flatten(tree.get(PARAMS, {})), **tree.get(BEYOND, {})}.items():
+        row, dtype = name_table.ROWS.get(path), str(np.dtype(leaf.dtype))
+        for layer in range(leaf.shape[0]) if row and row.stacked else (None,):
+            name, shape = path, tuple(leaf.shape)
+            if row:
+                name, shape = row.hf.format(layer), name_table.hf_shape(row, shape[0 if layer is None else 1 :])
+            values = functools.partial(get, leaf, row, layer)
+            stored[name] = name_table.Stored(shape, DTYPES.get(dtype, dtype), values)
+    return stored
+
+
+def _broken(where: str, error: BaseException) -> InputError:
+    return InputError(f"{where}: cannot be read ({first_line(error)}); convert the model again")

@@ -173,7 +173,7 @@ def open_tensors(original: Original) -> Tensors:
     tensors = _with_base(original) if original.base else open_folder(original.folder)
     if _holds_tower(tensors):
         return tensors
-    return dataclasses.replace(open_folder(original.tower).joined(tensors), where=tensors.where)
+    return open_folder(original.tower).joined(tensors.stored, tensors.where)
 
 
 def tower_source(original: Original) -> str:
@@ -191,12 +191,11 @@ def _holds_tower(tensors: Tensors) -> bool:
 def _with_base(original: Original) -> Tensors:
     """The base's tensors with an adapter's updates added, and the other trained tensors in their place."""
     folder, tensors = original.folder, open_folder(original.base)
-    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
-        return dataclasses.replace(
-            peft.placed(tensors, open_file(os.path.join(folder, PROJECTOR)), "original"), where=folder
-        )
-    tensors = peft.merged(folder, tensors, "original")
     others = os.path.join(folder, OTHERS)
-    if not os.path.isfile(others):
-        return dataclasses.replace(tensors, where=f"{folder} (no {OTHERS}: the projector is the base's)")
-    return dataclasses.replace(peft.placed(tensors, open_file(others), "original"), where=folder)
+    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        others = os.path.join(folder, PROJECTOR)
+    else:
+        tensors = peft.merged(folder, tensors, "original")
+        if not os.path.isfile(others):
+            return dataclasses.replace(tensors, where=f"{folder} (no {OTHERS}: the projector is the base's)")
+    return dataclasses.replace(peft.placed(tensors, open_file(others).stored, "original"), where=folder)

@@ -114,7 +114,7 @@ def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) 
             save_tensors(partial, tensors)
         written = open_file(partial)
         for name, tensor in tensors.items():
-            if written.get(name).tobytes() != tensor.tobytes():
+            if written[name].get().tobytes() != tensor.tobytes():
                 raise OSError(f"{path}: {name} read back differs from what was written")
         os.replace(partial, path)
     finally:

@@ -3,7 +3,7 @@
 What was trained whole (the projector) lies among the adapters, as peft's modules_to_save.
 """
 
-import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,8 +17,9 @@ from llava_jax.types import InputError, LoraConfig, ModelConfig
 from llava_jax.weights import name_table
 from llava_jax.weights.hf_config import read_json
 from llava_jax.weights.hf_export import finished_folder
+from llava_jax.weights.name_table import Stored
 from llava_jax.weights.source import ADAPTER_CONFIG
-from llava_jax.weights.tensors import FLOATS, File, Tensors, open_file, save_tensors
+from llava_jax.weights.tensors import FLOATS, Tensors, open_file, save_tensors
 
 Params = dict[str, Any]
 
@@ -58,61 +59,21 @@ def merged(folder: str, base: Tensors, kind: str) -> Tensors:
     paths = [os.path.join(folder, name) for name in (ADAPTER, "adapter_model.bin")]
     adapter = open_file(next((path for path in paths if os.path.isfile(path)), paths[0]))
     pairs = _pairs(adapter, base, kind)
-    updated = base.joined(Tensors(folder, dict.fromkeys(pairs, _Merged(base, adapter, pairs, scale))))
-    whole = {name: file for name, file in adapter.file_of.items() if not LOW_RANK.fullmatch(name)}
-    return dataclasses.replace(placed(updated, Tensors(adapter.where, whole), kind), where=folder)
+
+    def get(target: str) -> np.ndarray:
+        a, b = (adapter[part].get().astype(np.float32) for part in pairs[target])
+        return base[target].get().astype(np.float32) + np.float32(scale) * (b @ a)
+
+    updated = {name: Stored(base[name].shape, "F32", functools.partial(get, name)) for name in pairs}
+    whole = {name: found for name, found in adapter.stored.items() if not LOW_RANK.fullmatch(name)}
+    return placed(base.joined(updated, folder), whole, kind)
 
 
-def placed(base: Tensors, trained: Tensors, kind: str) -> Tensors:
+def placed(base: Tensors, trained: Mapping[str, Stored], kind: str) -> Tensors:
     """Return the base's tensors with those of `trained` in their place, under the base's spelling."""
     spelled = {name_table.canonical(name, kind): name for name in base.names()}
-    files: dict[str, File] = {}
-    for name in trained.names():
-        files[spelled.get(name_table.canonical(name, kind), name_table.without_peft(name))] = _As(trained, name)
-    return base.joined(Tensors(trained.where, files))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Merged(File):
-    """Weights of a base with their low-rank updates added, in float32; tensor -> (A [r, in], B [out, r])."""
-
-    base: Tensors
-    adapter: Tensors
-    pairs: Mapping[str, tuple[str, str]]
-    scale: float
-
-    def keys(self) -> list[str]:
-        return list(self.pairs)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.base.shape(name)
-
-    def dtype(self, name: str) -> str:
-        return "F32"
-
-    def get(self, name: str) -> np.ndarray:
-        a, b = (self.adapter.get(part).astype(np.float32) for part in self.pairs[name])
-        return self.base.get(name).astype(np.float32) + np.float32(self.scale) * (b @ a)
-
-
-@dataclasses.dataclass(frozen=True)
-class _As(File):
-    """One tensor, under whatever name it is asked for."""
-
-    tensors: Tensors
-    name: str
-
-    def keys(self) -> list[str]:
-        return [self.name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors.shape(self.name)
-
-    def dtype(self, name: str) -> str:
-        return self.tensors.dtype(self.name)
-
-    def get(self, name: str) -> np.ndarray:
-        return self.tensors.get(self.name)
+    names = {name: spelled.get(name_table.canonical(name, kind), name_table.without_peft(name)) for name in trained}
+    return base.joined({names[name]: found for name, found in trained.items()}, base.where)
 
 
 def _scale(folder: str) -> float:
@@ -158,12 +119,12 @@ def _misfits(adapter: Tensors, base: Tensors, halves: Mapping[str, Mapping[str, 
         if set(half) != {"A", "B"}:
             yield f"{', '.join(half.values())} has no counterpart"
             continue
-        a, b = (adapter.shape(half[letter]) for letter in "AB")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != base.shape(target):
-            yield f"{half['B']} {list(b)} times {half['A']} {list(a)} is not {target} {list(base.shape(target))}"
+        a, b = (adapter[half[letter]].shape for letter in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != base[target].shape:
+            yield f"{half['B']} {list(b)} times {half['A']} {list(a)} is not {target} {list(base[target].shape)}"
         for name in half.values():
-            if adapter.dtype(name) not in FLOATS:
-                yield f"{name} is {adapter.dtype(name)}"
+            if adapter[name].dtype not in FLOATS:
+                yield f"{name} is {adapter[name].dtype}"
 
 
 # ---- written ------------------------------------------------------------------------------------------------------
@@ -190,7 +151,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
         save_tensors(path, tensors)
         written = open_file(path)
         for name, array in tensors.items():
-            if written.get(name).tobytes() != array.tobytes():
+            if written[name].get().tobytes() != array.tobytes():
                 raise OSError(f"{path}: {name} read back differs from what was written")
 
 

@@ -5,6 +5,7 @@ Read are .safetensors, torch's .bin files and what we wrote as orbax; written ar
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import math
@@ -12,7 +13,6 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
 
 import absl.logging
 import numpy as np
@@ -23,8 +23,9 @@ from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
 from llava_jax.weights.hf_config import PLACES, read_json
+from llava_jax.weights.name_table import Stored
 from llava_jax.weights.source import is_converted
-from llava_jax.weights.torch_bin import DTYPES, TorchFile
+from llava_jax.weights.torch_bin import DTYPES, open_torch
 
 SINGLE, INDEX = PLACES["weights"]
 TORCH_SINGLE, TORCH_INDEX = PLACES["weights where there are no safetensors"]
@@ -32,51 +33,35 @@ SHARD_BYTES = 5_000_000_000
 FLOATS = {"F32", "F16", "BF16"}
 
 
-class File(Protocol):
-    """One opened weight file. `dtype` is safetensors' name of it, `get` the tensor in pages of the file, read-only."""
-
-    def keys(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> str: ...
-    def get(self, name: str) -> np.ndarray: ...
-
-
-class SafeFile:
+def _open_safetensors(path: str) -> dict[str, Stored]:
     """The tensors of one .safetensors file; InputError when it is broken.
 
     Each tensor is mapped by itself, so that the pages of one that was read do not stay in memory.
     """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: is cut short or no safetensors file ({error}); download it again") from error
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
 
-    def __init__(self, path: str):
-        self._path = path
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: is cut short or no safetensors file ({error}); download it again") from error
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        self._start = 8 + size
-        self._header = {name: about for name, about in header.items() if name != "__metadata__"}
-
-    def keys(self) -> list[str]:
-        return list(self._header)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._header[name]["shape"])
-
-    def dtype(self, name: str) -> str:
-        return self._header[name]["dtype"]
-
-    def get(self, name: str) -> np.ndarray:
-        shape, dtype = self.shape(name), self.dtype(name)
+    def get(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         if dtype not in DTYPES:
-            raise InputError(f"{self._path}: {name} is {dtype}, which is not read; expected one of {', '.join(DTYPES)}")
+            raise InputError(f"{path}: {name} is {dtype}, which is not read; expected one of {', '.join(DTYPES)}")
         if not math.prod(shape):
             return np.zeros(shape, DTYPES[dtype])
-        first = self._start + self._header[name]["data_offsets"][0]
-        return np.asarray(np.memmap(self._path, DTYPES[dtype], "r", first, shape or (1,))).reshape(shape)
+        first = 8 + size + header[name]["data_offsets"][0]
+        return np.asarray(np.memmap(path, DTYPES[dtype], "r", first, shape or (1,))).reshape(shape)
+
+    stored = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        shape, dtype = tuple(about["shape"]), about["dtype"]
+        stored[name] = Stored(shape, dtype, functools.partial(get, name, shape, dtype))
+    return stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,30 +69,22 @@ class Tensors:
     """The tensors of a folder or file by name; nothing is read before it is asked for."""
 
     where: str
-    file_of: Mapping[str, File]
+    stored: Mapping[str, Stored]
 
     def names(self) -> list[str]:
-        return sorted(self.file_of)
+        return sorted(self.stored)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.file_of[name].shape(name)
+    def __getitem__(self, name: str) -> Stored:
+        return self.stored[name]
 
-    def dtype(self, name: str) -> str:
-        """Return safetensors' name of the dtype, e.g. BF16."""
-        return self.file_of[name].dtype(name)
-
-    def get(self, name: str) -> np.ndarray:
-        """Return the tensor, read-only; it may lie in pages of the file."""
-        return self.file_of[name].get(name)
-
-    def joined(self, other: "Tensors") -> "Tensors":
+    def joined(self, other: Mapping[str, Stored], where: str) -> "Tensors":
         """Return these and the other's in one; of two with one name the other's is taken."""
-        return Tensors(self.where, {**self.file_of, **other.file_of})
+        return Tensors(where, {**self.stored, **other})
 
 
-def _opened(path: str) -> File:
+def _opened(path: str) -> dict[str, Stored]:
     try:
-        return SafeFile(path) if path.endswith(".safetensors") else TorchFile(path)
+        return _open_safetensors(path) if path.endswith(".safetensors") else open_torch(path)
     except InputError:
         if os.path.isfile(path) and is_lfs_pointer(path):
             raise InputError(f"{path}: {LFS_POINTER}") from None
@@ -118,8 +95,7 @@ def open_file(path: str) -> Tensors:
     """Open all tensors of one .safetensors or .bin file."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected a .safetensors or .bin file")
-    file = _opened(path)
-    return Tensors(path, dict.fromkeys(file.keys(), file))
+    return Tensors(path, _opened(path))
 
 
 def weight_files(folder: str) -> list[str]:
@@ -160,13 +136,14 @@ def _layout(folder: str) -> tuple[str, str]:
 def open_folder(folder: str) -> Tensors:
     """Open all tensors of a model folder: model.safetensors or pytorch_model.bin, an index's shards, or orbax."""
     if is_converted(folder):
-        file = orbax_model.OrbaxFile(folder)
-        return Tensors(folder, dict.fromkeys(file.keys(), file))
+        return Tensors(folder, orbax_model.open_tensors(folder))
     index, single = _layout(folder)
     shards = [] if index or single else _shards(folder)
     if shards:
-        files = [(name, file) for file in map(_opened, shards) for name in file.keys()]  # noqa: SIM118 (no dict)
-        return Tensors(folder, dict(files))
+        stored: dict[str, Stored] = {}
+        for shard in shards:
+            stored |= _opened(shard)
+        return Tensors(folder, stored)
     if not index and not single:
         raise InputError(
             f"{folder}: has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE} nor {TORCH_INDEX}); expected a Hugging "
@@ -176,16 +153,15 @@ def open_folder(folder: str) -> Tensors:
         return dataclasses.replace(open_file(os.path.join(folder, single)), where=folder)
     path_of = _indexed(folder, index)
     files = {path: _opened(path) for path in sorted(set(path_of.values()))}
-    held = {path: set(file.keys()) for path, file in files.items()}
-    absent = [name for name, path in path_of.items() if name not in held[path]]
+    absent = [name for name, path in path_of.items() if name not in files[path]]
     if absent:
         raise InputError(
             f"{folder}: {index} lists tensors that their shards do not hold ({', '.join(sorted(absent)[:5])}"
             f"{' …' if len(absent) > 5 else ''}); download the folder again"
         )
     # What a shard holds beyond the index counts, too: it may be what the index forgot, or what nobody expects.
-    unlisted = {name: files[path] for path, names in held.items() for name in names if name not in path_of}
-    return Tensors(folder, unlisted | {name: files[path] for name, path in path_of.items()})
+    unlisted = {name: found for stored in files.values() for name, found in stored.items() if name not in path_of}
+    return Tensors(folder, unlisted | {name: files[path][name] for name, path in path_of.items()})
 
 
 def _indexed(folder: str, index: str) -> dict[str, str]:
@@ -279,7 +255,7 @@ def check_written(folder: str, pieces: Iterable[Piece]) -> None:
     if written.names() != sorted(piece.name for piece in pieces):
         raise OSError(f"{folder}: the tensors read back are not those written")
     for piece in pieces:
-        found, wanted = written.get(piece.name), _made(piece)
+        found, wanted = written[piece.name].get(), _made(piece)
         if found.dtype != wanted.dtype or found.shape != wanted.shape or found.tobytes() != wanted.tobytes():
             raise OSError(f"{folder}: {piece.name} read back differs from what was written")
 

@@ -7,6 +7,7 @@ two calls that torch.save writes for a tensor are understood by name. Any other 
 """
 
 import dataclasses
+import functools
 import math
 import os
 import pickletools
@@ -19,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.types import InputError
+from llava_jax.weights.name_table import Stored
 
 # Storage class -> safetensors' name of the dtype.
 STORAGES = {
@@ -79,83 +81,71 @@ class _Refused(Exception):
     """What the pickle holds beyond tensors."""
 
 
-class TorchFile:
-    """The tensors of one .bin file by name; `get` maps the bytes of one tensor and reads nothing else.
+def open_torch(path: str) -> dict[str, Stored]:
+    """Return the tensors of one .bin file by name; `get` maps the bytes of one tensor and reads nothing else.
 
     InputError for a file that is no zip archive, holds anything but a dict of tensors, or is cut short.
     """
-
-    def __init__(self, path: str):
-        self._path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                if len(pickled) != 1:
-                    raise InputError(f"{path}: a zip archive without torch's data.pkl; expected a .bin of torch.save")
-                self._root = pickled[0].removesuffix("data.pkl")
-                self._members = {member.filename: member for member in archive.infolist()}
-                if self._root + "byteorder" in self._members and archive.read(self._root + "byteorder") != b"little":
-                    raise InputError(f"{path}: was written on a big-endian machine; save it again on another one")
-                if self._members[pickled[0]].compress_type != zipfile.ZIP_STORED:
-                    raise InputError(f"{path}: is compressed, which torch never does; save it again with torch.save")
-                content = archive.read(pickled[0])
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        except zipfile.BadZipFile as error:
-            raise InputError(
-                f"{path}: is no zip archive, as torch 1.6 and later write; it is cut short (download it again) or "
-                "older (load it with torch and save it again)"
-            ) from error
-        self._tensors = _tensors(path, content)
-        for name in self._tensors:
-            self._check(name)
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self._tensors[name].storage.dtype
-
-    def get(self, name: str) -> np.ndarray:
-        """Return the tensor, read-only, in the file's pages; they are let go with it."""
-        tensor = self._tensors[name]
-        dtype = np.dtype(DTYPES[tensor.storage.dtype])
-        if not math.prod(tensor.shape):
-            return np.zeros(tensor.shape, dtype)
-        first = self._start(tensor.storage) + tensor.offset * dtype.itemsize
-        values = np.memmap(self._path, dtype, "r", first, (_reach(tensor),))
-        strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
-        return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
-
-    def _check(self, name: str) -> None:
-        """InputError unless the tensor's values lie inside the bytes of its storage."""
-        tensor = self._tensors[name]
-        storage = tensor.storage
-        member = self._members.get(f"{self._root}data/{storage.key}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickled) != 1:
+                raise InputError(f"{path}: a zip archive without torch's data.pkl; expected a .bin of torch.save")
+            root = pickled[0].removesuffix("data.pkl")
+            members = {member.filename: member for member in archive.infolist()}
+            if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+                raise InputError(f"{path}: was written on a big-endian machine; save it again on another one")
+            _check_plain(path, members[pickled[0]])
+            content = archive.read(pickled[0])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except zipfile.BadZipFile as error:
+        raise InputError(
+            f"{path}: is no zip archive, as torch 1.6 and later write; it is cut short (download it again) or "
+            "older (load it with torch and save it again)"
+        ) from error
+    stored = {}
+    for name, tensor in _tensors(path, content).items():
+        member = members.get(f"{root}data/{tensor.storage.key}")
         if member is None:
-            raise InputError(f"{self._path}: {name} has no data in the archive; download it again")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise InputError(f"{self._path}: is compressed, which torch never does; save it again with torch.save")
-        if member.file_size != storage.size * np.dtype(DTYPES[storage.dtype]).itemsize:
-            raise InputError(f"{self._path}: {name} has {member.file_size} bytes of {storage.size} values; broken file")
-        ends = tensor.offset + _reach(tensor) if math.prod(tensor.shape) else 0
-        sizes = (tensor.offset, *tensor.shape, *tensor.strides)
-        if len(tensor.shape) != len(tensor.strides) or min(sizes) < 0 or ends > storage.size:
-            raise InputError(f"{self._path}: {name} reaches beyond its data; the file is broken")
+            raise InputError(f"{path}: {name} has no data in the archive; download it again")
+        _check(path, name, tensor, member)
+        stored[name] = Stored(tensor.shape, tensor.storage.dtype, functools.partial(_values, path, tensor, member))
+    return stored
 
-    def _start(self, storage: _Storage) -> int:
-        """Where the storage's bytes begin in the file: after the member's own header, which may be padded."""
-        member = self._members[f"{self._root}data/{storage.key}"]
-        with open(self._path, "rb") as file:
-            file.seek(member.header_offset + 26)
-            name, extra = struct.unpack("<HH", file.read(4))
-        start = member.header_offset + 30 + name + extra
-        if start + member.file_size > os.path.getsize(self._path):
-            raise InputError(f"{self._path}: is cut short; download it again")
-        return start
+
+def _check_plain(path: str, member: zipfile.ZipInfo) -> None:
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise InputError(f"{path}: is compressed, which torch never does; save it again with torch.save")
+
+
+def _check(path: str, name: str, tensor: _Tensor, member: zipfile.ZipInfo) -> None:
+    """InputError unless the tensor's values lie inside the bytes of its storage."""
+    storage = tensor.storage
+    _check_plain(path, member)
+    if member.file_size != storage.size * np.dtype(DTYPES[storage.dtype]).itemsize:
+        raise InputError(f"{path}: {name} has {member.file_size} bytes of {storage.size} values; broken file")
+    ends = tensor.offset + _reach(tensor) if math.prod(tensor.shape) else 0
+    sizes = (tensor.offset, *tensor.shape, *tensor.strides)
+    if len(tensor.shape) != len(tensor.strides) or min(sizes) < 0 or ends > storage.size:
+        raise InputError(f"{path}: {name} reaches beyond its data; the file is broken")
+
+
+def _values(path: str, tensor: _Tensor, member: zipfile.ZipInfo) -> np.ndarray:
+    """The tensor, read-only, in the file's pages; they are let go with it."""
+    dtype = np.dtype(DTYPES[tensor.storage.dtype])
+    if not math.prod(tensor.shape):
+        return np.zeros(tensor.shape, dtype)
+    # The bytes begin after the member's own header, which may be padded.
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+    start = member.header_offset + 30 + name + extra
+    if start + member.file_size > os.path.getsize(path):
+        raise InputError(f"{path}: is cut short; download it again")
+    values = np.memmap(path, dtype, "r", start + tensor.offset * dtype.itemsize, (_reach(tensor),))
+    strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
+    return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
 
 
 def _reach(tensor: _Tensor) -> int:

@@ -12,7 +12,7 @@ from flax import nnx
 from llava_jax.models.llava import build
 from llava_jax.weights import convert, hf
 from llava_jax.weights.original import Beside
-from llava_jax.weights.torch_bin import TorchFile
+from llava_jax.weights.torch_bin import open_torch
 
 DTYPES = (
     torch.float32,
@@ -40,25 +40,25 @@ def test_bit_equal(tmp_path, dtype):
     if dtype.is_floating_point:
         tensors["parameter"] = torch.nn.Parameter(whole[3:])
     torch.save(tensors, tmp_path / "x.bin")
-    file = TorchFile(str(tmp_path / "x.bin"))
-    assert file.keys() == list(tensors)
+    file = open_torch(str(tmp_path / "x.bin"))
+    assert list(file) == list(tensors)
     for name, tensor in tensors.items():
-        assert file.shape(name) == tuple(tensor.shape) and file.get(name).tobytes() == as_bytes(tensor), name
+        assert file[name].shape == tuple(tensor.shape) and file[name].get().tobytes() == as_bytes(tensor), name
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_state_dict_of_a_module(tmp_path, protocol):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4, bias=False))
     torch.save(module.state_dict(), tmp_path / "x.bin", pickle_protocol=protocol)
-    file = TorchFile(str(tmp_path / "x.bin"))
+    file = open_torch(str(tmp_path / "x.bin"))
     for name, tensor in module.state_dict().items():
-        assert file.get(name).tobytes() == as_bytes(tensor)
+        assert file[name].get().tobytes() == as_bytes(tensor)
 
 
 def test_the_old_format_is_refused(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(hf.InputError, match="older"):
-        TorchFile(str(tmp_path / "x.bin"))
+        open_torch(str(tmp_path / "x.bin"))
 
 
 def original(tmp_path, dtype=torch.float32):
@@ -114,7 +114,7 @@ def test_logits_and_the_way_back(tmp_path):
     tensors = hf.open_folder(str(tmp_path / "back"))
     assert tensors.names() == sorted(weights)
     for name, tensor in weights.items():
-        assert tensors.get(name).tobytes() == as_bytes(tensor), name
+        assert tensors[name].get().tobytes() == as_bytes(tensor), name
     assert hf.read_llava_config(str(tmp_path / "back"), Beside())[0] == config
 
 
@@ -123,7 +123,7 @@ def test_bfloat16_is_bit_equal(tmp_path):
     convert.convert(str(folder), f"llava:{tmp_path / 'back'}")
     tensors = hf.open_folder(str(tmp_path / "back"))
     for name, tensor in weights.items():
-        assert tensors.get(name).tobytes() == as_bytes(tensor), name
+        assert tensors[name].get().tobytes() == as_bytes(tensor), name
 
 
 def test_the_tower_that_is_written_loads(tmp_path):
