@@ -21,6 +21,7 @@ from llava_jax.train.loop import train
 from llava_jax.types import IMAGE_MARK, InputError, Sampling, Turn
 from llava_jax.weights import hf
 from llava_jax.weights.hf_export import write_llava
+from llava_jax.weights.processor import LlavaExtras
 from tests.tiny_llava import VOCAB, draw_image, model
 from tests.tiny_run import make_inputs, make_settings
 
@@ -41,16 +42,8 @@ def shown():
 def exported(tiny, tmp_path_factory) -> pathlib.Path:
     base = tmp_path_factory.mktemp("exported")
     tokenizer = str(tmp_path_factory.getbasetemp() / "tokenizer")
-    write_llava(
-        str(base / "folder"),
-        tiny.config,
-        tiny.params,
-        source_vision_folder=None,
-        tokenizer_folder=tokenizer,
-        template="v0",
-        aspect="crop",
-        image_position="keep",
-    )
+    extras = LlavaExtras("v0", image_position="keep", tokenizer=tokenizer)
+    write_llava(str(base / "folder"), tiny.config, tiny.params, extras)
     return base / "folder"
 
 

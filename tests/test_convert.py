@@ -17,7 +17,9 @@ from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import convert, hf, hf_config, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
+from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.load import read_model
+from llava_jax.weights.processor import LlavaExtras
 from tests import make_tokenizers
 from tests.tiny_llava import write_tokenizer
 
@@ -82,12 +84,10 @@ def sources(tmp_path):
     return clip, write_tokenizer(llama), params
 
 
-def write(sources, folder, config=CONFIG, params=None, **changes):
+def write(sources, folder, config=CONFIG, params=None, *, extras=None, **options):
     clip, llama, given = sources
-    settings = dict(
-        source_vision_folder=clip, tokenizer_folder=llama, template="v1", aspect="pad", image_position="front"
-    )
-    return hf.write_llava(str(folder), config, params or given, **settings | changes)
+    extras = LlavaExtras(**dict(aspect="pad", tokenizer=llama, vision=clip) | (extras or {}))
+    return write_llava(str(folder), config, params or given, extras, **options)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_blocks_beyond_the_features_are_copied(tmp_path, sources):
 
 
 def test_without_a_source_fresh_values_are_announced(tmp_path, sources, capsys):
-    write(sources, tmp_path / "out", source_vision_folder=None)
+    write(sources, tmp_path / "out", extras=dict(vision=""))
     assert "fresh values" in capsys.readouterr().out
     assert_same(hf.read_llava(str(tmp_path / "out"))[1], sources[2])
 
@@ -554,9 +554,9 @@ def test_convert_refuses(tmp_path, sources, source, target, says):
 # ---- what foreign folders say ----------------------------------------------------------------------------------------
 
 
-def foreign(tmp_path, sources, **options):
+def foreign(tmp_path, sources, **extras):
     """An exported folder without our key in config.json."""
-    write(sources, tmp_path / "out", **options)
+    write(sources, tmp_path / "out", extras=extras)
     edit(tmp_path / "out" / "config.json", lambda value: value.pop("llava_jax"))
     return tmp_path / "out"
 
@@ -670,7 +670,7 @@ def test_flags_of_image_are_the_same_in_both_tokenizer_files(tmp_path, sources, 
     edit(tmp_path / "tokenizer" / "tokenizer_config.json", lambda value: value.update(added_tokens_decoder=decoder))
     llm = dataclasses.replace(LLAMA, vocab_size=701)
     config = dataclasses.replace(CONFIG, llm=llm, image_token_id=700)
-    write(sources, tmp_path / "out", config, random_params(config), tokenizer_folder=folder)
+    write(sources, tmp_path / "out", config, random_params(config), extras=dict(tokenizer=folder))
     assert "warning" not in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
     (flags,) = [token["normalized"] for token in written if token["content"] == "<image>"]

@@ -22,7 +22,9 @@ from llava_jax.train.loop import train
 from llava_jax.types import InputError
 from llava_jax.weights import convert, hf, load, name_table, orbax_model
 from llava_jax.weights.hf_config import clip_json, default_pinpoints, llama_json
+from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.load import fingerprint, model_spec, read_files, read_model
+from llava_jax.weights.processor import LlavaExtras
 from llava_jax.weights.source import parse
 from tests import test_original as original
 from tests.test_convert import CLIP, CONFIG, LLAMA, edit, hub_tensors, part, random_params, write_folder
@@ -66,9 +68,8 @@ def parts(base):
 
 def hf4(base, config=CONFIG, **options):
     clip, llm = parts(base)
-    folders = dict(source_vision_folder=clip, tokenizer_folder=llm)
-    rules = dict(template="v1", aspect="anyres" if config.pinpoints else "pad", image_position="front")
-    hf.write_llava(str(base / "m"), config, random_params(config), **folders, **rules, **options)
+    extras = LlavaExtras(aspect="anyres" if config.pinpoints else "pad", tokenizer=llm, vision=clip)
+    write_llava(str(base / "m"), config, random_params(config), extras, **options)
     return base / "m"
 
 

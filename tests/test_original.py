@@ -22,6 +22,7 @@ from llava_jax.weights.hf_config import clip_json, llama_json
 from llava_jax.weights.load import fingerprint
 from llava_jax.weights.original import Beside
 from llava_jax.weights.original_export import write_original
+from llava_jax.weights.processor import LlavaExtras
 from tests.tiny_llava import write_tokenizer
 from tests.tiny_run import make_settings
 from tests.torch_files import write_bin
@@ -407,14 +408,15 @@ def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
     config, params, _extras = hf.read_llava(folder, beside=Beside(vision=tower))
     siglip = dataclasses.replace(config, vision=dataclasses.replace(CLIP, family="siglip"))
     qwen = dataclasses.replace(config, llm=dataclasses.replace(LLAMA, family="qwen3"))
-    how = dict(source_vision_folder=tower, tokenizer_folder=folder, template="v1", image_position="front")
     for given, aspect, says in (
         (siglip, "pad", "not siglip"),
         (config, "squash", "and squash"),
         (qwen, "pad", "qwen3"),
     ):
         with pytest.raises(InputError, match=says + ".*write hf:DIR"):
-            write_original(str(tmp_path / "o"), given, params, aspect=aspect, **how)
+            write_original(
+                str(tmp_path / "o"), given, params, LlavaExtras(aspect=aspect, tokenizer=folder, vision=tower)
+            )
 
 
 def test_what_a_written_folder_says(tmp_path, folders):

@@ -32,7 +32,9 @@ from llava_jax.train.loop import train
 from llava_jax.types import ClipConfig, InputError
 from llava_jax.weights import convert, hf, name_table
 from llava_jax.weights.hf_config import default_pinpoints, llava_config, llava_json
+from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.load import load_trained, model_spec, read_files, read_model, read_projector
+from llava_jax.weights.processor import LlavaExtras
 from tests import tiny_llava, tiny_run
 
 PUBLISHED = Tiling(336, 24, ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
@@ -167,16 +169,8 @@ def inputs(tmp_path_factory):
     (folder / "rows.json").write_text(json.dumps(rows))
     config = hf.read_llava_config(str(folder / "llava"))[0]
     config = dataclasses.replace(config, pinpoints=default_pinpoints(config.vision))
-    hf.write_llava(
-        str(folder / "next"),
-        config,
-        tiny_run.make_params(config),
-        source_vision_folder=str(folder / "llava"),
-        tokenizer_folder=str(folder / "llava"),
-        template="v1",
-        aspect="anyres",
-        image_position="front",
-    )
+    extras = LlavaExtras(aspect="anyres", tokenizer=str(folder / "llava"), vision=str(folder / "llava"))
+    write_llava(str(folder / "next"), config, tiny_run.make_params(config), extras)
     return folder
 
 

@@ -19,8 +19,9 @@ from llava_jax.parallel.distributed import connected
 from llava_jax.settings import read_settings, settings_from_dict
 from llava_jax.train.loop import train
 from llava_jax.types import ModelConfig, Settings
-from llava_jax.weights.hf import write_llava
 from llava_jax.weights.hf_config import clip_config, llama_config
+from llava_jax.weights.hf_export import write_llava
+from llava_jax.weights.processor import LlavaExtras
 from tests.make_tokenizers import trained_llama
 
 VISION = dict(
@@ -69,15 +70,8 @@ def make_inputs(folder: pathlib.Path) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "captions.json").write_text(json.dumps(captions))
     config = ModelConfig(clip_config(VISION, "VISION"), llama_config(LLM, "LLM"), image_token_id=LLM["vocab_size"])
-    rules = dict(template="v1", aspect="pad", image_position="front")
-    write_llava(
-        str(folder / "llava"),
-        config,
-        make_params(config),
-        source_vision_folder=None,
-        tokenizer_folder=str(folder / "llm"),
-        **rules,
-    )
+    extras = LlavaExtras(aspect="pad", tokenizer=str(folder / "llm"))
+    write_llava(str(folder / "llava"), config, make_params(config), extras)
 
 
 def make_params(config: ModelConfig) -> dict:

@@ -17,7 +17,9 @@ from llava_jax.data.images import normalised
 from llava_jax.models.llava import init
 from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
 from llava_jax.weights import hf, hf_config
+from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.load import CLIPS, EMBEDDED_TOKENIZER, LLAMAS
+from llava_jax.weights.processor import LlavaExtras
 
 MODELS = {
     "tiny": ModelConfig(CLIPS["tiny"], LLAMAS["tiny"], image_token_id=LLAMAS["tiny"].vocab_size),
@@ -42,16 +44,8 @@ def make(work: Mapping[str, Any]) -> None:
 def write_model(folder: str, config: ModelConfig, weights: bool) -> ModelConfig:
     """Write a LlavaForConditionalGeneration folder; return the config it is read back with."""
     if weights:
-        hf.write_llava(
-            folder,
-            config,
-            jax.tree.map(np.asarray, init(config, seed=0)),
-            source_vision_folder=None,
-            tokenizer_folder=EMBEDDED_TOKENIZER,
-            template="v1",
-            aspect="pad",
-            image_position="front",
-        )
+        extras = LlavaExtras(aspect="pad", tokenizer=EMBEDDED_TOKENIZER)
+        write_llava(folder, config, jax.tree.map(np.asarray, init(config, seed=0)), extras)
     else:
         os.makedirs(folder)
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:

@@ -2,18 +2,16 @@
 
 import dataclasses
 import os
-from typing import Any
 
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.settings import read_settings
 from llava_jax.types import InputError, ModelConfig
-from llava_jax.weights.hf import LlavaExtras, write_llava
-from llava_jax.weights.hf_export import DTYPES
+from llava_jax.weights.hf_export import DTYPES, write_llava
 from llava_jax.weights.load import load_adapters, read_model
 from llava_jax.weights.original_export import TOWER, write_original, write_projector
 from llava_jax.weights.peft import write_peft
-from llava_jax.weights.processor import chat_template_note
+from llava_jax.weights.processor import LlavaExtras, chat_template_note
 from llava_jax.weights.source import parse
 
 TARGETS = "hf:DIR, llava:DIR, orbax:DIR, projector:FILE.safetensors, or peft:DIR for the adapters of a lora run"
@@ -70,25 +68,17 @@ def convert(
         rules = dataclasses.replace(rules, template=template, template_assumed=False)
     check_vocabulary(load_tokenizer(rules.tokenizer), config, rules.tokenizer)
     _say_template(folder, rules)
-    settings: dict[str, Any] = dict(
-        source_vision_folder=rules.vision or None,
-        tokenizer_folder=rules.tokenizer,
-        template=rules.template,
-        aspect=rules.aspect,
-        image_position=rules.image_position,
-        exif=rules.exif,
-        dtype=config.dtype,
-        force=force,
-    )
     if kind == "llava":
-        exported = write_original(destination, config, params, **settings, tower_name=mm_vision_tower)
+        exported = write_original(
+            destination, config, params, rules, dtype=config.dtype, tower_name=mm_vision_tower, force=force
+        )
         print(
             f"mm_vision_tower is {mm_vision_tower or TOWER!r}; the original code looks for it from where it is "
             "started: give --mm_vision_tower=NAME for a published tower or another path"
         )
     else:
         weights = "orbax" if kind == "orbax" else "safetensors"
-        exported = write_llava(destination, config, params, **settings, weights=weights)
+        exported = write_llava(destination, config, params, rules, dtype=config.dtype, weights=weights, force=force)
     _say_rows(config, exported)
     print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
 

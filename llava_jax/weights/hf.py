@@ -19,50 +19,18 @@ from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original, peft
 from llava_jax.weights.hf_config import config_value, read_images, read_json, with_pixels
-from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.original import HERE, Beside
-from llava_jax.weights.processor import recognised_template
+from llava_jax.weights.processor import LlavaExtras, recognised_template
 from llava_jax.weights.source import is_adapter, is_original
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
 
 Params = dict[str, Any]
 
 PARTS = ("vision", "projector", "llm")
-__all__ = [
-    "Beside",
-    "LlavaExtras",
-    "read_clip",
-    "read_images",
-    "read_llama",
-    "read_llava",
-    "read_llava_config",
-    "read_llava_parts",
-    "read_projector",
-    "stored_dtype",
-    "with_pixels",
-    "write_llava",
-]
 
 # Stand-ins for the part that a CLIP or LLaMA folder does not say anything about.
 _NO_LLM = LlamaConfig(vocab_size=1, width=1, mlp_width=1, layers=1, heads=1, kv_heads=1, head_dim=2)
 _NO_CLIP = ClipConfig(width=1, mlp_width=1, layers=2, heads=1, image_size=1, patch_size=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LlavaExtras:
-    """What a LLaVA folder says next to config and weights; `tokenizer` is a folder.
-
-    `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
-    that holds the tower's weights, those that LLaVA does not run included.
-    """
-
-    template: str = "v1"
-    aspect: str = "crop"
-    image_position: str = "front"
-    tokenizer: str = ""
-    template_assumed: bool = False
-    vision: str = ""
-    exif: str = "apply"
 
 
 # ---- public -----------------------------------------------------------------------------------------------------

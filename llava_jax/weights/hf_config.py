@@ -485,6 +485,11 @@ def read_json(path: str) -> dict[str, Any]:
     return value
 
 
+def write_json(folder: str, name: str, value: Mapping[str, Any]) -> None:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+
+
 def _says(value: Any) -> bool:
     return value is not None and value is not False and value != {} and value != ""
 

@@ -5,7 +5,6 @@ Or to the same folder with its weights as orbax.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -19,8 +18,15 @@ import numpy as np
 
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, orbax_model
-from llava_jax.weights.hf_config import read_json
-from llava_jax.weights.processor import VOCAB_MULTIPLE, ExportedTokens, check_ids, own_rows, write_processor
+from llava_jax.weights.hf_config import read_json, write_json
+from llava_jax.weights.processor import (
+    VOCAB_MULTIPLE,
+    ExportedTokens,
+    LlavaExtras,
+    check_ids,
+    own_rows,
+    write_processor,
+)
 from llava_jax.weights.source import is_original
 from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, open_folder, write_shards
 
@@ -32,13 +38,8 @@ def write_llava(
     folder: str,
     config: ModelConfig,
     params: Params,
+    extras: LlavaExtras,
     *,
-    source_vision_folder: str | None,
-    tokenizer_folder: str,
-    template: str,
-    aspect: str,
-    image_position: str,
-    exif: str = "apply",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     weights: str = "safetensors",
@@ -46,27 +47,23 @@ def write_llava(
 ) -> ModelConfig:
     """Write the folder and return the config as exported (image token and vocabulary may have moved).
 
-    params                {"vision", "projector", "llm"}, numpy or jax arrays in our layout
-    source_vision_folder  the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
-                          None (random towers) writes fresh values there, which no LLaVA ever reads
-    weights               safetensors, or orbax: our own parameters, whole in host memory while they are written
-    force                 write also where whole strings are tokenised otherwise than the model was trained
+    params   {"vision", "projector", "llm"}, numpy or jax arrays in our layout
+    extras   its `vision` is the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
+             none (random towers) writes fresh values there, which no LLaVA ever reads
+    weights  safetensors, or orbax: our own parameters, whole in host memory while they are written
+    force    write also where whole strings are tokenised otherwise than the model was trained
     Everything is written next to `folder`, read back and compared, and then renamed. InputError when `folder` is
     already there or the dtype is unknown.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with finished_folder(folder) as partial:
-        tokens = write_processor(
-            partial, tokenizer_folder, config, template=template, aspect=aspect, image_position=image_position
-        )
+        tokens = write_processor(partial, config, extras)
         exported = _grown(config, tokens)
-        ours: dict[str, Any] = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
-        ours |= dict(vocab_size=own_rows(tokenizer_folder, config.llm.vocab_size))
-        _write_configs(partial, exported, tokens, dtype, ours)
-        check_ids(partial, tokenizer_folder, template, image_position, force)
+        _write_configs(partial, exported, tokens, dtype, own_rows(extras.tokenizer, config.llm.vocab_size), extras)
+        check_ids(partial, extras, force)
         params = with_vocabulary(params, exported.llm.vocab_size)
-        pieces, beyond = all_pieces(exported, params, source_vision_folder, dtype)
+        pieces, beyond = all_pieces(exported, params, extras.vision, dtype)
         if weights == "orbax":
             _save_orbax(partial, params, beyond, dtype)
         else:
@@ -109,14 +106,14 @@ def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
 
 
 def _write_configs(
-    folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, ours: Mapping[str, Any]
+    folder: str, config: ModelConfig, tokens: ExportedTokens, dtype: str, rows: int, extras: LlavaExtras
 ) -> None:
-    ids: dict[str, Any] = dict(pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id)
-    described = hf_config.llava_json(config, dtype=dtype, **ids) | {"llava_jax": dict(ours)}
-    generation = dict(bos_token_id=tokens.bos_id, eos_token_id=tokens.eos_id, pad_token_id=tokens.pad_id)
-    for name, value in (("config.json", described), ("generation_config.json", generation)):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
+    described = hf_config.llava_json(
+        config, dtype=dtype, pad_id=tokens.pad_id, bos_id=tokens.bos_id, eos_id=tokens.eos_id
+    )
+    write_json(folder, "config.json", described | {"llava_jax": extras.rules | {"vocab_size": rows}})
+    generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder, "generation_config.json", generation)
     read = hf_config.llava_config(read_json(os.path.join(folder, "config.json")), folder, config.dtype)
     # How images become pixels stands in preprocessor_config.json.
     vision = dataclasses.replace(read.vision, pixels=config.vision.pixels)
@@ -128,11 +125,11 @@ def _write_configs(
 
 
 def all_pieces(
-    config: ModelConfig, params: Params, source_vision_folder: str | None, dtype: str
+    config: ModelConfig, params: Params, source_vision_folder: str, dtype: str
 ) -> tuple[list[Piece], list[Piece]]:
     """Return every tensor of the model in hub layout: (our parameters, what LLaVA does not run but readers ask)."""
-    beyond = [*_identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
-    return list(_pieces(params, dtype)), beyond
+    beyond = [*identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
+    return list(parameter_pieces(params, dtype)), beyond
 
 
 def with_vocabulary(params: Params, rows: int) -> Params:
@@ -151,8 +148,8 @@ def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
 
 
-def _pieces(params: Params, dtype: str) -> Iterator[Piece]:
-    """Every parameter in hub layout, in the table's order, each made when it is written."""
+def parameter_pieces(params: Params, dtype: str) -> Iterator[Piece]:
+    """Yield every parameter in hub layout, in the table's order, each made when it is written."""
     flat = name_table.flatten(params)
     unknown = sorted(set(flat) - set(name_table.ROWS))
     if unknown:
@@ -171,8 +168,8 @@ def _pieces(params: Params, dtype: str) -> Iterator[Piece]:
             yield Piece(row.hf if layer is None else row.hf.format(layer), shape, numpy_dtype, make)
 
 
-def _identity(config: ModelConfig, dtype: str) -> Iterator[Piece]:
-    """The second layer that theirs always has, of a linear projector."""
+def identity(config: ModelConfig, dtype: str) -> Iterator[Piece]:
+    """Yield the second layer that theirs always has, of a linear projector."""
     if config.projector == "linear":
         D, name, numpy_dtype = config.llm.width, name_table.PROJECTOR + "linear_2.", np.dtype(jnp.dtype(dtype))
         yield Piece(name + "weight", (D, D), numpy_dtype, lambda: np.eye(D))
@@ -185,7 +182,7 @@ def _save_orbax(folder: str, params: Params, beyond: Iterable[Piece], dtype: str
     orbax_model.save(folder, whole, {piece.name: np.asarray(piece.make(), numpy_dtype) for piece in beyond})
 
 
-def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Iterator[Piece]:
+def _beyond_features(config: ModelConfig, source: str, dtype: str) -> Iterator[Piece]:
     """The tower's last blocks, post-norm and SigLIP's head: never run by LLaVA, but transformers asks for them."""
     width, mlp = config.vision.width, config.vision.mlp_width
     shapes: dict[str, tuple[int, ...]] = {
@@ -199,7 +196,7 @@ def _beyond_features(config: ModelConfig, source: str | None, dtype: str) -> Ite
             shapes |= {row.hf.format(n): shape for n in range(config.vision_layers, config.vision.layers)}
     if config.vision.pooling_head:
         shapes |= _head_shapes(width, mlp)
-    if source is None:
+    if not source:
         print(
             f"export: no source for the tower's last {config.vision.layers - config.vision_layers} block(s) and "
             "post-norm, which LLaVA does not run; fresh values are written for them"

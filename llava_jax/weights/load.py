@@ -28,10 +28,10 @@ from llava_jax.types import (
 )
 from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
-from llava_jax.weights.hf import Beside, LlavaExtras, read_llava, stored_dtype
+from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
-from llava_jax.weights.original import OTHERS, PROJECTOR
-from llava_jax.weights.processor import TOKENIZER_FILES
+from llava_jax.weights.original import OTHERS, PROJECTOR, Beside
+from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras
 from llava_jax.weights.source import is_workdir, load_params, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
 
@@ -127,7 +127,7 @@ def vision_config(spec: str) -> ClipConfig:
     """Return ClipConfig of `model.vision`: a CLIP or SigLIP folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.vision", spec, CLIPS)
     config = CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
-    return config if spec.startswith(RANDOM) else hf.with_pixels(config, spec)
+    return config if spec.startswith(RANDOM) else hf_config.with_pixels(config, spec)
 
 
 def llm_config(spec: str) -> LlamaConfig:

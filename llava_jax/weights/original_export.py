@@ -2,30 +2,17 @@
 
 import contextlib
 import dataclasses
-import json
 import os
-import shutil
-from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from llava_jax.data.templates import IM_START_END, TEMPLATES
-from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
+from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
-from llava_jax.weights.hf_export import all_pieces, finished_folder, with_vocabulary
-from llava_jax.weights.processor import TOKENIZER_FILES, own_rows, same_pieces
-from llava_jax.weights.tensors import (
-    SHARD_BYTES,
-    Piece,
-    check_written,
-    enough_room,
-    open_file,
-    save_tensors,
-    write_shards,
-)
+from llava_jax.weights.hf_config import write_json
+from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
+from llava_jax.weights.processor import LlavaExtras, copy_tokenizer, image_settings, own_rows, same_pieces
+from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, save_checked, write_shards
 
 Params = dict[str, Any]
 
@@ -45,13 +32,8 @@ def write_original(
     folder: str,
     config: ModelConfig,
     params: Params,
+    extras: LlavaExtras,
     *,
-    source_vision_folder: str | None,
-    tokenizer_folder: str,
-    template: str,
-    aspect: str,
-    image_position: str,
-    exif: str = "apply",
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     tower_name: str = "",
@@ -64,32 +46,30 @@ def write_original(
     config.json names the tower by; the folder inside by default. `force` writes also where the tokenizer then gives
     other ids. InputError when `folder` is already there.
     """
-    if config.vision.family != "clip" or aspect not in ASPECT_KEYS:
+    if config.vision.family != "clip" or extras.aspect not in ASPECT_KEYS:
         raise InputError(
             f"{folder}: the original's layout knows CLIP towers and images {', '.join(ASPECT_KEYS)}, not "
-            f"{config.vision.family} and {aspect}; write hf:DIR"
+            f"{config.vision.family} and {extras.aspect}; write hf:DIR"
         )
-    config = _shrunk(config, tokenizer_folder)
-    settings = dict(template=template, aspect=aspect, image_position=image_position, exif=exif)
+    rows = own_rows(extras.tokenizer, config.llm.vocab_size)
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
     with finished_folder(folder) as partial:
-        for name in TOKENIZER_FILES:
-            if os.path.isfile(os.path.join(tokenizer_folder, name)):
-                shutil.copyfile(os.path.join(tokenizer_folder, name), os.path.join(partial, name))
+        copy_tokenizer(extras.tokenizer, partial)
         tower = os.path.join(partial, TOWER)
         os.mkdir(tower)
         _write_tower_configs(tower, config, dtype)
-        _write_configs(partial, config, settings, load_tokenizer(tokenizer_folder), dtype, tower_name)
+        _write_configs(partial, config, extras, dtype, tower_name)
         params = with_vocabulary(params, config.llm.vocab_size)
-        pieces = sum(all_pieces(config, params, source_vision_folder, dtype), start=[])
+        pieces = sum(all_pieces(config, params, extras.vision, dtype), start=[])
         seen = [_renamed(piece, piece.name.removeprefix("vision_tower.")) for piece in pieces if _is_tower(piece)]
         rest = [_renamed(piece, name) for piece in pieces if (name := original_name(piece.name, config.projector))]
         for where, part in ((tower, seen), (partial, rest)):
             write_shards(where, part, shard_bytes)
             check_written(where, part)
         _check_config(partial, tower, config)
-        if not same_pieces(partial, tokenizer_folder, template, image_position):
+        if not same_pieces(partial, extras):
             problem = (
-                f"read next to the original's config.json, the tokenizer of {tokenizer_folder} gives other ids; copy "
+                f"read next to the original's config.json, the tokenizer of {extras.tokenizer} gives other ids; copy "
                 "that of the decoder it came from"
             )
             if not force:
@@ -104,18 +84,11 @@ def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) 
         raise InputError(f"--to=projector:{path}: expected the name of a .safetensors file")
     if os.path.exists(path):
         raise InputError(f"--to=projector:{path}: is already there; choose another name or remove it")
-    tensors = {}
-    for ours, array in name_table.flatten({"projector": params["projector"]}).items():
-        row = name_table.ROWS[ours]
-        tensors[original_name(row.hf, config.projector)] = name_table.to_hf(row, np.asarray(array, jnp.dtype(dtype)))
+    pieces = parameter_pieces({"projector": params["projector"]}, dtype)
     partial = f"{path.removesuffix('.safetensors')}.{os.getpid()}.tmp.safetensors"
     try:
         with enough_room(path):
-            save_tensors(partial, tensors)
-        written = open_file(partial)
-        for name, tensor in tensors.items():
-            if written[name].get().tobytes() != tensor.tobytes():
-                raise OSError(f"{path}: {name} read back differs from what was written")
+            save_checked(partial, {original_name(piece.name, config.projector): piece.array() for piece in pieces})
         os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -151,44 +124,15 @@ def _renamed(piece: Piece, name: str) -> Piece:
 # ---- configs ----------------------------------------------------------------------------------------------------
 
 
-def _shrunk(config: ModelConfig, tokenizer_folder: str) -> ModelConfig:
-    """The config with the rows that are the model's own."""
-    rows = own_rows(tokenizer_folder, config.llm.vocab_size)
-    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
-
-
-def _write_json(path: str, value: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-
-
 def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
-    size = config.vision.image_size
-    dtypes = dict(dtype=dtype, torch_dtype=dtype)
-    _write_json(
-        os.path.join(folder, "config.json"),
-        hf_config.clip_json(config.vision) | dtypes | dict(architectures=["CLIPVisionModel"]),
-    )
-    images = dict(
-        image_processor_type="CLIPImageProcessor",
-        do_convert_rgb=True,
-        do_resize=True,
-        size=dict(shortest_edge=size),
-        resample=3,
-        do_center_crop=True,
-        crop_size=dict(height=size, width=size),
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(config.vision.pixels.mean),
-        image_std=list(config.vision.pixels.std),
-    )
-    _write_json(os.path.join(folder, "preprocessor_config.json"), images)
+    described = dict(dtype=dtype, torch_dtype=dtype, architectures=["CLIPVisionModel"])
+    write_json(folder, "config.json", hf_config.clip_json(config.vision) | described)
+    images = dict(image_processor_type="CLIPImageProcessor") | image_settings(config.vision, "crop")
+    write_json(folder, "preprocessor_config.json", images)
 
 
-def _write_configs(
-    folder: str, config: ModelConfig, settings: dict[str, str], tokenizer: TextTokenizer, dtype: str, tower_name: str
-) -> None:
+def _write_configs(folder: str, config: ModelConfig, extras: LlavaExtras, dtype: str, tower_name: str) -> None:
+    tokenizer = load_tokenizer(extras.tokenizer)
     described = hf_config.llama_json(config.llm)
     if described["model_type"] not in ARCHITECTURES:
         raise InputError(
@@ -210,16 +154,16 @@ def _write_configs(
         mm_vision_select_feature="patch",
         mm_patch_merge_type="spatial_unpad" if config.pinpoints else "flat",
         image_grid_pinpoints=[[width, height] for height, width in config.pinpoints] or None,
-        mm_use_im_start_end=TEMPLATES[settings["template"]].image_tags == IM_START_END,
+        mm_use_im_start_end=TEMPLATES[extras.template].image_tags == IM_START_END,
         mm_use_im_patch_token=False,
         use_mm_proj=True,
-        image_aspect_ratio=ASPECT_KEYS[settings["aspect"]],
+        image_aspect_ratio=ASPECT_KEYS[extras.aspect],
         tokenizer_padding_side="right",
         tokenizer_model_max_length=config.llm.max_positions,
-        llava_jax=settings,
+        llava_jax=extras.rules,
     )
-    _write_json(os.path.join(folder, "config.json"), described | tokens)
-    _write_json(os.path.join(folder, "generation_config.json"), tokens)
+    write_json(folder, "config.json", described | tokens)
+    write_json(folder, "generation_config.json", tokens)
 
 
 def _check_config(folder: str, tower: str, config: ModelConfig) -> None:

@@ -4,7 +4,6 @@ What was trained whole (the projector) lies among the adapters, as peft's module
 """
 
 import functools
-import json
 import math
 import os
 import re
@@ -15,11 +14,11 @@ import numpy as np
 
 from llava_jax.types import InputError, LoraConfig, ModelConfig
 from llava_jax.weights import name_table
-from llava_jax.weights.hf_config import read_json
-from llava_jax.weights.hf_export import finished_folder
+from llava_jax.weights.hf_config import read_json, write_json
+from llava_jax.weights.hf_export import finished_folder, identity, parameter_pieces
 from llava_jax.weights.name_table import Stored
 from llava_jax.weights.source import ADAPTER_CONFIG
-from llava_jax.weights.tensors import FLOATS, Tensors, open_file, save_tensors
+from llava_jax.weights.tensors import FLOATS, Tensors, open_file, save_checked
 
 Params = dict[str, Any]
 
@@ -145,14 +144,8 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
     assert config.lora is not None
     tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
     with finished_folder(folder) as partial:
-        with open(os.path.join(partial, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
-            json.dump(adapter_json(config.lora, base), file, indent=2)
-        path = os.path.join(partial, ADAPTER)
-        save_tensors(path, tensors)
-        written = open_file(path)
-        for name, array in tensors.items():
-            if written[name].get().tobytes() != array.tobytes():
-                raise OSError(f"{path}: {name} read back differs from what was written")
+        write_json(partial, ADAPTER_CONFIG, adapter_json(config.lora, base))
+        save_checked(os.path.join(partial, ADAPTER), tensors)
 
 
 def adapter_json(lora: LoraConfig, base: str) -> dict[str, Any]:
@@ -192,13 +185,6 @@ def _adapters(lora: LoraConfig, params: Params) -> dict[str, np.ndarray]:
 
 
 def _projector(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    found = {}
-    for path, array in name_table.flatten({"projector": params}).items():
-        row = name_table.ROWS[path]
-        name = row.hf.removeprefix(name_table.PROJECTOR)
-        found[name] = name_table.to_hf(row, np.asarray(array, np.float32))
-    if config.projector == "linear":
-        # Theirs always has two layers; the second one of a linear projector is the identity.
-        found |= {"linear_2.weight": np.eye(config.llm.width, dtype=np.float32)}
-        found |= {"linear_2.bias": np.zeros(config.llm.width, np.float32)}
-    return {f"base_model.model.{PROJECTOR}{name}": array for name, array in found.items()}
+    pieces = [*parameter_pieces({"projector": params}, "float32"), *identity(config, "float32")]
+    names = (piece.name.removeprefix(name_table.PROJECTOR) for piece in pieces)
+    return {f"base_model.model.{PROJECTOR}{name}": piece.array() for name, piece in zip(names, pieces, strict=True)}

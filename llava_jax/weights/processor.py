@@ -18,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_jax.data.templates import TEMPLATES, Span, Template, find_template, render
 from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
-from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, InputError, ModelConfig, Turn
-from llava_jax.weights.hf_config import RESAMPLE, folder_value, read_json, select_strategy, special_tokens
+from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
+from llava_jax.weights.hf_config import RESAMPLE, folder_value, read_json, select_strategy, special_tokens, write_json
 
 Json = dict[str, Any]
 
@@ -42,6 +42,28 @@ AFTER_IMAGE = {"type": "Replace", "pattern": {"Regex": r"(?<=<image>)(?!<image>|
 
 
 @dataclasses.dataclass(frozen=True)
+class LlavaExtras:
+    """What a LLaVA folder says next to config and weights; `tokenizer` is a folder.
+
+    `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
+    that holds the tower's weights, those that LLaVA does not run included.
+    """
+
+    template: str = "v1"
+    aspect: str = "crop"
+    image_position: str = "front"
+    tokenizer: str = ""
+    template_assumed: bool = False
+    vision: str = ""
+    exif: str = "apply"
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """What of it our exports say in config.json."""
+        return {key: getattr(self, key) for key in ("template", "aspect", "image_position", "exif")}
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportedTokens:
     """Ids that the exported configs name; `image_id` may differ from the model's when its own was never a token."""
 
@@ -51,15 +73,12 @@ class ExportedTokens:
     eos_id: int | list[int]
 
 
-def write_processor(
-    folder: str, tokenizer_folder: str, config: ModelConfig, *, template: str, aspect: str, image_position: str
-) -> ExportedTokens:
+def write_processor(folder: str, config: ModelConfig, extras: LlavaExtras) -> ExportedTokens:
     """Write tokenizer, image and chat files into `folder`, whose config.json is not there yet."""
-    find_template(template)
-    ours = load_tokenizer(tokenizer_folder)
-    chat = _write_chat(folder, template, image_position, ours)
-    tokens = _write_tokenizer(folder, tokenizer_folder, chat, ours.eos_id, _processor_class(config))
-    _write_images(folder, config, aspect)
+    ours = load_tokenizer(extras.tokenizer)
+    chat = _write_chat(folder, extras, ours)
+    tokens = _write_tokenizer(folder, extras.tokenizer, chat, ours.eos_id, _processor_class(config))
+    _write_images(folder, config, extras.aspect)
     # One that ends a turn next to the tokenizer's own stays an end; a single one is written as a number.
     return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
 
@@ -85,34 +104,14 @@ def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
 # ---- images and chat --------------------------------------------------------------------------------------------
 
 
-def _write_json(folder: str, name: str, value: Json) -> None:
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-
-
 def _write_images(folder: str, config: ModelConfig, aspect: str) -> None:
     """The image settings; where images are padded no class is named.
 
     transformers then takes the one of the model type: in version 5 LlavaImageProcessor, which pads, in 4.46
     CLIPImageProcessor, which does not know do_pad and crops. Naming the first would keep 4.46 from loading the folder.
     """
-    size, pixels = config.vision.image_size, config.vision.pixels
-    square = dict(height=size, width=size)
     name = _processor_class(config)
-    settings: Json = dict(
-        processor_class=name,
-        do_convert_rgb=True,
-        do_resize=True,
-        size=square if aspect == "squash" else dict(shortest_edge=size),
-        resample=RESAMPLE[pixels.resample],
-        do_center_crop=aspect != "squash",
-        crop_size=square,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(pixels.mean),
-        image_std=list(pixels.std),
-    )
+    settings = dict(processor_class=name) | image_settings(config.vision, aspect)
     if config.pinpoints:
         pinpoints = [list(pinpoint) for pinpoint in config.pinpoints]
         settings |= dict(image_processor_type="LlavaNextImageProcessor", do_pad=True, image_grid_pinpoints=pinpoints)
@@ -126,25 +125,50 @@ def _write_images(folder: str, config: ModelConfig, aspect: str) -> None:
         patch_size=config.vision.patch_size,
         vision_feature_select_strategy=select_strategy(config.vision),
     )
-    _write_json(folder, "preprocessor_config.json", settings)
-    _write_json(folder, "processor_config.json", processor)
+    write_json(folder, "preprocessor_config.json", settings)
+    write_json(folder, "processor_config.json", processor)
+
+
+def image_settings(vision: ClipConfig, aspect: str) -> Json:
+    """Return what every class of image processors is told."""
+    square = dict(height=vision.image_size, width=vision.image_size)
+    return dict(
+        do_convert_rgb=True,
+        do_resize=True,
+        size=square if aspect == "squash" else dict(shortest_edge=vision.image_size),
+        resample=RESAMPLE[vision.pixels.resample],
+        do_center_crop=aspect != "squash",
+        crop_size=square,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(vision.pixels.mean),
+        image_std=list(vision.pixels.std),
+    )
+
+
+def copy_tokenizer(source: str, folder: str) -> None:
+    """Copy the tokenizer's files that are there."""
+    for name in TOKENIZER_FILES:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
 def _processor_class(config: ModelConfig) -> str:
     return "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
 
 
-def _write_chat(folder: str, template: str, image_position: str, tokenizer: TextTokenizer) -> str:
+def _write_chat(folder: str, extras: LlavaExtras, tokenizer: TextTokenizer) -> str:
     """chat_template.jinja (transformers 5) and .json (4); returns the text, which tokenizers of 4 keep themselves."""
 
     def spelled(text: str) -> str:
         token = tokenizer.special_id(text)
         return text if token is None else tokenizer.decode([token], skip_special=False)
 
-    jinja = chat_jinja(find_template(template), image_position=image_position, spelled=spelled)
+    jinja = chat_jinja(find_template(extras.template), image_position=extras.image_position, spelled=spelled)
     with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as file:
         file.write(jinja)
-    _write_json(folder, "chat_template.json", {"chat_template": jinja})
+    write_json(folder, "chat_template.json", {"chat_template": jinja})
     return jinja
 
 
@@ -156,9 +180,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
     if eos_id is None:
         raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
     tokenizer = auto_tokenizer(source)
-    for name in TOKENIZER_FILES:
-        if os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    copy_tokenizer(source, folder)
     vocabulary = tokenizer.get_vocab()
     added = [] if IMAGE_PLACEHOLDER in vocabulary else [IMAGE_PLACEHOLDER]
     pad = tokenizer.pad_token
@@ -169,7 +191,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
     path = os.path.join(folder, "tokenizer.json")
     content = read_json(path) if os.path.isfile(path) else json.loads(tokenizer.backend_tokenizer.to_str())
     if added or not os.path.isfile(path) or _whole_text(content) != content:
-        _write_json(folder, "tokenizer.json", _whole_text(_with_tokens(content, ids)))
+        write_json(folder, "tokenizer.json", _whole_text(_with_tokens(content, ids)))
     _edit_companions(folder, ids, pad, chat, tokenizer, eos_id, processor_class)
     known = vocabulary | ids
     return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, eos_id)
@@ -206,13 +228,13 @@ def _edit_companions(
     config |= dict(pad_token=pad, processor_class=processor_class, chat_template=chat)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): _token(text) for text, i in ids.items()}
-    _write_json(folder, "tokenizer_config.json", config)
+    write_json(folder, "tokenizer_config.json", config)
     special = os.path.join(folder, "special_tokens_map.json")
     if os.path.isfile(special):
-        _write_json(folder, "special_tokens_map.json", read_json(special) | {"pad_token": pad})
+        write_json(folder, "special_tokens_map.json", read_json(special) | {"pad_token": pad})
     more = os.path.join(folder, "added_tokens.json")
     if ids and (os.path.isfile(more) or os.path.isfile(os.path.join(folder, "tokenizer.model"))):
-        _write_json(folder, "added_tokens.json", (read_json(more) if os.path.isfile(more) else {}) | ids)
+        write_json(folder, "added_tokens.json", (read_json(more) if os.path.isfile(more) else {}) | ids)
 
 
 # ---- the same ids, piecewise and whole ------------------------------------------------------------------------------
@@ -227,17 +249,17 @@ _CONVERSATION = (
 _SAMPLES = (_CONVERSATION, (Turn("human", "<image>And here?"),), (Turn("human", "Look at this.\n<image>"),))
 
 
-def check_ids(folder: str, source: str, template: str, image_position: str, force: bool) -> None:
+def check_ids(folder: str, extras: LlavaExtras, force: bool) -> None:
     """Make whole-string tokenisation in `folder` (complete by now) give the ids we train on.
 
     The source's own file comes first; where transformers reads the source by other rules than those written in it
     (`legacy`), these are written; where ▁ after an image is lost, `AFTER_IMAGE` is added. Raises InputError where none
     of them gives those ids; with `force` that is a printed warning, and the source's own file stays.
     """
-    expected = _expected(load_tokenizer(source), template, image_position)
+    expected = _expected(extras.tokenizer, extras)
 
     def difference() -> str | None:
-        if _expected(load_tokenizer(folder), template, image_position) != expected:
+        if _expected(folder, extras) != expected:
             return "the exported tokenizer reads the pieces around an image otherwise than the source"
         return _difference(folder, expected)
 
@@ -246,7 +268,7 @@ def check_ids(folder: str, source: str, template: str, image_position: str, forc
     problem = difference()
     if problem is None:
         return
-    effective = _whole_text(json.loads(auto_tokenizer(source).backend_tokenizer.to_str()))
+    effective = _whole_text(json.loads(auto_tokenizer(extras.tokenizer).backend_tokenizer.to_str()))
     for content in _variants(first, effective):
         _write_rules(folder, content)
         if difference() is None:
@@ -259,19 +281,18 @@ def check_ids(folder: str, source: str, template: str, image_position: str, forc
 
 def _write_rules(folder: str, content: Json) -> None:
     """tokenizer.json, and the same flags of its tokens in tokenizer_config.json, whose word counts."""
-    _write_json(folder, "tokenizer.json", content)
+    write_json(folder, "tokenizer.json", content)
     config = read_json(os.path.join(folder, "tokenizer_config.json"))
     decoder = config.get("added_tokens_decoder", {})
     for token in content["added_tokens"]:
         if str(token["id"]) in decoder:
             decoder[str(token["id"])] = {key: value for key, value in token.items() if key != "id"}
-    _write_json(folder, "tokenizer_config.json", config)
+    write_json(folder, "tokenizer_config.json", config)
 
 
-def same_pieces(folder: str, source: str, template: str, image_position: str) -> bool:
-    """Return whether the tokenizers of two folders read the text around images alike."""
-    one, other = (_expected(load_tokenizer(path), template, image_position) for path in (folder, source))
-    return one == other
+def same_pieces(folder: str, extras: LlavaExtras) -> bool:
+    """Return whether the tokenizer of `folder` reads the text around images as the source's does."""
+    return _expected(folder, extras) == _expected(extras.tokenizer, extras)
 
 
 def _variants(first: Json, effective: Json) -> Iterator[Json]:
@@ -294,13 +315,13 @@ def _with_rule(content: Json) -> Json:
     return content
 
 
-def _expected(tokenizer: TextTokenizer, template: str, image_position: str) -> list[tuple[str, list[int]]]:
+def _expected(folder: str, extras: LlavaExtras) -> list[tuple[str, list[int]]]:
     """(whole string, ids piece by piece with images as IMAGE_MARK) of the sample conversations that fit."""
-    rules = find_template(template)
+    rules, tokenizer = find_template(extras.template), load_tokenizer(folder)
     samples = _SAMPLES[1:] if rules.caption_only else _SAMPLES
     found = []
     for turns in samples:
-        spans = render(turns, rules, image_position=image_position, open_turn=True)
+        spans = render(turns, rules, image_position=extras.image_position, open_turn=True)
         words = {text: tokenizer.special_id(text) for text in {span.text for span in spans if span.special}}
         spelled = {t: t if i is None else tokenizer.decode([i], skip_special=False) for t, i in words.items()}
         text = "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
-from llava_jax.weights.hf_config import PLACES, read_json
+from llava_jax.weights.hf_config import PLACES, read_json, write_json
 from llava_jax.weights.name_table import Stored
 from llava_jax.weights.source import is_converted
 from llava_jax.weights.torch_bin import DTYPES, open_torch
@@ -212,6 +212,15 @@ def save_tensors(path: str, tensors: Mapping[str, np.ndarray]) -> None:
     os.chmod(path, 0o644)
 
 
+def save_checked(path: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a .safetensors file, read it back and compare every tensor."""
+    save_tensors(path, tensors)
+    written = open_file(path)
+    for name, tensor in tensors.items():
+        if written[name].get().tobytes() != tensor.tobytes():
+            raise OSError(f"{path}: {name} read back differs from what was written")
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """One tensor to write: made only when its shard is written, so that one shard at a time is in memory."""
@@ -224,6 +233,12 @@ class Piece:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        array = np.ascontiguousarray(self.make(), dtype=self.dtype)
+        if array.shape != self.shape:
+            raise ValueError(f"{self.name}: made {array.shape}, planned {self.shape}")
+        return array
 
 
 def write_shards(folder: str, pieces: Iterable[Piece], shard_bytes: int = SHARD_BYTES) -> None:
@@ -240,12 +255,12 @@ def write_shards(folder: str, pieces: Iterable[Piece], shard_bytes: int = SHARD_
     weight_map: dict[str, str] = {}
     for file, shard in zip(files, shards, strict=True):
         path = os.path.join(folder, file)
-        save_tensors(path, {piece.name: _made(piece) for piece in shard})
+        save_tensors(path, {piece.name: piece.array() for piece in shard})
         weight_map |= {piece.name: file for piece in shard}
     if len(shards) > 1:
         total = sum(piece.nbytes for shard in shards for piece in shard)
-        with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
-            json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=2, sort_keys=True)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder, INDEX, index)
 
 
 def check_written(folder: str, pieces: Iterable[Piece]) -> None:
@@ -255,13 +270,6 @@ def check_written(folder: str, pieces: Iterable[Piece]) -> None:
     if written.names() != sorted(piece.name for piece in pieces):
         raise OSError(f"{folder}: the tensors read back are not those written")
     for piece in pieces:
-        found, wanted = written[piece.name].get(), _made(piece)
+        found, wanted = written[piece.name].get(), piece.array()
         if found.dtype != wanted.dtype or found.shape != wanted.shape or found.tobytes() != wanted.tobytes():
             raise OSError(f"{folder}: {piece.name} read back differs from what was written")
-
-
-def _made(piece: Piece) -> np.ndarray:
-    array = np.ascontiguousarray(piece.make(), dtype=piece.dtype)
-    if array.shape != piece.shape:
-        raise ValueError(f"{piece.name}: made {array.shape}, planned {piece.shape}")
-    return array

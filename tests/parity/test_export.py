@@ -18,7 +18,8 @@ from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, LlamaConfig, ModelConfig, Turn
 from llava_jax.weights import hf
-from llava_jax.weights.processor import write_processor
+from llava_jax.weights.hf_export import write_llava
+from llava_jax.weights.processor import LlavaExtras, write_processor
 
 CONFIG = ModelConfig(
     vision=ClipConfig(width=16, mlp_width=32, layers=3, heads=2, image_size=16, patch_size=4),
@@ -43,17 +44,9 @@ def exported(tmp_path, *, projector="mlp2x_gelu", text=None, style="bytes", dtyp
     image_id = load_tokenizer(str(tmp_path / "llama")).image_token_id(llm.vocab_size)
     config = ModelConfig(vision=vision, llm=llm, projector=projector, image_token_id=image_id)
     params = peers.random_params(build(config)[1]) | {"vision": vision_params, "llm": llm_params}
-    settings = dict(template="v1", aspect="crop", image_position="front") | ours
     folder = str(tmp_path / "out")
-    hf.write_llava(
-        folder,
-        config,
-        params,
-        source_vision_folder=str(tmp_path / "clip"),
-        tokenizer_folder=str(tmp_path / "llama"),
-        dtype=dtype,
-        **settings,
-    )
+    extras = LlavaExtras(**ours, tokenizer=str(tmp_path / "llama"), vision=str(tmp_path / "clip"))
+    write_llava(folder, config, params, extras, dtype=dtype)
     return folder, config, params
 
 
@@ -135,9 +128,8 @@ def folder_with_tokenizer(tmp_path_factory):
 @pytest.mark.parametrize("image_position", ["front", "keep"])
 @pytest.mark.parametrize("template", sorted(TEMPLATES))
 def test_chat_template_renders_as_ours(tmp_path, folder_with_tokenizer, template, image_position):
-    write_processor(
-        str(tmp_path), folder_with_tokenizer, CONFIG, template=template, aspect="crop", image_position=image_position
-    )
+    extras = LlavaExtras(template, image_position=image_position, tokenizer=folder_with_tokenizer)
+    write_processor(str(tmp_path), CONFIG, extras)
     processor = AutoProcessor.from_pretrained(tmp_path)
     rules = TEMPLATES[template]
     conversations = [[Turn("human", "Look: <image> here. ")]]

@@ -24,6 +24,8 @@ from llava_jax.settings import settings_from_dict
 from llava_jax.train.loop import train
 from llava_jax.types import ClipConfig, ModelConfig, Pixels
 from llava_jax.weights import convert, hf, name_table
+from llava_jax.weights.hf_export import write_llava
+from llava_jax.weights.processor import LlavaExtras
 
 PYTHON_446 = pathlib.Path(__file__).parents[2] / ".venv-parity-446" / "bin" / "python"
 ROWS = 192  # of the embedding: more than the tokenizer has, so that <image> and <pad> find room
@@ -235,9 +237,8 @@ def test_a_siglip_folder_and_a_decoder_folder_become_one(tmp_path, whole):
     assert (tower.family, llm.family, tower.pixels.mean) == ("siglip", "qwen2", HALF)
     config = ModelConfig(vision=tower, llm=llm, image_token_id=IMAGE_ID)
     params = peers.random_params(build(config)[1]) | {"vision": vision_params, "llm": llm_params}
-    rules = dict(template="v1", aspect="squash", image_position="front")
-    folders = dict(source_vision_folder=str(tmp_path / "siglip"), tokenizer_folder=str(tmp_path / "qwen"))
-    hf.write_llava(str(tmp_path / "out"), config, params, **folders, **rules)
+    extras = LlavaExtras(aspect="squash", tokenizer=str(tmp_path / "qwen"), vision=str(tmp_path / "siglip"))
+    write_llava(str(tmp_path / "out"), config, params, extras)
     theirs = peers.load_strict(str(tmp_path / "out"))
     source = (model.vision_model if whole else model).state_dict()
     source = {name.removeprefix("vision_model."): value for name, value in source.items()}

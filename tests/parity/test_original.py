@@ -10,8 +10,10 @@ import torch
 from flax import nnx
 
 from llava_jax.models.llava import build
+from llava_jax.types import InputError
 from llava_jax.weights import convert, hf
 from llava_jax.weights.original import Beside
+from llava_jax.weights.tensors import open_folder
 from llava_jax.weights.torch_bin import open_torch
 
 DTYPES = (
@@ -57,7 +59,7 @@ def test_state_dict_of_a_module(tmp_path, protocol):
 
 def test_the_old_format_is_refused(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(hf.InputError, match="older"):
+    with pytest.raises(InputError, match="older"):
         open_torch(str(tmp_path / "x.bin"))
 
 
@@ -111,7 +113,7 @@ def test_logits_and_the_way_back(tmp_path):
     assert peers.relative(ours, logits) <= 1e-4
     assert peers.relative(ours, plain.logits) <= 1e-4
     convert.convert(f"hf:{tmp_path / 'h'}", f"llava:{tmp_path / 'back'}")
-    tensors = hf.open_folder(str(tmp_path / "back"))
+    tensors = open_folder(str(tmp_path / "back"))
     assert tensors.names() == sorted(weights)
     for name, tensor in weights.items():
         assert tensors[name].get().tobytes() == as_bytes(tensor), name
@@ -121,7 +123,7 @@ def test_logits_and_the_way_back(tmp_path):
 def test_bfloat16_is_bit_equal(tmp_path):
     folder, _, weights, _ = original(tmp_path, torch.bfloat16)
     convert.convert(str(folder), f"llava:{tmp_path / 'back'}")
-    tensors = hf.open_folder(str(tmp_path / "back"))
+    tensors = open_folder(str(tmp_path / "back"))
     for name, tensor in weights.items():
         assert tensors[name].get().tobytes() == as_bytes(tensor), name
 
