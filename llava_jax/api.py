@@ -59,23 +59,23 @@ class Processor:
         return tiling(self.config) if self.config.pinpoints else None
 
     def tokens(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32[t] of a conversation that the assistant is to continue, each image as its image tokens."""
+        """Return int32[t] of a conversation that the assistant is to continue, each image as its image tokens."""
         turns, images = read_messages(messages)
         spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
         encoded = encode(spans, self.tokenizer)
         tiles = self.tiling
         counts = self.config.vision.patches if tiles is None else tiles.tokens(self._sizes(images))
         tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
-        room = self.config.llm.max_positions
-        if tokens.size >= room:
+        positions = self.config.llm.max_positions
+        if tokens.size >= positions:
             raise InputError(
-                f"prompt of {tokens.size} tokens (image tokens included), but the model holds {room} with its answer: "
-                "shorten the text or give fewer images"
+                f"prompt of {tokens.size} tokens (image tokens included), but the model holds {positions} with its "
+                "answer: shorten the text or give fewer images"
             )
         return tokens.astype(np.int32)
 
     def pixels(self, messages: Sequence[Message]) -> np.ndarray:
-        """float32[n, X, Y, C] of the images of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
+        """Return float32[n, X, Y, C] of the images of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
         size, tiles, how = self.config.vision.image_size, self.tiling, self.config.vision.pixels
         _, images = read_messages(messages)
         arrays = [np.zeros((0, size, size, 3), np.float32)]
@@ -85,22 +85,22 @@ class Processor:
         return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        tokens, tiles = self.tokens(messages), self.tiling
-        if tiles is None:
-            return Prompt(tokens, self.pixels(messages))
-        takes = tiles.takes(self._sizes(read_messages(messages)[1]))
-        return Prompt(tokens, self.pixels(messages), spread(tokens, self.config.image_token_id, takes))
+        tokens, tiles, take = self.tokens(messages), self.tiling, None
+        if tiles is not None:
+            takes = tiles.takes(self._sizes(read_messages(messages)[1]))
+            take = spread(tokens, self.config.image_token_id, takes)
+        return Prompt(tokens, self.pixels(messages), take)
 
     def _sizes(self, images: Sequence[ImageLike]) -> list[tuple[int, int]]:
         """(width, height) of each image; of a file its header is read."""
         return [image_size(p if isinstance(p, Image.Image) else os.fspath(p), self.exif) for p in images]
 
     def text(self, ids: Iterable[int]) -> str:
-        """The answer that ids spell: up to the template's first stop, without white space at its ends."""
+        """Return the answer that ids spell: up to the template's first stop, without white space at its ends."""
         return "".join(self.pieces(ids))
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """The same answer in pieces, each as soon as no later id can change it."""
+        """Yield the same answer in pieces, each as soon as no later id can change it."""
         return stripped(self._decoded(ids))
 
     def _decoded(self, ids: Iterable[int]) -> Iterator[str]:
@@ -110,7 +110,7 @@ class Processor:
         yield decoder.finish()
 
     def stop_table(self) -> np.ndarray:
-        """`sample.stop_table` of the template: ids where a stop is a token, automaton where it is plain text."""
+        """Return `sample.stop_table` of the template: ids where a stop is a token, automaton where it is plain text."""
         ids = self.tokenizer.stop_ids(self.rules)
         spelled = [stop for stop in self.rules.stop if self.tokenizer.special_id(stop) is None]
         size = self.config.llm.vocab_size
@@ -118,7 +118,7 @@ class Processor:
 
 
 def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
-    """What each id below `size` adds to a text (a leading space counts, so it is read after another token)."""
+    """Return what each id below `size` adds to a text (a leading space counts, so it is read after another token)."""
     before = tokenizer.encode_text("a")[-1]
     start = len(tokenizer.decode([before]))
     return [tokenizer.decode([before, token])[start:] for token in range(size)]
@@ -193,12 +193,9 @@ def _read_content(content: Any) -> tuple[str, list[ImageLike]]:
 
 
 def question(text: str, images: ImageLike | Sequence[ImageLike] | None) -> list[Message]:
-    """The messages of one question about no image, one, or several."""
-    if images is None:
-        images = []
-    elif isinstance(images, IMAGE_TYPES):
-        images = [images]
-    parts = [{"type": "image", "image": image} for image in images]
+    """Return the messages of one question about no image, one, or several."""
+    shown = [] if images is None else [images] if isinstance(images, IMAGE_TYPES) else images
+    parts = [{"type": "image", "image": image} for image in shown]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
@@ -229,16 +226,9 @@ class Llava:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What an answer depends on next to the weights and the sampling."""
-        processor = self.processor
-        return {
-            "template": processor.template,
-            "aspect": processor.aspect,
-            "image_position": processor.image_position,
-            "exif": processor.exif,
-            "dtype": self.config.dtype,
-            "weights": self.weights,
-        }
+        """Return what an answer depends on next to the weights and the sampling."""
+        rules = {key: getattr(self.processor, key) for key in ("template", "aspect", "image_position", "exif")}
+        return rules | {"dtype": self.config.dtype, "weights": self.weights}
 
     def generate(
         self,
@@ -307,7 +297,7 @@ class Llava:
     def logits(
         self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None, image_sizes: Any = None
     ) -> np.ndarray:
-        """float32[B, T, V] for tokens as transformers' processor gives them: P image tokens for each image.
+        """Return float32[B, T, V] for tokens as transformers' processor gives them: P image tokens for each image.
 
         `pixels_BCHW` float[n, C, H, W] holds the batch's images in the order of their tokens (any number a row);
         `mask_BT` is 1 at tokens and 0 at padding, on either side. Logits at padding mean nothing. A LLaVA-NeXT takes
@@ -322,10 +312,10 @@ class Llava:
         graphdef = self.engine.graphdef
         return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT, graphdef=graphdef))
 
-    # What answers.py and chat.py ask for.
+    # What infer/batch_generate.py and infer/chat.py ask for.
 
     def rows(self, batch_size: int) -> int:
-        """`batch_size` rounded up to a multiple of the devices."""
+        """Return `batch_size` rounded up to a multiple of the devices."""
         devices = 1 if self.engine.mesh is None else self.engine.mesh.size
         return -(-batch_size // devices) * devices
 
@@ -333,11 +323,11 @@ class Llava:
         return self.processor.prompt(messages)
 
     def length(self, messages: Sequence[Message]) -> int:
-        """Tokens of a prompt, its images counted but not read."""
+        """Count the tokens of a prompt, its images without reading them."""
         return int(self.processor.tokens(messages).size)
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]:
-        """The answers to one batch of at most `rows` prompts."""
+        """Answer one batch of at most `rows` prompts."""
         return [self.processor.text(ids) for ids in generate_ids(self.engine, prompts, sampling, rows)]
 
 
@@ -391,7 +381,7 @@ def load(
     base: str = "",
     step: int | None = None,
 ) -> Llava:
-    """The model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
+    """Load the model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
 
     `template` replaces the conversation template the source names; `dtype` (float32, bfloat16) is the dtype of the
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
@@ -415,7 +405,7 @@ def load(
 
 
 def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
-    """A model of parameters (numpy, jax or `LazyTensor`), placed on the devices in the dtype of its config."""
+    """Return the model of parameters (numpy, jax or `LazyTensor`), placed on the devices in the dtype of its config."""
     config = processor.config
     mesh = make_mesh(MeshSettings(-1, 1, 1)) if len(jax.devices()) > 1 else None
     at = SingleDeviceSharding(jax.devices()[0]) if mesh is None else replicated(mesh)

@@ -56,7 +56,7 @@ class Question:
 
     @property
     def key(self) -> str:
-        """What an answer is recognised by: some benchmarks ask several questions under one id."""
+        """Return what an answer is recognised by: some benchmarks ask several questions under one id."""
         return json.dumps([self.id, self.text])
 
     @property
@@ -67,7 +67,7 @@ class Question:
 
 
 def read_questions(path: str, folder: str) -> list[Question]:
-    """The questions of a JSONL file, their images below `folder`; InputError names the line that cannot be asked."""
+    """Read a JSONL file of questions, their images below `folder`; InputError names the line that cannot be asked."""
     questions = []
     for where, row in read_lines(path, "one question"):
         if not isinstance(row, dict):
@@ -102,7 +102,7 @@ def _question(row: dict[str, Any], where: str, folder: str) -> Question:
 
 
 def open_answers(path: str, questions: Sequence[Question], model_id: str, metadata: dict[str, Any]) -> Counter[str]:
-    """How often each question is answered in the file; a torn last line is cut off.
+    """Count how often each question is answered in the file; a torn last line is cut off.
 
     Raises InputError, and leaves the file as it is, when it belongs to other questions, another model or sampling.
     """
@@ -169,7 +169,7 @@ def answer_file(
     batch_size: int = 8,
     progress: TextIO,
 ) -> int:
-    """Answer every question of the file `questions` that `answers` does not hold yet; returns how many that were.
+    """Answer every question of the file `questions` that `answers` does not hold yet; return how many that were.
 
     Questions of similar length are batched together, every batch has the same number of rows (the last one is filled
     up), and each is appended and flushed as it comes, in file order; when all are answered the file is put in the

@@ -113,7 +113,7 @@ def beam_search(
     beams: int,
     size: int,
 ) -> jax.Array:
-    """Ids int32[B, size] of each row's best beam (-1 after its end), from the logits and cache of its prefill.
+    """Return ids int32[B, size] of each row's best beam (-1 after its end), from the logits and cache of its prefill.
 
     `limit_B` is the most ids a row may draw (0: none, the row is filling); `stops_QV` is sample.stop_table's;
     `step(model, token_R, cache)` is generate.decode_step, over R = B * beams rows.

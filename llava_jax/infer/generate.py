@@ -66,18 +66,18 @@ class Engine:
 
 
 def bucket(length: int) -> int:
-    """The padded size for `length` tokens: multiples of 64 up to 512, then of 256, which bounds the compilations."""
+    """Pad `length` tokens to a size: multiples of 64 up to 512, then of 256, which bounds the compilations."""
     unit = 64 if length <= 512 else 256
     return max(1, -(-length // unit)) * unit
 
 
 def row_bucket(rows: int) -> int:
-    """The padded size for `rows` rows or images: the next power of two."""
+    """Return the padded size for `rows` rows or images: the next power of two."""
     return 1 << max(0, rows - 1).bit_length()
 
 
 def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
-    """Right-padded numpy batch of `rows` rows; filling rows have length 0."""
+    """Return the right-padded numpy batch of `rows` rows; filling rows have length 0."""
     tokens_BT = np.zeros((rows, bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
     length_B, hash_B = np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
     images = max(len(prompt.pixels) for prompt in prompts)
@@ -99,7 +99,7 @@ def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
 def prefill(
     params: dict[str, Any], inputs: Inputs, *, graphdef: nnx.GraphDef, config: ModelConfig, size: int
 ) -> tuple[jax.Array, Cache]:
-    """Logits float32[B, V] after each row's last token, and a cache with `size` slots a row."""
+    """Return logits float32[B, V] after each row's last token, and a cache with `size` slots a row."""
     model: Llava = nnx.merge(graphdef, params)
     B, T = inputs.tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -115,7 +115,7 @@ def prefill(
 
 
 def decode_step(model: Llava, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Logits float32[B, V] after one more token a row."""
+    """Return logits float32[B, V] after one more token a row."""
     hidden_B1D, cache = model.llm.decode(model.llm.embed(token_B[:, None]), cache)
     return model.llm.logits(hidden_B1D)[:, 0], cache
 
@@ -142,7 +142,7 @@ def begin(
     mode: str,
     size: int,
 ) -> Decoding:
-    """The state after the first token; `size` is the room for ids, a row with limit 0 is done from the start."""
+    """Return the state after the first token; it holds `size` ids, and a row with limit 0 is done from the start."""
     B = logits_BV.shape[0]
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hash_B)
     zeros_B = jnp.zeros(B, jnp.int32)
@@ -162,7 +162,7 @@ def decode(
     graphdef: nnx.GraphDef,
     mode: str,
 ) -> Decoding:
-    """Go on until every row is done or `until` ids are drawn, without leaving the device."""
+    """Decode until every row is done or `until` ids are drawn, without leaving the device."""
     model: Llava = nnx.merge(graphdef, params)
 
     def more(state: Decoding) -> jax.Array:
@@ -177,13 +177,13 @@ def decode(
 
 def _limits(engine: Engine, inputs: Inputs, sampling: Sampling) -> np.ndarray:
     """How many ids each row may draw: `max_new_tokens`, less where the model's positions end, none for filling."""
-    room_B = engine.config.llm.max_positions - inputs.length_B
-    if np.any(room_B < 1):
+    left_B = engine.config.llm.max_positions - inputs.length_B
+    if np.any(left_B < 1):
         raise InputError(
             f"prompt of {int(inputs.length_B.max())} tokens (image tokens included), but this model holds "
             f"{engine.config.llm.max_positions} with room for an answer: shorten the text or give fewer images"
         )
-    return np.where(inputs.length_B > 0, np.minimum(sampling.max_new_tokens, room_B), 0).astype(np.int32)
+    return np.where(inputs.length_B > 0, np.minimum(sampling.max_new_tokens, left_B), 0).astype(np.int32)
 
 
 def _place(engine: Engine, tree: Any) -> Any:
@@ -194,71 +194,51 @@ def _place(engine: Engine, tree: Any) -> Any:
     return jax.device_put(tree, batch_sharding(engine.mesh) if even else replicated(engine.mesh))
 
 
-class Prefilled(NamedTuple):
-    """A batch before its first id: what `begin` and `beam_search` resume from, `room` being their room for ids."""
-
-    logits_BV: jax.Array
-    cache: Cache
-    limit_B: jax.Array
-    hash_B: jax.Array
-    room: int
-
-
-def _prefilled(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> Prefilled:
-    inputs, room = collate(prompts, rows), bucket(sampling.max_new_tokens)
+def _prefilled(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int
+) -> tuple[jax.Array, Cache, jax.Array, jax.Array, int]:
+    """(logits [B, V], cache, limit_B, hash_B, slots for ids) of a batch before its first id."""
+    inputs, slots = collate(prompts, rows), bucket(sampling.max_new_tokens)
     limit_B = _limits(engine, inputs, sampling)
     inputs, limit_B = _place(engine, (inputs, limit_B))
-    size = inputs.tokens_BT.shape[1] + room
+    size = inputs.tokens_BT.shape[1] + slots
     logits_BV, cache = prefill(engine.params, inputs, graphdef=engine.graphdef, config=engine.config, size=size)
-    return Prefilled(logits_BV, cache, limit_B, inputs.hash_B, room)
+    return logits_BV, cache, limit_B, inputs.hash_B, slots
 
 
 def _begin(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> tuple[Decoding, Draw, str]:
-    logits_BV, cache, limit_B, hash_B, room = _prefilled(engine, prompts, sampling, rows)
-    draw, mode = draw_of(sampling), mode_of(sampling)
-    seed = jnp.uint32(sampling.seed)
-    state = begin(logits_BV, cache, limit_B, hash_B, seed, engine.stops_QV, draw, mode=mode, size=room)
+    logits_BV, cache, limit_B, hash_B, slots = _prefilled(engine, prompts, sampling, rows)
+    draw, mode, seed = draw_of(sampling), mode_of(sampling), jnp.uint32(sampling.seed)
+    state = begin(logits_BV, cache, limit_B, hash_B, seed, engine.stops_QV, draw, mode=mode, size=slots)
     return state, draw, mode
 
 
 def generate_ids(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int | None = None
 ) -> list[list[int]]:
-    """The ids each prompt is answered with, the id that ended the answer included.
+    """Return the ids each prompt is answered with, the id that ended the answer included.
 
     A row's answer is a function of its prompt and `sampling` alone: neighbours, batch size and padding leave it as
     it is, also when drawing (the key is `seed` folded with a hash of the prompt). `rows` fixes the batch shape.
-    Raises InputError for a sampling nothing can be drawn with and for a prompt that leaves no room for an answer.
+    Raises InputError for a sampling nothing can be drawn with and for a prompt that leaves no position for an answer.
     """
     check_sampling(sampling)
     rows = row_bucket(len(prompts)) if rows is None else rows
-    if sampling.beams > 1:
-        out_BM = _beam_ids(engine, prompts, sampling, rows)
+    params, graphdef, stops_QV, beams = engine.params, engine.graphdef, engine.stops_QV, sampling.beams
+    if beams > 1:
+        logits_BV, cache, limit_B, _, slots = _prefilled(engine, prompts, sampling, rows)
+        out_BM = beam_search(
+            params, logits_BV, cache, limit_B, stops_QV, graphdef=graphdef, step=decode_step, beams=beams, size=slots
+        )
     else:
         state, draw, mode = _begin(engine, prompts, sampling, rows)
         until = jnp.int32(sampling.max_new_tokens)
-        state = decode(engine.params, state, engine.stops_QV, draw, until, graphdef=engine.graphdef, mode=mode)
-        out_BM = state.out_BM
+        out_BM = decode(params, state, stops_QV, draw, until, graphdef=graphdef, mode=mode).out_BM
     return [[int(token) for token in row if token >= 0] for row in np.asarray(out_BM)[: len(prompts)]]
 
 
-def _beam_ids(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> jax.Array:
-    logits_BV, cache, limit_B, _, room = _prefilled(engine, prompts, sampling, rows)
-    return beam_search(
-        engine.params,
-        logits_BV,
-        cache,
-        limit_B,
-        engine.stops_QV,
-        graphdef=engine.graphdef,
-        step=decode_step,
-        beams=sampling.beams,
-        size=room,
-    )
-
-
 def stream_ids(engine: Engine, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
-    """The ids of one answer, each as soon as it is drawn: those of `generate_ids` for the same prompt."""
+    """Yield the ids of one answer, each as soon as it is drawn: those of `generate_ids` for the same prompt."""
     check_sampling(sampling)
     if sampling.beams > 1:
         raise InputError("beam search knows its answer only at the end and cannot be streamed: set beams to 1")

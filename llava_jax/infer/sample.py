@@ -36,7 +36,7 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def mode_of(sampling: Sampling) -> str:
-    """`greedy`, `sample`, or `filter` where top-k or top-p need the logits sorted: one compiled decode each."""
+    """Return `greedy`, `sample`, or `filter` where top-k or top-p need the logits sorted: one compiled decode each."""
     if sampling.temperature == 0:
         return "greedy"
     return "filter" if sampling.top_k > 0 or sampling.top_p < 1 else "sample"
@@ -47,7 +47,7 @@ def draw_of(sampling: Sampling) -> Draw:
 
 
 def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf for tokens outside the `top_k` most likely (0: all), then outside the smallest set of mass `top_p`.
+    """Return -inf for tokens outside the `top_k` most likely (0: all), then outside the smallest set of mass `top_p`.
 
     The order and the rules are transformers' (TopK, then TopP renormalised over what is left); equal logits stay
     together, so that the kept set does not depend on how they happen to sort.
@@ -65,7 +65,7 @@ def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> j
 
 
 def next_token(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, draw: Draw, mode: str) -> jax.Array:
-    """Token ids int32[B]; a row's noise comes from its own key and `step`, never from its neighbours."""
+    """Draw token ids int32[B]; a row's noise comes from its own key and `step`, never from its neighbours."""
     if mode == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / draw.temperature
@@ -76,7 +76,7 @@ def next_token(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, draw: D
 
 
 def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[str]) -> np.ndarray:
-    """Automaton that reads tokens and accepts where their text completes a stop string: int16[Q + 1, V].
+    """Build the automaton that reads tokens and accepts where their text completes a stop string: int16[Q + 1, V].
 
     Row q, column t is the state after token t in state q; a row starts in state 0 and Q is the accepting state.
     A state is the longest end of the text so far that begins a stop string (Aho-Corasick), so a stop string that
@@ -106,7 +106,7 @@ def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[s
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text without the white space at its two ends."""
+    """Yield the pieces of a text without the white space at its two ends."""
     held, begun = "", False
     for piece in pieces:
         text = held + (piece if begun else piece.lstrip())
@@ -136,7 +136,7 @@ class StreamDecoder:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Takes one id; returns new text, often empty."""
+        """Take one id; return new text, often empty."""
         if self.stopped:
             return ""
         self._ids.append(int(token))
@@ -144,7 +144,7 @@ class StreamDecoder:
         return "" if text.endswith("\ufffd") else self._take(text)
 
     def finish(self) -> str:
-        """Returns what was held back; incomplete characters become U+FFFD."""
+        """Return what was held back; incomplete characters become U+FFFD."""
         if self.stopped:
             return ""
         text = self._take(self._new_text())

@@ -25,14 +25,11 @@ class Projector(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         E, D = config.vision.width, config.llm.width
         init_E, init_D = torch_uniform(E), torch_uniform(D)
-        self.linear_1 = Linear(
-            (E,), (D,), ("vision_embed",), ("projected",), bias=True, init=init_E, bias_init=init_E, rngs=rngs
-        )
+        out = ("projected",)
+        self.linear_1 = Linear((E,), (D,), ("vision_embed",), out, bias=True, init=init_E, bias_init=init_E, rngs=rngs)
         self.two_layers = config.projector == "mlp2x_gelu"
         if self.two_layers:
-            self.linear_2 = Linear(
-                (D,), (D,), ("embed",), ("projected",), bias=True, init=init_D, bias_init=init_D, rngs=rngs
-            )
+            self.linear_2 = Linear((D,), (D,), ("embed",), out, bias=True, init=init_D, bias_init=init_D, rngs=rngs)
         if config.pinpoints:
             self.image_newline = param(rngs, jax.nn.initializers.normal(D**-0.5), (D,), ("projected",))
 
@@ -133,16 +130,9 @@ class Llava(nnx.Module):
         features_BPD = self.image_features(pixels_BNXYC) if has_images else None
         return self.llm(self.embed_and_merge(tokens_BT, features_BPD, feature_index_BT), positions_BT, segment_ids_BT)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        pixels_BNXYC: jax.Array | None,
-        segment_ids_BT: jax.Array | None = None,
-        positions_BT: jax.Array | None = None,
-        feature_index_BT: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, *others: jax.Array | None) -> jax.Array:
         """Return float32 logits [B, T, V] of the arguments of `hidden`."""
-        return self.llm.logits(self.hidden(tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, feature_index_BT))
+        return self.llm.logits(self.hidden(tokens_BT, *others))
 
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

@@ -101,13 +101,12 @@ def convert_adapters(source: str, destination: str, step: int | None = None) -> 
 
 
 def _say_template(folder: str, rules: LlavaExtras) -> None:
+    note = chat_template_note(rules.tokenizer, rules.template)
     if rules.template_assumed:
-        print(
+        note = (
             f"{folder}: names no template and its chat template is none of ours; {rules.template} is assumed "
             "(--template=NAME says another)"
         )
-        return
-    note = chat_template_note(rules.tokenizer, rules.template)
     if note:
         print(note)
 

@@ -199,17 +199,13 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
     """Return ModelConfig from a LlavaForConditionalGeneration config; `dtype` is the compute dtype ours will run in."""
     _choice(config, "model_type", ("llava", "llava_next"), where)
     _choice(config, "quantization_config", (None,), where)
-    values = _filled(
-        config,
-        dict(
-            projector_hidden_act="gelu",
-            vision_feature_select_strategy="default",
-            multimodal_projector_bias=True,
-        ),
-    )
+    neutral = dict(vision_feature_select_strategy="default", multimodal_projector_bias=True)
+    values = _filled(config, neutral | dict(projector_hidden_act="gelu"))
     _choice(values, "multimodal_projector_bias", (True,), where)
     activation = _choice(values, "projector_hidden_act", tuple(_PROJECTORS), where)
-    vision = clip_config(_filled(config.get("vision_config") or {}, _vision_defaults(config)), where + " vision_config")
+    # LlavaConfig's own vision defaults count only when vision_config is left out altogether.
+    tower = _filled(config.get("vision_config") or _LLAVA_VISION, dict(model_type="clip_vision_model"))
+    vision = clip_config(tower, where + " vision_config")
     _choice(values, "vision_feature_select_strategy", (select_strategy(vision),), where)
     text = {"model_type": "llama", **(config.get("text_config") or {})}
     if config_value(config, "tied embeddings"):
@@ -250,11 +246,6 @@ def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, in
             f"vision tower's {size} pixels"
         )
     return tuple((height, width) for height, width in given)
-
-
-def _vision_defaults(config: Mapping[str, Any]) -> Json:
-    """LlavaConfig's own vision defaults count only when vision_config is left out altogether."""
-    return dict(model_type="clip_vision_model") if config.get("vision_config") else _LLAVA_VISION
 
 
 def select_strategy(vision: ClipConfig) -> str:
@@ -579,15 +570,9 @@ def _difference(one: Any, other: Any) -> tuple[str, str] | None:
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
 
-def _image_settings(folder: str) -> tuple[Json, str]:
-    """The image processor's settings and the file they are in."""
-    given, path = folder_value(folder, "image settings")
-    return given or {}, path
-
-
 def read_images(folder: str) -> str:
     """Return `pad`, `crop` or `squash`, as the folder's image settings say (crop where there are none)."""
-    given, _ = _image_settings(folder)
+    given = folder_value(folder, "image settings")[0] or {}
     squashed = "height" in _by_side(given.get("size")) and not given.get("do_center_crop")
     return "pad" if given.get("do_pad") else "squash" if squashed else "crop"
 
@@ -615,7 +600,8 @@ def _check_square(given: Json, path: str, size: int) -> None:
 
 def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
     """Return the tower with the folder's normalisation and resizing; InputError for what ours cannot do."""
-    given, path = _image_settings(folder)
+    said, path = folder_value(folder, "image settings")
+    given = said or {}
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(key) is False:
             raise InputError(f"{path}: {key} is false, which is not supported; expected true")

@@ -346,10 +346,7 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
     return None
 
 
-# ---- chat templates ----
-
-
-# ---- written ------------------------------------------------------------------------------------------------------
+# ---- chat templates, written ----------------------------------------------------------------------------------------
 
 # Content is text, or parts of type text and image; images without a placeholder in the text stand before it.
 _TEXT = """\
@@ -420,7 +417,7 @@ def chat_jinja(template: Template, *, image_position: str, spelled: Callable[[st
     return names.sub(lambda name: json.dumps(literals[name[0]], ensure_ascii=False), source)
 
 
-# ---- recognised ---------------------------------------------------------------------------------------------------
+# ---- chat templates, recognised -------------------------------------------------------------------------------------
 
 _PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
 

@@ -137,22 +137,14 @@ def open_folder(folder: str) -> Tensors:
     """Open all tensors of a model folder: model.safetensors or pytorch_model.bin, an index's shards, or orbax."""
     if is_converted(folder):
         return Tensors(folder, orbax_model.open_tensors(folder))
-    index, single = _layout(folder)
-    shards = [] if index or single else _shards(folder)
-    if shards:
-        stored: dict[str, Stored] = {}
-        for shard in shards:
-            stored |= _opened(shard)
-        return Tensors(folder, stored)
-    if not index and not single:
+    files = {path: _opened(path) for path in weight_files(folder)}
+    if not files:
         raise InputError(
             f"{folder}: has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE} nor {TORCH_INDEX}); expected a Hugging "
             "Face model folder"
         )
-    if single:
-        return dataclasses.replace(open_file(os.path.join(folder, single)), where=folder)
-    path_of = _indexed(folder, index)
-    files = {path: _opened(path) for path in sorted(set(path_of.values()))}
+    index, _ = _layout(folder)
+    path_of = _indexed(folder, index) if index else {}
     absent = [name for name, path in path_of.items() if name not in files[path]]
     if absent:
         raise InputError(
@@ -160,8 +152,8 @@ def open_folder(folder: str) -> Tensors:
             f"{' …' if len(absent) > 5 else ''}); download the folder again"
         )
     # What a shard holds beyond the index counts, too: it may be what the index forgot, or what nobody expects.
-    unlisted = {name: found for stored in files.values() for name, found in stored.items() if name not in path_of}
-    return Tensors(folder, unlisted | {name: files[path][name] for name, path in path_of.items()})
+    held = {name: found for stored in files.values() for name, found in stored.items()}
+    return Tensors(folder, held | {name: files[path][name] for name, path in path_of.items()})
 
 
 def _indexed(folder: str, index: str) -> dict[str, str]:
