@@ -19,7 +19,7 @@ from llava_jax.data.rows import check_text, check_unicode, unread_keys
 from llava_jax.data.templates import Template, find_template, render
 from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
-from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, row_bucket, stream_ids
+from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, question_message, row_bucket, stream_ids
 from llava_jax.infer.sample import StreamDecoder, stop_table, stripped
 from llava_jax.models.llava import build
 from llava_jax.parallel.placement import place
@@ -195,8 +195,7 @@ def _read_content(content: Any) -> tuple[str, list[ImageLike]]:
 def question(text: str, images: ImageLike | Sequence[ImageLike] | None) -> list[Message]:
     """Return the messages of one question about no image, one, or several."""
     shown = [] if images is None else [images] if isinstance(images, IMAGE_TYPES) else images
-    parts = [{"type": "image", "image": image} for image in shown]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return [question_message(text, shown)]
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     import jax, numpy as np
     from llava_jax.models import llava, lora
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.weights.load import random_params
+    from llava_jax.models.llava import init
     from llava_jax.train.setup import split_rank
     from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads, partition
     from llava_jax.types import Batch, MeshSettings
@@ -340,8 +340,8 @@ EIGHT_DEVICES = textwrap.dedent("""
 
     parts = dict.fromkeys(("vision", "projector", "llm", "lora"), "float32")
     config = dataclasses.replace(TINY, lora=LORA, nf4=True, remat="full")
-    params = jax.tree.map(np.array, random_params(config, 0, parts, None))
-    plain = random_params(TINY, 0, {"projector": "float32", "llm": "float32"}, None)
+    params = jax.tree.map(np.array, init(config, 0, parts))
+    plain = init(TINY, 0, {"projector": "float32", "llm": "float32"})
     for of in (lambda p: p["projector"], lambda p: p["llm"]["embed"], lambda p: p["llm"]["layers"]["attn_norm"]):
         jax.tree.map(np.testing.assert_array_equal, of(params), of(plain))
     a, b = (params["lora"]["layers"]["attn"]["o"][leaf] for leaf in ("a", "b"))

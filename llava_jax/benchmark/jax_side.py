@@ -24,14 +24,14 @@ from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.validate import check_records
 from llava_jax.infer.generate import Engine, Prompt, generate_ids
 from llava_jax.models.flops import step_flops
-from llava_jax.models.llava import build
+from llava_jax.models.llava import build, init
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import STAGES, settings_from_dict
 from llava_jax.train.setup import Run, compile_lowered, first_state, prepare
 from llava_jax.train.step import TrainState
 from llava_jax.types import UNPACKED, Batch, DataSettings, ModelConfig, Record, Sampling, Settings
 from llava_jax.weights import hf
-from llava_jax.weights.load import EMBEDDED_TOKENIZER, random_params
+from llava_jax.weights.load import EMBEDDED_TOKENIZER
 
 READ_AHEAD = 6  # batches that workers may have ready before they are needed
 SETTLE = 0.5  # seconds in which workers have read ahead again
@@ -103,9 +103,9 @@ def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tup
         for part in hf.PARTS
     }
     if work["weights"]:
-        params = jax.device_put(hf.read_llava_parts(work["model"], dtypes), shardings)
+        params = jax.device_put(hf.read_llava(work["model"], dtype=dtypes)[1], shardings)
     else:
-        params = random_params(run.config, settings.seed, dtypes, shardings)
+        params = init(run.config, settings.seed, dtypes, shardings)
     return first_state(run, settings.stage, params)
 
 
@@ -127,9 +127,9 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     config = model_config(work)
     if work["weights"]:
-        params = jax.device_put(hf.read_llava_parts(work["model"], dict.fromkeys(hf.PARTS, work["dtype"])))
+        params = jax.device_put(hf.read_llava(work["model"], dtype=work["dtype"])[1])
     else:
-        params = random_params(config, 0, dict.fromkeys(hf.PARTS, work["dtype"]), None)
+        params = init(config, 0, dict.fromkeys(hf.PARTS, work["dtype"]))
     # An automaton that never reaches its last state: no id ends an answer.
     never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
     engine = Engine(build(config)[0], params, config, never)

@@ -9,12 +9,12 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO, TypeVar
 
 from llava_jax.data.rows import check_text, check_unicode, parse_images, parse_system, unread_keys, unread_line
-from llava_jax.infer.generate import Prompt, bucket
+from llava_jax.infer.generate import Model, Prompt, bucket, question_message
 from llava_jax.io import read_lines, replacing
 from llava_jax.types import InputError, Sampling
 
@@ -22,22 +22,7 @@ from llava_jax.types import InputError, Sampling
 QUESTION_KEYS = ("question_id", "image", "images", "text", "system", "category", "answer")
 
 
-class Model(Protocol):
-    """What this file needs of `llava_jax.Llava`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def about(self) -> dict[str, Any]: ...
-
-    def rows(self, batch_size: int) -> int: ...
-
-    def length(self, messages: Sequence[dict[str, Any]]) -> int: ...
-
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt: ...
-
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]: ...
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +46,8 @@ class Question:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        images = [{"type": "image", "image": path} for path in self.images]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": [*images, {"type": "text", "text": self.text}]}]
+        return [*system, question_message(self.text, self.images)]
 
 
 def read_questions(path: str, folder: str) -> list[Question]:
@@ -139,7 +123,7 @@ def _whole_answers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError:
-            raise InputError(f"{where}: not an answer; name another answers file or remove this one") from None
+            row = None
         if not isinstance(row, dict) or not {"question_id", "prompt", "model_id", "metadata"} <= row.keys():
             raise InputError(f"{where}: not an answer; name another answers file or remove this one")
         yield where, row
@@ -216,25 +200,23 @@ def _unanswered(questions: Sequence[Question], done: Counter[str]) -> list[Quest
 
 def _batches(model: Model, questions: Sequence[Question], rows: int) -> list[list[Question]]:
     """Batches of `rows` questions, those of one padded length together, each batch in file order."""
-    sizes = []
-    for question in questions:
-        try:
-            sizes.append((len(question.images), bucket(model.length(question.messages))))
-        except InputError as error:
-            raise InputError(f"{question.where}: {error}") from None
+    lengths = [_asked(question, model.length) for question in questions]
+    sizes = [(len(question.images), bucket(length)) for question, length in zip(questions, lengths, strict=True)]
     order = sorted(range(len(questions)), key=lambda index: sizes[index])
     cuts = range(0, len(order), rows)
     return [[questions[index] for index in sorted(order[cut : cut + rows])] for cut in cuts]
 
 
 def _prompts(model: Model, batch: Sequence[Question]) -> list[Prompt]:
-    prompts = []
-    for question in batch:
-        try:
-            prompts.append(model.prompt(question.messages))
-        except InputError as error:
-            raise InputError(f"{question.where}: {error}") from None
-    return prompts
+    return [_asked(question, model.prompt) for question in batch]
+
+
+def _asked(question: Question, of: Callable[[list[dict[str, Any]]], Result]) -> Result:
+    """What `of` makes of the question's messages; its InputError then names the question."""
+    try:
+        return of(question.messages)
+    except InputError as error:
+        raise InputError(f"{question.where}: {error}") from None
 
 
 def _answer(question: Question, text: str, model_id: str, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,15 @@
 """Talk with a model in the terminal, its answer shown as it comes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
+from llava_jax.infer.generate import Model, question_message
 from llava_jax.types import InputError, Sampling
 
 HELP = """\
 /image PATH  show an image and start a new conversation about it
 /reset       forget the conversation, keep the image
 /quit        leave (Ctrl-D does, too); Ctrl-C stops an answer"""
-
-
-class Model(Protocol):
-    """What this file needs of `llava_jax.Llava`."""
-
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> Any: ...
-
-    @property
-    def stream(self) -> Callable[..., Iterator[str]]: ...
 
 
 def chat(model: Model, image: str | None, input: TextIO, output: TextIO, sampling: Sampling | None = None) -> None:
@@ -49,16 +40,12 @@ def chat(model: Model, image: str | None, input: TextIO, output: TextIO, samplin
         if text.startswith("/"):
             image, messages = _command(model, text, image, messages, output)
         elif text:
-            messages = _turn(model, messages, _message(text, None if messages else image), sampling, output)
-
-
-def _message(text: str, image: str | None) -> dict[str, Any]:
-    parts = [] if image is None else [{"type": "image", "image": image}]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+            shown = [] if image is None or messages else [image]
+            messages = _turn(model, messages, question_message(text, shown), sampling, output)
 
 
 def _check_image(model: Model, path: str) -> None:
-    model.prompt([_message("?", path)])
+    model.prompt([question_message("?", [path])])
 
 
 def _command(

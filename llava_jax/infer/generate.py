@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,27 @@ class Prompt(NamedTuple):
     tokens: np.ndarray
     pixels: np.ndarray
     take: np.ndarray | None = None
+
+
+class Model(Protocol):
+    """What chat and batch_generate need of `llava_jax.Llava`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def about(self) -> dict[str, Any]: ...
+    @property
+    def stream(self) -> Callable[..., Iterator[str]]: ...
+    def rows(self, batch_size: int) -> int: ...
+    def length(self, messages: Sequence[dict[str, Any]]) -> int: ...
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt: ...
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]: ...
+
+
+def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
+    """Return the user's message that shows images and asks."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 class Inputs(NamedTuple):

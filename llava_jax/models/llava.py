@@ -1,5 +1,6 @@
 """LLaVA (arXiv 2304.08485): a vision tower, a projector, and a decoder that reads image features as tokens."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.clip import Clip
-from llava_jax.models.layers import Linear, param, torch_uniform
+from llava_jax.models.layers import Linear, param, stored_as, torch_uniform
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt
 from llava_jax.parallel.sharding import constrain
@@ -141,13 +142,20 @@ def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init(config: ModelConfig, seed: int) -> Params:
-    """Draw float32 parameters: normal(0.02) as LLaMA and CLIP, the projector as torch.nn.Linear."""
+def init(config: ModelConfig, seed: int, dtypes: Mapping[str, str] | None = None, at: Params | None = None) -> Params:
+    """Draw float32 parameters: normal(0.02) as LLaMA and CLIP, the projector as torch.nn.Linear.
+
+    With `dtypes` the parts that it names (as `split_parts` makes them) and no other, each in its dtype; `at` holds the
+    shardings of what is drawn, None leaves it on the first device.
+    """
 
     def make(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
+        params = nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
+        if dtypes is None:
+            return params
+        return {part: stored_as(tree, dtypes[part]) for part, tree in split_parts(params).items() if part in dtypes}
 
-    return jax.jit(make)(jax.random.key(seed))
+    return {} if dtypes == {} else jax.jit(make, out_shardings=at)(jax.random.key(seed))
 
 
 def logical_axes(config: ModelConfig) -> Params:
@@ -162,22 +170,12 @@ def logical_axes(config: ModelConfig) -> Params:
 
 def split_parts(params: Params) -> Params:
     """Return the tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
-    llm, lora = _without_adapters(params["llm"])
-    return {**params, "llm": llm} | ({"lora": lora} if lora else {})
-
-
-def _without_adapters(tree: Params) -> tuple[Params, Params]:
-    rest: Params = {}
-    adapters: Params = {}
-    for name, branch in tree.items():
-        if name == "adapter":
-            adapters |= {leaf: branch[leaf] for leaf in ("a", "b")}
-        elif isinstance(branch, dict):
-            rest[name], inner = _without_adapters(branch)
-            adapters |= {name: inner} if inner else {}
-        else:
-            rest[name] = branch
-    return rest, adapters
+    flat = nnx.traversals.flatten_mapping(params["llm"])
+    llm = {path: leaf for path, leaf in flat.items() if "adapter" not in path}
+    lora = {(*path[:-2], path[-1]): leaf for path, leaf in flat.items() if path[-2:-1] == ("adapter",)}
+    lora = {path: leaf for path, leaf in lora.items() if path[-1] != "seed"}
+    parts = {**params, "llm": nnx.traversals.unflatten_mapping(llm)}
+    return parts | ({"lora": nnx.traversals.unflatten_mapping(lora)} if lora else {})
 
 
 def join_parts(params: Params, key: jax.Array | None = None) -> Params:

@@ -59,28 +59,16 @@ TOWERS: dict[str, Json] = {"clip_vision_model": _CLIP, "siglip_vision_model": _C
 
 _OFF = (None, False)
 _ONE = (None, 1, 1.0)
+_ABSENT = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "clip_qkv", "no_rope_layers")
+_ABSENT += ("no_rope_layer_interval", "attention_chunk_size", "dual_chunk_attention_config", "quantization_config")
+_SCALES = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
+_FLAGS = ("use_qk_norm", "qk_layernorm", "rope_interleaved", "use_mrope")
 # Keys of other decoders with the values that change nothing.
 FOREIGN: dict[str, tuple[Any, ...]] = {
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "attention_multiplier": _ONE,
-    "embedding_multiplier": _ONE,
-    "residual_multiplier": _ONE,
-    "logits_scaling": _ONE,
-    "logit_scale": _ONE,
-    "clip_qkv": (None,),
-    "use_qk_norm": _OFF,
-    "qk_layernorm": _OFF,
-    "rope_interleaved": _OFF,
-    "no_rope_layers": (None,),
-    "no_rope_layer_interval": (None,),
-    "attention_chunk_size": (None,),
-    "dual_chunk_attention_config": (None,),
-    "use_mrope": _OFF,
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "quantization_config": (None,),
+    **dict.fromkeys(_ABSENT, (None,)),
+    **dict.fromkeys(_SCALES, _ONE),
+    **dict.fromkeys(_FLAGS, _OFF),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (None, 0)),
 }
 # Keys that one family knows and another one would silently not read.
 FIXED: dict[str, dict[str, tuple[Any, ...]]] = {

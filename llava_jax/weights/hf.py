@@ -61,20 +61,15 @@ def read_llama(folder: str, *, dtype: str = "float32", lazy: bool = False) -> tu
 
 
 def read_llava(
-    folder: str, *, dtype: str = "float32", lazy: bool = False, beside: Beside = HERE
+    folder: str, *, dtype: str | Mapping[str, str] = "float32", lazy: bool = False, beside: Beside = HERE
 ) -> tuple[ModelConfig, Params, LlavaExtras]:
-    """Read config, all parameters (numpy, `dtype`) and extras of a Hugging Face or original LLaVA folder.
+    """Read config, parameters (numpy, `dtype`) and extras of a Hugging Face or original LLaVA folder.
 
-    `next to` are folders for what an original folder only names.
+    `beside` are folders for what an original folder only names. A `dtype` for each part leaves out those it does not
+    name, once they are checked.
     """
     config, extras = read_llava_config(folder, beside)
     return config, _read(*_opened(folder, beside), config, PARTS, dtype, lazy), extras
-
-
-def read_llava_parts(folder: str, dtypes: Mapping[str, str], *, lazy: bool = False) -> Params:
-    """Read the parts that `dtypes` names, each in its dtype, of a folder as `read_llava` takes it; check all."""
-    config, _ = read_llava_config(folder)
-    return _read(*_opened(folder, HERE), config, PARTS, dtypes, lazy)
 
 
 def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
@@ -156,14 +151,17 @@ def _read(
     dtype: str | Mapping[str, str],
     lazy: bool = False,
 ) -> Params:
-    """The named parts of the model from `tensors`, or one InputError that lists every difference.
-
-    `dtype` for each part leaves out those it does not name, once they are checked.
-    """
+    """The named parts of the model from `tensors`, or one InputError that lists every difference."""
     dtypes = dict.fromkeys(parts, dtype) if isinstance(dtype, str) else dtype
     _, abstract = build(config)
     wanted = {path: leaf.shape for path, leaf in name_table.flatten(abstract).items() if path.split("/")[0] in parts}
-    names, problems = _spelled(tensors, kind)
+    names: dict[str, str] = {}
+    problems = []
+    for name in tensors.names():
+        canonical = name_table.canonical(name, kind)
+        if canonical in names:
+            problems.append(f"{names[canonical]} and {name} are the same tensor")
+        names[canonical] = name
     expected = _expected(wanted)
     problems += _differences(tensors, kind, config, names, expected)
     if problems:
@@ -182,18 +180,6 @@ def _read(
         flat[path] = LazyTensor(shape, np.dtype(jnp.dtype(dtypes[part])), row.stacked, one)
     tree = name_table.unflatten(flat)
     return tree if lazy else jax.tree.map(np.asarray, tree)
-
-
-def _spelled(tensors: Tensors, kind: str) -> tuple[dict[str, str], list[str]]:
-    """Canonical name -> name in the file, and what was found twice."""
-    names: dict[str, str] = {}
-    twice = []
-    for name in tensors.names():
-        canonical = name_table.canonical(name, kind)
-        if canonical in names:
-            twice.append(f"{names[canonical]} and {name} are the same tensor")
-        names[canonical] = name
-    return names, twice
 
 
 def _expected(wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -210,7 +210,11 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
     text = {"model_type": "llama", **(config.get("text_config") or {})}
     if config_value(config, "tied embeddings"):
         text["tie_word_embeddings"] = True
-    image_token = config_value(config, "image token")
+    image_token, grids = config_value(config, "image token"), ()
+    if config["model_type"] == "llava_next":
+        _choice({"use_image_newline_parameter": True, **config}, "use_image_newline_parameter", (True,), where)
+        given = config.get("image_grid_pinpoints")
+        grids = pinpoints(_LLAVA_NEXT_PINPOINTS if given is None else given, vision, where)
     result = ModelConfig(
         vision=vision,
         llm=llama_config(text, where + " text_config"),
@@ -218,7 +222,7 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
         feature_layer=feature_layer(config.get("vision_feature_layer"), vision, where),
         image_token_id=32000 if image_token is None else image_token,
         dtype=dtype,
-        pinpoints=_next_pinpoints(config, vision, where) if config["model_type"] == "llava_next" else (),
+        pinpoints=grids,
     )
     if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
         raise InputError(f"{where}: image_token_index is {result.image_token_id!r}; expected a token id")
@@ -228,12 +232,6 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
 def default_pinpoints(vision: ClipConfig) -> tuple[tuple[int, int], ...]:
     """Return LLaVA-NeXT's (height, width): two tiles, four or three, for towers of any size."""
     return tuple((rows * vision.image_size, columns * vision.image_size) for rows, columns in _GRIDS)
-
-
-def _next_pinpoints(config: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
-    _choice({"use_image_newline_parameter": True} | dict(config), "use_image_newline_parameter", (True,), where)
-    given = config.get("image_grid_pinpoints")
-    return pinpoints(_LLAVA_NEXT_PINPOINTS if given is None else given, vision, where)
 
 
 def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:

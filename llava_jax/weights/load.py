@@ -8,12 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.models.layers import stored_as
-from llava_jax.models.llava import Llava, build
-from llava_jax.models.llava import split_parts as split_adapters
+from llava_jax.models.llava import build, init
 from llava_jax.parallel.placement import place
 from llava_jax.settings import RANDOM, STAGES, lora_targets, nearest, read_settings
 from llava_jax.types import (
@@ -254,7 +251,7 @@ def read_params(spec: ModelSpec, dtypes: dict[str, str], at: Params) -> Params:
         quantised = part == "llm" and config.nf4
         read[part] = place_quantised(config, read[part], at[part]) if quantised else place(read[part], at[part])
     drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    return read | random_params(config, spec.seed, drawn, {part: at[part] for part in drawn})
+    return read | init(config, spec.seed, drawn, {part: at[part] for part in drawn})
 
 
 def read_files(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
@@ -275,7 +272,7 @@ def _read_sources(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
     left = {part: dtype for part, dtype in dtypes.items() if part not in read}
     if spec.init.model:
         form, folder = parse(spec.init.model, "init.model")
-        whole = _read_run(folder, left)[1] if form == "run" else hf.read_llava_parts(folder, left, lazy=True)
+        whole = _read_run(folder, left)[1] if form == "run" else read_llava(folder, dtype=left, lazy=True)[1]
         return read | whole
     if "vision" in left and not spec.model.vision.startswith(RANDOM):
         layer = spec.config.feature_layer
@@ -288,19 +285,6 @@ def _read_sources(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
 
 def _cast(tree: Params, dtype: str) -> Params:
     return jax.tree.map(lambda x: np.asarray(x, jax.numpy.dtype(dtype)), tree)
-
-
-def random_params(config: ModelConfig, seed: int, dtypes: dict[str, str], at: Params | None) -> Params:
-    """Draw the parts named in `dtypes` of `models.llava.init(config, seed)` where they lie, and no other.
-
-    `at` holds their shardings; None leaves them on the first device.
-    """
-
-    def make(key: jax.Array) -> Params:
-        params = split_adapters(nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key)))))
-        return {part: stored_as(params[part], dtype) for part, dtype in dtypes.items()}
-
-    return jax.jit(make, out_shardings=at)(jax.random.key(seed)) if dtypes else {}
 
 
 def read_projector(source: str, config: ModelConfig) -> Params:
@@ -375,7 +359,7 @@ def _read_run(
         frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
     params |= read_files(spec, frozen)
     drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    params |= jax.tree.map(np.asarray, random_params(spec.config, spec.seed, drawn, None))
+    params |= jax.tree.map(np.asarray, init(spec.config, spec.seed, drawn, None))
     if "lora" in trained and "llm" in frozen:
         llm = jax.tree.map(np.asarray, params["llm"])
         merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])

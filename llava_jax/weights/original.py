@@ -71,7 +71,7 @@ def _tower(folder: str, given: Mapping[str, Any], override: str) -> str:
     named = given.get("mm_vision_tower")
     if override and not os.path.isfile(os.path.join(override, "config.json")):
         raise InputError(f"--vision={override}: has no config.json; expected the CLIP folder of {folder}")
-    found = override or (peft.found(named, folder) if isinstance(named, str) else "")
+    found = override or peft.found(named, folder)
     if not found:
         raise InputError(
             f"{folder}: its vision tower {named!r} (mm_vision_tower) is no folder here; download it and name it: "
@@ -89,7 +89,7 @@ def _base(folder: str, given: Mapping[str, Any], override: str) -> str:
             raise InputError(f"--base={override}: {folder} holds its decoder and needs no base")
         return ""
     named = given.get("_name_or_path")
-    found = override or (peft.found(named, folder) if isinstance(named, str) and named else "")
+    found = override or peft.found(named, folder)
     if not os.path.isfile(os.path.join(found, "config.json")):
         raise InputError(
             f"{folder}: holds a projector alone ({PROJECTOR}); name the decoder that it was trained with, --base=DIR "

@@ -32,10 +32,10 @@ PROJECTOR = "model.multi_modal_projector."
 # ---- read -------------------------------------------------------------------------------------------------------
 
 
-def found(path: str, folder: str) -> str:
-    """Return a model's path as it is written, or below the folder; empty when it is neither."""
-    below = os.path.join(folder, path)
-    return next((found for found in (below, path) if os.path.isfile(os.path.join(found, "config.json"))), "")
+def found(path: Any, folder: str) -> str:
+    """Return a model's path below the folder, or as it is written; empty when it is neither, or no path."""
+    paths = (os.path.join(folder, path), path) if isinstance(path, str) and path else ()
+    return next((each for each in paths if os.path.isfile(os.path.join(each, "config.json"))), "")
 
 
 def base_of(folder: str, override: str = "") -> str:
@@ -43,7 +43,7 @@ def base_of(folder: str, override: str = "") -> str:
     named = read_json(os.path.join(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
     if override and not os.path.isfile(os.path.join(override, "config.json")):
         raise InputError(f"--base={override}: has no config.json; expected the model that the adapter {folder} is for")
-    base = override or (found(named, folder) if isinstance(named, str) and named else "")
+    base = override or found(named, folder)
     if not base:
         raise InputError(
             f"{folder}: the base of its adapter, {named!r}, is no folder here; download it and name the folder: "
