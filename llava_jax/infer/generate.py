@@ -196,17 +196,6 @@ def decode(
     return jax.lax.while_loop(more, body, state)
 
 
-def _limits(engine: Engine, inputs: Inputs, sampling: Sampling) -> np.ndarray:
-    """How many ids each row may draw: `max_new_tokens`, less where the model's positions end, none for filling."""
-    left_B = engine.config.llm.max_positions - inputs.length_B
-    if np.any(left_B < 1):
-        raise InputError(
-            f"prompt of {int(inputs.length_B.max())} tokens (image tokens included), but this model holds "
-            f"{engine.config.llm.max_positions} with room for an answer: shorten the text or give fewer images"
-        )
-    return np.where(inputs.length_B > 0, np.minimum(sampling.max_new_tokens, left_B), 0).astype(np.int32)
-
-
 def _place(engine: Engine, tree: Any) -> Any:
     """Rows over the devices of the mesh where they divide evenly; without a mesh, on the default device."""
     if engine.mesh is None:
@@ -220,7 +209,14 @@ def _prefilled(
 ) -> tuple[jax.Array, Cache, jax.Array, jax.Array, int]:
     """(logits [B, V], cache, limit_B, hash_B, slots for ids) of a batch before its first id."""
     inputs, slots = collate(prompts, rows), bucket(sampling.max_new_tokens)
-    limit_B = _limits(engine, inputs, sampling)
+    left_B = engine.config.llm.max_positions - inputs.length_B
+    if np.any(left_B < 1):
+        raise InputError(
+            f"prompt of {int(inputs.length_B.max())} tokens (image tokens included), but this model holds "
+            f"{engine.config.llm.max_positions} with room for an answer: shorten the text or give fewer images"
+        )
+    # A filling row draws nothing.
+    limit_B = np.where(inputs.length_B > 0, np.minimum(sampling.max_new_tokens, left_B), 0).astype(np.int32)
     inputs, limit_B = _place(engine, (inputs, limit_B))
     size = inputs.tokens_BT.shape[1] + slots
     logits_BV, cache = prefill(engine.params, inputs, graphdef=engine.graphdef, config=engine.config, size=size)

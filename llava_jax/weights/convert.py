@@ -6,12 +6,12 @@ import os
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.settings import read_settings
-from llava_jax.types import InputError, ModelConfig
+from llava_jax.types import InputError
 from llava_jax.weights.hf_export import DTYPES, write_llava
 from llava_jax.weights.load import load_adapters, read_model
 from llava_jax.weights.original_export import TOWER, write_original, write_projector
 from llava_jax.weights.peft import write_peft
-from llava_jax.weights.processor import LlavaExtras, chat_template_note
+from llava_jax.weights.processor import chat_template_note
 from llava_jax.weights.source import parse
 
 TARGETS = "hf:DIR, llava:DIR, orbax:DIR, projector:FILE.safetensors, or peft:DIR for the adapters of a lora run"
@@ -67,7 +67,14 @@ def convert(
     if template:
         rules = dataclasses.replace(rules, template=template, template_assumed=False)
     check_vocabulary(load_tokenizer(rules.tokenizer), config, rules.tokenizer)
-    _say_template(folder, rules)
+    note = chat_template_note(rules.tokenizer, rules.template)
+    if rules.template_assumed:
+        note = (
+            f"{folder}: names no template and its chat template is none of ours; {rules.template} is assumed "
+            "(--template=NAME says another)"
+        )
+    if note:
+        print(note)
     if kind == "llava":
         exported = write_original(
             destination, config, params, rules, dtype=config.dtype, tower_name=mm_vision_tower, force=force
@@ -79,7 +86,10 @@ def convert(
     else:
         weights = "orbax" if kind == "orbax" else "safetensors"
         exported = write_llava(destination, config, params, rules, dtype=config.dtype, weights=weights, force=force)
-    _say_rows(config, exported)
+    before, after = config.llm.vocab_size, exported.llm.vocab_size
+    if after != before:
+        change = "for" if after > before else "without those for"
+        print(f"vocabulary: {before} -> {after} rows, {change} <image> and padding")
     print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
 
 
@@ -98,22 +108,3 @@ def convert_adapters(source: str, destination: str, step: int | None = None) -> 
         f"wrote peft:{destination}: rank {config.lora.rank}, alpha {config.lora.alpha:g}, {len(config.lora.targets)} "
         f"layers a block, and the projector; load it onto {base or 'the export of what the run started from'}"
     )
-
-
-def _say_template(folder: str, rules: LlavaExtras) -> None:
-    note = chat_template_note(rules.tokenizer, rules.template)
-    if rules.template_assumed:
-        note = (
-            f"{folder}: names no template and its chat template is none of ours; {rules.template} is assumed "
-            "(--template=NAME says another)"
-        )
-    if note:
-        print(note)
-
-
-def _say_rows(config: ModelConfig, exported: ModelConfig) -> None:
-    before, after = config.llm.vocab_size, exported.llm.vocab_size
-    if after > before:
-        print(f"vocabulary: {before} -> {after} rows, for <image> and padding")
-    if after < before:
-        print(f"vocabulary: {before} -> {after} rows, without those for <image> and padding")

@@ -37,12 +37,6 @@ DECODERS: dict[str, Json] = {
     "qwen2": _QWEN | dict(attention_bias=True),
     "qwen3": _QWEN | dict(head_dim=128),
 }
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _CLIP = dict(
     hidden_size=768,
     intermediate_size=3072,

@@ -10,10 +10,20 @@ import numpy as np
 
 from llava_jax.io import LFS_POINTER, is_lfs_pointer
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
-from llava_jax.weights.families import ARCHITECTURES, DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
+from llava_jax.weights.families import DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
 
 Json = dict[str, Any]
 
+# Their names of sizes, and ours.
+_SIZES = {
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+}
+_CLIP_SIZES = _SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
+_LLAMA_SIZES = {"vocab_size": "vocab_size"} | _SIZES
+_LLAMA_SIZES |= {"num_key_value_heads": "kv_heads", "head_dim": "head_dim", "max_position_embeddings": "max_positions"}
 # What LlavaConfig of transformers falls back to; families.py has the towers' and the decoders'.
 _LLAVA_VISION = dict(
     model_type="clip_vision_model",
@@ -84,13 +94,9 @@ def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
     family = _choice(config, "model_type", tuple(TOWERS), where).removesuffix("_vision_model")
     values = _filled(config, TOWERS[config["model_type"]])
     _choice(values, "num_channels", (3,), where)
+    sizes: Json = {ours: _int(values, theirs, where) for theirs, ours in _CLIP_SIZES.items()}
     result = ClipConfig(
-        width=_int(values, "hidden_size", where),
-        mlp_width=_int(values, "intermediate_size", where),
-        layers=_int(values, "num_hidden_layers", where),
-        heads=_int(values, "num_attention_heads", where),
-        image_size=_int(values, "image_size", where),
-        patch_size=_int(values, "patch_size", where),
+        **sizes,
         activation=_choice(values, "hidden_act", _ACTIVATIONS, where),
         norm_eps=_number(values, "layer_norm_eps", where),
         family=family,
@@ -149,26 +155,18 @@ def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
     values = _filled(values, dict(num_key_value_heads=heads, head_dim=width // heads))
     if config.get("num_key_value_heads", 0) is None:
         values["num_key_value_heads"] = heads
-    kv_heads, max_positions = _int(values, "num_key_value_heads", where), _int(values, "max_position_embeddings", where)
-    if heads % kv_heads:
-        raise InputError(f"{where}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
-    layers = _int(values, "num_hidden_layers", where)
+    sizes: Json = {ours: _int(values, theirs, where) for theirs, ours in _LLAMA_SIZES.items()}
+    if heads % sizes["kv_heads"]:
+        raise InputError(f"{where}: {heads} attention heads are not a multiple of {sizes['kv_heads']} key-value heads")
     return LlamaConfig(
-        vocab_size=_int(values, "vocab_size", where),
-        width=width,
-        mlp_width=_int(values, "intermediate_size", where),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_int(values, "head_dim", where),
-        max_positions=max_positions,
+        **sizes,
         norm_eps=_number(values, "rms_norm_eps", where),
-        rope=_rope(values, max_positions, where),
+        rope=_rope(values, sizes["max_positions"], where),
         tied=_choice(values, "tie_word_embeddings", (True, False), where),
         attention_bias=_choice(values, "attention_bias", (True, False), where),
         mlp_bias=_choice(values, "mlp_bias", (True, False), where),
         family=family,
-        window=_window(config, family, layers, where),
+        window=_window(config, family, sizes["layers"], where),
     )
 
 
@@ -275,13 +273,8 @@ def clip_json(config: ClipConfig) -> Json:
     head = dict(vision_use_head=config.pooling_head) if config.family == "siglip" else {}
     return dict(
         model_type=config.family + "_vision_model",
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
+        **{theirs: getattr(config, ours) for theirs, ours in _CLIP_SIZES.items()},
         num_channels=3,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
         hidden_act=config.activation,
         layer_norm_eps=config.norm_eps,
         **head,
@@ -306,16 +299,9 @@ def llama_json(config: LlamaConfig) -> Json:
         more |= dict(attention_bias=config.attention_bias) if config.family == "qwen3" else {}
     return dict(
         model_type=config.family,
-        architectures=[ARCHITECTURES[config.family]],
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
+        architectures=[f"{config.family.capitalize()}ForCausalLM"],
+        **{theirs: getattr(config, ours) for theirs, ours in _LLAMA_SIZES.items()},
         hidden_act="silu",
-        max_position_embeddings=config.max_positions,
         rms_norm_eps=config.norm_eps,
         rope_theta=rope.theta,
         rope_scaling=scaling or None,

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -65,7 +65,8 @@ def write_llava(
         params = with_vocabulary(params, exported.llm.vocab_size)
         pieces, beyond = all_pieces(exported, params, extras.vision, dtype)
         if weights == "orbax":
-            _save_orbax(partial, params, beyond, dtype)
+            whole = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
+            orbax_model.save(partial, whole, {piece.name: piece.array() for piece in beyond})
         else:
             write_shards(partial, [*pieces, *beyond], shard_bytes)
         check_written(partial, [*pieces, *beyond])
@@ -137,15 +138,11 @@ def with_vocabulary(params: Params, rows: int) -> Params:
     flat = name_table.flatten(params)
     for path, axis in (("llm/embed/table", 0), ("llm/head/kernel", 1)):
         if path in flat and flat[path].shape[axis] != rows:
-            flat[path] = np.moveaxis(_with_rows(np.moveaxis(np.asarray(flat[path]), axis, 0), rows), 0, axis)
+            array = np.asarray(flat[path])
+            mean = array.astype(np.float64).mean(axis, keepdims=True).astype(array.dtype)
+            lacking = np.repeat(mean, max(0, rows - array.shape[axis]), axis)
+            flat[path] = np.concatenate([array.take(range(min(rows, array.shape[axis])), axis), lacking], axis)
     return name_table.unflatten(flat)
-
-
-def _with_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    if array.shape[0] >= rows:
-        return array[:rows]
-    mean = array.astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
-    return np.concatenate([array, np.repeat(mean, rows - array.shape[0], 0)])
 
 
 def parameter_pieces(params: Params, dtype: str) -> Iterator[Piece]:
@@ -174,12 +171,6 @@ def identity(config: ModelConfig, dtype: str) -> Iterator[Piece]:
         D, name, numpy_dtype = config.llm.width, name_table.PROJECTOR + "linear_2.", np.dtype(jnp.dtype(dtype))
         yield Piece(name + "weight", (D, D), numpy_dtype, lambda: np.eye(D))
         yield Piece(name + "bias", (D,), numpy_dtype, lambda: np.zeros(D))
-
-
-def _save_orbax(folder: str, params: Params, beyond: Iterable[Piece], dtype: str) -> None:
-    numpy_dtype = jnp.dtype(dtype)
-    whole = jax.tree.map(lambda x: np.asarray(x, numpy_dtype), params)
-    orbax_model.save(folder, whole, {piece.name: np.asarray(piece.make(), numpy_dtype) for piece in beyond})
 
 
 def _beyond_features(config: ModelConfig, source: str, dtype: str) -> Iterator[Piece]:
@@ -220,9 +211,8 @@ def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
 def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
     """Those tensors of the source folder; bit-equal where its dtype is the export's."""
     given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
-    kind = "llava" if given.get("model_type") in ("llava", "llava_next") else "clip"
-    if is_original(given):
-        kind = "original"
+    tower = "llava" if given.get("model_type") in ("llava", "llava_next") else "clip"
+    kind = "original" if is_original(given) else tower
     tensors = open_folder(source)
     names = {name_table.canonical(name, kind): name for name in tensors.names()}
     wrong = [name for name, shape in shapes.items() if name not in names or tensors[names[name]].shape != shape]

@@ -272,7 +272,7 @@ def _read_sources(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
     left = {part: dtype for part, dtype in dtypes.items() if part not in read}
     if spec.init.model:
         form, folder = parse(spec.init.model, "init.model")
-        whole = _read_run(folder, left)[1] if form == "run" else read_llava(folder, dtype=left, lazy=True)[1]
+        whole = load_trained(folder, dtype=left)[1] if form == "run" else read_llava(folder, dtype=left, lazy=True)[1]
         return read | whole
     if "vision" in left and not spec.model.vision.startswith(RANDOM):
         layer = spec.config.feature_layer
@@ -314,17 +314,34 @@ def read_projector(source: str, config: ModelConfig) -> Params:
 
 
 def load_trained(
-    workdir: str, step: int | None = None, dtype: str | None = None, check_merge: bool = False
+    workdir: str, step: int | None = None, dtype: str | dict[str, str] | None = None, check_merge: bool = False
 ) -> tuple[ModelSpec, Params, Settings]:
     """Return (spec, whole model as numpy or `LazyTensor`, settings) of a run, in the dtype it computes in or `dtype`.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
-    the run saw: InputError otherwise. `check_merge` compares logits before and after adapters are merged.
+    the run saw: InputError otherwise. A `dtype` for each part leaves out those it does not name. Adapters are merged;
+    `check_merge` compares logits before and after.
     """
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: no training run in it, expected config.json and checkpoints/ of `train`")
     settings = read_settings(os.path.join(workdir, "config.json"))
-    spec, params = _read_run(workdir, dict.fromkeys(hf.PARTS, dtype or settings.train.dtype), step, check_merge)
+    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(hf.PARTS, dtype or settings.train.dtype)
+    spec = model_spec(settings)
+    _, trained, meta = load_params(workdir, step)
+    check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(spec)})
+    params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
+    frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
+    if "lora" in trained and "llm" in frozen:
+        frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
+    params |= read_files(spec, frozen)
+    drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
+    params |= jax.tree.map(np.asarray, init(spec.config, spec.seed, drawn, None))
+    if "lora" in trained and "llm" in frozen:
+        llm = jax.tree.map(np.asarray, params["llm"])
+        merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])
+        if check_merge:
+            _say_difference(workdir, merge_difference(spec.stage_config, llm, trained["lora"], merge), dtypes["llm"])
+        params["llm"] = merge
     return spec, params, settings
 
 
@@ -343,30 +360,6 @@ def _say_difference(workdir: str, difference: float, dtype: str) -> None:
             f"{workdir}: the merged model's logits differ by {difference:.1e} from those of the adapters, at most "
             f"{MERGED_ALIKE[dtype]} is rounding: train with another --config.train.dtype, or take peft:DIR"
         )
-
-
-def _read_run(
-    workdir: str, dtypes: dict[str, str], step: int | None = None, check_merge: bool = False
-) -> tuple[ModelSpec, Params]:
-    """(spec, the parts named in `dtypes` as numpy or `LazyTensor`) of a run, adapters merged."""
-    settings = read_settings(os.path.join(workdir, "config.json"))
-    spec = model_spec(settings)
-    _, trained, meta = load_params(workdir, step)
-    check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(spec)})
-    params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
-    frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
-    if "lora" in trained and "llm" in frozen:
-        frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
-    params |= read_files(spec, frozen)
-    drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    params |= jax.tree.map(np.asarray, init(spec.config, spec.seed, drawn, None))
-    if "lora" in trained and "llm" in frozen:
-        llm = jax.tree.map(np.asarray, params["llm"])
-        merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])
-        if check_merge:
-            _say_difference(workdir, merge_difference(spec.stage_config, llm, trained["lora"], merge), dtypes["llm"])
-        params["llm"] = merge
-    return spec, params
 
 
 # ---- fingerprints ----

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_jax.data.templates import IM_START_END, TEMPLATES
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
-from llava_jax.types import ClipConfig, InputError, ModelConfig
+from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, peft
 from llava_jax.weights.hf_config import read_json, with_pixels
 from llava_jax.weights.processor import TOKENIZER_FILES
@@ -122,21 +122,17 @@ def read_model_config(original: Original) -> ModelConfig:
     vision = with_pixels(vision, original.tower)
     layer = hf_config.feature_layer(given.get("mm_vision_select_layer"), vision, where)
     llm = hf_config.llama_config({**given, "model_type": ORIGINAL_DECODERS[given["model_type"]]}, where)
+    # The original has grids as [width, height].
+    grids = given.get("image_grid_pinpoints")
+    turned = [pair[::-1] if isinstance(pair, list) else pair for pair in grids] if isinstance(grids, list) else grids
     return ModelConfig(
         vision=vision,
         llm=llm,
         projector=projector or "linear",
         feature_layer=layer,
         image_token_id=load_tokenizer(original.tokenizer).image_token_id(llm.vocab_size),
-        pinpoints=_pinpoints(given, vision, where) if tiled else (),
+        pinpoints=hf_config.pinpoints(turned, vision, where) if tiled else (),
     )
-
-
-def _pinpoints(given: Mapping[str, Any], vision: ClipConfig, where: str) -> tuple[tuple[int, int], ...]:
-    """The grids of tiles as (height, width); the original has them as [width, height]."""
-    pairs = given.get("image_grid_pinpoints")
-    turned = [pair[::-1] if isinstance(pair, list) else pair for pair in pairs] if isinstance(pairs, list) else pairs
-    return hf_config.pinpoints(turned, vision, where)
 
 
 def aspect(original: Original) -> str:

@@ -12,7 +12,7 @@ from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_config import write_json
 from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
 from llava_jax.weights.processor import LlavaExtras, copy_tokenizer, image_settings, own_rows, same_pieces
-from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, save_checked, write_shards
+from llava_jax.weights.tensors import SHARD_BYTES, check_written, enough_room, save_checked, write_shards
 
 Params = dict[str, Any]
 
@@ -61,12 +61,20 @@ def write_original(
         _write_configs(partial, config, extras, dtype, tower_name)
         params = with_vocabulary(params, config.llm.vocab_size)
         pieces = sum(all_pieces(config, params, extras.vision, dtype), start=[])
-        seen = [_renamed(piece, piece.name.removeprefix("vision_tower.")) for piece in pieces if _is_tower(piece)]
-        rest = [_renamed(piece, name) for piece in pieces if (name := original_name(piece.name, config.projector))]
+        seen = [
+            dataclasses.replace(piece, name=piece.name.removeprefix("vision_tower."))
+            for piece in pieces
+            if piece.name.startswith(name_table.VISION)
+        ]
+        named = ((piece, original_name(piece.name, config.projector)) for piece in pieces)
+        rest = [dataclasses.replace(piece, name=name) for piece, name in named if name]
         for where, part in ((tower, seen), (partial, rest)):
             write_shards(where, part, shard_bytes)
             check_written(where, part)
-        _check_config(partial, tower, config)
+        read = original.read_model_config(original.open_original(partial, original.Beside(vision=tower)))
+        kept = dict(dtype=config.dtype, remat=config.remat, image_token_id=config.image_token_id)
+        if dataclasses.replace(read, **kept) != config:
+            raise ValueError(f"config read back as {read}, wrote {config}")
         if not same_pieces(partial, extras):
             problem = (
                 f"read next to the original's config.json, the tokenizer of {extras.tokenizer} gives other ids; copy "
@@ -113,14 +121,6 @@ def original_name(name: str, projector: str) -> str:
     raise ValueError(f"{name} has no name in the original")
 
 
-def _is_tower(piece: Piece) -> bool:
-    return piece.name.startswith(name_table.VISION)
-
-
-def _renamed(piece: Piece, name: str) -> Piece:
-    return dataclasses.replace(piece, name=name)
-
-
 # ---- configs ----------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +164,3 @@ def _write_configs(folder: str, config: ModelConfig, extras: LlavaExtras, dtype:
     )
     write_json(folder, "config.json", described | tokens)
     write_json(folder, "generation_config.json", tokens)
-
-
-def _check_config(folder: str, tower: str, config: ModelConfig) -> None:
-    read = original.read_model_config(original.open_original(folder, original.Beside(vision=tower)))
-    kept = dict(dtype=config.dtype, remat=config.remat, image_token_id=config.image_token_id)
-    if dataclasses.replace(read, **kept) != config:
-        raise ValueError(f"config read back as {read}, wrote {config}")
