@@ -309,7 +309,7 @@ class Llava:
         else:
             pixels_BNXYC, feature_index_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
         graphdef = self.engine.graphdef
-        return np.asarray(_logits(self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT, graphdef=graphdef))
+        return np.asarray(_logits(graphdef, self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT))
 
     # What infer/batch_generate.py and infer/chat.py ask for.
 
@@ -330,15 +330,9 @@ class Llava:
         return [self.processor.text(ids) for ids in generate_ids(self.engine, prompts, sampling, rows)]
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@functools.partial(jax.jit, static_argnums=0)
 def _logits(
-    params: dict[str, Any],
-    tokens_BT: Any,
-    pixels_BNXYC: Any,
-    mask_BT: Any,
-    feature_index_BT: Any,
-    *,
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef, params: Any, tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, feature_index_BT: Any
 ) -> jax.Array:
     positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
     return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT, feature_index_BT)

@@ -162,7 +162,12 @@ def answer_file(
     asked = read_questions(questions, images)
     metadata = {**model.about, **dataclasses.asdict(sampling)}
     done = open_answers(answers, asked, model.name, metadata)
-    left = _unanswered(asked, done)
+    left = []
+    for question in asked:
+        if done[question.key] > 0:
+            done[question.key] -= 1
+        else:
+            left.append(question)
     rows = model.rows(batch_size)
     batches = _batches(model, left, rows)
     already = len(asked) - len(left)
@@ -185,17 +190,6 @@ def answer_file(
             _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
     _sort_answers(answers, asked)
     return answered
-
-
-def _unanswered(questions: Sequence[Question], done: Counter[str]) -> list[Question]:
-    spent = Counter(done)
-    left = []
-    for question in questions:
-        if spent[question.key] > 0:
-            spent[question.key] -= 1
-        else:
-            left.append(question)
-    return left
 
 
 def _batches(model: Model, questions: Sequence[Question], rows: int) -> list[list[Question]]:

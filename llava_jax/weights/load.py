@@ -340,7 +340,16 @@ def load_trained(
         llm = jax.tree.map(np.asarray, params["llm"])
         merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])
         if check_merge:
-            _say_difference(workdir, merge_difference(spec.stage_config, llm, trained["lora"], merge), dtypes["llm"])
+            differs, most = (
+                merge_difference(spec.stage_config, llm, trained["lora"], merge),
+                MERGED_ALIKE[dtypes["llm"]],
+            )
+            print(f"adapters merged into {dtypes['llm']}: logits of a probe differ by {differs:.1e} of the largest one")
+            if differs > most:
+                raise InputError(
+                    f"{workdir}: the merged model's logits differ by {differs:.1e} from those of the adapters, at most "
+                    f"{most} is rounding: train with another --config.train.dtype, or take peft:DIR"
+                )
         params["llm"] = merge
     return spec, params, settings
 
@@ -351,15 +360,6 @@ def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, P
     if settings.stage != "lora":
         raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
     return model_spec(settings).stage_config, load_params(workdir, step)[1]
-
-
-def _say_difference(workdir: str, difference: float, dtype: str) -> None:
-    print(f"adapters merged into {dtype}: logits of a probe differ by {difference:.1e} of the largest one")
-    if difference > MERGED_ALIKE[dtype]:
-        raise InputError(
-            f"{workdir}: the merged model's logits differ by {difference:.1e} from those of the adapters, at most "
-            f"{MERGED_ALIKE[dtype]} is rounding: train with another --config.train.dtype, or take peft:DIR"
-        )
 
 
 # ---- fingerprints ----
