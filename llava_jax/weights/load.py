@@ -340,10 +340,8 @@ def load_trained(
         llm = jax.tree.map(np.asarray, params["llm"])
         merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])
         if check_merge:
-            differs, most = (
-                merge_difference(spec.stage_config, llm, trained["lora"], merge),
-                MERGED_ALIKE[dtypes["llm"]],
-            )
+            differs = merge_difference(spec.stage_config, llm, trained["lora"], merge)
+            most = MERGED_ALIKE[dtypes["llm"]]
             print(f"adapters merged into {dtypes['llm']}: logits of a probe differ by {differs:.1e} of the largest one")
             if differs > most:
                 raise InputError(
