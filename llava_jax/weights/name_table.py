@@ -33,7 +33,7 @@ class Row:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: shape, safetensors' name of its dtype, and values, read-only and maybe in pages of the file."""
+    """A tensor in a file: shape, safetensors' name of its dtype, and values, read-only and maybe in its pages."""
 
     shape: tuple[int, ...]
     dtype: str
