@@ -26,6 +26,7 @@ __all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]
 
 # Bytes that are read at a time of rows that are read in order, and the most between two of these.
 SEVERAL_ROWS, SEPARATOR = 1 << 18, 16
+ROW = json.JSONDecoder(object_pairs_hook=unique)  # json.loads would make one for every row
 
 
 class Rows(Sequence[Record]):
@@ -85,7 +86,7 @@ class FileRows(Rows):
     def decoded(self, row: int) -> Any:
         start, length = self.places[row].tolist()
         try:
-            return json.loads(self._read(start, length), object_pairs_hook=unique)
+            return ROW.decode(self._read(start, length).decode("utf-8-sig"))
         except json.JSONDecodeError as error:
             return InputError(f"line {line_of(self.path, start)} is not JSON: {error.msg}, column {error.colno}")
         except (ValueError, RecursionError) as error:
