@@ -14,7 +14,7 @@ from llava_jax.evaluate.exact_match import score
 from llava_jax.infer.chat import chat
 from llava_jax.prepare.captions import read_captions
 from llava_jax.prepare.scienceqa import convert
-from llava_jax.synthesize.context import load_contexts
+from llava_jax.synthesize.context import open_contexts
 from llava_jax.types import InputError, Sampling
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -125,10 +125,10 @@ def test_a_caption_is_one_line(tmp_path):
     boxes["annotations"] = [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]}]
     (tmp_path / "captions_t.json").write_text(json.dumps(coco))
     (tmp_path / "instances_t.json").write_text(json.dumps(boxes))
-    (context,) = load_contexts(str(tmp_path))
+    (context,) = list(open_contexts(str(tmp_path)))
     assert context.captions == ("A cat sits.", "Two cats.")
     row = {"id": 1, "image": "a.jpg", "captions": ["A cat\nsits.", "\n", "Two\u2028cats."]}
-    (context,) = load_contexts(lines(tmp_path / "c.jsonl", row))
+    (context,) = list(open_contexts(lines(tmp_path / "c.jsonl", row)))
     assert context.captions == ("A cat sits.", "Two cats.")
     captions = read_captions(str(tmp_path / "captions_t.json"), [])
     assert [caption.text for caption in captions] == ["A cat sits.", "Two cats."]

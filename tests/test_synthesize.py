@@ -9,7 +9,7 @@ import pytest
 
 from llava_jax.demo import files, world
 from llava_jax.demo.teacher import EmbeddedTeacher, read_scene
-from llava_jax.synthesize.context import Context, Instance, context_text, load_contexts
+from llava_jax.synthesize.context import Context, Instance, context_text, open_contexts
 from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.kinds import DETAIL_QUESTIONS, KINDS, load_prompts, messages_for
 from llava_jax.synthesize.parse import RejectedReply, parse_description, parse_dialogue, parse_exchange
@@ -68,7 +68,7 @@ def small_world(tmp_path_factory):
 
 
 def test_context_text_is_captions_then_boxes(tmp_path):
-    (context,) = load_contexts(write_contexts(tmp_path / "c.jsonl", HARBOUR))
+    (context,) = list(open_contexts(write_contexts(tmp_path / "c.jsonl", HARBOUR)))
     assert context.instances[1] == Instance("bicycle", (0.0, 0.1, 0.5, 0.6))
     captions = "Boats in a harbour.\na quay with a bicycle"
     assert context_text(context, boxes=False) == captions
@@ -84,24 +84,24 @@ def test_coco_folder(tmp_path):
     instances = {"images": [image], "annotations": [box], "categories": [{"id": 4, "name": "boat"}]}
     (tmp_path / "captions_val2017.json").write_text(json.dumps(captions), encoding="utf-8")
     (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
-    (context,) = load_contexts(str(tmp_path))
+    (context,) = list(open_contexts(str(tmp_path)))
     assert (context.id, context.image, context.captions) == ("000009", "sub/000009.jpg", ("One.", "Two."))
     # A box that rounding carries over the border ends at the border.
     assert context_text(context, boxes=True).splitlines()[-1] == "boat: [0.1, 0.1, 0.6, 1.0]"
     box["bbox"] = [64, 48, 700, 10]
     (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
     with pytest.raises(InputError, match="000009.jpg is"):
-        load_contexts(str(tmp_path))
+        list(open_contexts(str(tmp_path)))
     image["width"] = 0
     (tmp_path / "instances_val2017.json").write_text(json.dumps(instances), encoding="utf-8")
     with pytest.raises(InputError, match="width and height above 0"):
-        load_contexts(str(tmp_path))
+        list(open_contexts(str(tmp_path)))
     (tmp_path / "instances_val2017.json").rename(tmp_path / "instances_train2017.json")
     with pytest.raises(InputError, match="captions_val2017.json: no .*instances_val2017.json next to it"):
-        load_contexts(str(tmp_path))
+        list(open_contexts(str(tmp_path)))
     (tmp_path / "captions_train2017.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match=r"2 files captions\*.json"):
-        load_contexts(str(tmp_path))
+        list(open_contexts(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -120,21 +120,21 @@ def test_coco_folder(tmp_path):
 )
 def test_contexts_that_cannot_be_read(tmp_path, change, problem):
     with pytest.raises(InputError, match=re.escape(problem)):
-        load_contexts(write_contexts(tmp_path / "c.jsonl", HARBOUR, {**HARBOUR, **change}))
+        list(open_contexts(write_contexts(tmp_path / "c.jsonl", HARBOUR, {**HARBOUR, **change})))
 
 
 def test_contexts_that_are_none(tmp_path):
     (tmp_path / "c.jsonl").write_text("1\n", encoding="utf-8")
     with pytest.raises(InputError, match="line 1: 1, expected an object with id"):
-        load_contexts(str(tmp_path / "c.jsonl"))
+        list(open_contexts(str(tmp_path / "c.jsonl")))
     (tmp_path / "c.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
     with pytest.raises(InputError, match="line 1: no image and no captions, expected an object with id, image"):
-        load_contexts(str(tmp_path / "c.jsonl"))
+        list(open_contexts(str(tmp_path / "c.jsonl")))
     with pytest.raises(InputError, match="none.jsonl: no such file, expected JSONL of contexts, COCO"):
-        load_contexts(str(tmp_path / "none.jsonl"))
+        list(open_contexts(str(tmp_path / "none.jsonl")))
     (tmp_path / "c.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(InputError, match="holds no rows"):
-        load_contexts(str(tmp_path / "c.jsonl"))
+        list(open_contexts(str(tmp_path / "c.jsonl")))
 
 
 # ---- replies ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import verify
 from llava_jax.synthesize import batch, endpoint
 from llava_jax.synthesize.budget import Budget, BudgetSpent, Prices
-from llava_jax.synthesize.context import load_contexts
+from llava_jax.synthesize.context import open_contexts
 from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.kinds import KINDS
 from llava_jax.synthesize.teacher import Reply, RequestFailed, read_completion
@@ -493,7 +493,7 @@ class Recorded:
 def verdicts_hold(contexts, tmp_path):
     """How many rows are accepted and rejected, all as RECORDED says; AssertionError where one is not."""
     counts = {"accepted": 0, "rejected": 0}
-    images = load_contexts(str(contexts))
+    images = list(open_contexts(str(contexts)))
     for kind, recorded in RECORDED.items():
         given = [recorded[number % len(recorded)] for number in range(len(images))]
         output = tmp_path / f"{kind}.json"
@@ -614,13 +614,13 @@ def test_one_of_several_coco_files_by_name(tmp_path):
         instances = {"categories": [{"id": 3, "name": "car"}], "annotations": [box], "images": [image]}
         for name, content in (("captions", captions), ("instances", instances)):
             (tmp_path / f"{name}_train{year}.json").write_text(json.dumps(content), encoding="utf-8")
-    (context,) = load_contexts(str(tmp_path / "captions_train2017.json"))
+    (context,) = list(open_contexts(str(tmp_path / "captions_train2017.json")))
     assert context.id == "2017" and context.instances[0].box == (0, 0, 0.5, 1)
     with pytest.raises(InputError, match="name one of them, as .*captions_train2014.json"):
-        load_contexts(str(tmp_path))
+        list(open_contexts(str(tmp_path)))
     (tmp_path / "instances_train2017.json").unlink()
     with pytest.raises(InputError, match="no .*instances_train2017.json next to it"):
-        load_contexts(str(tmp_path / "captions_train2017.json"))
+        list(open_contexts(str(tmp_path / "captions_train2017.json")))
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------

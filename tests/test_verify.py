@@ -90,7 +90,7 @@ def test_figures(tmp_path, images, tokenizer):
     # 31 of the system message, 16 of the turn (3 more for an image of 4 patches), 4 supervised; the last fills 100.
     assert checked.total("tokens") == 3 * (31 + 16 + 3 + 4) + 100
     assert checked.total("targets") == 3 * 4 + (100 - 50)
-    assert checked.longest == 100 and checked.total("cut") > 50
+    assert int(checked.lengths_A.max()) == 100 and checked.total("cut") > 50
     assert (checked.count("cut"), checked.count("leading"), checked.count("open")) == (1, 1, 1)
     assert report_lines(checked, 100) == [
         "4 of 4 rows can be trained, 0 cannot (rows are counted from 0)",

@@ -148,16 +148,11 @@ def plan_batches(
     check_batch_size(batch_size, row_multiple, settings.pack)
     check_order(records, lengths_A, slots_A, words_A, settings, mixture)
     if settings.pack:
-        return plan_packed(
-            lengths_A,
-            slots_A,
-            settings,
-            batch_size=batch_size,
-            row_multiple=row_multiple,
-            steps=steps,
-            seed=seed,
-            mixture=mixture,
-        )
+        order_UC = _packed_order(lengths_A, slots_A, settings.shuffle, seed, (steps, batch_size), mixture)
+        lengths_UC, slots_UC = lengths_A[order_UC].astype(np.int64), slots_A[order_UC].astype(np.int64)
+        shape, rows_UC = _choose(lengths_UC, slots_UC, int(lengths_A.max()), int(slots_A.max()), row_multiple, settings)
+        most = max(int(np.bincount(rows_C).max()) for rows_C in rows_UC)
+        return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most)
     if settings.group_by == "modality_length":
         assert words_A is not None
         lengths = modality_lengths(records, words_A, slots_A)
@@ -173,53 +168,38 @@ def plan_batches(
     return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
 
 
-def plan_packed(
+# ---- the order --------------------------------------------------------------------------------------------------
+
+
+def _packed_order(
     lengths_A: np.ndarray,
     images_A: np.ndarray,
-    settings: DataSettings,
-    *,
-    batch_size: int,
-    row_multiple: int,
-    steps: int,
+    shuffle: bool,
     seed: int,
-    mixture: Mixture | None = None,
-) -> BatchPlan:
-    """The packed plan; `images_A` are the images of each conversation.
+    shape: tuple[int, int],
+    mixture: Mixture | None,
+) -> np.ndarray:
+    """Return int64[U, C] of `shape`: the endless stream epoch after epoch, cut into updates.
 
-    Update u takes places [u * batch_size, (u + 1) * batch_size) of an endless stream that runs through the
-    conversations epoch after epoch; the last update of an epoch is filled up from the next. With settings.shuffle an
-    epoch is dealt (`deal`) to the updates it reaches into, anew with the seed and the epoch's number; without, it
-    stands in the order of the file. The order depends on neither the shape nor the devices.
+    The last update of an epoch is filled up from the next. With `shuffle` an epoch is dealt (`deal`) to the updates it
+    reaches into, anew with the seed and the epoch's number. The order depends on neither row lengths nor devices.
     """
-    count, places = len(lengths_A), steps * batch_size
-    if settings.shuffle:
-        epochs = range(math.ceil(places / count))
-        rows = (mixture.epoch(epoch, seed, shuffle=True) if mixture else np.arange(count) for epoch in epochs)
-        dealt = (
-            rows_E[_dealt_epoch(lengths_A[rows_E], images_A[rows_E], epoch, batch_size, seed)]
-            for epoch, rows_E in zip(epochs, rows, strict=True)
-        )
-        order = np.concatenate(list(dealt))
-    else:
-        order = _stream(count, shuffle=False, seed=seed, places=places, mixture=mixture)
-    order_UC = order[:places].reshape(steps, batch_size)
-    lengths_UC, images_UC = lengths_A[order_UC].astype(np.int64), images_A[order_UC].astype(np.int64)
-    shape, rows_UC = _choose(lengths_UC, images_UC, int(lengths_A.max()), int(images_A.max()), row_multiple, settings)
-    most = max(int(np.bincount(rows_C).max()) for rows_C in rows_UC)
-    return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most)
-
-
-# ---- the order --------------------------------------------------------------------------------------------------
+    count, places = len(lengths_A), math.prod(shape)
+    if not shuffle:
+        return _stream(count, False, seed, places, mixture).reshape(shape)
+    epochs = []
+    for epoch in range(math.ceil(places / count)):
+        rows_E = mixture.epoch(epoch, seed, shuffle=True) if mixture else np.arange(count)
+        epochs.append(rows_E[_dealt_epoch(lengths_A[rows_E], images_A[rows_E], epoch, shape[1], seed)])
+    return np.concatenate(epochs)[:places].reshape(shape)
 
 
 def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture | None) -> np.ndarray:
     """The first `places` of the endless stream of rows: epoch after epoch, shuffled anew in each."""
     if mixture is None and not shuffle:
         return np.arange(places) % count
-    epochs = range(math.ceil(places / count))
-    if mixture is not None:
-        return np.concatenate([mixture.epoch(epoch, seed, shuffle) for epoch in epochs])[:places]
-    return np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])[:places]
+    order = mixture.epoch if mixture else lambda epoch, *_: np.random.default_rng([seed, epoch]).permutation(count)
+    return np.concatenate([order(epoch, seed, shuffle) for epoch in range(math.ceil(places / count))])[:places]
 
 
 def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:

@@ -10,7 +10,7 @@ on a row with an image, and a batch need not be carried from one process to anot
 from a second thread; one makes thousands of them a second (docs/results.md has the figures).
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,67 +43,60 @@ def make_pipeline(
     A record that cannot be read raises InputError with row, id and path; the iterator is of no use afterwards.
     """
     rows = range(plan.shape.rows) if rows is None else rows
-    make_row = functools.partial(
-        _make_row,
-        rows=rows,
-        plan=plan,
-        records=records,
-        settings=settings,
-        tokenizer=tokenizer,
-        image_size=image_size,
-        patches=patches,
-        image_token_id=image_token_id,
-        pixels=pixels,
-        tiling=tiling,
-    )
+    make_row = _RowMaker(records, settings, tokenizer, plan, rows, image_size, patches, image_token_id, pixels, tiling)
     places = grain.MapDataset.range(plan.steps * len(rows))
     return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), max(settings.workers, 1))
 
 
-def _make_row(
-    place: int,
-    rows: Sequence[int],
-    plan: BatchPlan,
-    records: Sequence[Record],
-    settings: DataSettings,
-    tokenizer: TextTokenizer,
-    image_size: int,
-    patches: int,
-    image_token_id: int,
-    pixels: Pixels,
-    tiling: Tiling | None,
-) -> Batch:
-    """One row of a batch: the fields of Batch without B."""
-    length = plan.shape.length
-    tokens = np.full(length, tokenizer.pad_id, np.int32)
-    targets = np.zeros(length, bool)
-    segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
-    pixels_NXYC = np.zeros((plan.shape.images, image_size, image_size, 3), np.uint8)
-    take = None if tiling is None else np.zeros(length, np.int32)
-    members = plan.members(place // len(rows), rows[place % len(rows)])
-    start = slot = 0
-    for segment, row in enumerate(members.tolist(), start=1):
-        record = records[row]
-        try:
-            first, sizes = slot, [] if tiling is None else image_sizes(record, settings)
-            counts = patches if tiling is None else tiling.tokens(sizes)
-            ours, ours_targets = encode_record(record, settings, tokenizer, image_token_id, counts)
-            for path in image_paths(record, settings):
-                tiles_NXYC = load_tiles(path, image_size, settings.aspect, tiling, pixels, settings.exif)
-                pixels_NXYC[slot : slot + len(tiles_NXYC)] = tiles_NXYC
-                slot += len(tiles_NXYC)
-        except InputError as error:
-            raise InputError(str(Rejected(row, record.id, str(error)))) from None
-        end = start + len(ours)
-        tokens[start:end], targets[start:end] = ours, ours_targets
-        segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
-        if tiling is not None and take is not None:
-            take[start:end] = spread(ours, image_token_id, tiling.takes(sizes, first))
-        start = end
-    rows_M = np.full(plan.most, -1, np.int64)
-    rows_M[: len(members)] = members
-    shown_N = np.arange(plan.shape.images) < slot
-    return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, shown_N, rows_M, take)
+@dataclasses.dataclass(frozen=True)
+class _RowMaker:
+    """Makes one row of a batch, as arguments of `make_pipeline` say."""
+
+    records: Sequence[Record]
+    settings: DataSettings
+    tokenizer: TextTokenizer
+    plan: BatchPlan
+    rows: Sequence[int]
+    image_size: int
+    patches: int
+    image_token_id: int
+    pixels: Pixels
+    tiling: Tiling | None
+
+    def __call__(self, place: int) -> Batch:
+        """Return the fields of Batch without B."""
+        length = self.plan.shape.length
+        tokens = np.full(length, self.tokenizer.pad_id, np.int32)
+        targets = np.zeros(length, bool)
+        segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
+        pixels_NXYC = np.zeros((self.plan.shape.images, self.image_size, self.image_size, 3), np.uint8)
+        take = None if self.tiling is None else np.zeros(length, np.int32)
+        members = self.plan.members(place // len(self.rows), self.rows[place % len(self.rows)])
+        start = slot = 0
+        for segment, row in enumerate(members.tolist(), start=1):
+            record = self.records[row]
+            try:
+                first, sizes = slot, [] if self.tiling is None else image_sizes(record, self.settings)
+                counts = self.patches if self.tiling is None else self.tiling.tokens(sizes)
+                ours, ours_targets = encode_record(record, self.settings, self.tokenizer, self.image_token_id, counts)
+                for path in image_paths(record, self.settings):
+                    tiles_NXYC = load_tiles(
+                        path, self.image_size, self.settings.aspect, self.tiling, self.pixels, self.settings.exif
+                    )
+                    pixels_NXYC[slot : slot + len(tiles_NXYC)] = tiles_NXYC
+                    slot += len(tiles_NXYC)
+            except InputError as error:
+                raise InputError(str(Rejected(row, record.id, str(error)))) from None
+            end = start + len(ours)
+            tokens[start:end], targets[start:end] = ours, ours_targets
+            segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
+            if self.tiling is not None and take is not None:
+                take[start:end] = spread(ours, self.image_token_id, self.tiling.takes(sizes, first))
+            start = end
+        rows_M = np.full(self.plan.most, -1, np.int64)
+        rows_M[: len(members)] = members
+        shown_N = np.arange(self.plan.shape.images) < slot
+        return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, shown_N, rows_M, take)
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:

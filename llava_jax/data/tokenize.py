@@ -101,14 +101,7 @@ class TextTokenizer:
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text gets."""
-        facts = (
-            self.bos_id,
-            self.eos_id,
-            self.pad_id,
-            self._special,
-            self._final.tolist(),
-            self._splitter.to_str(),
-        )
+        facts = (self.bos_id, self.eos_id, self.pad_id, self._special, self._final.tolist(), self._splitter.to_str())
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def special_id(self, text: str) -> int | None:
@@ -354,11 +347,7 @@ def cut(encoded: Encoded, patches: int | Sequence[int], max_length: int) -> Enco
 
 
 def expand(
-    tokens: np.ndarray,
-    targets: np.ndarray,
-    image_token_id: int,
-    patches: int | Sequence[int],
-    max_length: int | None,
+    tokens: np.ndarray, targets: np.ndarray, image_token_id: int, patches: int | Sequence[int], max_length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each IMAGE_MARK becomes `patches` times `image_token_id`: (tokens int32[T], targets bool[T]).
 
@@ -466,11 +455,7 @@ def encode_turns_together(records: Sequence[Record], settings: DataSettings, tok
 
 
 def encode_record(
-    record: Record,
-    settings: DataSettings,
-    tokenizer: TextTokenizer,
-    image_token_id: int,
-    patches: int | Sequence[int],
+    record: Record, settings: DataSettings, tokenizer: TextTokenizer, image_token_id: int, patches: int | Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32[t] and targets bool[t] of one training row, t <= settings.max_length, without padding.
 

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -84,11 +84,6 @@ class Checked:
         return int(np.count_nonzero(self.figures_A[figure]))
 
     @property
-    def longest(self) -> int:
-        """Tokens trained of the longest row."""
-        return int(self.figures_A["tokens"].max(initial=0))
-
-    @property
     def lengths_A(self) -> np.ndarray:
         """Tokens trained of each row."""
         return self.figures_A["tokens"].copy()
@@ -119,9 +114,10 @@ class Checked:
 
     def require_fit(self, annotations: str, max_positions: int) -> None:
         """Raise InputError when the longest row is longer than the decoder's positions."""
-        if self.longest > max_positions:
+        longest = int(self.lengths_A.max(initial=0))
+        if longest > max_positions:
             raise InputError(
-                f"{annotations}: the longest row has {self.longest} tokens, the decoder {max_positions} positions "
+                f"{annotations}: the longest row has {longest} tokens, the decoder {max_positions} positions "
                 "(max_position_embeddings); lower data.max_length to that"
             )
 
@@ -138,10 +134,7 @@ def summary(checked: Checked, max_length: int) -> list[str]:
     if checked.count("cut"):
         cut_off = f"{checked.total('cut'):,} tokens off {checked.count('cut'):,} rows"
         lines.append(f"data.max_length={max_length} cuts {cut_off}")
-    for figure, what in (
-        ("leading", "answers before the first question"),
-        ("open", "last questions without an answer"),
-    ):
+    for figure, what in ("leading", "answers before the first question"), ("open", "last questions without an answer"):
         if checked.count(figure):
             lines.append(f"{what} left out: {checked.count(figure):,}")
     if checked.unread:
@@ -181,7 +174,8 @@ def check_records(
             rejected.append(found)
             continue
         figures_A[row] = found.figures
-        unread.update(found.unread)
+        if found.unread:
+            unread.update(found.unread)
         if dump is not None:
             dump.write(_dump_line(found, tokenizer))
     good = frozenset(path for path, problem in check.images.items() if problem is None)
@@ -202,9 +196,10 @@ def verify(
     What is trained is written to `dump_path` (JSONL) when given; the file appears when it is complete.
     """
     records = load_records(settings.annotations)
-    model = (settings, tokenizer)
     with contextlib.nullcontext() if dump_path is None else replacing(dump_path) as dump:
-        return records, check_records(records, *model, patches=patches, tiling=tiling, look=look, dump=dump)
+        return records, check_records(
+            records, settings, tokenizer, patches=patches, tiling=tiling, look=look, dump=dump
+        )
 
 
 def report_lines(checked: Checked, max_length: int) -> list[str]:
@@ -215,8 +210,7 @@ def report_lines(checked: Checked, max_length: int) -> list[str]:
     return lines + summary(checked, max_length)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Trained:
+class _Trained(NamedTuple):
     """The id of a row that can be trained, what is trained of it, its FIGURES, and its keys that are not read."""
 
     id: str
@@ -325,12 +319,7 @@ def _dump_line(row: _Trained, tokenizer: TextTokenizer) -> str:
 
 
 def check_once(
-    records: Rows,
-    settings: DataSettings,
-    tokenizer: TextTokenizer,
-    *,
-    patches: int,
-    tiling: Tiling | None = None,
+    records: Rows, settings: DataSettings, tokenizer: TextTokenizer, *, patches: int, tiling: Tiling | None = None
 ) -> Checked:
     """`check_records`, or what it found before in the same rows with the same tokenizer and settings.
 

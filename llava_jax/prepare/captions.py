@@ -1,4 +1,4 @@
-"""Captions of pictures as rows of stage 1: a brief question, drawn by the seed, and the caption as its answer."""
+"""Captions of images as rows of stage 1: a brief question, drawn by the seed, and the caption as its answer."""
 
 import codecs
 import dataclasses
@@ -32,7 +32,7 @@ EXPECTED = "a JSON list or a .jsonl file of objects with image and caption (or c
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caption:
-    """One caption; `id` names its row, and `image` is relative to the folder of pictures."""
+    """One caption; `id` names its row, and `image` is relative to the folder of images."""
 
     id: str
     image: str
@@ -54,7 +54,7 @@ def read_captions(path: str, refused: list[Refused]) -> Iterator[Caption]:
     """The captions of a JSON or JSONL file, one at a time; those that cannot be used go to `refused`.
 
     A row has `image` (or `file_name`) and `caption`, or `captions`, of which each becomes a row; the id is its `id`, or
-    the name of its picture, followed by -K where a row has several. InputError at the end when there was none.
+    the name of its image, followed by -K where a row has several. InputError at the end when there was none.
     """
     found = False
     for where, row in read_rows(path):
@@ -85,7 +85,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def coco_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """COCO's captions as rows, in the order of the file, which is read twice: what is held are names of pictures."""
+    """COCO's captions as rows, in the order of the file, which is read twice: what is held are names of images."""
     try:
         names = {item["id"]: item["file_name"] for item in elements(path, "images.item", EXPECTED)}
     except (KeyError, TypeError) as error:
@@ -103,7 +103,7 @@ def parse_row(where: str, row: Any) -> list[Caption | Refused]:
         return [Refused(where, str(row) if isinstance(row, ValueError) else "expected an object")]
     image = row.get("image", row.get("file_name"))
     if not isinstance(image, str) or not image.strip():
-        return [Refused(where, f"image is {image!r:.80}, expected the name of a picture")]
+        return [Refused(where, f"image is {image!r:.80}, expected the name of an image")]
     texts = row.get("captions", [row.get("caption")])
     name = image if row.get("id") is None else str(row["id"])
     if not isinstance(texts, list) or not texts:
@@ -124,7 +124,7 @@ def check_text(where: str, caption: Caption) -> Caption | Refused:
 
 
 def caption_rows(captions: Iterable[Caption], seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of stage 1; question, and whether the picture comes before it, depend on seed and id alone."""
+    """The rows of stage 1; question, and whether the image comes before it, depend on seed and id alone."""
     for caption in captions:
         rng = random.Random(f"{seed}/caption/{caption.id}")
         question, first = rng.choice(BRIEF_QUESTIONS), rng.random() < 0.5

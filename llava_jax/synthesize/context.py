@@ -1,4 +1,4 @@
-"""What a language-only teacher gets to know of a picture: its captions and its boxes, as text.
+"""What a language-only teacher gets to know of an image: its captions and its boxes, as text.
 
 Source of the layout: the LLaVA paper, section 3: captions, one per line, a blank line, then a line for each object,
 `category: [x1, y1, x2, y2]`.
@@ -30,7 +30,7 @@ class Instance:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A picture in words; `image` is its file name, relative to the folder of pictures."""
+    """An image in words; `image` is its file name, relative to the folder of images."""
 
     id: str
     image: str
@@ -76,11 +76,6 @@ def context_files(path: str) -> list[str]:
     if not (name.startswith("captions") and name.endswith(".json")):
         return [path]
     return [path, os.path.join(os.path.dirname(path), name.replace("captions", "instances", 1))]
-
-
-def load_contexts(path: str) -> list[Context]:
-    """All contexts of `open_contexts` at once."""
-    return list(open_contexts(path))
 
 
 # ---- JSONL ------------------------------------------------------------------------------------------------------
@@ -145,7 +140,7 @@ def _inside(box: tuple[float, ...], where: str) -> tuple[float, float, float, fl
 
 @dataclasses.dataclass
 class _Image:
-    """What COCO says of one picture: file name, width, height; captions; five numbers a box, its category first."""
+    """What COCO says of one image: file name, width, height; captions; five numbers a box, its category first."""
 
     name: str
     width: float
@@ -171,31 +166,31 @@ class CocoContexts:
                 raise InputError(
                     f"{captions_path} annotation {number}: caption is {note['caption']!r:.60}, expected a text"
                 )
-            self._picture(captions_path, number, note).captions.append(one_line(note["caption"]))
+            self._find(captions_path, number, note).captions.append(one_line(note["caption"]))
         for number, note in _coco_list(instances_path, "annotations", ("image_id", "category_id", "bbox")):
-            self._picture(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
+            self._find(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
         if not self._images:
-            raise InputError(f"{captions_path}: holds no pictures, expected COCO's `images`")
+            raise InputError(f"{captions_path}: holds no images, expected COCO's `images`")
 
     def __iter__(self) -> Iterator[Context]:
-        for picture in self._images.values():
-            numbers = picture.boxes
+        for image in self._images.values():
+            numbers = image.boxes
             boxes = [numbers[start : start + 5] for start in range(0, len(numbers), 5)]
-            things = tuple(self._instance(picture, int(category), *box) for category, *box in boxes)
-            yield Context(_stem(picture.name), picture.name, tuple(filter(None, picture.captions)), things)
+            things = tuple(self._instance(image, int(category), *box) for category, *box in boxes)
+            yield Context(_stem(image.name), image.name, tuple(filter(None, image.captions)), things)
 
-    def _picture(self, path: str, number: int, note: dict) -> _Image:
+    def _find(self, path: str, number: int, note: dict) -> _Image:
         if note["image_id"] not in self._images:
             raise InputError(f"{path} annotation {number}: image_id {note['image_id']} is no image of the file")
         return self._images[note["image_id"]]
 
-    def _instance(self, picture: _Image, category: int, x: float, y: float, width: float, height: float) -> Instance:
+    def _instance(self, image: _Image, category: int, x: float, y: float, width: float, height: float) -> Instance:
         if category not in self._categories:
-            raise InputError(f"{self._instances_path}: category_id {category} of image {picture.name} is no category")
-        across, down = picture.width, picture.height
+            raise InputError(f"{self._instances_path}: category_id {category} of image {image.name} is no category")
+        across, down = image.width, image.height
         shares = (x / across, y / down, (x + width) / across, (y + height) / down)
         return Instance(
-            self._categories[category], _inside(shares, f"{self._instances_path}: bbox of image {picture.name}")
+            self._categories[category], _inside(shares, f"{self._instances_path}: bbox of image {image.name}")
         )
 
 

@@ -10,13 +10,12 @@ from typing import Any, TextIO
 
 from llava_jax.io import replacing, write_rows
 from llava_jax.synthesize.budget import Budget, Prices, longest_answer
-from llava_jax.synthesize.card import Card, Tally, card_text
-from llava_jax.synthesize.card_page import card_page
+from llava_jax.synthesize.card import Card, Tally, card_page, card_text
 from llava_jax.synthesize.context import Context, open_contexts
 from llava_jax.synthesize.journal import Journal
 from llava_jax.synthesize.kinds import KINDS, load_prompts
-from llava_jax.synthesize.scheduler import Task, Verdict, ask_all, judge, tasks_of
-from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages, estimate_tokens
+from llava_jax.synthesize.scheduler import Task, ask_all, judge, tasks_of
+from llava_jax.synthesize.teacher import Message, Teacher, estimate_messages
 from llava_jax.types import InputError
 
 ALL_KINDS = "all"
@@ -116,14 +115,7 @@ def synthesize(
         say=say,
     )
     return write_data(
-        job,
-        output,
-        teacher.name,
-        teacher.settings,
-        journal,
-        prices=prices,
-        why=asked.failed,
-        stopped=asked.stopped,
+        job, output, teacher.name, teacher.settings, journal, prices=prices, why=asked.failed, stopped=asked.stopped
     )
 
 
@@ -152,11 +144,8 @@ def write_data(
     for end, text in ((CARD_TEXT, card_text(card)), (CARD_PAGE, card_page(card))):
         with replacing(f"{stem}{end}") as file:
             file.write(text)
-    set_aside: collections.Counter[str] = collections.Counter()
-    for tally in card.tallies.values():
-        set_aside.update(tally.set_aside)
     turns = sum(tally.turns for tally in card.tallies.values())
-    return Written(card.rows, turns, dict(set_aside), card.unanswered, dict(why or {}), stopped)
+    return Written(card.rows, turns, dict(card.set_aside), card.unanswered, dict(why or {}), stopped)
 
 
 def _rows(
@@ -170,7 +159,10 @@ def _rows(
             problem = verdict.reasons[-1]
         card.tallies[task.kind].add(verdict, problem)
         if problem:
-            rejected.write(json.dumps(_set_aside(task, verdict, problem)) + "\n")
+            pairs = zip(verdict.reasons, verdict.replies, strict=False)
+            replies = [{"reason": reason, "text": reply.text} for reason, reply in pairs]
+            line = {"id": task.context.id, "kind": task.kind, "reason": problem, "replies": replies}
+            rejected.write(json.dumps(line) + "\n")
         elif verdict.turns is not None:
             turns = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
             yield {"id": task.context.id, "image": task.context.image, "conversations": turns}
@@ -180,20 +172,12 @@ def _rows(
 def _require_rows(card: Card, journal: Journal, still_open: str) -> None:
     if card.rows:
         return
-    set_aside = sum((tally.set_aside for tally in card.tallies.values()), collections.Counter())
     replies = sum(tally.replies for tally in card.tallies.values())
-    if not set_aside:
+    if not card.set_aside:
         raise InputError(f"{card.teacher}: no answer that can be used yet{still_open}; nothing written")
     saved = f"; they are in {journal.path}" if replies and journal.path else ""
     problem = f"none of its {replies} replies could be used" if replies else "there is no image to ask about"
-    raise InputError(f"{card.teacher}: {problem}{_reasons(set_aside)}; nothing written{saved}")
-
-
-def _set_aside(task: Task, verdict: Verdict, problem: str) -> dict[str, Any]:
-    replies = [
-        {"reason": reason, "text": reply.text} for reply, reason in zip(verdict.replies, verdict.reasons, strict=False)
-    ]
-    return {"id": task.context.id, "kind": task.kind, "reason": problem, "replies": replies}
+    raise InputError(f"{card.teacher}: {problem}{_reasons(card.set_aside)}; nothing written{saved}")
 
 
 # ---- before anything is asked -------------------------------------------------------------------------------------
@@ -225,19 +209,17 @@ class Estimate:
 
 
 def estimate(job: Job, settings: Mapping[str, Any], journal: Journal) -> Estimate:
-    """Estimate what the journal does not settle yet; see `estimate_tokens`."""
-    examples = {kind: [item["content"] for item in messages[2::2]] for kind, messages in job.prompts.items()}
-    prompts = {kind: estimate_messages(messages) for kind, messages in job.prompts.items()}
-    limit = longest_answer(settings)
-    typical = {
-        kind: min(limit, estimate_tokens(texts) // len(texts)) if texts else limit for kind, texts in examples.items()
-    }
+    """Estimate what the journal does not settle yet; see `estimate_messages`."""
+    prompts, typical, limit = {}, {}, longest_answer(settings)
+    for kind, messages in job.prompts.items():
+        prompts[kind], examples = estimate_messages(messages), messages[2::2]
+        typical[kind] = min(limit, estimate_messages(examples) // len(examples)) if examples else limit
     requests = settled = tokens_in = tokens_out = 0
     for task in job.tasks(settings):
         if task.problem or judge(task, journal.replies(task.key), job.seed).settled(job.attempts):
             settled += 1
             continue
         requests += 1
-        tokens_in += prompts[task.kind] + estimate_tokens([task.messages[-1]["content"]])
+        tokens_in += prompts[task.kind] + estimate_messages(task.messages[-1:])
         tokens_out += typical[task.kind]
     return Estimate(requests, settled, tokens_in, tokens_out, requests * limit)
