@@ -10,7 +10,7 @@ import types
 import pytest
 
 from llava_jax.cli.main import main
-from llava_jax.data.records import parse_row
+from llava_jax.data.rows import parse_row
 from llava_jax.prepare.captions import BRIEF_QUESTIONS, caption_rows, read_captions
 from llava_jax.prepare.concepts import Rule, select
 from llava_jax.prepare.phrases import builtin_phrases, normalise, spacy_phrases

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from llava_jax.data.records import Rejected, load_records, parse_records, parse_row
+from llava_jax.data.records import load_records
+from llava_jax.data.rows import Rejected, parse_row
 from llava_jax.types import InputError, Record, Turn
 
 
@@ -91,7 +92,7 @@ def test_json_and_json_lines_give_the_same(tmp_path):
 def test_every_bad_row_is_collected(tmp_path):
     lines = "\n".join([json.dumps(_row()), "{broken", "", json.dumps(_row(id="r9", image=None))])
     path = _write(tmp_path / "a.jsonl", lines)
-    good, broken, unequal = parse_records(path)
+    good, broken, unequal = map(load_records(path).entry, range(3))
     assert good.id == "r1"
     assert (broken.row, broken.id) == (1, "") and broken.reason.startswith("line 2 is not JSON: Expecting")
     assert broken.reason.endswith(", column 2")

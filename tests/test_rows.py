@@ -19,7 +19,7 @@ from llava_jax.data import records, sources, validate
 from llava_jax.data.images import check_image
 from llava_jax.data.mixture import Mixture
 from llava_jax.data.packing import plan_batches
-from llava_jax.data.records import load_records, parse_records
+from llava_jax.data.records import load_records
 from llava_jax.data.rows import Rejected
 from llava_jax.data.sources import Source, absolute, split_sources
 from llava_jax.data.tokenize import TextTokenizer
@@ -332,7 +332,8 @@ def test_arrayrecord_is_read_by_tfds_and_by_train(tmp_path, capsys):
     import tensorflow_datasets as tfds
 
     source = tfds.data_source("llava_rows", split="train", data_dir=f"{tmp_path}/o")
-    given = list(parse_records(path))
+    rows = load_records(path)
+    given = [rows.entry(row) for row in range(len(rows))]
     assert len(source) == 60 and [one["id"].decode() for one in source] == [record.id for record in given]
     image = (tmp_path / "images" / given[3].images[0]).read_bytes()
     assert source[3]["images"] == [image] and source[0]["images"] == []

@@ -239,17 +239,17 @@ def _write_batch(args: Namespace, job: "Job", settings: dict, answers: "Journal"
 
     print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
     limit = budget.Budget(args.budget_tokens, args.budget_usd, prices, answers.tokens_in, answers.tokens_out)
-    written = batch.write_input(
+    count, files, stopped = batch.write_input(
         args.batch_input, job.tasks(settings), answers, settings, limit, args.attempts, args.seed
     )
-    if not written.count and not written.stopped:
+    if not count and not stopped:
         print("no request is open; --batch_output is not needed: the same command without it writes the rows")
         return 0
-    if not written.count:
-        raise InputError(f"no request written: {written.stopped}; give more, or a lower max_tokens in --request")
-    print(f"{written.count} requests: {', '.join(written.files)}")
-    if written.stopped:
-        print(f"not all of them: {written.stopped}")
+    if not count:
+        raise InputError(f"no request written: {stopped}; give more, or a lower max_tokens in --request")
+    print(f"{count} requests: {', '.join(files)}")
+    if stopped:
+        print(f"not all of them: {stopped}")
     print("for the output: the same command, --batch_output=FILE in its place")
     return 0
 

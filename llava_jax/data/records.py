@@ -16,13 +16,10 @@ import numpy as np
 
 from llava_jax.data import sources
 from llava_jax.data.mixture import Mixture
-from llava_jax.data.rows import Rejected, parse_or_reject, parse_row
+from llava_jax.data.rows import Rejected, parse_or_reject
 from llava_jax.data.sources import KEPT_ROWS, Source, code, keep, kept_path, key_of, recall, split_sources, whole
 from llava_jax.io import BOM, check_first_line, elements, line_of, unique, utf8_pieces
 from llava_jax.types import ImageBytes, InputError, Record
-
-__all__ = ["Rejected", "Rows", "load_records", "parse_records", "parse_row"]
-
 
 # Bytes that are read at a time of rows that are read in order, and the most between two of these.
 SEVERAL_ROWS, SEPARATOR = 1 << 18, 16
@@ -134,11 +131,11 @@ class DatasetRows(Rows):
         found = self._source[self.start + row]
         said = found["conversations"]
         turns = zip(said["from"], said["value"], strict=True)
-        return {
-            "id": _text(found["id"]),
-            "images": _images(found),
-            "conversations": [{"from": _text(who), "value": _text(text)} for who, text in turns],
-        }
+        # A data set that was packed before it kept the names of images has none.
+        names = found.get("image_names", [b""] * len(found["images"]))
+        images = [ImageBytes(image, os.fsdecode(name)) for image, name in zip(found["images"], names, strict=True)]
+        said = [{"from": _text(who), "value": _text(text)} for who, text in turns]
+        return {"id": _text(found["id"]), "images": images, "conversations": said}
 
     def _open(self) -> Any:
         # Seconds of import that only a run on such a data set should pay for.
@@ -231,12 +228,6 @@ def load_records(annotations: str) -> Rows:
     return JoinedRows(parts, [source.path for source in found], weights if len(weights) == len(found) else None)
 
 
-def parse_records(annotations: str) -> Iterator[Record | Rejected]:
-    """One entry a row; raises InputError at once when a source as a whole is none."""
-    rows = load_records(annotations)
-    return (rows.entry(row) for row in range(len(rows)))
-
-
 def _open_source(source: Source) -> Rows:
     if sources.is_dataset(source.path):
         return DatasetRows(source.path)
@@ -246,17 +237,10 @@ def _open_source(source: Source) -> Rows:
     if not os.path.isfile(path):
         raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
     content = sources.digest(path)
-    lines = path if sources.is_lines(source.path) else lines_of_list(path, content)
+    lines = path if source.path.lower().endswith(sources.LINES) else lines_of_list(path, content)
     # As assemble.file_inputs has it, so that a run resumes from a checkpoint that was made by it.
     line = f"{os.path.basename(source.path)} {content}\n"
     return FileRows(lines, index_lines(lines, content), hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
-
-
-def _images(found: dict[str, Any]) -> list[ImageBytes]:
-    """The images of a row; a data set that was packed before it kept their names has none."""
-    images = found["images"]
-    names = found.get("image_names", [b""] * len(images))
-    return [ImageBytes(content, os.fsdecode(name)) for content, name in zip(images, names, strict=True)]
 
 
 def _text(value: bytes | str) -> str:

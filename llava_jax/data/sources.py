@@ -6,7 +6,6 @@ without.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ import secrets
 import time
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,8 +36,7 @@ OURS = re.compile(rf"[0-9a-f]{{32}}{re.escape(KEPT)}\.[a-z]+(\.[0-9a-f]{{16}}\.t
 WEIGHT = re.compile(r"(.+):((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One source: where its rows lie, and its weight; None where sources are joined without weights."""
 
     path: str
@@ -79,12 +77,14 @@ def absolute(text: str) -> str:
     """`data.annotations` with local paths absolute; empty text stays empty."""
     if not text:
         return ""
-    sources = split_sources(text)
-    return ",".join(str(dataclasses.replace(source, path=_absolute(source.path))) for source in sources)
-
-
-def _absolute(path: str) -> str:
-    return path if path.startswith(TFDS) or is_remote(path) else os.path.abspath(path)
+    return ",".join(
+        str(
+            source
+            if "://" in source.path or source.path.startswith(TFDS)
+            else source._replace(path=os.path.abspath(source.path))
+        )
+        for source in split_sources(text)
+    )
 
 
 def is_remote(path: str) -> bool:
@@ -99,11 +99,6 @@ def is_dataset(path: str) -> bool:
     return not path.lower().endswith((".json", *LINES))
 
 
-def is_lines(path: str) -> bool:
-    """Whether a file holds a row a line, by its name."""
-    return path.lower().endswith(LINES)
-
-
 def digest(path: str) -> str:
     """sha256 of a local file's content, "" where there is none."""
     if not os.path.isfile(path):
@@ -115,15 +110,10 @@ def digest(path: str) -> str:
 # ---- what is kept between runs --------------------------------------------------------------------------------------
 
 
-def cache_folder() -> str:
-    """Where what was read of rows is kept: the folder rows of LLAVA_JAX_CACHE, or of llava_jax in the user's cache."""
-    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax")
-    return os.path.join(os.environ.get("LLAVA_JAX_CACHE") or user, "rows")
-
-
 def kept_path(name: str, suffix: str) -> str:
-    """The file of the cache for a `key_of` name."""
-    return os.path.join(cache_folder(), f"{name}{KEPT}{suffix}")
+    """Return the file for a `key_of` name, in folder rows of LLAVA_JAX_CACHE, or of llava_jax in the user's cache."""
+    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax")
+    return os.path.join(os.environ.get("LLAVA_JAX_CACHE") or user, "rows", f"{name}{KEPT}{suffix}")
 
 
 def code() -> str:
@@ -169,18 +159,13 @@ def whole(path: str) -> Iterator[BinaryIO]:
         with open(temporary, "xb") as file:
             yield file
         os.replace(temporary, path)
-        _let_go(os.path.dirname(path))
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(os.path.dirname(path)):
+                if OURS.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
+                    os.unlink(entry)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-
-
-def _let_go(folder: str) -> None:
-    """Removes files of the cache that nobody has asked for in KEPT_DAYS."""
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            if OURS.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > KEPT_DAYS * 86_400:
-                os.unlink(entry)
 
 
 def local_copy(path: str) -> str:

@@ -93,14 +93,13 @@ def find_problems(rows: Rows, images: str) -> list[str]:
         if isinstance(entry, Rejected):
             return str(entry)
         if not all(turn.target for turn in entry.turns):
-            return str(
-                Rejected(row, entry.id, "weight 0 of a turn is not packed; train such rows from their JSON file")
-            )
-        found = (
-            image_problem(image) if isinstance(image, bytes) else of_file(os.path.join(images, image))
-            for image in entry.images
-        )
-        return next((str(Rejected(row, entry.id, problem)) for problem in found if problem), None)
+            weight = "weight 0 of a turn is not packed; train such rows from their JSON file"
+            return str(Rejected(row, entry.id, weight))
+        for image in entry.images:
+            problem = image_problem(image) if isinstance(image, bytes) else of_file(os.path.join(images, image))
+            if problem:
+                return str(Rejected(row, entry.id, problem))
+        return None
 
     problems: list[str] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:

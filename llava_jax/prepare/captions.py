@@ -80,8 +80,8 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         begins = file.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if begins == b"{":
         yield from coco_rows(path)
-        return
-    yield from ((f"row {index}", row) for index, row in enumerate(elements(path, "item", EXPECTED)))
+    else:
+        yield from ((f"row {index}", row) for index, row in enumerate(elements(path, "item", EXPECTED)))
 
 
 def coco_rows(path: str) -> Iterator[tuple[str, Any]]:

@@ -33,19 +33,9 @@ class Joined:
 
     def __str__(self) -> str:
         failed = ", ".join(f"{count} {reason}" for reason, count in self.failed.items())
-        lines = (
-            f"{self.answers} answers joined, {self.known} of them known before, {self.foreign} lines of other requests"
-        )
-        return f"{lines}, {sum(self.failed.values())} failed" + (f" ({failed})" if failed else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """What `write_input` wrote: the number of requests, the files, and why it `stopped` before the last, "" if not."""
-
-    count: int
-    files: tuple[str, ...]
-    stopped: str
+        joined = f"{self.answers} answers joined, {self.known} of them known before"
+        lost = f"{sum(self.failed.values())} failed" + (f" ({failed})" if failed else "")
+        return f"{joined}, {self.foreign} lines of other requests, {lost}"
 
 
 def write_input(
@@ -56,8 +46,10 @@ def write_input(
     budget: Budget,
     attempts: int,
     seed: int,
-) -> Requests:
+) -> tuple[int, list[str], str]:
     """Write a request for every task that the journal does not settle, as far as the budget allows.
+
+    Returns the number of requests, the files, and why it stopped before the last task, "" if it did not.
 
     The first file is `path`; FILE-2.jsonl, FILE-3.jsonl … follow where one cannot hold them all. They appear once all
     are complete. Raises InputError where one of them exists: it may be the only copy of paid answers.
@@ -75,7 +67,9 @@ def write_input(
             except BudgetSpent as reason:
                 stopped = str(reason)
                 break
-            line = json.dumps(_request(task, len(replies), settings)) + "\n"
+            # The id says how many answers came before, so that a repeated answer counts again.
+            request = {"custom_id": f"{task.key}-{len(replies)}", "method": "POST", "url": "/v1/chat/completions"}
+            line = json.dumps({**request, "body": {**settings, "messages": task.messages}}) + "\n"
             if not files or in_file == MAX_REQUESTS or size + len(line) > MAX_BYTES:
                 stem, end = os.path.splitext(path)
                 files.append(path if not files else f"{stem}-{len(files) + 1}{end}")
@@ -84,13 +78,7 @@ def write_input(
                 file, in_file, size = stack.enter_context(replacing(files[-1])), 0, 0
             file.write(line)
             count, in_file, size = count + 1, in_file + 1, size + len(line)
-    return Requests(count, tuple(files), stopped)
-
-
-def _request(task: Task, answers: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one line; its id says how many answers came before, so that a repeated answer counts again."""
-    body = {**settings, "messages": task.messages}
-    return {"custom_id": f"{task.key}-{answers}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return count, files, stopped
 
 
 def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, model: str) -> Joined:

@@ -44,13 +44,26 @@ class Verdict:
         return self.turns is not None or len(self.replies) >= attempts
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Asked:
-    """What a run of `ask_all` did: answers saved, why requests failed, and why it stopped before the end."""
+    """What a run of `ask_all` did: why requests failed, how many in a row, and why it stopped before the end."""
 
-    answers: int
-    failed: dict[str, int]
-    stopped: str
+    failed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    in_a_row: int = 0
+    stopped: str = ""
+
+    def count(self, future: concurrent.futures.Future[None], name: str) -> None:
+        """Count how one request ended. Raises InputError after FAILURES_IN_A_ROW."""
+        try:
+            future.result()
+            self.in_a_row = 0
+        except BudgetSpent as reason:
+            self.stopped = str(reason)
+        except RequestFailed as reason:
+            self.failed[str(reason)] += 1
+            self.in_a_row += 1
+            if self.in_a_row == FAILURES_IN_A_ROW:
+                raise InputError(f"{name}: {self.in_a_row} requests in a row failed: {reason}") from reason
 
 
 def tasks_of(
@@ -91,55 +104,6 @@ def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:
     return Verdict(None, tuple(read), tuple(reasons))
 
 
-class _Asker:
-    """What the threads of `ask_all` share."""
-
-    def __init__(
-        self, teacher: Teacher, journal: Journal, budget: Budget, attempts: int, seed: int, stop: threading.Event
-    ):
-        self.teacher, self.journal, self.budget = teacher, journal, budget
-        self.attempts, self.seed, self.stop = attempts, seed, stop
-        self.answers = 0
-        self._lock = threading.Lock()
-
-    def settle(self, task: Task) -> None:
-        """Ask until an answer can be used or all attempts are made."""
-        while not judge(task, self.journal.replies(task.key), self.seed).settled(self.attempts):
-            reserved = self.budget.reserve(task.messages, self.teacher.settings)
-            reply = Reply("")
-            try:
-                if self.stop.is_set():
-                    raise RequestFailed("stopped")
-                reply = metered(self.teacher.answer(task.messages), estimate_messages(task.messages))
-            finally:
-                self.budget.settle(reserved, reply.tokens_in, reply.tokens_out)
-            self.journal.append(task.key, task.context.id, task.kind, self.teacher.name, reply)
-            with self._lock:
-                self.answers += 1
-
-
-@dataclasses.dataclass
-class _Ended:
-    """How the requests of `ask_all` ended: what failed, how often in a row, and whether the budget is spent."""
-
-    name: str
-    failed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    in_a_row: int = 0
-    stopped: str = ""
-
-    def count(self, future: concurrent.futures.Future[None]) -> None:
-        try:
-            future.result()
-            self.in_a_row = 0
-        except BudgetSpent as reason:
-            self.stopped = str(reason)
-        except RequestFailed as reason:
-            self.failed[str(reason)] += 1
-            self.in_a_row += 1
-            if self.in_a_row == FAILURES_IN_A_ROW:
-                raise InputError(f"{self.name}: {self.in_a_row} requests in a row failed: {reason}") from reason
-
-
 def ask_all(
     tasks: Iterable[Task],
     teacher: Teacher,
@@ -166,31 +130,43 @@ def ask_all(
       stop: ends the waiting between tries.
       say: prints the progress.
     """
-    asker = _Asker(teacher, journal, budget, attempts, seed, stop)
-    ended, reported = _Ended(teacher.name), time.monotonic()
+
+    def settle(task: Task) -> None:
+        while not judge(task, journal.replies(task.key), seed).settled(attempts):
+            reserved = budget.reserve(task.messages, teacher.settings)
+            reply = Reply("")
+            try:
+                if stop.is_set():
+                    raise RequestFailed("stopped")
+                reply = metered(teacher.answer(task.messages), estimate_messages(task.messages))
+            finally:
+                budget.settle(reserved, reply.tokens_in, reply.tokens_out)
+            journal.append(task.key, task.context.id, task.kind, teacher.name, reply)
+
+    asked, saved, reported = Asked(), len(journal), time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
     in_flight: set[concurrent.futures.Future[None]] = set()
     coming = iter(tasks)
     try:
         while True:
-            while not ended.stopped and len(in_flight) < 2 * concurrency:
+            while not asked.stopped and len(in_flight) < 2 * concurrency:
                 task = next(coming, None)
                 if task is None:
                     break
                 if task.problem or judge(task, journal.replies(task.key), seed).settled(attempts):
                     continue
-                in_flight.add(pool.submit(asker.settle, task))
+                in_flight.add(pool.submit(settle, task))
             if not in_flight:
-                return Asked(asker.answers, dict(ended.failed), ended.stopped)
+                return asked
             done, in_flight = concurrent.futures.wait(
                 in_flight, timeout=SECONDS_BETWEEN_REPORTS, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                ended.count(future)
+                asked.count(future, teacher.name)
             if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()
                 spent = f"{budget.tokens_in + budget.tokens_out} tokens"
-                say(f"{asker.answers} answers saved, {sum(ended.failed.values())} requests failed, {spent}")
+                say(f"{len(journal) - saved} answers saved, {asked.failed.total()} requests failed, {spent}")
     finally:
         # After an error nothing new is asked, and what is in flight is saved when it comes.
         if in_flight:
