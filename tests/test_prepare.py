@@ -68,7 +68,7 @@ def test_captions_that_cannot_be_used_are_named(tmp_path):
     assert [(one.id, one.text) for one in found] == [("a.jpg", "Good.")]
     assert [str(one)[:6] for one in refused] == [f"line {number}" for number in range(1, 8)]
     for one, reason in zip(refused, bad.values(), strict=True):
-        assert reason in one.reason
+        assert reason in one
     (tmp_path / "c.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(InputError, match="c.jsonl: no caption in it.*line 1: not JSON"):
         load_captions(str(tmp_path / "c.jsonl"))

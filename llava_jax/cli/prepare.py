@@ -24,7 +24,7 @@ def captions(args: argparse.Namespace) -> int:
     from llava_jax.prepare import captions as room
 
     announce("prepare captions", captions=args.captions, output=args.output, seed=args.seed)
-    refused: list[room.Refused] = []
+    refused: list[str] = []
     written = write_rows(args.output, room.caption_rows(room.read_captions(args.captions, refused), args.seed))
     print("".join(f"refused: {one}\n" for one in refused), end="")
     print(f"{written:,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
@@ -66,7 +66,7 @@ def concepts(args: argparse.Namespace) -> int:
         seed=rule.seed,
         json=args.json,
     )
-    refused: list[captions_room.Refused] = []
+    refused: list[str] = []
     found = list(captions_room.read_captions(args.captions, refused))
     selection = room.select([one.text for one in found], finder, rule)
     write_rows(args.output, captions_room.caption_rows((found[index] for index in selection.kept), args.seed))

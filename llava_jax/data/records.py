@@ -10,7 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ ROW = json.JSONDecoder(object_pairs_hook=unique)  # json.loads would make one fo
 
 
 class Rows(Sequence[Record]):
-    """Rows on disk. `rows[i]` reads one and raises InputError where it cannot be used; a slice reads nothing.
+    """Rows on disk. `rows[i]` reads one and raises InputError where it cannot be used.
 
     `fingerprint` is a hash of the content of all sources, `mixture` says how they are mixed (None: one after another).
     """
@@ -43,21 +43,10 @@ class Rows(Sequence[Record]):
     def decoded(self, row: int) -> Any:
         """The row as decoded JSON; an InputError in its place where it is none."""
 
-    @abc.abstractmethod
-    def part(self, start: int, stop: int) -> "Rows":
-        """Rows start to stop, counted from 0 anew."""
-
-    @overload
-    def __getitem__(self, row: int) -> Record: ...
-    @overload
-    def __getitem__(self, row: slice) -> "Rows": ...
-    def __getitem__(self, row):
-        if isinstance(row, slice):
-            start, stop, _ = row.indices(len(self))
-            return self.part(start, max(start, stop))
-        if not -len(self) <= row < len(self):
+    def __getitem__(self, row: int) -> Record:  # ty: ignore[incompatible-method-override], no slices
+        if not 0 <= row < len(self):
             raise IndexError(row)
-        entry = self.entry(row % len(self))
+        entry = self.entry(row)
         if isinstance(entry, Rejected):
             raise InputError(str(entry))
         return entry
@@ -76,9 +65,6 @@ class FileRows(Rows):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_piece": (0, b"")}  # every process opens the file for itself
-
-    def part(self, start: int, stop: int) -> "FileRows":
-        return FileRows(self.path, self.places[start:stop].copy(), "")
 
     def decoded(self, row: int) -> Any:
         start, length = self.places[row].tolist()
@@ -108,27 +94,22 @@ class FileRows(Rows):
 class DatasetRows(Rows):
     """Rows of a TFDS data set, as `prepare arrayrecord` writes it: images come with the row, as bytes."""
 
-    def __init__(self, name: str, start: int = 0, stop: int | None = None):
-        self.name, self.start = name, start
+    def __init__(self, name: str):
+        self.name = name
         self._source: Any = None
         self._builder: Any = None
-        if stop is None:
-            stop, self.fingerprint = self._describe()
-        self.stop = stop
+        self._length, self.fingerprint = self._describe()
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self._length
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_source": None, "_builder": None}
 
-    def part(self, start: int, stop: int) -> "DatasetRows":
-        return DatasetRows(self.name, self.start + start, self.start + stop)
-
     def decoded(self, row: int) -> Any:
         if self._source is None:
             self._source = self._open().as_data_source(split=self._split())
-        found = self._source[self.start + row]
+        found = self._source[row]
         said = found["conversations"]
         turns = zip(said["from"], said["value"], strict=True)
         # A data set that was packed before it kept the names of images has none.
@@ -178,16 +159,8 @@ class DatasetRows(Rows):
 class JoinedRows(Rows):
     """Rows of several sources, one source after another."""
 
-    def __init__(
-        self,
-        parts: Sequence[Rows],
-        names: Sequence[str],
-        weights: Sequence[float] | None,
-        begins: Sequence[int] | None = None,
-    ):
-        """`begins`: the rows of each source in front of those that are its part."""
+    def __init__(self, parts: Sequence[Rows], names: Sequence[str], weights: Sequence[float] | None):
         self.parts, self.names = list(parts), list(names)
-        self.begins = [0] * len(self.parts) if begins is None else list(begins)
         self.ends = np.cumsum([len(part) for part in parts])
         self.fingerprint = sources.key_of([part.fingerprint for part in parts])
         self.mixture = None if weights is None else Mixture(tuple(len(part) for part in parts), tuple(weights))
@@ -195,19 +168,12 @@ class JoinedRows(Rows):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def part(self, start: int, stop: int) -> "JoinedRows":
-        counts = [len(part) for part in self.parts]
-        firsts = np.clip(start - (self.ends - counts), 0, counts).tolist()
-        lasts = np.clip(stop - (self.ends - counts), 0, counts).tolist()
-        inside = [part[first:last] for part, first, last in zip(self.parts, firsts, lasts, strict=True)]
-        return JoinedRows(inside, self.names, None, np.add(self.begins, firsts).tolist())
-
     def entry(self, row: int) -> Record | Rejected:
         which, inside = self._place(row)
         entry = self.parts[which].entry(inside)
         if isinstance(entry, Record):
             return entry
-        return Rejected(row, entry.id, f"{entry.reason} (row {self.begins[which] + inside} of {self.names[which]})")
+        return Rejected(row, entry.id, f"{entry.reason} (row {inside} of {self.names[which]})")
 
     def decoded(self, row: int) -> Any:
         which, inside = self._place(row)

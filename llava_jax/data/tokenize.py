@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,7 +174,9 @@ class TextTokenizer:
     def _piece(self, span: Span) -> str:
         if span.special and span.text in self._special:
             return _MARKS[span.text]
-        _check_characters(span.text)
+        found = None if span.text.isascii() else _NONCHARACTER.search(span.text)
+        if found:
+            raise InputError(f"the text holds the Unicode noncharacter U+{ord(found[0]):04X}; remove it")
         return span.text
 
 
@@ -220,7 +222,10 @@ def _read_folder(folder: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[
 
 
 def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
-    _check_tokenizer_json(os.path.join(folder, "tokenizer.json"))
+    path = os.path.join(folder, "tokenizer.json")
+    content = _read_json(path, "copy the tokenizer again") if os.path.isfile(path) else {"model": {}}
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
     # Comes with transformers, which raises it for sizes in config.json that contradict each other.
     from huggingface_hub.errors import StrictDataclassError
 
@@ -232,7 +237,8 @@ def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
                 f"{folder}: its tokenizer is Python code in the folder (auto_map in tokenizer_config.json or "
                 "config.json), which is not run; expected one with a tokenizer.json that transformers reads by itself"
             ) from error
-        raise InputError(f"{folder}: transformers cannot read this tokenizer: {_one_line(error)}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error
     if not getattr(source, "is_fast", False):
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
     return TextTokenizer(source, _ends_of_model(folder, source.get_vocab())), source
@@ -294,14 +300,12 @@ def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer
         counts.append(len(chunks) - before)
     found = iter(tokenizer.encode_chunks(chunks))
     opening = Chunk(b"", b"") if tokenizer.bos_id is None else _lone(tokenizer.bos_id)
-    return [_joined(opening, itertools.islice(found, count)) for count in counts]
-
-
-def _joined(opening: Chunk, chunks: Iterable[Chunk]) -> Encoded:
-    """The chunks with an image between any two."""
-    ids, targets = zip(*chunks, strict=True)
-    tokens = np.frombuffer(opening.ids + IMAGE.ids.join(ids), np.int32)
-    return Encoded(tokens, np.frombuffer(opening.targets + IMAGE.targets.join(targets), bool))
+    encoded = []
+    for count in counts:
+        ids, targets = zip(*itertools.islice(found, count), strict=True)
+        tokens = np.frombuffer(opening.ids + IMAGE.ids.join(ids), np.int32)
+        encoded.append(Encoded(tokens, np.frombuffer(opening.targets + IMAGE.targets.join(targets), bool)))
+    return encoded
 
 
 def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
@@ -382,26 +386,12 @@ def _whole_text(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return codec
 
 
-def _check_characters(text: str) -> None:
-    found = None if text.isascii() else _NONCHARACTER.search(text)
-    if found:
-        raise InputError(f"the text holds the Unicode noncharacter U+{ord(found[0]):04X}; remove it")
-
-
-def _read_json(path: str, mend: str) -> Any:
+def _read_json(path: str, fix: str) -> Any:
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; {mend}") from None
-
-
-def _check_tokenizer_json(path: str) -> None:
-    if not os.path.isfile(path):
-        return
-    content = _read_json(path, "copy the tokenizer again")
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
+        raise InputError(f"{path}: not JSON: {error}; {fix}") from None
 
 
 def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
@@ -422,10 +412,6 @@ def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
         if ends:
             return ends
     return []
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # ---- rows to tokens ----

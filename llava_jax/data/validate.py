@@ -177,7 +177,10 @@ def check_records(
         if found.unread:
             unread.update(found.unread)
         if dump is not None:
-            dump.write(_dump_line(found, tokenizer))
+            tokens, targets = found.encoded.tokens, found.encoded.targets
+            text = tokenizer.decode(tokens[targets], skip_special=False)
+            line = {"id": found.id, "tokens": tokens.tolist(), "targets": targets.astype(int).tolist(), "text": text}
+            dump.write(json.dumps(line, ensure_ascii=False) + "\n")
     good = frozenset(path for path, problem in check.images.items() if problem is None)
     return Checked(figures_A, tuple(rejected), good, dict(unread))
 
@@ -302,17 +305,6 @@ def _check_settings(settings: DataSettings, tokenizer: TextTokenizer) -> None:
     """InputError for what would be wrong with every row."""
     check_image_position(settings.image_position)
     check_end(tokenizer, find_template(settings.template))
-
-
-def _dump_line(row: _Trained, tokenizer: TextTokenizer) -> str:
-    tokens, targets = row.encoded.tokens, row.encoded.targets
-    line = {
-        "id": row.id,
-        "tokens": tokens.tolist(),
-        "targets": targets.astype(int).tolist(),
-        "text": tokenizer.decode(tokens[targets], skip_special=False),
-    }
-    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 # ---- what is kept of it -------------------------------------------------------------------------------------------

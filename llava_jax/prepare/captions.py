@@ -39,31 +39,20 @@ class Caption:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """A caption that cannot be used: where it stands, and why."""
-
-    where: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-def read_captions(path: str, refused: list[Refused]) -> Iterator[Caption]:
-    """The captions of a JSON or JSONL file, one at a time; those that cannot be used go to `refused`.
+def read_captions(path: str, refused: list[str]) -> Iterator[Caption]:
+    """The captions of a JSON or JSONL file, one at a time; why others cannot be used goes to `refused`.
 
     A row has `image` (or `file_name`) and `caption`, or `captions`, of which each becomes a row; the id is its `id`, or
     the name of its image, followed by -K where a row has several. InputError at the end when there was none.
     """
     found = False
     for where, row in read_rows(path):
-        for entry in parse_row(where, row):
-            if isinstance(entry, Caption):
+        for entry in parse_row(row):
+            if isinstance(entry, str):
+                refused.append(f"{where}: {entry}")
+            else:
                 found = True
                 yield entry
-            else:
-                refused.append(entry)
     if not found:
         first = f"; the first of {len(refused)} refused: {refused[0]}" if refused else ""
         raise InputError(f"{path}: no caption in it; expected {EXPECTED}{first}")
@@ -97,29 +86,29 @@ def coco_rows(path: str) -> Iterator[tuple[str, Any]]:
         yield f"annotation {number}", note
 
 
-def parse_row(where: str, row: Any) -> list[Caption | Refused]:
-    """The captions of one row."""
+def parse_row(row: Any) -> list[Caption | str]:
+    """Return the captions of one row, for one that cannot be used the reason."""
     if not isinstance(row, dict):
-        return [Refused(where, str(row) if isinstance(row, ValueError) else "expected an object")]
+        return [str(row) if isinstance(row, ValueError) else "expected an object"]
     image = row.get("image", row.get("file_name"))
     if not isinstance(image, str) or not image.strip():
-        return [Refused(where, f"image is {image!r:.80}, expected the name of an image")]
+        return [f"image is {image!r:.80}, expected the name of an image"]
     texts = row.get("captions", [row.get("caption")])
     name = image if row.get("id") is None else str(row["id"])
     if not isinstance(texts, list) or not texts:
-        return [Refused(where, f"captions is {texts!r:.80}, expected a list of texts")]
+        return [f"captions is {texts!r:.80}, expected a list of texts"]
     ids = [name] if len(texts) == 1 else [f"{name}-{index}" for index in range(len(texts))]
-    return [check_text(where, Caption(own, image, text)) for own, text in zip(ids, texts, strict=True)]
+    return [check_text(Caption(own, image, text)) for own, text in zip(ids, texts, strict=True)]
 
 
-def check_text(where: str, caption: Caption) -> Caption | Refused:
+def check_text(caption: Caption) -> Caption | str:
     """The caption as training's own reader of rows takes it, or why it does not."""
     if not isinstance(caption.text, str) or not caption.text.strip():
-        return Refused(where, f"caption {caption.id!r} is {caption.text!r:.80}, expected text")
+        return f"caption {caption.id!r} is {caption.text!r:.80}, expected text"
     text = one_line(caption.text)
     row = parse_or_reject(single_turn(caption.id, caption.image, IMAGE_PLACEHOLDER, text), 0)
     if isinstance(row, Rejected):
-        return Refused(where, f"caption {caption.id!r}: {row.reason}")
+        return f"caption {caption.id!r}: {row.reason}"
     return Caption(caption.id, caption.image, text)
 
 

@@ -6,7 +6,6 @@ with what looks odd in them: `AL` gives the solution and `AE` the lecture, two b
 the words "Question: " and "Answer: " go wherever they stand once they stand in front.
 """
 
-import dataclasses
 import os
 from typing import Any
 
@@ -45,20 +44,6 @@ NEWLINES = ("keep", "escape")
 SUBSETS = ("all", "image", "text")
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One problem: what enters a prompt, and `image`, the name of its image or None."""
-
-    id: str
-    question: str
-    hint: str
-    choices: tuple[str, ...]
-    answer: int
-    lecture: str
-    solution: str
-    image: str | None
-
-
 def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all", newlines: str = "keep") -> list[dict]:
     """The rows of a split of `folder` (problems.json and pid_splits.json), in the order of the split.
 
@@ -68,10 +53,10 @@ def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all",
     question, answer = formats(prompt_format)
     problems = load_split(folder, split)
     wanted = {"all": (True, False), "image": (True,), "text": (False,)}[subset]
-    kept = [problem for problem in problems if (problem.image is not None) in wanted]
+    kept = [(name, problem) for name, problem in problems if bool(problem.get("image")) in wanted]
     if not kept:
         raise InputError(f"{folder}: split {split} has no problem of subset {subset}; expected at least one")
-    return [row_of(problem, question, answer, newlines) for problem in kept]
+    return [row_of(name, problem, question, answer, newlines) for name, problem in kept]
 
 
 def formats(prompt_format: str) -> tuple[str, str]:
@@ -85,8 +70,8 @@ def formats(prompt_format: str) -> tuple[str, str]:
     return INPUTS[given], OUTPUTS[asked]
 
 
-def load_split(folder: str, split: str) -> list[Problem]:
-    """The problems that pid_splits.json names under `split`: train, val, test, minival, …"""
+def load_split(folder: str, split: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (id, entry) of the problems that pid_splits.json names under `split`: train, val, test, minival, …"""
     lists, by_id = (os.path.join(folder, name) for name in FILES)
     splits = read_json(lists, "ScienceQA's lists of ids by split")
     problems = read_json(by_id, "ScienceQA's problems by id")
@@ -103,19 +88,20 @@ def load_split(folder: str, split: str) -> list[Problem]:
             f"{folder}: {len(missing)} ids of split {split} are not in problems.json, the first {missing[0]!r}: "
             "expected both files of one release"
         )
-    return [parse_problem(name, problems[name]) for name in splits[split]]
+    for name in splits[split]:
+        check_problem(name, problems[name])
+    return [(name, problems[name]) for name in splits[split]]
 
 
-def parse_problem(name: str, given: Any) -> Problem:
-    """The problem of one entry of problems.json; InputError names it and the field that is wrong."""
+def check_problem(name: str, given: Any) -> None:
+    """Raise InputError for an entry of problems.json, naming it and the field that is wrong."""
     where = f"problem {name!r}"
     if not isinstance(given, dict):
         raise InputError(f"{where}: a {type(given).__name__}, expected an object")
-    texts = {}
-    for key in ("question", "hint", "lecture", "solution"):
+    texts = ("question", "hint", "lecture", "solution")
+    for key in texts:
         if not isinstance(given.get(key), str):
             raise InputError(f"{where}: {key} is {given.get(key)!r}, expected text")
-        texts[key] = given[key]
     choices, answer, image = given.get("choices"), given.get("answer"), given.get("image")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise InputError(f"{where}: choices is {choices!r}, expected a list of texts")
@@ -125,32 +111,31 @@ def parse_problem(name: str, given: Any) -> Problem:
         raise InputError(f"{where}: answer is {answer!r}, expected the index of one of {len(choices)} choices")
     if image is not None and not isinstance(image, str):
         raise InputError(f"{where}: image is {image!r}, expected a file name or nothing")
-    for text in (name, *texts.values(), *choices, image or ""):
+    for text in (name, *(given[key] for key in texts), *choices, image or ""):
         check_unicode(text, where)
-    return Problem(name, choices=tuple(choices), answer=answer, image=image or None, **texts)
 
 
-def row_of(problem: Problem, question: str, answer: str, newlines: str) -> dict:
+def row_of(name: str, problem: dict[str, Any], question: str, answer: str, newlines: str) -> dict:
     """The row of a problem, by the two texts of its format."""
     fields = dict(
-        question=problem.question,
-        context=problem.hint.strip() or "N/A",
-        options=" ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False)),
-        answer=LETTERS[problem.answer],
-        lecture=lines_of(problem.lecture, newlines),
-        solution=lines_of(problem.solution, newlines),
+        question=problem["question"],
+        context=problem["hint"].strip() or "N/A",
+        options=" ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False)),
+        answer=LETTERS[problem["answer"]],
+        lecture=lines_of(problem["lecture"], newlines),
+        solution=lines_of(problem["solution"], newlines),
     )
     for key in ("lecture", "solution"):
         fields[f"{key}_line"] = f"{key.upper()}: {fields[key]}\n" if fields[key].strip() else ""
     asked = without("Question: ", tidy(question.format(**fields)))
     replied = without("Answer: ", tidy(answer.format(**fields)))
-    if problem.image is None:
-        return single_turn(problem.id, None, asked, replied)
-    return single_turn(problem.id, f"{problem.id}/{problem.image}", f"{asked}\n{IMAGE_PLACEHOLDER}", replied)
+    if not problem.get("image"):
+        return single_turn(name, None, asked, replied)
+    return single_turn(name, f"{name}/{problem['image']}", f"{asked}\n{IMAGE_PLACEHOLDER}", replied)
 
 
 def lines_of(text: str, newlines: str) -> str:
-    # The converter writes newlines as backslash and n and back again, which also mends those that the text spells out.
+    # The converter writes newlines as backslash and n and back again, which also fixes those that the text spells out.
     return text.replace("\n", "\\n") if newlines == "escape" else text.replace("\\n", "\n")
 
 

@@ -67,7 +67,9 @@ class Budget:
         with self._changed:
             while not self._fits(asked, answered):
                 if not wait or not self._reserved_in:
-                    raise BudgetSpent(self._limit())
+                    limits = [f"{self._tokens} tokens"] if self._tokens else []
+                    limits += [f"{self._money:g} USD"] if self._money else []
+                    raise BudgetSpent(f"the next answer may pass the budget of {' and '.join(limits)}")
                 self._changed.wait()
             self._reserved_in += asked
             self._reserved_out += answered
@@ -87,8 +89,3 @@ class Budget:
         tokens_out = self.tokens_out + self._reserved_out + answered
         within = not self._tokens or tokens_in + tokens_out <= self._tokens
         return within and (not self._money or self._prices.cost(tokens_in, tokens_out) <= self._money)
-
-    def _limit(self) -> str:
-        limits = [f"{self._tokens} tokens"] if self._tokens else []
-        limits += [f"{self._money:g} USD"] if self._money else []
-        return f"the next answer may pass the budget of {' and '.join(limits)}"

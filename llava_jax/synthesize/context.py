@@ -71,7 +71,12 @@ def open_contexts(path: str) -> Iterable[Context]:
 def context_files(path: str) -> list[str]:
     """The files that `open_contexts` reads: JSON Lines, or COCO's captions and then its instances."""
     if os.path.isdir(path):
-        path = _only_captions(path)
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "captions*.json")))
+        if not found:
+            raise InputError(f"{path}: no file captions*.json, expected one (COCO's annotations)")
+        if len(found) > 1:
+            raise InputError(f"{path}: {len(found)} files captions*.json; name one of them, as {found[0]}")
+        path = found[0]
     name = os.path.basename(path)
     if not (name.startswith("captions") and name.endswith(".json")):
         return [path]
@@ -177,7 +182,12 @@ class CocoContexts:
             numbers = image.boxes
             boxes = [numbers[start : start + 5] for start in range(0, len(numbers), 5)]
             things = tuple(self._instance(image, int(category), *box) for category, *box in boxes)
-            yield Context(_stem(image.name), image.name, tuple(filter(None, image.captions)), things)
+            yield Context(
+                os.path.splitext(os.path.basename(image.name))[0],
+                image.name,
+                tuple(filter(None, image.captions)),
+                things,
+            )
 
     def _find(self, path: str, number: int, note: dict) -> _Image:
         if note["image_id"] not in self._images:
@@ -223,16 +233,3 @@ def _coco_box(note: dict, where: str) -> tuple[float, ...]:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         raise InputError(f"{where}: bbox is {box!r:.60}, expected four numbers [x, y, width, height] in pixels")
     return (category, *box)
-
-
-def _only_captions(folder: str) -> str:
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "captions*.json")))
-    if not found:
-        raise InputError(f"{folder}: no file captions*.json, expected one (COCO's annotations)")
-    if len(found) > 1:
-        raise InputError(f"{folder}: {len(found)} files captions*.json; name one of them, as {found[0]}")
-    return found[0]
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
