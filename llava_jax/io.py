@@ -165,7 +165,8 @@ def elements(path: str, prefix: str, expected: str) -> Iterator[Any]:
     parse = _parser(path, expected)
     opening = _opening(path)
     if opening != ("[" if prefix == "item" else "{"):
-        raise _other_kind(path, opening, expected)
+        kind = {"{": "an object", "[": "a list", '"': "text", "": "nothing"}.get(opening, "a number or a word")
+        raise InputError(f"{path}: expected {expected}, found {kind}{_hint(path) if opening == '{' else ''}")
     found = ijson.sendable_list()
     parser = parse(found, prefix, use_float=True, map_type=_Object)
     for start, piece in _pieces(path, PIECE):
@@ -254,12 +255,6 @@ def _opening(path: str) -> str:
         if piece.strip():
             return piece.lstrip()[:1].decode("utf-8", "replace")
     return ""
-
-
-def _other_kind(path: str, opening: str, expected: str) -> InputError:
-    kind = {"{": "an object", "[": "a list", '"': "text", "": "nothing"}.get(opening, "a number or a word")
-    hint = _hint(path) if opening == "{" else ""
-    return InputError(f"{path}: expected {expected}, found {kind}{hint}")
 
 
 def _hint(path: str) -> str:

@@ -51,6 +51,8 @@ PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 32_768
 MAX_ASPECT = 200
+DAMAGED = "image {name}: truncated or damaged ({reason}); replace the file"
+TOO_LARGE = f"image {{name}}: more than {MAX_PIXELS // 10**6} megapixels; scale it down"
 
 ASPECTS = ("pad", "crop", "squash")
 EXIF = ("apply", "ignore")
@@ -100,17 +102,14 @@ def load_image(
 
     `aspect` is pad, crop or squash. InputError as in `decode`.
     """
-    image = decode(source, exif=exif)
-    resample = _RESAMPLE[pixels.resample]
-    if aspect not in ASPECTS:
-        raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
+    image, resample = decode(source, exif=exif), _RESAMPLE[pixels.resample]
     if aspect == "pad":
-        square = _pad(image, size, resample, background(pixels))
-    elif aspect == "crop":
-        square = _crop(image, size, resample)
-    else:
-        square = image.resize((size, size), resample)
-    return np.asarray(square)
+        return np.asarray(_pad(image, size, resample, background(pixels)))
+    if aspect == "crop":
+        return np.asarray(_crop(image, size, resample))
+    if aspect == "squash":
+        return np.asarray(image.resize((size, size), resample))
+    raise InputError(f'aspect "{aspect}" is not known; expected pad, crop or squash')
 
 
 def image_size(source: str | bytes | Image.Image, exif: str = "apply") -> tuple[int, int]:
@@ -163,13 +162,18 @@ def _read(file: BinaryIO, name: str, use: Callable[[Image.Image, str], Result]) 
     try:
         return use(_open(file, name), name)
     except Image.UnidentifiedImageError:
-        raise InputError(_not_an_image(head, name)) from None
+        expected = f"expected {', '.join(FORMATS)}"
+        for place, mark, kind in OTHERS:
+            if head[place:].lower().startswith(mark.lower()):
+                raise InputError(f"image {name}: is {kind}; {expected}; convert or replace the file") from None
+        problem = f"not an image, or damaged where it begins; {expected}; replace the file"
+        raise InputError(f"image {name}: {problem}") from None
     except DECODE_ERRORS as error:
-        reason = str(error)
+        damaged = InputError(DAMAGED.format(name=name, reason=error))
     if head.startswith(PNG):
         with contextlib.suppress(*DECODE_ERRORS):
             return use(_open(_without_text(file), name), name)
-    raise InputError(_damaged(name, reason))
+    raise damaged
 
 
 def _in_memory(image: Image.Image, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
@@ -178,14 +182,14 @@ def _in_memory(image: Image.Image, name: str, use: Callable[[Image.Image, str], 
         image.load()  # a PNG may say its orientation after its pixels, and would be of another size when used again
         return use(image, name)
     except DECODE_ERRORS as error:
-        raise InputError(_damaged(name, str(error))) from None
+        raise InputError(DAMAGED.format(name=name, reason=error)) from None
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
-        raise InputError(_too_large(name)) from None
+        raise InputError(TOO_LARGE.format(name=name)) from None
     _check_shape(image, name)
     return image
 
@@ -203,26 +207,10 @@ def _without_text(file: BinaryIO) -> BinaryIO:
     return io.BytesIO(b"".join(kept))
 
 
-def _damaged(name: str, reason: str) -> str:
-    return f"image {name}: truncated or damaged ({reason}); replace the file"
-
-
-def _not_an_image(head: bytes, name: str) -> str:
-    expected = f"expected {', '.join(FORMATS)}"
-    for place, mark, kind in OTHERS:
-        if head[place:].lower().startswith(mark.lower()):
-            return f"image {name}: is {kind}; {expected}; convert or replace the file"
-    return f"image {name}: not an image, or damaged where it begins; {expected}; replace the file"
-
-
-def _too_large(name: str) -> str:
-    return f"image {name}: more than {MAX_PIXELS // 10**6} megapixels; scale it down"
-
-
 def _check_shape(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise InputError(_too_large(name))
+        raise InputError(TOO_LARGE.format(name=name))
     if max(width, height) > MAX_SIDE:
         raise InputError(f"image {name}: {width}x{height} is longer than {MAX_SIDE} pixels; scale it down")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -113,12 +113,6 @@ def check_order(
             )
 
 
-def row_length(longest: int, max_length: int) -> int:
-    """Tokens of an unpacked row: those of the longest conversation, rounded up as attention kernels want it."""
-    unit = UNIT if longest > UNIT else SHORT
-    return min(math.ceil(longest / unit) * unit, max_length)
-
-
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
     """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
     # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
@@ -160,7 +154,9 @@ def plan_batches(
     else:
         places = steps * batch_size
         order_UC = _stream(len(records), settings.shuffle, seed, places, mixture).reshape(steps, batch_size)
-    length = row_length(int(lengths_A.max()), settings.max_length)
+    longest = int(lengths_A.max())
+    unit = UNIT if longest > UNIT else SHORT  # as attention kernels want it
+    length = min(math.ceil(longest / unit) * unit, settings.max_length)
     filled = float(lengths_A[order_UC].mean() / length)
     images_used = float(slots_A[order_UC].sum(axis=1).mean())
     shape = BatchShape(batch_size, length, int(slots_A.max()), filled, images_used)
@@ -190,7 +186,11 @@ def _packed_order(
     epochs = []
     for epoch in range(math.ceil(places / count)):
         rows_E = mixture.epoch(epoch, seed, shuffle=True) if mixture else np.arange(count)
-        epochs.append(rows_E[_dealt_epoch(lengths_A[rows_E], images_A[rows_E], epoch, shape[1], seed)])
+        # An epoch may share its first and its last update with the epochs next to it.
+        start, stop = epoch * count, (epoch + 1) * count
+        bounds = np.arange(start // shape[1], (stop - 1) // shape[1] + 2) * shape[1]
+        shares_U, rng = np.diff(bounds.clip(start, stop)), np.random.default_rng([seed, epoch])
+        epochs.append(rows_E[deal(lengths_A[rows_E], images_A[rows_E], shares_U, rng)])
     return np.concatenate(epochs)[:places].reshape(shape)
 
 
@@ -200,13 +200,6 @@ def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture 
         return np.arange(places) % count
     order = mixture.epoch if mixture else lambda epoch, *_: np.random.default_rng([seed, epoch]).permutation(count)
     return np.concatenate([order(epoch, seed, shuffle) for epoch in range(math.ceil(places / count))])[:places]
-
-
-def _dealt_epoch(lengths_A: np.ndarray, images_A: np.ndarray, epoch: int, batch_size: int, seed: int) -> np.ndarray:
-    """The places of one epoch; its first and last update it may share with the epochs next to it."""
-    start, stop = epoch * len(lengths_A), (epoch + 1) * len(lengths_A)
-    bounds = np.arange(start // batch_size, (stop - 1) // batch_size + 2) * batch_size
-    return deal(lengths_A, images_A, np.diff(bounds.clip(start, stop)), np.random.default_rng([seed, epoch]))
 
 
 def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -6,10 +6,11 @@ sources in their order. A row is parsed and checked (`row.py`) each time it is r
 
 import abc
 import hashlib
+import itertools
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -247,25 +248,19 @@ def index_lines(path: str, content: str) -> np.ndarray:
     if kept is not None:
         return kept["rows"]
     places = array("q")
-    for start, line in _lines(path):
-        if line.strip():
-            if not places:
-                check_first_line(path, line, "a JSON list of rows: name it .json")
-            places.extend((start, len(line)))
+    with open(path, "rb") as file:
+        start, rest = len(BOM) if file.read(len(BOM)) == BOM else 0, b""
+    for piece in itertools.chain(utf8_pieces(path, "LLaVA JSON or JSONL"), [b"\n"]):
+        *complete, rest = (rest + piece).split(b"\n")
+        for line in complete:
+            if line.strip():
+                if not places:
+                    check_first_line(path, line, "a JSON list of rows: name it .json")
+                places.extend((start, len(line)))
+            start += len(line) + 1
     rows = np.array(places, np.int64).reshape(-1, 2)
     if not len(rows):
         raise InputError(f"{path}: no rows; expected LLaVA conversations")
     if len(rows) >= KEPT_ROWS:
         keep(name, {"rows": rows})
     return rows
-
-
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        start, rest = len(BOM) if file.read(len(BOM)) == BOM else 0, b""
-    for piece in utf8_pieces(path, "LLaVA JSON or JSONL"):
-        *complete, rest = (rest + piece).split(b"\n")
-        for line in complete:
-            yield start, line
-            start += len(line) + 1
-    yield start, rest

@@ -63,7 +63,7 @@ def _parse(row: Any) -> Record:
         raise row
     if not isinstance(row, dict):
         raise InputError(f"expected an object with id and conversations, found {_kind(row)}")
-    if not isinstance(row.get("id", ""), str | int) and not _is_whole(row["id"]):
+    if not isinstance(row.get("id", ""), str | int) and not _row_id(row):
         raise InputError(f"id is {_kind(row['id'])}, expected text")
     name = _row_id(row)
     check_unicode(name, "id")
@@ -125,13 +125,9 @@ def _unread_of_turn(turn: Mapping[str, Any], index: int) -> tuple[str, ...]:
 
 def _row_id(row: Any) -> str:
     name = row.get("id", "") if isinstance(row, dict) else ""
-    if _is_whole(name):  # as pandas writes numbers next to missing ones
+    if isinstance(name, float) and name.is_integer():  # as pandas writes numbers next to missing ones
         name = int(name)
     return str(name) if isinstance(name, str | int) else ""
-
-
-def _is_whole(name: Any) -> bool:
-    return isinstance(name, float) and name.is_integer()
 
 
 def _parse_turns(row: dict[str, Any]) -> tuple[Turn, ...]:

@@ -80,7 +80,11 @@ def render(
     check_image_position(image_position)
     system = [turn.text for turn in turns[:1] if turn.speaker == "system"]
     turns = select_turns(turns[len(system) :], template, open_turn=open_turn)
-    spans = list(template.opening) if not system else _opening(system[0], template)
+    spans = list(template.opening)
+    if system and not template.system:
+        raise InputError("the template has no system prompt to replace; remove the system text or choose another one")
+    if system:
+        spans = [span._replace(text=span.text.replace(template.system, system[0])) for span in spans]
     # What follows an answer may end it, as the hashes of v0 do: it is trained where the answer is.
     target = open_turn or any(turn.target for turn in turns if turn.speaker == "gpt")
     for index, turn in enumerate(turns):
@@ -100,12 +104,6 @@ def _trained(spans: tuple[Span, ...], target: bool) -> Sequence[Span]:
     return spans if target else [span._replace(is_target=False) for span in spans]
 
 
-def _opening(system: str, template: Template) -> list[Span]:
-    if not template.system:
-        raise InputError("the template has no system prompt to replace; remove the system text or choose another one")
-    return [span._replace(text=span.text.replace(template.system, system)) for span in template.opening]
-
-
 def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool = False) -> tuple[Turn, ...]:
     """The turns that are written; InputError says why a conversation does not fit the template."""
     kept = list(turns)
@@ -118,26 +116,19 @@ def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     for before, turn in itertools.pairwise(kept):
         if turn.speaker == before.speaker:
             raise InputError(f"two {turn.speaker} turns in a row; expected human and gpt in turn")
-    last = "human" if open_turn else "gpt"
-    if not kept or kept[-1].speaker != last:
+    if not kept or kept[-1].speaker != ("human" if open_turn else "gpt"):
         raise InputError("no question to answer" if open_turn else "no answer to train on")
-    if template.caption_only:
-        _check_caption(kept, open_turn)
-    return tuple(kept)
-
-
-def _check_caption(turns: Sequence[Turn], open_turn: bool) -> None:
-    expected = 1 if open_turn else 2
-    if len(turns) != expected or turns[0].speaker != "human":
+    if template.caption_only and (len(kept) != (1 if open_turn else 2) or kept[0].speaker != "human"):
         raise InputError(
-            f"template plain holds one image and its caption, found {len(turns)} turns; "
+            f"template plain holds one image and its caption, found {len(kept)} turns; "
             "train conversations with another template"
         )
-    if IMAGE_PLACEHOLDER not in turns[0].text:
+    if template.caption_only and IMAGE_PLACEHOLDER not in kept[0].text:
         raise InputError(
             f"template plain needs {IMAGE_PLACEHOLDER} in the first turn; "
             "train rows without an image with another template"
         )
+    return tuple(kept)
 
 
 def _question_spans(text: str, template: Template, image_position: str) -> list[Span]:

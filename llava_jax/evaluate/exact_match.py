@@ -58,18 +58,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append((name, *cells, str(first["categories"][name]["asked"])))
     rows.append(("all", *(f"{result['accuracy']:.1f}" for result in results.values()), str(first["asked"])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [_line(row, widths) for row in rows]
+    cells = [[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)] for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0]), *right]) for row, right in zip(rows, cells, strict=True)]
     rule = "-" * len(lines[0])
     lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
     for name, result in results.items():
         if result["missing"]:
             lines.append(f"{name}: {result['missing']} questions have no answer and count as wrong")
     return "\n".join(lines)
-
-
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *cells])
 
 
 def _with_accuracy(figures: dict[str, int]) -> dict[str, Any]:

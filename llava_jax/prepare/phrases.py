@@ -38,8 +38,10 @@ def builtin_phrases(texts: Iterable[str]) -> Iterator[list[str]]:
     A run begins anew at an article or a possessive. Without a grammar it knows no verb that is not in the list, so a
     phrase may end with one; for the paper's own counts take spaCy.
     """
+    silent = ARTICLES | POSSESSIVES  # words that say nothing by themselves, as figures do not
     for text in texts:
-        yield [" ".join(run) for run in runs(WORD.findall(text)) if any(letters(word) for word in run)]
+        found = runs(WORD.findall(text))
+        yield [" ".join(run) for run in found if not all(word.isdecimal() or word.lower() in silent for word in run)]
 
 
 def runs(words: Iterable[str]) -> Iterator[list[str]]:
@@ -54,11 +56,6 @@ def runs(words: Iterable[str]) -> Iterator[list[str]]:
             run.append(word)
     if run:
         yield run
-
-
-def letters(word: str) -> bool:
-    """Whether a word says something by itself: articles and figures do not."""
-    return not word.isdecimal() and word.lower() not in ARTICLES and word.lower() not in POSSESSIVES
 
 
 def spacy_phrases(model: str) -> Finder:

@@ -52,7 +52,11 @@ class EndpointTeacher:
         for tried in range(1, TRIES + 1):
             asked_for: float | None = None
             try:
-                reply = self._ask(messages)
+                payload: Any = list(messages)  # the client's own types are narrower
+                more = {name: value for name, value in self.settings.items() if name != "model"}
+                create = self._client.chat.completions.with_raw_response.create
+                response = create(model=self.name, messages=payload, extra_body=more)
+                reply = read_completion(json.loads(response.text))
                 self._reached = self._answered = True
                 return reply
             except openai.APIStatusError as error:
@@ -75,15 +79,6 @@ class EndpointTeacher:
                     raise InputError(f"{self._endpoint}: gives {problem:.200}; {WRONG_FOR_ALL[404]}") from error
             self._wait(tried, asked_for)
         raise RequestFailed(f"no answer after {TRIES} tries, at last: {problem:.200}")
-
-    def _ask(self, messages: Sequence[Message]) -> Reply:
-        payload: Any = list(messages)  # the client's own types are narrower
-        response = self._client.chat.completions.with_raw_response.create(
-            model=self.name,
-            messages=payload,
-            extra_body={name: value for name, value in self.settings.items() if name != "model"},
-        )
-        return read_completion(json.loads(response.text))
 
     def _give_up(self, error: openai.APIStatusError) -> None:
         """Raise for what another try does not change: InputError when no request can succeed, else RequestFailed."""

@@ -166,10 +166,6 @@ def _rows(
         elif verdict.turns is not None:
             turns = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
             yield {"id": task.context.id, "image": task.context.image, "conversations": turns}
-    _require_rows(card, journal, still_open)
-
-
-def _require_rows(card: Card, journal: Journal, still_open: str) -> None:
     if card.rows:
         return
     replies = sum(tally.replies for tally in card.tallies.values())
