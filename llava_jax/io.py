@@ -71,8 +71,19 @@ def read_lines(path: str, expected: str) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: holds no rows, expected {expected} per line")
 
 
+def read_json(path: str, expected: str) -> Any:
+    """Return the content of a JSON file; InputError names the file and what was `expected` of it."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; expected {expected}")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); expected {expected}") from error
+
+
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes the rows of a data set as a JSON list, or as JSONL where the name says so; returns how many there are.
+    """Write the rows of a data set as a JSON list, or as JSONL where the name says so; returns how many there are.
 
     The file appears under its name only when it is whole: an error of `rows` leaves what was there.
     """

@@ -74,17 +74,7 @@ _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.B
 STRIP_PIXELS = 4_000_000
 
 # What Pillow's decoders raise on damaged files.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    IndexError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 
 
 @functools.cache
@@ -168,10 +158,10 @@ def _read(file: BinaryIO, name: str, use: Callable[[Image.Image, str], Result]) 
                 raise InputError(f"image {name}: is {kind}; {expected}; convert or replace the file") from None
         problem = f"not an image, or damaged where it begins; {expected}; replace the file"
         raise InputError(f"image {name}: {problem}") from None
-    except DECODE_ERRORS as error:
+    except BROKEN as error:
         damaged = InputError(DAMAGED.format(name=name, reason=error))
     if head.startswith(PNG):
-        with contextlib.suppress(*DECODE_ERRORS):
+        with contextlib.suppress(*BROKEN):
             return use(_open(_without_text(file), name), name)
     raise damaged
 
@@ -181,7 +171,7 @@ def _in_memory(image: Image.Image, name: str, use: Callable[[Image.Image, str], 
     try:
         image.load()  # a PNG may say its orientation after its pixels, and would be of another size when used again
         return use(image, name)
-    except DECODE_ERRORS as error:
+    except BROKEN as error:
         raise InputError(DAMAGED.format(name=name, reason=error)) from None
 
 
@@ -224,7 +214,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # The base class's: that of a PNG decodes the whole image to look behind its pixels.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except DECODE_ERRORS:
+    except BROKEN:
         return 1
 
 

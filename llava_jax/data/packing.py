@@ -71,7 +71,7 @@ class BatchPlan:
 
 
 def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:
-    """InputError when an update's conversations cannot be dealt over device shards times micro-batches."""
+    """Raise InputError when an update's conversations cannot be dealt over device shards times micro-batches."""
     if pack and batch_size < row_multiple:
         raise InputError(
             f"train.batch_size={batch_size} is less than {row_multiple} device shards times train.accumulate, some "
@@ -92,7 +92,7 @@ def check_order(
     settings: DataSettings,
     mixture: Mixture | None,
 ) -> None:
-    """InputError when these rows cannot stand in batches as the settings ask for; arguments as of `plan_batches`."""
+    """Raise InputError when these rows cannot stand in batches as the settings ask for; see `plan_batches`."""
     if settings.group_by == "modality_length":
         if mixture is not None:
             raise InputError(

@@ -268,3 +268,9 @@ def _kind(value: Any) -> str:
 def count_words(record: Record) -> int:
     """Words of a row over all its turns as the file has them, placeholders counted."""
     return sum(len(turn.text.split()) for turn in record.turns)
+
+
+def single_turn(row_id: str, image: str | None, question: str, answer: str) -> dict[str, Any]:
+    """Return a row of LLaVA's JSON with one question and one answer."""
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": row_id, **({} if image is None else {"image": image}), "conversations": said}

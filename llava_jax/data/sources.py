@@ -88,12 +88,12 @@ def absolute(text: str) -> str:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is of the style gs://…"""
+    """Return whether a path is of the style gs://…"""
     return "://" in path
 
 
 def is_dataset(path: str) -> bool:
-    """Whether a source is a TFDS data set rather than a file."""
+    """Return whether a source is a TFDS data set rather than a file."""
     if path.startswith(TFDS) or not is_remote(path):
         return path.startswith(TFDS) or os.path.isfile(os.path.join(path, INFO))
     return not path.lower().endswith((".json", *LINES))
@@ -141,7 +141,7 @@ def recall(name: str) -> dict[str, np.ndarray] | None:
 
 
 def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
+    """Keep arrays under a name, whole or not at all; where the folder cannot be written, they are made again."""
     with contextlib.suppress(OSError), whole(kept_path(name, ".npz")) as file:
         np.savez(file, allow_pickle=False, **arrays)
 

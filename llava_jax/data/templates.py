@@ -57,14 +57,14 @@ class Template:
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; InputError lists the known ones."""
+    """Return the template of that name; InputError lists the known ones."""
     if name not in TEMPLATES:
         raise InputError(f"unknown template {name!r}; expected one of {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
 
 
 def check_image_position(name: str) -> None:
-    """Raises InputError for anything but front and keep."""
+    """Raise InputError for anything but front and keep."""
     if name not in IMAGE_POSITIONS:
         raise InputError(f"unknown image_position {name!r}; expected front or keep")
 

@@ -271,7 +271,7 @@ def _auto_tokenizer(folder: str, names: Sequence[str]) -> Any:
 
 
 def check_end(tokenizer: TextTokenizer, template: Template) -> None:
-    """InputError when answers are to end with the end-of-text token and the tokenizer has none to train."""
+    """Raise InputError when answers are to end with the end-of-text token and the tokenizer has none to train."""
     if any(span.special and span.text == END for span in template.end_of_answer) and tokenizer.special_id(END) is None:
         raise InputError(
             "the template ends answers with the end-of-text token and the tokenizer has none; name its eos_token in "

@@ -41,7 +41,7 @@ def score(questions_path: str, answers_path: str) -> dict[str, Any]:
 
 
 def evaluate(questions_path: str, answers_path: str, json_path: str | None = None) -> dict[str, Any]:
-    """Scores, prints the table, writes the figures to `json_path` when it is given, and returns them."""
+    """Score, print the table, write the figures to `json_path` when it is given, and return them."""
     figures = score(questions_path, answers_path)
     print(table({"exact match": figures}))
     if json_path is not None:

@@ -60,7 +60,7 @@ class LlavaRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write(annotations: str, images: str, output: str, *, split: str = "train", shards: int = 0) -> tuple[str, int]:
-    """Writes the data set below `output` and returns its folder and the number of rows; `shards` 0 goes by size.
+    """Write the data set below `output` and returns its folder and the number of rows; `shards` 0 goes by size.
 
     Every row is checked and every image decoded before the first is written. InputError names those that cannot be
     used, with their files.

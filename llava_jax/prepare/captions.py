@@ -7,9 +7,8 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llava_jax.data.rows import Rejected, parse_or_reject
+from llava_jax.data.rows import Rejected, parse_or_reject, single_turn
 from llava_jax.io import each_line, elements
-from llava_jax.prepare.output import single_turn
 from llava_jax.synthesize.context import one_line
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 

@@ -9,8 +9,8 @@ the words "Question: " and "Answer: " go wherever they stand once they stand in 
 import os
 from typing import Any
 
-from llava_jax.data.rows import check_unicode
-from llava_jax.prepare.output import read_json, single_turn
+from llava_jax.data.rows import check_unicode, single_turn
+from llava_jax.io import read_json
 from llava_jax.settings import nearest
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
@@ -127,8 +127,8 @@ def row_of(name: str, problem: dict[str, Any], question: str, answer: str, newli
     )
     for key in ("lecture", "solution"):
         fields[f"{key}_line"] = f"{key.upper()}: {fields[key]}\n" if fields[key].strip() else ""
-    asked = without("Question: ", tidy(question.format(**fields)))
-    replied = without("Answer: ", tidy(answer.format(**fields)))
+    asked = tidy(question.format(**fields), "Question: ")
+    replied = tidy(answer.format(**fields), "Answer: ")
     if not problem.get("image"):
         return single_turn(name, None, asked, replied)
     return single_turn(name, f"{name}/{problem['image']}", f"{asked}\n{IMAGE_PLACEHOLDER}", replied)
@@ -139,10 +139,7 @@ def lines_of(text: str, newlines: str) -> str:
     return text.replace("\n", "\\n") if newlines == "escape" else text.replace("\\n", "\n")
 
 
-def tidy(text: str) -> str:
+def tidy(text: str, label: str) -> str:
     text = text.replace("  ", " ").strip()
-    return text.replace(BECAUSE, "").strip() if text.endswith(BECAUSE) else text
-
-
-def without(label: str, text: str) -> str:
+    text = text.replace(BECAUSE, "").strip() if text.endswith(BECAUSE) else text
     return text.replace(label, "") if text.startswith(label) else text

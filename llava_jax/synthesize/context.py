@@ -123,13 +123,17 @@ def _instance(item: Any, where: str) -> Instance:
     if not isinstance(item, dict) or not isinstance(item.get("category"), str):
         raise InputError(f"{where}: instance {item!r:.60}, expected {{category, bbox}}")
     box = item.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+    if not _is_box(box):
         raise InputError(f"{where}: bbox {box!r:.60} of {item['category']!r}, expected four numbers [x1, y1, x2, y2]")
     return Instance(item["category"], _inside(tuple(box), f"{where}: bbox of {item['category']!r}"))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
 
 
 def _inside(box: tuple[float, ...], where: str) -> tuple[float, float, float, float]:
@@ -168,9 +172,8 @@ class CocoContexts:
             self._categories[item["id"]] = str(item["name"])
         for number, note in _coco_list(captions_path, "annotations", ("image_id", "caption")):
             if not isinstance(note["caption"], str):
-                raise InputError(
-                    f"{captions_path} annotation {number}: caption is {note['caption']!r:.60}, expected a text"
-                )
+                problem = f"caption is {note['caption']!r:.60}, expected a text"
+                raise InputError(f"{captions_path} annotation {number}: {problem}")
             self._find(captions_path, number, note).captions.append(one_line(note["caption"]))
         for number, note in _coco_list(instances_path, "annotations", ("image_id", "category_id", "bbox")):
             self._find(instances_path, number, note).boxes.extend(_coco_box(note, f"{instances_path} box {number}"))
@@ -199,9 +202,8 @@ class CocoContexts:
             raise InputError(f"{self._instances_path}: category_id {category} of image {image.name} is no category")
         across, down = image.width, image.height
         shares = (x / across, y / down, (x + width) / across, (y + height) / down)
-        return Instance(
-            self._categories[category], _inside(shares, f"{self._instances_path}: bbox of image {image.name}")
-        )
+        where = f"{self._instances_path}: bbox of image {image.name}"
+        return Instance(self._categories[category], _inside(shares, where))
 
 
 def _coco_list(path: str, key: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
@@ -230,6 +232,6 @@ def _coco_box(note: dict, where: str) -> tuple[float, ...]:
     box, category = note["bbox"], note["category_id"]
     if not isinstance(category, int) or isinstance(category, bool):
         raise InputError(f"{where}: category_id is {category!r:.60}, expected a number")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+    if not _is_box(box):
         raise InputError(f"{where}: bbox is {box!r:.60}, expected four numbers [x, y, width, height] in pixels")
     return (category, *box)
