@@ -122,7 +122,6 @@ def rows_of_tiles(
     tiles and sizes do not belong together.
     """
     tiles = tiling(config)
-    assert tiles is not None, "a model whose images are one square has no tiles"
     sizes = [] if image_sizes is None else [(int(width), int(height)) for height, width in np.asarray(image_sizes)]
     counts_N, tiles_N = np.array(tiles.tokens(sizes), int), tiles.tiles(sizes)
     slots_B = (tokens_BT == config.image_token_id).sum(axis=1)

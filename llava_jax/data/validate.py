@@ -250,7 +250,10 @@ class _Check:
         records = self.records
         entries = [records.entry(row) if isinstance(records, Rows) else records[row] for row in rows]
         given = [entry for entry in entries if isinstance(entry, Record)]
-        self._require_folder(given)
+        folder = self.settings.images
+        if any(isinstance(image, str) for entry in given for image in entry.images) and not os.path.isdir(folder):
+            found = f"{folder}: no such folder" if folder else "data.images is empty"
+            raise InputError(f"{found}; expected the folder that image paths start from")
         try:
             encoded = iter(encode_turns_together(given, self.settings, self.tokenizer))
         except InputError:  # of one of them
@@ -279,13 +282,6 @@ class _Check:
         leading = speakers[:1] == ["gpt"] and find_template(self.settings.template).drop_leading_answer
         figures = (length, targets, full - length, slots, words, leading, speakers[-1:] == ["human"])
         return _Trained(record.id, trained, figures, record.unread)
-
-    def _require_folder(self, records: Sequence[Record]) -> None:
-        folder = self.settings.images
-        named = any(isinstance(image, str) for record in records for image in record.images)
-        if named and not os.path.isdir(folder):
-            found = f"{folder}: no such folder" if folder else "data.images is empty"
-            raise InputError(f"{found}; expected the folder that image paths start from")
 
     def _require_image(self, path: str | bytes) -> None:
         if isinstance(path, bytes):
@@ -349,8 +345,9 @@ def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: 
         rows_, length, images, filled, used, most = kept["shape"].tolist()
         shape = BatchShape(int(rows_), int(length), int(images), filled, used)
         return BatchPlan(shape, kept["order"], kept["rows"], int(most))
-    how = dict(slots_A=slots_A, words_A=words_A, mixture=records.mixture)
-    plan = plan_batches(records, lengths_A, settings, **sizes, **how)
+    plan = plan_batches(
+        records, lengths_A, settings, **sizes, slots_A=slots_A, words_A=words_A, mixture=records.mixture
+    )
     if long:
         shape = np.array([*dataclasses.astuple(plan.shape), plan.most], np.float64)
         keep(name, {"shape": shape, "order": plan.order_UC, "rows": plan.rows_UC})
