@@ -1,9 +1,7 @@
 """From records to batches of fixed shape: a grain pipeline whose order is that of the plan and nothing else.
 
-`packing.plan_batches` says before the run which records stand in which row of global batch k: a stream that runs
-through the records epoch after epoch, shuffled anew in each, of which every update takes batch_size. Which worker reads
-a row, and which host, changes neither the order nor the content; where a run stands is therefore one number, the
-batches delivered, and that is the iterator's whole state.
+`packing.plan_batches` says before the run which records stand in which row of global batch k. Which worker reads a row,
+and which host, changes neither the order nor the content.
 
 Rows are read by threads: Pillow lets go of Python's lock while it decodes and resizes, which is nearly all of the work
 on a row with an image, and a batch need not be carried from one process to another. Rows of text alone gain nothing
