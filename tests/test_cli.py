@@ -370,7 +370,7 @@ def test_a_full_disk_is_told_in_a_line(trained, world, tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     evaluate = ["evaluate", "exact_match", f"--questions={tmp_path}/q.jsonl", f"--answers={tmp_path}/q.jsonl"]
     for limit, words, named in (
-        (20_000, ["convert", f"--from={trained}", f"--to=hf:{tmp_path}/hf"], f"--to=hf:{tmp_path}/hf: "),
+        (20_000, ["convert", f"--from={trained}", f"--to=hf:{tmp_path}/hf"], f"{tmp_path}/hf: "),
         (20_000, train_words(world, tmp_path / "run"), f"--workdir={tmp_path}/run: "),
         (100, [*evaluate, f"--json={tmp_path}/f"], f"{tmp_path}/f: "),
     ):
@@ -407,6 +407,8 @@ def test_an_assumed_template_is_told(exported, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     del config["llava_jax"]
     (folder / "config.json").write_text(json.dumps(config))
+    for name in ("chat_template.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     words = [f"--model={folder}", "--prompt=What?", "--max_new_tokens=4"]
     for more, told in ([], "v1 (assumed)\n"), (["--template=v1"], "v1\n"):

@@ -358,12 +358,12 @@ def test_a_write_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch, weig
 
 
 def test_a_projector_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch):
-    from llava_jax.weights import original_export
+    from llava_jax.weights import tensors
 
     folder = hf4(tmp_path)
-    save = original_export.save_tensors
+    save = tensors.save_tensors
     monkeypatch.setattr(
-        original_export,
+        tensors,
         "save_tensors",
         lambda path, tensors: save(path, {k: x + 1 for k, x in tensors.items()}),
     )
