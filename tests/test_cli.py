@@ -365,7 +365,7 @@ LIMITED += "from llava_jax.cli.main import main; sys.exit(main(sys.argv[2:]))"
 
 
 def test_a_full_disk_is_told_in_a_line(trained, world, tmp_path):
-    """A limit on the size of files gives the errors of a full disk; before our line stand those of orbax's threads."""
+    """A limit on the size of files gives the errors of a full disk; orbax's threads may report theirs around our line."""
     asked = [{"question_id": number, "text": "no", "answer": "no", "category": "a"} for number in range(9)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     evaluate = ["evaluate", "exact_match", f"--questions={tmp_path}/q.jsonl", f"--answers={tmp_path}/q.jsonl"]
@@ -377,7 +377,7 @@ def test_a_full_disk_is_told_in_a_line(trained, world, tmp_path):
         command = [sys.executable, "-c", LIMITED, str(limit), *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         said = f"error: {named}cannot be written (File too large); make room, run again"
-        assert (done.returncode, done.stderr.splitlines()[-1:]) == (2, [said]), done.stderr
+        assert done.returncode == 2 and said in done.stderr.splitlines(), done.stderr
 
 
 def test_convert_writes_a_hugging_face_folder(exported):
