@@ -49,15 +49,10 @@ def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) ->
     update = jax.jit(
         functools.partial(
             step.train_step,
-            graphdef=build(config)[0],
+            config=step.LossConfig(build(config)[0], dtype="float32", packed=False, loss_norm="global_token", ranks=1),
             tx=tx,
             learning_rate=optim.make_schedule(settings, STEPS),
-            accumulate=1,
-            dtype="float32",
-            packed=False,
-            loss_norm="global_token",
             pixels=config.vision.pixels,
-            ranks=1,
         )
     )
     state = step.TrainState(jnp.int32(0), trainable, tx.init(trainable))
