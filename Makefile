@@ -1,4 +1,4 @@
-# make demo    the whole story on this machine's CPU, at most ten minutes on two cores
+# make demo    the whole story on this machine's CPU, about ten minutes on two idle cores
 # make test    the tests, without torch
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make bench   speed and memory beside torch and transformers

@@ -43,7 +43,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "play the whole story at a small size on this machine's CPU, in at most ten minutes",
+        "play the whole story at a small size on this machine's CPU, in about ten minutes on two idle cores",
         "llava-jax demo --workdir=demo_run",
         models.demo_flags,
         models.demo,
