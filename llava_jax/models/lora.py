@@ -43,14 +43,11 @@ class Adapter(nnx.Module):
             self.seed = nnx.Variable(jnp.zeros((), jnp.uint32), axes=())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [..., *in] to [..., *out]."""
-        lead = x.shape[: x.ndim - self.in_dims]
-        x = x.reshape(-1, *x.shape[x.ndim - self.in_dims :])  # dropout draws by row, whatever the batch dimensions
+        """Map x [rows, *in] to [rows, *out]."""
         if self.dropout:
             x = jnp.where(keep_mask(x.shape, self.seed[...], self.dropout), x / (1 - self.dropout), 0).astype(x.dtype)
         a, b = unshard(self.a.astype(x.dtype), *self.a_axes), unshard(self.b.astype(x.dtype), *self.b_axes)
-        y = jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
-        return y.reshape(*lead, *y.shape[1:])
+        return jnp.tensordot(jnp.tensordot(x, a, axes=self.in_dims), b, axes=1) * self.scale
 
 
 class LoraLinear(Linear):
@@ -61,8 +58,12 @@ class LoraLinear(Linear):
         self.kernel, self.bias, self.adapter = kernel, linear.bias, adapter
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = super().__call__(x)
-        return y if self.adapter is None else y + self.adapter(x)
+        if self.adapter is None:
+            return super().__call__(x)
+        lead, in_shape = x.shape[: x.ndim - self.in_dims], x.shape[x.ndim - self.in_dims :]
+        rows = x.reshape(-1, *in_shape)  # dropout draws by row, whatever the batch dimensions
+        y = super().__call__(rows) + self.adapter(rows)
+        return y.reshape(*lead, *y.shape[1:])
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         return self.kernel.dequantise(dtype) if isinstance(self.kernel, Nf4) else super().weight(dtype)
