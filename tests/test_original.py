@@ -20,7 +20,7 @@ from llava_jax.types import IMAGE_MARK, ClipConfig, InputError, LlamaConfig, Mod
 from llava_jax.weights import convert, hf, load, name_table
 from llava_jax.weights.hf_config import clip_json, llama_json
 from llava_jax.weights.load import fingerprint
-from llava_jax.weights.original import Beside
+from llava_jax.weights.original import Companions
 from llava_jax.weights.original_export import write_original
 from llava_jax.weights.processor import LlavaExtras
 from tests.tiny_llava import write_tokenizer
@@ -141,7 +141,7 @@ def assert_equal(found, wanted):
 
 def test_sharded_bin_and_a_tower_that_is_named(folders):
     folder, tower = folders
-    config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    config, params, extras = hf.read_llava(folder, companions=Companions(vision=tower))
     assert config == CONFIG
     assert (extras.aspect, extras.template, extras.template_assumed, extras.vision) == ("pad", "v1", True, tower)
     assert_equal(flat(params), expected(hub(llava_tensors() | clip_tensors())))
@@ -166,7 +166,7 @@ def test_a_tower_inside(folders, prefix):
     folder, tower = folders
     os.remove(os.path.join(tower, "pytorch_model.bin"))
     write_shards(folder, llava_tensors() | clip_tensors(prefix))
-    _config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    _config, params, extras = hf.read_llava(folder, companions=Companions(vision=tower))
     assert extras.vision == folder
     assert_equal(flat(params), expected(hub(llava_tensors() | clip_tensors())))
 
@@ -176,7 +176,7 @@ def test_linear_projector_and_older_keys(folders):
     gone = ("mm_projector_type", "image_aspect_ratio", "mm_hidden_size", "mm_vision_select_feature")
     write_config(folder, described(**dict.fromkeys(gone, ...)))
     write_shards(folder, llava_tensors(projector="linear"))
-    config, params, extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    config, params, extras = hf.read_llava(folder, companions=Companions(vision=tower))
     assert (config.projector, extras.aspect) == ("linear", "crop")
     weight = llava_tensors(projector="linear")["model.mm_projector.weight"]
     np.testing.assert_array_equal(params["projector"]["linear_1"]["kernel"], weight.T)
@@ -187,12 +187,12 @@ def test_images_between_tokens(tmp_path, folders):
     folder, tower = folders
     with pytest.raises(InputError, match="without <im_start> and <im_end>"):
         write_config(folder, described(mm_use_im_start_end=True))
-        hf.read_llava_config(folder, Beside(vision=tower))
+        hf.read_llava_config(folder, Companions(vision=tower))
     tokenizer = AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model("llama"))
     tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
     write_config(folder, described(mm_use_im_start_end=True, mm_use_im_patch_token=True))
-    assert hf.read_llava_config(folder, Beside(vision=tower))[1].template == "v1_im_start_end"
+    assert hf.read_llava_config(folder, Companions(vision=tower))[1].template == "v1_im_start_end"
     spans = render([Turn("human", "What?\n<image>")], TEMPLATES["v1_im_start_end"], open_turn=True)
     ids = encode(spans, load_tokenizer(folder)).tokens.tolist()
     at = ids.index(IMAGE_MARK)
@@ -220,7 +220,7 @@ def test_what_is_not_supported_is_refused_by_name(folders, key):
     folder, tower = folders
     write_config(folder, described(**{key: REFUSED[key]}))
     with pytest.raises(InputError, match=f"{key} is {REFUSED[key]!r}"):
-        hf.read_llava_config(folder, Beside(vision=tower))
+        hf.read_llava_config(folder, Companions(vision=tower))
 
 
 def test_errors_name_what_is_missing(folders):
@@ -228,19 +228,19 @@ def test_errors_name_what_is_missing(folders):
     with pytest.raises(InputError, match=r"vision tower 'vendor/tower' .* --vision=DIR"):
         hf.read_llava_config(folder)
     with pytest.raises(InputError, match="--vision=.*no config.json"):
-        hf.read_llava_config(folder, Beside(vision=os.path.dirname(folder)))
+        hf.read_llava_config(folder, Companions(vision=os.path.dirname(folder)))
     with pytest.raises(InputError, match="needs no base"):
-        hf.read_llava_config(folder, Beside(tower, tower))
+        hf.read_llava_config(folder, Companions(tower, tower))
     tensors = llava_tensors()
     write_shards(folder, {name: x[:-1] if name[-11:] == "norm.weight" else x for name, x in tensors.items()})
     with pytest.raises(InputError, match=r"model.norm.weight is \[7\], expected \[8\]"):
-        hf.read_llava(folder, beside=Beside(vision=tower))
+        hf.read_llava(folder, companions=Companions(vision=tower))
     write_shards(folder, {"model.extra.weight": np.ones(2, np.float32), **tensors})
     with pytest.raises(InputError, match="unexpected model.extra.weight"):
-        hf.read_llava(folder, beside=Beside(vision=tower))
+        hf.read_llava(folder, companions=Companions(vision=tower))
     os.remove(os.path.join(folder, "pytorch_model-00002-of-00002.bin"))
     with pytest.raises(InputError, match="absent: pytorch_model-00002-of-00002.bin"):
-        hf.read_llava(folder, beside=Beside(vision=tower))
+        hf.read_llava(folder, companions=Companions(vision=tower))
 
 
 def test_fingerprint_sees_bin_and_the_tower(folders):
@@ -297,7 +297,7 @@ def test_a_head_beside_the_projector(tmp_path, folders):
     folder, tower = folders
     head = llava_tensors()["lm_head.weight"] + 1
     lora, _ = lora_folder(tmp_path, others={"base_model.model.lm_head.weight": head})
-    params = hf.read_llava(str(lora), beside=Beside(vision=tower, base=folder))[1]
+    params = hf.read_llava(str(lora), companions=Companions(vision=tower, base=folder))[1]
     np.testing.assert_array_equal(params["llm"]["head"]["kernel"], head.T)
 
 
@@ -328,8 +328,8 @@ def test_lora_is_merged(tmp_path, folders, base):
         write_config(folder, llama_json(LLAMA))
         write_shards(folder, {name: x for name, x in tensors.items() if "mm_projector" not in name})
     lora, update = lora_folder(tmp_path)
-    beside = Beside(vision=tower, base=folder)
-    _, params, extras = hf.read_llava(str(lora), beside=beside)
+    companions = Companions(vision=tower, base=folder)
+    _, params, extras = hf.read_llava(str(lora), companions=companions)
     assert extras.tokenizer == folder
     for name in list(tensors):
         if "mm_projector" in name:
@@ -344,21 +344,21 @@ def test_lora_is_merged(tmp_path, folders, base):
 
 def test_lora_refusals(tmp_path, folders):
     folder, tower = folders
-    beside = Beside(vision=tower, base=folder)
+    companions = Companions(vision=tower, base=folder)
     lora, _ = lora_folder(tmp_path)
     with pytest.raises(InputError, match="base of its adapter, 'vendor/base', .*--base=DIR"):
-        hf.read_llava_config(str(lora), Beside(vision=tower))
+        hf.read_llava_config(str(lora), Companions(vision=tower))
     lost = "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"
     half = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     wide = {f"base_model.model.lm_head.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"}
     lora_folder(tmp_path, {lost: np.ones((2, 8), np.float32), half: np.ones((2, 8), np.float32)} | wide)
     with pytest.raises(InputError) as error:
-        hf.read_llava(str(lora), beside=beside)
+        hf.read_llava(str(lora), companions=companions)
     for says in (f"{lost} belongs to no weight", f"{half} has no counterpart", "[2, 2] is not lm_head.weight [400, 8]"):
         assert says in str(error.value)
     lora_folder(tmp_path, others={"base_model.model.model.odd": np.ones(1, np.float32)})
     with pytest.raises(InputError, match="unexpected model.odd"):
-        hf.read_llava(str(lora), beside=beside)
+        hf.read_llava(str(lora), companions=companions)
     for change in (
         dict(use_dora=True),
         dict(bias="all"),
@@ -368,13 +368,13 @@ def test_lora_refusals(tmp_path, folders):
     ):
         lora_folder(tmp_path, **change)
         with pytest.raises(InputError, match=f"{next(iter(change))} is"):
-            hf.read_llava(str(lora), beside=beside)
+            hf.read_llava(str(lora), companions=companions)
     write_config(folder, llama_json(LLAMA))
     write_shards(folder, {name: x for name, x in llava_tensors().items() if "mm_projector" not in name})
     shutil.rmtree(lora)
     lora_folder(tmp_path, others=False)
     with pytest.raises(InputError, match=r"no non_lora_trainables.bin.*missing multi_modal_projector"):
-        hf.read_llava(str(lora), beside=beside)
+        hf.read_llava(str(lora), companions=companions)
 
 
 # ---- out --------------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_there_and_back(tmp_path, folders, dtype, rows, capsys):
 
 def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
     folder, tower = folders
-    config, params, _extras = hf.read_llava(folder, beside=Beside(vision=tower))
+    config, params, _extras = hf.read_llava(folder, companions=Companions(vision=tower))
     siglip = dataclasses.replace(config, vision=dataclasses.replace(CLIP, family="siglip"))
     qwen = dataclasses.replace(config, llm=dataclasses.replace(LLAMA, family="qwen3"))
     for given, aspect, says in (
@@ -454,7 +454,7 @@ def test_projector_alone(tmp_path, folders, projector):
     convert.convert(folder, f"projector:{path}", vision=tower)
     wanted = {name: x for name, x in tensors.items() if "mm_projector" in name}
     assert_equal(load_file(path), wanted)
-    config, params, _ = hf.read_llava(folder, beside=Beside(vision=tower))
+    config, params, _ = hf.read_llava(folder, companions=Companions(vision=tower))
     again = write_bin(tmp_path / "mm_projector.bin", wanted)
     for file in (str(path), again):
         assert_equal(flat(hf.read_projector(file, config)), flat(params["projector"]))
@@ -499,7 +499,7 @@ def test_a_projector_of_a_lora_run(tmp_path, folders):
     """non_lora_trainables.bin, with peft's prefix, by itself and by its folder."""
     folder, tower = folders
     lora, _ = lora_folder(tmp_path)
-    config, params, _ = hf.read_llava(str(lora), beside=Beside(vision=tower, base=folder))
+    config, params, _ = hf.read_llava(str(lora), companions=Companions(vision=tower, base=folder))
     assert_equal(flat(hf.read_projector(str(lora / "non_lora_trainables.bin"), config)), flat(params["projector"]))
     assert_equal(flat(load.read_projector(str(lora), config)), flat(params["projector"]))
 
@@ -518,8 +518,8 @@ def stage_1(tmp_path, folders):
 
 def test_a_stage_1_folder_with_its_base(tmp_path, stage_1):
     folder, base, tower, tensors = stage_1
-    for beside in (Beside(tower, base), Beside(tower)):
-        _, params, extras = hf.read_llava(folder, beside=beside)
+    for companions in (Companions(tower, base), Companions(tower)):
+        _, params, extras = hf.read_llava(folder, companions=companions)
         assert_equal(flat(params), expected(hub(tensors | clip_tensors())))
         assert extras.tokenizer == base
         write_config(folder, described(_name_or_path=base))
@@ -530,7 +530,7 @@ def test_a_stage_1_folder_with_its_base(tmp_path, stage_1):
 def test_a_stage_1_folder_without_its_base(tmp_path, stage_1):
     folder, _, tower, _ = stage_1
     with pytest.raises(InputError, match=r"projector alone \(mm_projector.bin\); name the decoder .*--base=DIR"):
-        hf.read_llava(folder, beside=Beside(tower))
+        hf.read_llava(folder, companions=Companions(tower))
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="holds neither checkpoints nor mm_projector.bin nor non_lora_trainables.bin"):
         load.read_projector(str(tmp_path / "none"), CONFIG)
@@ -539,15 +539,15 @@ def test_a_stage_1_folder_without_its_base(tmp_path, stage_1):
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_shards_without_an_index(tmp_path, folders, kind):
     folder, tower = folders
-    wanted = flat(hf.read_llava(folder, beside=Beside(vision=tower))[1])
+    wanted = flat(hf.read_llava(folder, companions=Companions(vision=tower))[1])
     os.remove(os.path.join(folder, "pytorch_model.bin.index.json"))
     if kind == "safetensors":
         for n, names in enumerate((list(llava_tensors())[::2], list(llava_tensors())[1::2]), 1):
             held = {name: llava_tensors()[name] for name in names}
             save_file(held, os.path.join(folder, f"model-0000{n}-of-00002.safetensors"))
             os.remove(os.path.join(folder, f"pytorch_model-0000{n}-of-00002.bin"))
-    assert_equal(flat(hf.read_llava(folder, beside=Beside(vision=tower))[1]), wanted)
+    assert_equal(flat(hf.read_llava(folder, companions=Companions(vision=tower))[1]), wanted)
     last = f"{'pytorch_' if kind == 'bin' else ''}model-00002-of-00002.{kind}"
     os.remove(os.path.join(folder, last))
     with pytest.raises(InputError, match=f"shards without an index, and of 00002 absent: {last}"):
-        hf.read_llava(folder, beside=Beside(vision=tower))
+        hf.read_llava(folder, companions=Companions(vision=tower))

@@ -60,7 +60,7 @@ def said(sampling: Sampling) -> str:
 
 def generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
-    beside_flags(parser)
+    companion_flags(parser)
     one = parser.add_argument_group("one question")
     one.add_argument("--image", metavar="FILE", help="the image; none for a question about no image")
     one.add_argument("--prompt", metavar="TEXT", help="the question")
@@ -111,7 +111,7 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
 
 def chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
-    beside_flags(parser)
+    companion_flags(parser)
     parser.add_argument("--image", metavar="FILE", help="the image to talk about; /image shows another one")
     sampling_flags(parser, max_new_tokens=512)
 
@@ -134,14 +134,14 @@ def convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="", help="float32 or bfloat16; as the source by default")
     template = "conversation template of the model; the one the source names by default"
     parser.add_argument("--template", default="", metavar="NAME", help=template)
-    beside_flags(parser)
+    companion_flags(parser)
     tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
     parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
     force = "write also where the exported tokenizer gives other ids than the model was trained on"
     parser.add_argument("--force", action="store_true", help=force)
 
 
-def beside_flags(parser: argparse.ArgumentParser) -> None:
+def companion_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
     base = "the model that adapters (peft:DIR, llava:DIR) or a stage-1 llava:DIR belong to, where they only name one"
     parser.add_argument("--base", default="", metavar="DIR", help=base)

@@ -19,7 +19,7 @@ from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original, peft
 from llava_jax.weights.hf_config import config_value, read_images, read_json, with_pixels
-from llava_jax.weights.original import HERE, Beside
+from llava_jax.weights.original import HERE, Companions
 from llava_jax.weights.processor import LlavaExtras, recognised_template
 from llava_jax.weights.source import is_adapter, is_original
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
@@ -61,49 +61,49 @@ def read_llama(folder: str, *, dtype: str = "float32", lazy: bool = False) -> tu
 
 
 def read_llava(
-    folder: str, *, dtype: str | Mapping[str, str] = "float32", lazy: bool = False, beside: Beside = HERE
+    folder: str, *, dtype: str | Mapping[str, str] = "float32", lazy: bool = False, companions: Companions = HERE
 ) -> tuple[ModelConfig, Params, LlavaExtras]:
     """Read config, parameters (numpy, `dtype`) and extras of a Hugging Face or original LLaVA folder.
 
-    `beside` are folders for what an original folder only names. A `dtype` for each part leaves out those it does not
-    name, once they are checked.
+    `companions` are folders for what an original folder only names. A `dtype` for each part leaves out those that it
+    does not name, once they are checked.
     """
-    config, extras = read_llava_config(folder, beside)
-    return config, _read(*_opened(folder, beside), config, PARTS, dtype, lazy), extras
+    config, extras = read_llava_config(folder, companions)
+    return config, _read(*_opened(folder, companions), config, PARTS, dtype, lazy), extras
 
 
-def read_llava_config(folder: str, beside: Beside = HERE) -> tuple[ModelConfig, LlavaExtras]:
+def read_llava_config(folder: str, companions: Companions = HERE) -> tuple[ModelConfig, LlavaExtras]:
     """Read what `read_llava` says, without the weights."""
     if is_adapter(folder):
-        return read_llava_config(peft.base_of(folder, beside.base), Beside(beside.vision))
+        return read_llava_config(peft.base_of(folder, companions.base), Companions(companions.vision))
     where = os.path.join(folder, "config.json")
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
     if not is_original(given):
-        _only_for_originals(folder, beside)
+        _only_for_originals(folder, companions)
         config = hf_config.llava_config(given, where)
         config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
         return config, _extras(given, folder, where)
-    found = original.open_original(folder, beside)
+    found = original.open_original(folder, companions)
     config, extras = original.read_model_config(found), _extras(given, found.tokenizer, where)
     said = dict(aspect=original.aspect(found), vision=original.tower_source(found))
     return config, dataclasses.replace(extras, template=original.template(found, extras.template), **said)
 
 
-def weight_folders(folder: str, beside: Beside = HERE) -> list[str]:
+def weight_folders(folder: str, companions: Companions = HERE) -> list[str]:
     """Return the folders that a LLaVA folder's weights come from: itself, and those that an original one names."""
     if is_adapter(folder):
-        return [folder, *weight_folders(peft.base_of(folder, beside.base), Beside(beside.vision))]
+        return [folder, *weight_folders(peft.base_of(folder, companions.base), Companions(companions.vision))]
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path) or not is_original(read_json(path)):
         return [folder]
-    found = original.open_original(folder, beside)
+    found = original.open_original(folder, companions)
     return [other for other in (folder, found.tower, found.base) if other]
 
 
-def stored_dtype(folder: str, beside: Beside = HERE) -> str:
+def stored_dtype(folder: str, companions: Companions = HERE) -> str:
     """Return the dtype a folder's config.json names, as we compute: float32 or bfloat16, which float16 becomes."""
     if is_adapter(folder):
-        return stored_dtype(peft.base_of(folder, beside.base))
+        return stored_dtype(peft.base_of(folder, companions.base))
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder")
     stored = config_value(given, "dtype")
     return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
@@ -125,18 +125,18 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def _opened(folder: str, beside: Beside) -> tuple[Tensors, str]:
+def _opened(folder: str, companions: Companions) -> tuple[Tensors, str]:
     """(tensors of a LLaVA folder, the kind of their names)."""
     if is_adapter(folder):
-        tensors, kind = _opened(peft.base_of(folder, beside.base), Beside(beside.vision))
+        tensors, kind = _opened(peft.base_of(folder, companions.base), Companions(companions.vision))
         return peft.merged(folder, tensors, kind), kind
     if is_original(hf_config.read_config(folder, "a LLaVA folder")):
-        return original.open_tensors(original.open_original(folder, beside)), "original"
+        return original.open_tensors(original.open_original(folder, companions)), "original"
     return open_folder(folder), "llava"
 
 
-def _only_for_originals(folder: str, beside: Beside) -> None:
-    for flag, given in (("--vision", beside.vision), ("--base", beside.base)):
+def _only_for_originals(folder: str, companions: Companions) -> None:
+    for flag, given in (("--vision", companions.vision), ("--base", companions.base)):
         if given:
             raise InputError(
                 f"{flag}={given}: {folder} holds its whole model; the flag is for original LLaVA folders and adapters"

@@ -27,7 +27,7 @@ from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
-from llava_jax.weights.original import OTHERS, PROJECTOR, Beside
+from llava_jax.weights.original import OTHERS, PROJECTOR, Companions
 from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras
 from llava_jax.weights.source import is_workdir, load_params, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
@@ -234,10 +234,10 @@ def read_model(
             exif=rules.exif,
         )
     else:
-        beside = Beside(vision, base)
-        dtype = dtype or stored_dtype(folder, beside)
-        config, params, extras = read_llava(folder, dtype=dtype, lazy=True, beside=beside)
-        for line in [line for each in hf.weight_folders(folder, beside) for line in contradictions(each)]:
+        companions = Companions(vision, base)
+        dtype = dtype or stored_dtype(folder, companions)
+        config, params, extras = read_llava(folder, dtype=dtype, lazy=True, companions=companions)
+        for line in [line for each in hf.weight_folders(folder, companions) for line in contradictions(each)]:
             print(f"warning: {line}")
     return dataclasses.replace(config, dtype=dtype), params, extras
 

@@ -28,14 +28,14 @@ ASPECTS = {"pad": "pad", "square": "crop", None: "crop", "anyres": "anyres"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
+class Companions:
     """Folders that the user gives in place of those a folder only names: its vision tower, the base of its adapter."""
 
     vision: str = ""
     base: str = ""
 
 
-HERE = Beside()
+HERE = Companions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Original:
         return os.path.join(self.folder, "config.json")
 
 
-def open_original(folder: str, beside: Beside) -> Original:
+def open_original(folder: str, companions: Companions) -> Original:
     """Open the folder with the folders next to it; raise InputError where one is not at hand."""
     given = hf_config.read_config(folder, "an original LLaVA folder")
-    base = _base(folder, given, beside.base)
+    base = _base(folder, given, companions.base)
     has_tokenizer = any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
     return Original(
-        folder, given, _tower(folder, given, beside.vision), base, folder if has_tokenizer or not base else base
+        folder, given, _tower(folder, given, companions.vision), base, folder if has_tokenizer or not base else base
     )
 
 

@@ -71,7 +71,7 @@ def write_original(
         for where, part in ((tower, seen), (partial, rest)):
             write_shards(where, part, shard_bytes)
             check_written(where, part)
-        read = original.read_model_config(original.open_original(partial, original.Beside(vision=tower)))
+        read = original.read_model_config(original.open_original(partial, original.Companions(vision=tower)))
         kept = dict(dtype=config.dtype, remat=config.remat, image_token_id=config.image_token_id)
         if dataclasses.replace(read, **kept) != config:
             raise ValueError(f"config read back as {read}, wrote {config}")

@@ -12,7 +12,7 @@ from flax import nnx
 from llava_jax.models.llava import build
 from llava_jax.types import InputError
 from llava_jax.weights import convert, hf
-from llava_jax.weights.original import Beside
+from llava_jax.weights.original import Companions
 from llava_jax.weights.tensors import open_folder
 from llava_jax.weights.torch_bin import open_torch
 
@@ -117,7 +117,7 @@ def test_logits_and_the_way_back(tmp_path):
     assert tensors.names() == sorted(weights)
     for name, tensor in weights.items():
         assert tensors[name].get().tobytes() == as_bytes(tensor), name
-    assert hf.read_llava_config(str(tmp_path / "back"), Beside())[0] == config
+    assert hf.read_llava_config(str(tmp_path / "back"), Companions())[0] == config
 
 
 def test_bfloat16_is_bit_equal(tmp_path):
