@@ -134,7 +134,7 @@ class Embed(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Return embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
         inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
-        # Without the pin the compiler gives the batch the table's layout and keeps it.
+        # Gathered first: a lookup in the sharded table would give the batch the layout of the table.
         table_VD = unshard(self.table.astype(self.dtype), "vocab", "embed")
         x_BTD = jnp.take(table_VD, jnp.where(inside, tokens_BT, 0), axis=0)
         return constrain(x_BTD, "batch", "length", "activation")
