@@ -121,10 +121,8 @@ def packed() -> dict[str, Entry]:
     on average, image tokens included, the longest 726 and 2,048.
     """
     found = {}
-    weights = "minimal+q_weight+k_weight+v_weight+down_weight"
     for stage, batch, tokens, length, images, remat, mesh in (
         ("pretrain", 256, 598, 2560, 4, "minimal+down_weight", ""),
-        ("finetune", 128, 864, 3584, 4, weights, "tensor=2"),
         ("finetune", 512, 864, 3584, 4, "attention", "fsdp_inner=8"),
         ("finetune", 1024, 864, 3584, 4, "full", "fsdp_inner=8"),
     ):
@@ -132,7 +130,7 @@ def packed() -> dict[str, Entry]:
         flags += (f"--config.data.pack_length={length}", f"--config.data.pack_images={images}")
         flags += (f"--config.train.remat={remat}", "--config.train.compiler_options=tuned")
         flags += (f"--config.mesh.{mesh}",) * bool(mesh)
-        how = {"": "", "tensor=2": ", tensor 2", "fsdp_inner=8": ", hierarchical reduce-scatter"}[mesh]
+        how = {"": "", "fsdp_inner=8": ", hierarchical reduce-scatter"}[mesh]
         title = f"{stage} of {batch} conversations, packed, tuned{how}"
         found[f"7b-{stage}-v5e-8x8-packed-{batch}"] = entry(f"7B {title}", "7b", stage, "v5e:8x8", *flags)
     return found
