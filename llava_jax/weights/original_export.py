@@ -39,7 +39,7 @@ def write_original(
     tower_name: str = "",
     force: bool = False,
 ) -> ModelConfig:
-    """Write the folder as `export.write_llava` does, and return the config as exported.
+    """Write the folder as `hf_export.write_llava` does, and return the config as exported.
 
     Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
     Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
