@@ -371,7 +371,7 @@ def test_a_full_disk_is_told_in_a_line(trained, world, tmp_path):
     evaluate = ["evaluate", "exact_match", f"--questions={tmp_path}/q.jsonl", f"--answers={tmp_path}/q.jsonl"]
     for limit, words, named in (
         (20_000, ["convert", f"--from={trained}", f"--to=hf:{tmp_path}/hf"], f"{tmp_path}/hf"),
-        (20_000, train_words(world, tmp_path / "run"), f"{tmp_path}/run"),
+        (4_000, train_words(world, tmp_path / "run"), f"{tmp_path}/run"),
         (100, [*evaluate, f"--json={tmp_path}/f"], f"{tmp_path}/f"),
     ):
         command = [sys.executable, "-c", LIMITED, str(limit), *words]
