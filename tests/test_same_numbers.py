@@ -1,6 +1,8 @@
 """What `python -m tests.same_numbers` calls a difference."""
 
-from tests.same_numbers import MAY_MOVE, difference, verdict
+import json
+
+from tests.same_numbers import MAY_GAIN, MAY_MOVE, difference, read_files, verdict
 
 STEPS = {"step 0": {"loss": 2.0, "grad_norm": 1.0, "tokens": 7}, "step 1": {"loss": 1.0, "grad_norm": 1.0, "tokens": 7}}
 
@@ -27,3 +29,16 @@ def test_a_tolerance_is_for_the_losses_of_named_cases_alone():
 def test_a_command_that_failed_on_both_sides_is_no_agreement():
     failed = {"command": {"failed": "exit code 2: no such file"}}
     assert verdict("hf", failed, failed, 0.0) == (False, "FAILED     hf: before, exit code 2: no such file")
+
+
+def test_an_exported_config_may_gain_named_keys_and_its_order_is_free(tmp_path):
+    def recorded(**values) -> dict:
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return read_files(tmp_path)
+
+    before = recorded(dtype="float32", text_config={"layers": 2})
+    gained = recorded(text_config={"layers": 2}, dtype="float32", llava_jax={"exif": "apply"})
+    assert list(MAY_GAIN) == ["llava_jax.exif"] and difference(before, gained)
+    assert verdict("hf", before, gained, 0.0)[0] and not verdict("hf", gained, before, 0.0)[0]
+    for other in (dict(dtype="float32", text_config={"layers": 3}), dict(text_config={"layers": 2})):
+        assert not verdict("hf", before, recorded(**other), 0.0)[0]
