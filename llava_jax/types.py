@@ -319,7 +319,7 @@ class InitSettings:
     """A whole model to start from: `hf:DIR`, `llava:DIR`, `orbax:DIR` or DIR. It replaces every `model.` key."""
     projector: str
     """A projector to start from, also in place of the one in `init.model`: the workdir of a pretrain run, or a
-    `.safetensors` or `.bin` file. Empty: random.
+    `.safetensors` or `.bin` file. Empty: that of `init.model`, or random values without one.
     """
 
 
@@ -348,7 +348,7 @@ class DataSettings:
     shuffle: bool
     """A new order each epoch, the same for the same seed."""
     group_by: str
-    """`modality_length` forms updates of rows of similar length, all with or all without images, as LLaVA's."""
+    """`modality_length` forms each update of rows of similar length, all with images or all without, as LLaVA does."""
     pack: bool
     """Several conversations in one row, each with its own attention and positions; `train.batch_size` counts them."""
     pack_length: int
@@ -356,7 +356,7 @@ class DataSettings:
     pack_images: int
     """Images (with `data.aspect=anyres`: tiles) in a packed row; 0 takes what is needed."""
     workers: int
-    """Threads that read rows and images and make batches; 0 is one, as 1 is."""
+    """Threads that read rows, decode images and make batches; 0 and 1 both mean one."""
     exif: str = "ignore"
     """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original."""
 
