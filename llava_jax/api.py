@@ -92,7 +92,7 @@ class Processor:
         return Prompt(tokens, self.pixels(messages), take)
 
     def _sizes(self, images: Sequence[ImageLike]) -> list[tuple[int, int]]:
-        """(width, height) of each image; of a file its header is read."""
+        """Return the (width, height) of each image, which is read from the header of a file."""
         return [image_size(p if isinstance(p, Image.Image) else os.fspath(p), self.exif) for p in images]
 
     def text(self, ids: Iterable[int]) -> str:
@@ -339,7 +339,7 @@ def _logits(
 
 
 def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig) -> np.ndarray | None:
-    """The images of a batch sorted to their rows, float32[B, N, X, Y, C] (zeros where a row has fewer), or None."""
+    """Return a batch's images sorted to their rows, float32[B, N, X, Y, C] (zeros where a row has fewer), or None."""
     patches, size = config.vision.patches, config.vision.image_size
     slots_B = (tokens_BT == config.image_token_id).sum(axis=1)
     given = 0 if pixels_BCHW is None else len(pixels_BCHW)

@@ -27,9 +27,9 @@ NOISE = re.compile(r"^(?:b')?(?:lexical|parse) error: |\.?(?:\n|\\n).*", re.DOTA
 
 
 def each_line(path: str) -> Iterator[tuple[str, Any]]:
-    """("line N", decoded) of every line that is not blank, one at a time; in place of one that is no JSON, why.
+    """Yield ("line N", decoded) of every line that is not blank, one at a time; in place of one that is no JSON, why.
 
-    InputError where the file is a JSON list, or has other line ends.
+    Raises InputError where the file is a JSON list, or has other line ends.
     """
     first = True
     with open(path, "rb") as file:
@@ -55,7 +55,7 @@ def check_first_line(path: str, line: bytes, a_list: str) -> None:
 
 
 def read_lines(path: str, expected: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, decoded) of every line of a JSONL file; `expected` says what a line holds.
+    """Yield (where it stands, decoded) of every line of a JSONL file; `expected` says what a line holds.
 
     Raises InputError where there is no such file, at a line that is no JSON, and where there is no line.
     """
@@ -72,7 +72,7 @@ def read_lines(path: str, expected: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_json(path: str, expected: str) -> Any:
-    """Return the content of a JSON file; InputError names the file and what was `expected` of it."""
+    """Return the content of a JSON file. Raises InputError with the file and what was `expected` where it is none."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected {expected}")
     try:
@@ -106,13 +106,13 @@ def write_json(path: str, content: Any) -> None:
 
 
 def no_room(error: BaseException) -> str:
-    """Why nothing more can be written, where an error says so, whichever library raised it; "" for any other."""
+    """Return why nothing more can be written, where an error of any library says so; "" for any other error."""
     return next((reason for reason in NO_ROOM if reason in str(error)), "")
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[TextIO]:
-    """A text file that takes the name `path` when it is whole and on the disk; until then what was there stays.
+    """Yield a text file that takes the name `path` when it is whole and on the disk; until then what was there stays.
 
     Processes that write to one name do not mix; the last one stays. Raises InputError when it cannot be written.
     """
@@ -159,7 +159,7 @@ class _Object(dict):
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of json.loads' `object_pairs_hook`; ValueError where it has a key twice."""
+    """Return the object of `pairs`, as json.loads' `object_pairs_hook`. Raises ValueError where it has a key twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         named = _Object()
@@ -169,9 +169,10 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def elements(path: str, prefix: str, expected: str) -> Iterator[Any]:
-    """The elements at an ijson prefix: `item` of a file that is a list, `images.item` of an object's list.
+    """Yield the elements at an ijson prefix: `item` of a file that is a list, `images.item` of an object's list.
 
-    InputError where the file is not JSON, or is something else; `expected` ends the message. Memory holds one element.
+    Raises InputError where the file is not JSON, or is something else; `expected` ends the message. Memory holds one
+    element.
     """
     parse = _parser(path, expected)
     opening = _opening(path)
@@ -195,7 +196,7 @@ def elements(path: str, prefix: str, expected: str) -> Iterator[Any]:
 
 
 def line_of(path: str, at: int) -> int:
-    """The line of a file, counted from 1, in which byte `at` stands."""
+    """Return the line of a file, counted from 1, in which byte `at` stands."""
     line, left = 1, at
     with open(path, "rb") as file:
         while piece := file.read(min(left, SCANNED)):
@@ -204,7 +205,10 @@ def line_of(path: str, at: int) -> int:
 
 
 def utf8_pieces(path: str, expected: str) -> Iterator[bytes]:
-    """The file piece by piece, a byte order mark left out; InputError names the first byte that is not UTF-8."""
+    """Yield the file piece by piece, a byte order mark left out.
+
+    Raises InputError, which names the first byte that is not UTF-8.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start, piece in _pieces(path, SCANNED):
         held = len(decoder.getstate()[0])
@@ -219,7 +223,7 @@ def utf8_pieces(path: str, expected: str) -> Iterator[bytes]:
 
 
 def _pieces(path: str, size: int) -> Iterator[tuple[int, bytes]]:
-    """(place in the file, bytes), without a byte order mark."""
+    """Yield (place in the file, bytes), without a byte order mark."""
     with open(path, "rb") as file:
         file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
         while piece := file.read(size):
@@ -227,7 +231,7 @@ def _pieces(path: str, size: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _parser(path: str, expected: str) -> Any:
-    """ijson's parser: the one in C, or where that would change a text the slow one in Python."""
+    """Return ijson's parser: the one in C, or where that would change a text the slow one in Python."""
     rest, lone = b"", False
     for number, piece in enumerate(utf8_pieces(path, expected)):
         if number == 0 and DEEP.match(piece):
@@ -239,7 +243,7 @@ def _parser(path: str, expected: str) -> Any:
 
 
 def _place(path: str, parse: Any, prefix: str, last: int) -> int:
-    """The byte at which the parser gives up, which it does not say: the piece at `last` is given to it byte by byte."""
+    """Return the byte at which the parser gives up, which it does not say: it gets the piece at `last` byte by byte."""
     found = ijson.sendable_list()
     parser = parse(found, prefix, use_float=True, map_type=_Object)
     for start, piece in _pieces(path, PIECE):
@@ -261,7 +265,7 @@ def _broken(path: str, at: int | None, reason: object, expected: str) -> InputEr
 
 
 def _opening(path: str) -> str:
-    """The first character that is no blank; "" where there is none."""
+    """Return the first character that is no blank; "" where there is none."""
     for _, piece in _pieces(path, PIECE):
         if piece.strip():
             return piece.lstrip()[:1].decode("utf-8", "replace")
@@ -269,7 +273,7 @@ def _opening(path: str) -> str:
 
 
 def _hint(path: str) -> str:
-    """What to do with an object in place of a list of rows."""
+    """Return what to do with an object in place of a list of rows."""
     lists, error = [], None
     with open(path, "rb") as file:
         file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)

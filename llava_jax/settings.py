@@ -50,7 +50,7 @@ FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.im
 
 
 def settings_from_dict(values: dict) -> Settings:
-    """Return Settings from a nested dict of every key; InputError names the first that is unknown, absent or wrong."""
+    """Return Settings from a nested dict of every key. Raises InputError at the first unknown, absent or wrong one."""
     settings = _build(Settings, values, "")
     for key, value in flatten(dataclasses.asdict(settings)):
         _check_value(key, value)

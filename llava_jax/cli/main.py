@@ -345,7 +345,7 @@ def _files_of_run(passed: Sequence[str]) -> list[Named]:
 
 
 def _same(path: str, other: str) -> bool:
-    """Whether writing `path` changes the file `other`, or a file of that folder."""
+    """Return whether writing `path` changes the file `other`, or a file of that folder."""
     real = os.path.realpath(path)
     if os.path.isdir(other):
         inside = real.startswith(os.path.realpath(other) + os.sep)

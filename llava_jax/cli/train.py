@@ -84,7 +84,7 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
 
 
 def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Return the config of a file through config_flags, in flags of its own; InputError for whatever it raises."""
+    """Return the config of a file through config_flags, in flags of its own. Raises InputError for what that raises."""
     values = flags.FlagValues()
     if spec.endswith(".json"):
         argv = ["train", *overrides]

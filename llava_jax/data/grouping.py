@@ -13,9 +13,9 @@ from llava_jax.types import InputError, Record
 
 
 def modality_lengths(records: Sequence[Record], words_A: np.ndarray, images_A: np.ndarray) -> list[int]:
-    """Words of each row (`count_words`), negative without an image; `images_A` are the images of each.
+    """Return the words of each row (`count_words`), negative for a row without an image; `images_A` counts its images.
 
-    InputError for a row without words, as the original asserts.
+    Raises InputError for a row without words, as the original asserts.
     """
     if not words_A.all():
         row = int(words_A.argmin())
@@ -27,7 +27,7 @@ def modality_lengths(records: Sequence[Record], words_A: np.ndarray, images_A: n
 
 
 def grouped_order(lengths: Sequence[int], batch_size: int, world: int, seed: int, steps: int) -> np.ndarray:
-    """Rows of the first `steps` batches as int64[steps, batch_size]; `lengths` are `modality_lengths`.
+    """Return the rows of the first `steps` batches as int64[steps, batch_size]; `lengths` are `modality_lengths`.
 
     `world` is the number of ranks times micro-batches, and divides batch_size. Epoch e draws with seed + e and is a
     whole number of batches: its last one is filled up with the first rows of the same epoch.
@@ -41,7 +41,7 @@ def grouped_order(lengths: Sequence[int], batch_size: int, world: int, seed: int
 
 
 def grouped_epoch(lengths: Sequence[int], rank_batch: int, world: int, seed: int) -> list[int]:
-    """One epoch of rows; each run of rank_batch * world is an update, each run of rank_batch in it a rank's share.
+    """Return an epoch of rows; each run of rank_batch * world is an update, each of rank_batch in it a rank's share.
 
     Both kinds are grouped apart and their updates shuffled together; the last update of each kind, full or not, is set
     aside, and the rows of the two stand at the end in the order of the file.
@@ -62,7 +62,7 @@ def grouped_epoch(lengths: Sequence[int], rank_batch: int, world: int, seed: int
 
 
 def randperm(n: int, draws: np.random.RandomState) -> list[int]:
-    """torch.randperm(n) of the CPU generator with the seed of `draws`: both are MT19937, one 32-bit draw a swap."""
+    """Return torch.randperm(n) of the CPU generator seeded as `draws`: both are MT19937, one 32-bit draw a swap."""
     order = list(range(n))
     for index, draw in enumerate(draws.randint(0, 2**32, max(n - 1, 0), np.uint32).tolist()):
         other = index + draw % (n - index)
@@ -71,14 +71,14 @@ def randperm(n: int, draws: np.random.RandomState) -> list[int]:
 
 
 def _group(lengths: Sequence[int], rank_batch: int, world: int, draws: np.random.RandomState) -> list[list[int]]:
-    """Indices of `lengths` in random updates, each sorted by length and dealt evenly to `world` ranks."""
+    """Return the indices of `lengths` in random updates, each sorted by length and dealt evenly to `world` ranks."""
     order, size = randperm(len(lengths), draws), rank_batch * world
     updates = [order[start : start + size] for start in range(0, len(order), size)]
     return [_deal(sorted(update, key=lambda i: lengths[i], reverse=True), lengths, world) for update in updates]
 
 
 def _deal(update: list[int], lengths: Sequence[int], world: int) -> list[int]:
-    """The shares of the ranks one after another: the next index goes to the lightest share that is not full."""
+    """Return the ranks' shares one after another: the next index goes to the lightest share that is not full."""
     if len(update) % world:
         return [index for rank in range(world) for index in update[rank::world]]
     shares: list[list[int]] = [[] for _ in range(world)]

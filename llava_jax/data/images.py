@@ -79,7 +79,7 @@ BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, Run
 
 @functools.cache
 def _normalised_bytes(pixels: Pixels) -> np.ndarray:
-    """float32[3, 256]: each byte of each channel after rescaling and normalising, in the processor's op order."""
+    """Return float32[3, 256], each byte of each channel rescaled and normalised, in the processor's op order."""
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(pixels.mean, np.float32), np.array(pixels.std, np.float32)
     return (scaled[None, :] - mean[:, None]) / std[:, None]
@@ -88,9 +88,9 @@ def _normalised_bytes(pixels: Pixels) -> np.ndarray:
 def load_image(
     source: str | bytes | Image.Image, size: int, aspect: str, pixels: Pixels = CLIP, exif: str = "apply"
 ) -> np.ndarray:
-    """uint8[size, size, 3]: the square that the tower sees of an image (path, content of a file, or in memory).
+    """Return uint8[size, size, 3], the square that the tower sees of an image (path, content of a file, or in memory).
 
-    `aspect` is pad, crop or squash. InputError as in `decode`.
+    `aspect` is pad, crop or squash. Raises InputError as `decode` does.
     """
     image, resample = decode(source, exif=exif), _RESAMPLE[pixels.resample]
     if aspect == "pad":
@@ -103,7 +103,10 @@ def load_image(
 
 
 def image_size(source: str | bytes | Image.Image, exif: str = "apply") -> tuple[int, int]:
-    """(width, height) that `decode` would give, of a file from its header; InputError as far as that shows it."""
+    """Return the (width, height) that `decode` would give, for a file from its header alone.
+
+    Raises InputError where `decode` would, as far as the header shows it.
+    """
 
     def size(image: Image.Image, _: str) -> tuple[int, int]:
         width, height = image.size
@@ -113,23 +116,22 @@ def image_size(source: str | bytes | Image.Image, exif: str = "apply") -> tuple[
 
 
 def check_image(path: str | bytes) -> None:
-    """Decode the whole image at `path`, or in these bytes; InputError, naming path and reason, where that fails."""
+    """Decode the whole image at `path`, or in these bytes. Raises InputError with path and reason where that fails."""
     decode(path)
 
 
 def decode(source: str | bytes | Image.Image, name: str = "", exif: str = "apply") -> Image.Image:
-    """RGB image of a file (a path), of its content (bytes) or of an image in memory, which may not be read yet; `name`
-    stands for the source in messages.
+    """Return the RGB image of a file (a path), of its content (bytes) or of an image in memory.
 
-    Raises InputError for a file that is missing, empty, truncated, damaged, in no format of FORMATS, above MAX_PIXELS
-    or MAX_SIDE, or with one side more than MAX_ASPECT times the other. The limits are checked on the header, before any
-    pixel is decoded.
+    An image in memory may not be read yet; `name` stands for the source in messages. Raises InputError for a file that
+    is missing, empty, truncated, damaged, in no format of FORMATS, above MAX_PIXELS or MAX_SIDE, or with one side more
+    than MAX_ASPECT times the other. The limits are checked on the header, before any pixel is decoded.
     """
     return _opened(source, name, lambda image, name: _to_rgb(image, name, exif))
 
 
 def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.Image, str], Result]) -> Result:
-    """What `use` makes of the image, whose header is checked, and its name for messages (`name`, or its own)."""
+    """Return what `use` makes of the image, its header checked, and of its name for messages (`name`, or its own)."""
     if isinstance(source, Image.Image):
         return _in_memory(source, name or str(getattr(source, "filename", "")) or "in memory", use)
     if isinstance(source, bytes):
@@ -185,7 +187,7 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _without_text(file: BinaryIO) -> BinaryIO:
-    """The PNG without its texts and colour profile, which no pixel needs: Pillow refuses a file where they are long."""
+    """Return the PNG without its texts and colour profile: no pixel needs them, and Pillow refuses long ones."""
     file.seek(len(PNG))
     content, kept, start = file.read(), [PNG], 0
     while start + 8 <= len(content):
@@ -208,7 +210,7 @@ def _check_shape(image: Image.Image, name: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF counts them; 1 (upright) where it says nothing that can be read, or Pillow turns the image."""
+    """Return EXIF's orientation, 1 to 8; 1 (upright) where it says none that can be read, or Pillow turns the image."""
     if image.format == "TIFF":
         return 1
     try:
@@ -219,7 +221,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image, name: str, exif: str) -> Image.Image:
-    """The image in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
+    """Return the image in mode RGB; 16-bit grey is scaled to 8 bit (Pillow's own conversion clips it)."""
     turn = TURNS.get(_orientation(image)) if exif == "apply" else None
     image.load()
     if image.mode == "F":
@@ -235,23 +237,23 @@ def _to_rgb(image: Image.Image, name: str, exif: str) -> Image.Image:
 
 
 def preprocess(image: Image.Image, size: int, aspect: str, pixels: Pixels = CLIP) -> np.ndarray:
-    """float32[size, size, 3], normalised, of an image in memory; `aspect` is pad, crop or squash."""
+    """Return float32[size, size, 3], the normalised pixels of an image in memory; `aspect` is pad, crop or squash."""
     return normalised(load_image(image, size, aspect, pixels), pixels)
 
 
 def normalised(bytes_XYC: np.ndarray, pixels: Pixels = CLIP) -> np.ndarray:
-    """float32[..., 3] of RGB bytes uint8[..., 3], with the tower's mean and deviation."""
+    """Return float32[..., 3], the RGB bytes uint8[..., 3] normalised with the tower's mean and deviation."""
     table = _normalised_bytes(pixels)
     return np.stack([table[channel].take(bytes_XYC[..., channel]) for channel in range(3)], axis=-1)
 
 
 def background(pixels: Pixels) -> tuple[int, ...]:
-    """The mean colour as bytes: what surrounds an image that is padded to a square."""
+    """Return the mean colour as bytes: what surrounds an image that is padded to a square."""
     return tuple(int(255 * mean) for mean in pixels.mean)
 
 
 def _crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Shortest side to `size`, then the centre."""
+    """Resize the shortest side to `size`, then cut out the centre."""
     short, long = min(image.size), int(size * max(image.size) / min(image.size))
     width, height = (size if side == short else long for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -259,7 +261,7 @@ def _crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Im
 
 
 def _pad(image: Image.Image, size: int, resample: Image.Resampling, colour: tuple[int, ...]) -> Image.Image:
-    """The image centred on a square of `colour`, resized to `size`; the full square is never made.
+    """Return the image centred on a square of `colour`, resized to `size`; the full square is never made.
 
     Pillow resizes rows first and columns then, rounding to 8 bit between; doing the two one after the other gives the
     same bytes, skips what only sees background, and needs no more than STRIP_PIXELS of the square at a time.
@@ -286,7 +288,7 @@ def _pad(image: Image.Image, size: int, resample: Image.Resampling, colour: tupl
 
 
 def _seen(start: int, stop: int, side: int, size: int) -> tuple[int, int]:
-    """Of `size` places that `side` is resized to, a run that holds all which see anything of [start, stop).
+    """Return a run of the `size` places that `side` is resized to, with all that see anything of [start, stop).
 
     Both ends fall on whole places of the source, so that the filters in between are those of the whole.
     """

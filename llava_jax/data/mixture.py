@@ -19,7 +19,7 @@ class Mixture:
     weights: tuple[float, ...]
 
     def shares(self) -> np.ndarray:
-        """How many rows of an epoch each source gives, int64: the weights' shares, rounded so that the sum is exact."""
+        """Return each source's rows of an epoch, int64: the weights' shares, rounded so that the sum is exact."""
         total = sum(self.counts)
         exact = np.array(self.weights) / sum(self.weights) * total
         shares = np.floor(exact).astype(np.int64)
@@ -28,7 +28,7 @@ class Mixture:
         return shares
 
     def epoch(self, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
-        """The rows of an epoch in order, int64[sum of counts]; seed and epoch decide, and without `shuffle` neither.
+        """Return the rows of an epoch in order, int64[sum of counts]; seed and epoch decide, without `shuffle` neither.
 
         Shuffled, each source goes through its rows in a new order each time, and the epoch's order is random;
         otherwise sources follow the order of their rows and take turns evenly.
@@ -45,7 +45,7 @@ class Mixture:
         return rows[np.argsort(np.concatenate(turns), kind="stable")]
 
     def _stream(self, source: int, start: int, stop: int, seed: int, shuffle: bool) -> Iterator[np.ndarray]:
-        """Places start to stop of a source's endless stream, pass by pass."""
+        """Yield places start to stop of a source's endless stream, pass by pass."""
         count = self.counts[source]
         for run in range(start // count, -(-stop // count)):
             order = np.random.default_rng([seed, run, source]).permutation(count) if shuffle else np.arange(count)

@@ -66,7 +66,7 @@ class BatchPlan:
         return len(self.order_UC)
 
     def members(self, step: int, row: int) -> np.ndarray:
-        """The annotation rows in row `row` of batch `step`, in the order in which they stand there."""
+        """Return the annotation rows in row `row` of batch `step`, in the order in which they stand there."""
         return self.order_UC[step, self.rows_UC[step] == row]
 
 
@@ -114,7 +114,7 @@ def check_order(
 
 
 def steps_for(rows: int, batch_size: int, epochs: float) -> int:
-    """Steps of `epochs` epochs, each a whole number of steps as in the original: its last batch is filled up."""
+    """Return the steps of `epochs` epochs, each a whole number as in the original: its last batch is filled up."""
     # 1.1 epochs of 10 steps are a hair more than 11 in floating point.
     return math.ceil(round(epochs * math.ceil(rows / batch_size), 6))
 
@@ -132,12 +132,12 @@ def plan_batches(
     words_A: np.ndarray | None = None,
     mixture: Mixture | None = None,
 ) -> BatchPlan:
-    """The plan of `steps` updates of `batch_size` conversations, of which `Checked` knows the rest.
+    """Return the plan of `steps` updates of `batch_size` conversations, of which `Checked` knows the rest.
 
     `lengths_A` are their tokens, `slots_A` their images (tiles under anyres), `words_A` their words, which group_by
     needs. Rows are a multiple of `row_multiple`, the device shards times micro-batches. Unpacked, a row holds one
-    conversation, and the tokens of the longest. InputError when that does not divide, or the settings contradict each
-    other or the data.
+    conversation, and the tokens of the longest. Raises InputError when that does not divide, or the settings contradict
+    each other or the data.
     """
     check_batch_size(batch_size, row_multiple, settings.pack)
     check_order(records, lengths_A, slots_A, words_A, settings, mixture)
@@ -195,7 +195,7 @@ def _packed_order(
 
 
 def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture | None) -> np.ndarray:
-    """The first `places` of the endless stream of rows: epoch after epoch, shuffled anew in each."""
+    """Return the first `places` of the endless stream of rows: epoch after epoch, shuffled anew in each."""
     if mixture is None and not shuffle:
         return np.arange(places) % count
     order = mixture.epoch if mixture else lambda epoch, *_: np.random.default_rng([seed, epoch]).permutation(count)
@@ -203,7 +203,7 @@ def _stream(count: int, shuffle: bool, seed: int, places: int, mixture: Mixture 
 
 
 def deal(lengths_A: np.ndarray, images_A: np.ndarray, shares_U: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order in which each update has much the same tokens and images; update u takes shares_U[u] places.
+    """Return a random order that gives all updates much the same tokens and images; update u takes shares_U[u] places.
 
     The conversations, sorted by images and length, are dealt in rounds of one to each update: every second round at
     random, the others giving the longest to the update that has had least.
@@ -236,7 +236,7 @@ def _choose(
     row_multiple: int,
     settings: DataSettings,
 ) -> tuple[BatchShape, np.ndarray]:
-    """The cheapest shape into which every update packs, and the batch row of each conversation as int32[U, C]."""
+    """Return the cheapest shape into which every update packs, and each conversation's batch row as int32[U, C]."""
     totals_U, images_U = lengths_UC.sum(1), images_UC.sum(1)
     shapes = list(_shapes(lengths_UC.shape[1], int(totals_U.max()), longest, row_multiple, settings.pack_length))
     # Long updates fail soonest; one that has failed is tried first from then on.
@@ -263,7 +263,7 @@ def _choose(
 
 
 def _shapes(conversations: int, tokens: int, longest: int, row_multiple: int, fixed: int) -> Iterator[tuple[int, int]]:
-    """(rows, length) that could hold `tokens`, from row_multiple rows to one for each conversation."""
+    """Yield (rows, length) that could hold `tokens`, from row_multiple rows to one for each conversation."""
     most = math.ceil(conversations / row_multiple) * row_multiple
     for rows in range(row_multiple, most + 1, row_multiple):
         least = max(longest, math.ceil(tokens / rows))
@@ -277,7 +277,7 @@ def _shapes(conversations: int, tokens: int, longest: int, row_multiple: int, fi
 
 
 def _cost(rows: int, length: int, tokens: float) -> tuple[bool, float, int]:
-    """For sorting: enough real tokens or not, then work in token slots, attention counted double off the tiles."""
+    """Return a key to sort by: enough real tokens or not, then work in token slots, attention double off the tiles."""
     attention = length / ATTENTION * (1 if length % BLOCK == 0 else 2)
     return tokens / (rows * length) < TARGET, rows * length * (1 + attention), length
 
@@ -285,7 +285,7 @@ def _cost(rows: int, length: int, tokens: float) -> tuple[bool, float, int]:
 def _pack_all(
     lengths_UC: np.ndarray, images_UC: np.ndarray, hardest: list[int], rows: int, length: int, images: int
 ) -> np.ndarray | None:
-    """The batch row of each conversation as int32[U, C]; None as soon as an update does not fit."""
+    """Return the batch row of each conversation as int32[U, C]; None as soon as an update does not fit."""
     rows_UC = np.empty(lengths_UC.shape, np.int32)
     for place, update in enumerate(hardest):
         rows_C = pack_update(lengths_UC[update], images_UC[update], rows, length, images)
@@ -300,7 +300,7 @@ def _pack_all(
 
 
 def pack_update(lengths_C: np.ndarray, images_C: np.ndarray, rows: int, length: int, images: int) -> np.ndarray | None:
-    """The row of each conversation so that no row has more than `length` tokens or `images` images, or None.
+    """Return the row of each conversation so that no row exceeds `length` tokens or `images` images, or None.
 
     The longest come first, each into the emptiest row (or, in every second try, the fullest that it fits); then
     conversations of the fullest row change places with shorter ones until none is too full. Later tries start from
@@ -323,7 +323,7 @@ Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # row of each conversation; 
 def _place_into_emptiest(
     lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, images: int
 ) -> Packed | None:
-    """Each conversation into the row with the fewest tokens of those with slots for its images; None without one."""
+    """Put each conversation into the row of fewest tokens that has slots for its images; return None without one."""
     rows_C = np.empty(len(order), np.int64)
     tokens_R, images_R, emptiest = [0] * rows, [0] * rows, [(0, row) for row in range(rows)]
     for c, tokens, added in zip(*(x.tolist() for x in (order, lengths_C[order], images_C[order])), strict=True):
@@ -344,7 +344,7 @@ def _place_into_emptiest(
 def _place_into_fullest(
     lengths_C: np.ndarray, images_C: np.ndarray, order: np.ndarray, rows: int, images: int, limit: int
 ) -> Packed | None:
-    """Each conversation into the fullest row that stays within `limit`, else into the emptiest; None without slots."""
+    """Put each conversation into the fullest row within `limit`, else into the emptiest; return None without slots."""
     rows_C = np.empty(len(order), np.int64)
     tokens_R, images_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     for c in order:
@@ -371,7 +371,7 @@ def _relieve(
     length: int,
     images: int,
 ) -> bool:
-    """Exchanges, in place, until no row is over `length`; False where no exchange lowers the fullest row any more.
+    """Exchange, in place, until no row is over `length`; return False where no exchange lowers the fullest row.
 
     Each row also holds an empty conversation, so that an exchange may be a plain move.
     """

@@ -36,7 +36,7 @@ def make_pipeline(
     tiling: Tiling | None = None,
     rows: Sequence[int] | None = None,
 ) -> "BatchIterator":
-    """A grain iterator over the batches of `plan`, or over these `rows` of each, a host's share.
+    """Return a grain iterator over the batches of `plan`, or over these `rows` of each, a host's share.
 
     A record that cannot be read raises InputError with row, id and path; the iterator is of no use afterwards.
     """

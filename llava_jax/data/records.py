@@ -37,12 +37,12 @@ class Rows(Sequence[Record]):
     mixture: Mixture | None = None
 
     def entry(self, row: int) -> Record | Rejected:
-        """The row, or why it cannot be used."""
+        """Return the row, or why it cannot be used."""
         return parse_or_reject(self.decoded(row), row)
 
     @abc.abstractmethod
     def decoded(self, row: int) -> Any:
-        """The row as decoded JSON; an InputError in its place where it is none."""
+        """Return the row as decoded JSON; an InputError in its place where it is none."""
 
     def __getitem__(self, row: int) -> Record:  # ty: ignore[incompatible-method-override], no slices
         if not 0 <= row < len(self):
@@ -77,7 +77,7 @@ class FileRows(Rows):
             return InputError(f"line {line_of(self.path, start)} is not JSON: {error}")
 
     def _read(self, start: int, length: int) -> bytes:
-        """Bytes of the file; rows that are read one after another come from larger pieces, which saves system calls."""
+        """Return bytes of the file; rows read one after another come from larger pieces, which saves system calls."""
         # Another thread may read at the same time, so each continues with what it has taken from self once.
         file = self._file
         if file is None:
@@ -141,7 +141,7 @@ class DatasetRows(Rows):
         return splits[0] if len(splits) == 1 else "train"
 
     def _describe(self) -> tuple[int, str]:
-        """Rows of the split, and a hash of the description with names and sizes of the shards."""
+        """Return the number of rows in the split, and a hash of the description with names and sizes of the shards."""
         from etils import epath
 
         info = self._open().info
@@ -186,7 +186,7 @@ class JoinedRows(Rows):
 
 
 def load_records(annotations: str) -> Rows:
-    """The rows of `data.annotations`, none of which is parsed yet; InputError when a source as a whole is none."""
+    """Return the rows of `data.annotations`, none parsed yet. Raises InputError when a whole source is unusable."""
     found = split_sources(annotations)
     parts = [_open_source(source) for source in found]
     if len(parts) == 1:
@@ -218,9 +218,9 @@ def _text(value: bytes | str) -> str:
 
 
 def lines_of_list(path: str, content: str) -> str:
-    """The file with the rows of a JSON list a line, which is made where the cache has none of this `content` (sha256).
+    """Return the file with a JSON list's rows, one a line; it is made where the cache has none of `content` (sha256).
 
-    InputError when the list is none, and when the cache cannot be written.
+    Raises InputError when it is no such list, and when the cache cannot be written.
     """
     lines = kept_path(key_of("lines", code(), content), ".jsonl")
     try:
@@ -238,10 +238,10 @@ def lines_of_list(path: str, content: str) -> str:
 
 
 def index_lines(path: str, content: str) -> np.ndarray:
-    """(start, length) of each line of a local JSON Lines file that is not blank, as int64[A, 2].
+    """Return the (start, length) of each line of a local JSON Lines file that is not blank, as int64[A, 2].
 
-    `content` is the sha256 of the file, under which the index of a large one is kept. InputError when the file is not
-    UTF-8, a JSON list, or holds no row; lines are not decoded.
+    `content` is the sha256 of the file, under which the index of a large one is kept. Raises InputError when the file
+    is not UTF-8, is a JSON list, or holds no row; lines are not decoded.
     """
     name = key_of("index", code(), content)
     kept = recall(name)

@@ -42,7 +42,7 @@ class Rejected:
 
 
 def parse_row(row: Any, where: str) -> Record:
-    """The record of one decoded JSON row; `where` begins the message of the InputError a bad row raises."""
+    """Return the record of one decoded JSON row; `where` begins the message of the InputError a bad row raises."""
     try:
         return _parse(row)
     except InputError as error:
@@ -51,7 +51,7 @@ def parse_row(row: Any, where: str) -> Record:
 
 
 def parse_or_reject(row: Any, index: int) -> Record | Rejected:
-    """The record of one decoded JSON row, or why it cannot be used; an InputError in its place is the reason."""
+    """Return the record of a decoded JSON row, or why it cannot be used; an InputError in its place is the reason."""
     try:
         return _parse(row)
     except InputError as error:
@@ -80,9 +80,10 @@ def _parse(row: Any) -> Record:
 
 
 def unread_keys(given: Mapping[str, Any], known: tuple[str, ...], more: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The keys that are not `known` and hold something; InputError for one that could change what is meant.
+    """Return the keys that are not `known` and hold something.
 
-    That is a key of other media, one of `more`, and one that looks like a known key which is not given.
+    Raises InputError for a key that could change what is meant. That is a key of other media, one of `more`, and one
+    that looks like a known key which is not given.
     """
     if given.keys() <= set(known):
         return ()
@@ -99,13 +100,13 @@ def unread_keys(given: Mapping[str, Any], known: tuple[str, ...], more: tuple[st
 
 
 def unread_line(counts: Mapping[str, int], of: str) -> str:
-    """For a person: the keys that were not read, and in how many `of` (rows, questions) each stands."""
+    """Return a line for a person: the keys that were not read, and in how many `of` (rows, questions) each stands."""
     return "keys not read: " + ", ".join(f"{key} ({count:,} {of})" for key, count in counts.items())
 
 
 @functools.cache
 def _meant(key: str, known: tuple[str, ...]) -> str:
-    """The known key that another one looks like; "" where it looks like none."""
+    """Return the known key that another one looks like; "" where it looks like none."""
     name = key.lower().replace("-", "_")
     if "image" in known and IMAGE_LIKE.fullmatch(name):
         return "image"
@@ -146,7 +147,7 @@ def _parse_turns(row: dict[str, Any]) -> tuple[Turn, ...]:
 
 
 def parse_system(row: Mapping[str, Any]) -> str:
-    """The system text of a row or question; "" where it has none."""
+    """Return the system text of a row or question; "" where it has none."""
     system = row.get("system") or ""
     if not isinstance(system, str):
         raise InputError(f"system is {_kind(system)}, expected text")
@@ -189,7 +190,7 @@ def _is_target(turn: dict[str, Any], index: int) -> bool:
 
 
 def parse_images(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a row or question names under `image` or `images`, as it is written there."""
+    """Return what a row or question names under `image` or `images`, as it is written there."""
     keys = [key for key in ("image", "images") if row.get(key) is not None]
     if len(keys) == 2:
         raise InputError("both image and images are given; keep one of them")
@@ -266,7 +267,7 @@ def _kind(value: Any) -> str:
 
 
 def count_words(record: Record) -> int:
-    """Words of a row over all its turns as the file has them, placeholders counted."""
+    """Count the words of a row over all its turns as the file has them, placeholders included."""
     return sum(len(turn.text.split()) for turn in record.turns)
 
 

@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 def split_sources(text: str) -> tuple[Source, ...]:
-    """The sources of `data.annotations`. A name that exists as it is written is one source, whatever is in it."""
+    """Return the sources of `data.annotations`; a name that exists as it is written is one, whatever is in it."""
     if os.path.exists(text) or "," not in text:
         weighted = None if os.path.exists(text) else _weighted(text)
         return (Source(weighted.path) if weighted else Source(text),)
@@ -63,7 +63,7 @@ def split_sources(text: str) -> tuple[Source, ...]:
 
 
 def _weighted(part: str) -> Source | None:
-    """PATH:WEIGHT as a source, None where there is no weight: tfds:name/1.0.0 and gs://a have none."""
+    """Return PATH:WEIGHT as a source, None where there is no weight: tfds:name/1.0.0 and gs://a have none."""
     found = WEIGHT.fullmatch(part)
     if found is None or os.path.exists(part) or found[1] == TFDS[:-1]:
         return None
@@ -74,7 +74,7 @@ def _weighted(part: str) -> Source | None:
 
 
 def absolute(text: str) -> str:
-    """`data.annotations` with local paths absolute; empty text stays empty."""
+    """Return `data.annotations` with local paths absolute; empty text stays empty."""
     if not text:
         return ""
     return ",".join(
@@ -100,7 +100,7 @@ def is_dataset(path: str) -> bool:
 
 
 def digest(path: str) -> str:
-    """sha256 of a local file's content, "" where there is none."""
+    """Return the sha256 of a local file's content, "" where there is none."""
     if not os.path.isfile(path):
         return ""
     with open(path, "rb") as file:
@@ -117,19 +117,19 @@ def kept_path(name: str, suffix: str) -> str:
 
 
 def code() -> str:
-    """A hash of the code of data/ and io.py: what other code made is made again."""
+    """Return a hash of the code of data/ and io.py: what other code made is made again."""
     folder = os.path.dirname(os.path.abspath(__file__))
     names = [*sorted(os.listdir(folder)), os.path.join(os.pardir, "io.py")]
     return key_of([digest(os.path.join(folder, name)) for name in names if name.endswith(".py")])
 
 
 def key_of(*facts: object) -> str:
-    """A name for what is kept under these facts."""
+    """Return a name for what is kept under these facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def recall(name: str) -> dict[str, np.ndarray] | None:
-    """The arrays kept under a name; None where there are none, or none that can be read."""
+    """Return the arrays kept under a name; None where there are none, or none that can be read."""
     path = kept_path(name, ".npz")
     try:
         with np.load(path, allow_pickle=False) as kept:
@@ -148,7 +148,7 @@ def keep(name: str, arrays: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def whole(path: str) -> Iterator[BinaryIO]:
-    """A file of the cache that is there once it is whole; of several writers at a time each has its own until then.
+    """Yield a file of the cache that is there once it is whole; until then each of several writers has its own.
 
     (Hosts may share the folder, and in pods every one of them is process 1.) What nobody has asked for in KEPT_DAYS is
     let go of.
@@ -169,9 +169,9 @@ def whole(path: str) -> Iterator[BinaryIO]:
 
 
 def local_copy(path: str) -> str:
-    """A file of this machine with the content of `path`: itself, or a copy of one that lies elsewhere.
+    """Return a file of this machine with the content of `path`: itself, or a copy of one that lies elsewhere.
 
-    The copy is kept under path, length and time of change. InputError where there is no such file.
+    The copy is kept under path, length and time of change. Raises InputError where there is no such file.
     """
     if not is_remote(path):
         return path

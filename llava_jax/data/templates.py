@@ -57,7 +57,7 @@ class Template:
 
 
 def find_template(name: str) -> Template:
-    """Return the template of that name; InputError lists the known ones."""
+    """Return the template of that name. Raises InputError, which lists the known ones, for any other."""
     if name not in TEMPLATES:
         raise InputError(f"unknown template {name!r}; expected one of {', '.join(sorted(TEMPLATES))}")
     return TEMPLATES[name]
@@ -72,7 +72,7 @@ def check_image_position(name: str) -> None:
 def render(
     turns: Sequence[Turn], template: Template, *, image_position: str = "front", open_turn: bool = False
 ) -> list[Span]:
-    """The prompt as spans; with `open_turn` it ends where the assistant is to speak.
+    """Return the prompt as spans; with `open_turn` it ends where the assistant is to speak.
 
     `image_position` front moves the placeholder of a turn with one image to the front of that turn (and strips the
     rest, as the released LLaVA does); keep, and turns with several images, leave it as written.
@@ -105,7 +105,7 @@ def _trained(spans: tuple[Span, ...], target: bool) -> Sequence[Span]:
 
 
 def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool = False) -> tuple[Turn, ...]:
-    """The turns that are written; InputError says why a conversation does not fit the template."""
+    """Return the turns that are written. Raises InputError, with the reason, when they do not fit the template."""
     kept = list(turns)
     if kept and kept[0].speaker == "gpt" and template.drop_leading_answer:
         kept = kept[1:]
@@ -180,7 +180,7 @@ _EOS = Span("</s>", is_target=True, special=True)
 
 
 def _hashes(system: str, **changes) -> Template:
-    """The `###` format of LLaVA v0: the hashes and the assistant's header are trained, the model opens its own turn."""
+    """Return LLaVA v0's `###` format: hashes and the assistant's header are trained, the model opens its own turn."""
     hashes = Span("###", is_target=True)
     return Template(
         system=system,
@@ -212,7 +212,7 @@ def _vicuna(system: str, **changes) -> Template:
 
 
 def _instruct(system: str, again: tuple[Span, ...]) -> Template:
-    """`[INST] … [/INST]`: the system message sits inside the first instruction."""
+    """Return `[INST] … [/INST]`: the system message sits inside the first instruction."""
     return Template(
         system=system,
         opening=(Span("[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")),),
@@ -226,7 +226,7 @@ def _instruct(system: str, again: tuple[Span, ...]) -> Template:
 
 
 def _chatml(system: str) -> Template:
-    """LLaVA writes no newline after `<|im_end|>`."""
+    """Return ChatML as LLaVA writes it, without a newline after `<|im_end|>`."""
     start, end = Span("<|im_start|>", special=True), Span("<|im_end|>", special=True)
     return Template(
         system=system,

@@ -31,15 +31,15 @@ class Tiling:
     pixels: Pixels = CLIP
 
     def tiles(self, sizes: Iterable[Size]) -> list[int]:
-        """Tiles of each image, the whole one included."""
+        """Count the tiles of each image, the whole one included."""
         return [1 + math.prod(self._grid(size)) for size in sizes]
 
     def tokens(self, sizes: Iterable[Size]) -> list[int]:
-        """Image tokens of each image."""
+        """Count the image tokens of each image."""
         return [len(self._takes(size)) for size in sizes]
 
     def takes(self, sizes: Sequence[Size], first: int = 0) -> np.ndarray:
-        """int32[t]: what the image tokens of images take whose tiles follow each other from tile `first` on.
+        """Return int32[t], what the image tokens take of images whose tiles follow each other from tile `first` on.
 
         Feature p of tile n is number n * side**2 + p, `image_newline` is NEWLINE.
         """
@@ -51,7 +51,7 @@ class Tiling:
         return np.concatenate(found).astype(np.int32)
 
     def cut(self, image: Image.Image) -> np.ndarray:
-        """uint8[n, size, size, 3]: the tiles of an RGB image, the whole one first."""
+        """Return uint8[n, size, size, 3], the tiles of an RGB image, the whole one first."""
         rows, columns = self._grid(image.size)
         width, height = columns * self.size, rows * self.size
         by_width, by_height = width / image.width, height / image.height
@@ -67,12 +67,12 @@ class Tiling:
         return np.concatenate([whole[None], grid.reshape(-1, self.size, self.size, 3)])
 
     def _grid(self, size: Size) -> tuple[int, int]:
-        """Rows and columns of tiles next to the whole one."""
+        """Return the rows and columns of tiles next to the whole one."""
         height, width = best_resolution(size, self.pinpoints)
         return height // self.size, width // self.size
 
     def _takes(self, size: Size) -> np.ndarray:
-        """`takes` of one image whose first tile is number 0."""
+        """Return `takes` of one image whose first tile is number 0."""
         (width, height), (rows, columns), patches = size, self._grid(size), self.side**2
         tile_RC = 1 + np.arange(rows * columns).reshape(rows, columns)
         patch_AB = np.arange(patches).reshape(self.side, self.side)
@@ -96,7 +96,7 @@ def tiling(config: ModelConfig) -> Tiling:
 
 
 def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) that shows most of the image's pixels, of these the one with the least padding."""
+    """Return the (height, width) that shows most of the image's pixels, of these the one with the least padding."""
 
     def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / size[0], pinpoint[0] / size[1])
@@ -107,7 +107,7 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
 
 
 def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:
-    """int32 like `tokens`: `takes` at the image tokens, in order; 0 elsewhere, where nobody looks."""
+    """Return int32 shaped as `tokens`: `takes` at the image tokens, in order; 0 elsewhere, where nobody looks."""
     take = np.zeros(tokens.shape, np.int32)
     take[tokens == image_token_id] = takes
     return take
@@ -116,10 +116,10 @@ def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.nda
 def rows_of_tiles(
     tokens_BT: np.ndarray, pixels_NTCXY: np.ndarray | None, image_sizes: np.ndarray | None, config: ModelConfig
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """A batch as transformers' LlavaNext processor gives it, for our model: tiles float32[B, N, X, Y, C] and take_BT.
+    """Return a batch of transformers' LlavaNext processor for our model: tiles float32[B, N, X, Y, C] and take_BT.
 
-    `image_sizes` holds height and width of each image. None for tiles without images; InputError where tokens,
-    tiles and sizes do not belong together.
+    `image_sizes` holds height and width of each image. Without images the tiles are None. Raises InputError where
+    tokens, tiles and sizes do not belong together.
     """
     tiles = tiling(config)
     sizes = [] if image_sizes is None else [(int(width), int(height)) for height, width in np.asarray(image_sizes)]

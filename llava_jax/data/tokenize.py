@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
 
 
 def _lone(token: int) -> Chunk:
-    """One token that is not to be predicted."""
+    """Return one token that is not to be predicted."""
     return Chunk(np.int32(token).tobytes(), b"\x00")
 
 
@@ -64,8 +64,10 @@ class TextTokenizer:
     """
 
     def __init__(self, source: Any, ends: Sequence[int] = ()):
-        """`source` is a fast transformers tokenizer (one with `backend_tokenizer`); `ends` are those the model names,
-        of which the first is `eos_id` if the tokenizer has none."""
+        """Take over `source`, a fast transformers tokenizer (one with `backend_tokenizer`).
+
+        `ends` are those the model names, of which the first is `eos_id` if the tokenizer has none.
+        """
         self._codec = _whole_text(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._splitter = _make_splitter(self._codec)
         vocabulary = source.get_vocab()
@@ -105,29 +107,29 @@ class TextTokenizer:
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     def special_id(self, text: str) -> int | None:
-        """The id of a template's special string; None when this tokenizer has none and writes it as plain text."""
+        """Return the id of a template's special string; None when this tokenizer has none and writes it as text."""
         return self._special.get(text)
 
     def stop_ids(self, template: Template) -> tuple[int, ...]:
-        """Ids that end an answer; a stop that is plain text has none (StreamDecoder watches for it)."""
+        """Return the ids that end an answer; a stop that is plain text has none (StreamDecoder watches for it)."""
         stops = (self.special_id(text) for text in template.stop)
         return tuple(sorted({*self.ends, *(i for i in stops if i is not None)}))
 
     def image_token_id(self, vocab_rows: int) -> int:
-        """The id of `<image>`, or the first one that neither the tokenizer nor the embedding table uses."""
+        """Return the id of `<image>`, or the first one that neither the tokenizer nor the embedding table uses."""
         return self._image_id if self._image_id is not None else max(vocab_rows, self.size)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of generated ids; ids outside the vocabulary have none."""
+        """Return the text of generated ids; ids outside the vocabulary have none."""
         return self._codec.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, without BOS."""
+        """Return the ids of plain text, without BOS."""
         (chunk,) = self.encode_chunks([[Span(text)]])
         return np.frombuffer(chunk.ids, np.int32).tolist()
 
     def encode_chunks(self, chunks: Sequence[Sequence[Span]]) -> list[Chunk]:
-        """Spans without images, without BOS; all texts are tokenised side by side, on as many cores as there are."""
+        """Encode spans without images, without BOS; all texts are tokenised side by side, on all cores there are."""
         keys = [tuple(spans) for spans in chunks]
         known = [self._known.get(spans) for spans in keys]
         fresh = [spans for spans, chunk in zip(keys, known, strict=True) if chunk is None]
@@ -201,7 +203,7 @@ def auto_tokenizer(folder: str) -> Any:
 
 
 def _stamp(folder: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files that decide how the folder's tokenizer reads."""
+    """Return names, sizes and times of the files that decide how the folder's tokenizer reads."""
     names = ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
     names += ["added_tokens.json", "chat_template.jinja", *(name for names in _TOKENIZER_FILES for name in names)]
     found = {name: os.path.join(folder, name) for name in names if os.path.isfile(os.path.join(folder, name))}
@@ -210,7 +212,7 @@ def _stamp(folder: str) -> tuple[tuple[str, int, int], ...]:
 
 @functools.lru_cache(maxsize=2)
 def _read_folder(folder: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[TextTokenizer, Any]:
-    """The tokenizer as ours and as transformers', built once: it takes seconds."""
+    """Return the tokenizer as ours and as transformers', built once: it takes seconds."""
     names = [name for name, _, _ in stamp]
     try:
         return _build(folder, names)
@@ -245,7 +247,7 @@ def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
 
 
 def _auto_tokenizer(folder: str, names: Sequence[str]) -> Any:
-    """The tokenizer as transformers' AutoTokenizer reads it, in a folder of the original LLaVA code by its decoder.
+    """Return the tokenizer as AutoTokenizer reads it, in a folder of the original LLaVA code by its decoder.
 
     transformers knows no `llava_llama`, and takes the original's `llava` for its own, whose tokenizer.model it reads
     without the space before the first word. It reads no file with a byte order mark: it gets a copy without.
@@ -280,13 +282,13 @@ def check_end(tokenizer: TextTokenizer, template: Template) -> None:
 
 
 def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
-    """Ids and targets of a rendered conversation, each image once as IMAGE_MARK; not to be written to."""
+    """Return ids and targets of a rendered conversation, each image once as IMAGE_MARK; not to be written to."""
     (encoded,) = encode_all([spans], tokenizer)
     return encoded
 
 
 def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer) -> list[Encoded]:
-    """`encode` of several conversations, which takes less time than one after another."""
+    """Encode several conversations as `encode` does, which takes less time than one after another."""
     chunks, counts = [], []
     for spans in conversations:
         chunk, before = [], len(chunks)
@@ -309,7 +311,7 @@ def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer
 
 
 def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
-    """int[t]: tokens that each id stands for; `patches` for an IMAGE_MARK (one number, or one for each image)."""
+    """Return int[t], the tokens each id stands for; `patches` for an IMAGE_MARK (one number, or one for each image)."""
     is_image = tokens == IMAGE_MARK
     counts = np.ones(len(tokens), np.int64)
     counts[is_image] = patches
@@ -317,15 +319,16 @@ def widths(tokens: np.ndarray, patches: int | Sequence[int]) -> np.ndarray:
 
 
 def full_length(encoded: Encoded, patches: int | Sequence[int]) -> int:
-    """Tokens of the row with its images expanded, before max_length cuts it."""
+    """Count the tokens of the row with its images expanded, before max_length cuts it."""
     expanded = encoded.images * patches if isinstance(patches, int) else sum(patches)
     return len(encoded.tokens) - encoded.images + expanded
 
 
 def cut(encoded: Encoded, patches: int | Sequence[int], max_length: int) -> Encoded:
-    """The row cut on the right so that it fits `max_length` with every image expanded to `patches` tokens.
+    """Return the row cut on the right so that it fits `max_length` with every image expanded to `patches` tokens.
 
-    Never through an image: a row whose last image does not fit is refused, and so is one that keeps no target.
+    It is never cut through an image. Raises InputError for a row whose last image does not fit, and for one that keeps
+    no target.
     """
     if full_length(encoded, patches) <= max_length and encoded.targets.any():
         return encoded
@@ -353,7 +356,7 @@ def cut(encoded: Encoded, patches: int | Sequence[int], max_length: int) -> Enco
 def expand(
     tokens: np.ndarray, targets: np.ndarray, image_token_id: int, patches: int | Sequence[int], max_length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each IMAGE_MARK becomes `patches` times `image_token_id`: (tokens int32[T], targets bool[T]).
+    """Return (tokens int32[T], targets bool[T]) in which each IMAGE_MARK has become `patches` times `image_token_id`.
 
     `max_length` cuts and checks as `cut` does; None (a prompt, which has no targets) does neither. The
     arrays are not to be written to: without an image they are those given.
@@ -380,7 +383,7 @@ def _make_splitter(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _whole_text(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer without the cutting and filling that a tokenizer.json may ask for: lengths are ours to decide."""
+    """Return the tokenizer without the cutting and filling a tokenizer.json may ask for: lengths are ours to decide."""
     codec.no_truncation()
     codec.no_padding()
     return codec
@@ -395,7 +398,7 @@ def _read_json(path: str, fix: str) -> Any:
 
 
 def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
-    """eos_token_id, one or several, of generation_config.json next to the tokenizer, else of config.json.
+    """Return eos_token_id, one or several, of generation_config.json next to the tokenizer, else of config.json.
 
     That order is transformers': Llama 3 Instruct and Qwen2.5 Instruct end their turns with a token of their own.
     """
@@ -418,7 +421,7 @@ def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenizer) -> Encoded:
-    """The record's ids and targets at full length, each image once as IMAGE_MARK.
+    """Return the record's ids and targets at full length, each image once as IMAGE_MARK.
 
     Raises InputError when the template cannot hold the turns, or when marks and images differ in number (one mark more
     or less would show an image to the wrong words).
@@ -428,7 +431,7 @@ def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenize
 
 
 def encode_turns_together(records: Sequence[Record], settings: DataSettings, tokenizer: TextTokenizer) -> list[Encoded]:
-    """`encode_turns` of several records, which takes less time; InputError when that of any of them raises it."""
+    """Encode several records as `encode_turns` does, in less time. Raises InputError when that does for any of them."""
     template = find_template(settings.template)
     rendered = [render(record.turns, template, image_position=settings.image_position) for record in records]
     encoded = encode_all(rendered, tokenizer)
@@ -443,7 +446,7 @@ def encode_turns_together(records: Sequence[Record], settings: DataSettings, tok
 def encode_record(
     record: Record, settings: DataSettings, tokenizer: TextTokenizer, image_token_id: int, patches: int | Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32[t] and targets bool[t] of one training row, t <= settings.max_length, without padding.
+    """Return tokens int32[t] and targets bool[t] of one training row, t <= settings.max_length, without padding.
 
     Raises InputError as `encode_turns` does, and when max_length leaves no target or cuts into an image.
     """
@@ -452,12 +455,12 @@ def encode_record(
 
 
 def image_sizes(record: Record, settings: DataSettings) -> list[tuple[int, int]]:
-    """(width, height) of the record's images, from their headers."""
+    """Return the (width, height) of the record's images, from their headers."""
     return [image_size(path, settings.exif) for path in image_paths(record, settings)]
 
 
 def image_paths(record: Record, settings: DataSettings) -> list[str | bytes]:
-    """Where the record's images lie, in placeholder order; an image that came with its row is given itself."""
+    """Return where the record's images lie, in placeholder order; an image that came with its row is given itself."""
     return [image if isinstance(image, bytes) else os.path.join(settings.images, image) for image in record.images]
 
 

@@ -76,11 +76,11 @@ class Checked:
         return self.rows - len(self.rejected)
 
     def total(self, figure: str) -> int:
-        """The sum of a figure over all rows."""
+        """Return the sum of a figure over all rows."""
         return int(self.figures_A[figure].sum(dtype=np.int64))
 
     def count(self, figure: str) -> int:
-        """The rows of which a figure is not 0."""
+        """Count the rows of which a figure is not 0."""
         return int(np.count_nonzero(self.figures_A[figure]))
 
     @property
@@ -123,7 +123,7 @@ class Checked:
 
 
 def summary(checked: Checked, max_length: int) -> list[str]:
-    """The sums for a person, and what of the rows is not trained on."""
+    """Return the sums for a person, and what of the rows is not trained on."""
     tokens, targets = checked.total("tokens"), checked.total("targets")
     full_A = checked.figures_A["tokens"] + checked.figures_A["cut"]
     longest = int(full_A.argmax()) if checked.rows else 0
@@ -155,7 +155,7 @@ def check_records(
     look: Callable[[str | bytes], None] = require_file,
     dump: TextIO | None = None,
 ) -> Checked:
-    """Check every row. InputError is raised only for what spoils all of them, such as an unknown template.
+    """Check every row. Raises InputError only for what spoils all of them, such as an unknown template.
 
     Args:
         records: the rows; of `Rows` those that cannot be read are rejected, too.
@@ -194,7 +194,7 @@ def verify(
     look: Callable[[str | bytes], None] = check_image,
     dump_path: str | None = None,
 ) -> tuple[Rows, Checked]:
-    """The rows of data.annotations and what `check_records` finds in them with every image decoded.
+    """Return the rows of data.annotations and what `check_records` finds in them with every image decoded.
 
     What is trained is written to `dump_path` (JSONL) when given; the file appears when it is complete.
     """
@@ -206,7 +206,7 @@ def verify(
 
 
 def report_lines(checked: Checked, max_length: int) -> list[str]:
-    """The report for a person: every rejected row, then the sums."""
+    """Return the report for a person: every rejected row, then the sums."""
     lines = [f"rejected: {rejected}" for rejected in checked.rejected]
     count = len(checked.rejected)
     lines.append(f"{checked.kept} of {checked.rows} rows can be trained, {count} cannot (rows are counted from 0)")
@@ -235,7 +235,7 @@ class _Check:
     images: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> Iterator[_Trained | Rejected]:
-        """All rows in order; a few parts are read ahead."""
+        """Yield all rows in order; a few parts are read ahead."""
         pending: collections.deque[Future] = collections.deque()
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(self.records), TOGETHER):
@@ -298,7 +298,7 @@ class _Check:
 
 
 def _check_settings(settings: DataSettings, tokenizer: TextTokenizer) -> None:
-    """InputError for what would be wrong with every row."""
+    """Raise InputError for what would be wrong with every row."""
     check_image_position(settings.image_position)
     check_end(tokenizer, find_template(settings.template))
 
@@ -309,7 +309,7 @@ def _check_settings(settings: DataSettings, tokenizer: TextTokenizer) -> None:
 def check_once(
     records: Rows, settings: DataSettings, tokenizer: TextTokenizer, *, patches: int, tiling: Tiling | None = None
 ) -> Checked:
-    """`check_records`, or what it found before in the same rows with the same tokenizer and settings.
+    """Return what `check_records` finds, or found before in the same rows with the same tokenizer and settings.
 
     A result without a problem is kept for data sets of KEPT_ROWS rows or more. Whether the images are there is looked
     up each time; where one is gone, every row is checked again, so that the rows are named. With `tiling` nothing is
@@ -334,7 +334,7 @@ def check_once(
 
 
 def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: Any) -> BatchPlan:
-    """`plan_batches` of these rows, or the plan that was made of the same before, which a long run keeps."""
+    """Return what `plan_batches` makes of these rows, or the plan made of the same before, which a long run keeps."""
     lengths_A, slots_A, words_A = checked.lengths_A, checked.slots_A, checked.words_A
     facts = {name: getattr(settings, name) for name in ORDER if name not in ("annotations", "workers")}
     rows = hashlib.sha256(b"|".join(array.tobytes() for array in (lengths_A, slots_A, words_A))).hexdigest()

@@ -9,12 +9,12 @@ from llava_jax.types import InputError
 
 
 def normalise(text: str) -> str:
-    """The answer as it is compared: case, surrounding space and one final full stop do not count."""
+    """Return the answer as it is compared: case, surrounding space and one final full stop do not count."""
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
 def score(questions_path: str, answers_path: str) -> dict[str, Any]:
-    """Figures of an answers file against the questions it answers.
+    """Score an answers file against the questions it answers.
 
     Questions are JSONL with question_id, answer and category; answers are JSONL with question_id and text. A question
     without an answer counts as wrong. Returns `asked`, `right`, `missing` (counts), `accuracy` (percent) and
@@ -50,7 +50,7 @@ def evaluate(questions_path: str, answers_path: str, json_path: str | None = Non
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Text table of one or several results of `score` on the same questions: a line a category, a column a result."""
+    """Return one or several results of `score` on the same questions as text: a line a category, a column a result."""
     first = next(iter(results.values()))
     rows = [("", *results, "questions")]
     for name in first["categories"]:
@@ -73,7 +73,7 @@ def _with_accuracy(figures: dict[str, int]) -> dict[str, Any]:
 
 
 def _read(path: str, texts: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
-    """Rows by question_id; each holds the fields `texts`, all of them strings."""
+    """Return the rows by question_id; each holds the fields `texts`, all of them strings."""
     rows: dict[Any, dict[str, Any]] = {}
     for where, row in read_lines(path, f"an object with question_id, {', '.join(texts)}"):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):

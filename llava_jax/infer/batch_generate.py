@@ -51,7 +51,7 @@ class Question:
 
 
 def read_questions(path: str, folder: str) -> list[Question]:
-    """Read a JSONL file of questions, their images below `folder`; InputError names the line that cannot be asked."""
+    """Read a JSONL file of questions, images below `folder`. Raises InputError with the line that cannot be asked."""
     questions = []
     for where, row in read_lines(path, "one question"):
         if not isinstance(row, dict):
@@ -115,7 +115,7 @@ def open_answers(path: str, questions: Sequence[Question], model_id: str, metada
 
 
 def _whole_answers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every line that ends in a newline; what follows the last newline was cut by an interruption."""
+    """Yield every line that ends in a newline; what follows the last newline was cut by an interruption."""
     with open(path, "rb") as file:
         *lines, _ = file.read().split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -193,7 +193,7 @@ def answer_file(
 
 
 def _batches(model: Model, questions: Sequence[Question], rows: int) -> list[list[Question]]:
-    """Batches of `rows` questions, those of one padded length together, each batch in file order."""
+    """Return batches of `rows` questions, those of one padded length together, each batch in file order."""
     lengths = [_asked(question, model.length) for question in questions]
     sizes = [(len(question.images), bucket(length)) for question, length in zip(questions, lengths, strict=True)]
     order = sorted(range(len(questions)), key=lambda index: sizes[index])
@@ -206,7 +206,7 @@ def _prompts(model: Model, batch: Sequence[Question]) -> list[Prompt]:
 
 
 def _asked(question: Question, of: Callable[[list[dict[str, Any]]], Result]) -> Result:
-    """What `of` makes of the question's messages; its InputError then names the question."""
+    """Return what `of` makes of the question's messages; an InputError that `of` raises then names the question."""
     try:
         return of(question.messages)
     except InputError as error:
@@ -230,7 +230,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _report(progress: TextIO, done: int, total: int, rate: float) -> None:
-    """One line that is written over on a terminal, and one line a batch elsewhere."""
+    """Write one line that is written over on a terminal, and one line a batch elsewhere."""
     text = f"answered {done}/{total} · {rate:.2f} questions/s · {(total - done) / rate:.0f} s left"
     last = done == total
     if progress.isatty():

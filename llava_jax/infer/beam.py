@@ -37,12 +37,12 @@ class Beams(NamedTuple):
 
 
 def _pick(x: jax.Array, index_BK: jax.Array) -> jax.Array:
-    """x[b, index[b, k]] for every row."""
+    """Return x[b, index[b, k]] for every row."""
     return jnp.take_along_axis(x, index_BK.reshape(index_BK.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def _begin(logits_BV: jax.Array, cache: Cache, limit_B: jax.Array, beams: int, size: int) -> Beams:
-    """All beams of a row start from its prompt, with only the first one possible, so that they differ afterwards."""
+    """Start all beams of a row from its prompt, with only the first one possible, so that they differ afterwards."""
     B, W = logits_BV.shape[0], beams
     ids_BWM = jnp.full((B, W, size), -1, jnp.int32)
     k, v = (jnp.repeat(x, W, axis=1) for x in (cache.k_LBSKH, cache.v_LBSKH))
@@ -75,7 +75,7 @@ def _finish(state: Beams, ids_BKM: jax.Array, score_BK: jax.Array, ends_BK: jax.
 
 
 def _advance(state: Beams, limit_B: jax.Array, stops_QV: jax.Array, keep: int) -> tuple[Beams, jax.Array, jax.Array]:
-    """One token for every beam: the new state, the token int32[B, W] of each running beam and the beam it grew from."""
+    """Add a token to every beam; return the state, each running beam's token int32[B, W] and the beam it grew from."""
     B, W, _ = state.running_BWM.shape
     V = state.logits_RV.shape[-1]
     score_BWV = jax.nn.log_softmax(state.logits_RV).reshape(B, W, V) + state.running_score_BW[..., None]

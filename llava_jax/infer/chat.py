@@ -51,7 +51,7 @@ def _check_image(model: Model, path: str) -> None:
 def _command(
     model: Model, text: str, image: str | None, messages: list[dict[str, Any]], output: TextIO
 ) -> tuple[str | None, list[dict[str, Any]]]:
-    """The image and the conversation after a command."""
+    """Return the image and the conversation after a command."""
     name, _, argument = text.partition(" ")
     if name == "/reset" and not argument:
         print("(a new conversation)", file=output)
@@ -72,7 +72,7 @@ def _command(
 def _turn(
     model: Model, messages: list[dict[str, Any]], message: dict[str, Any], sampling: Sampling, output: TextIO
 ) -> list[dict[str, Any]]:
-    """The conversation after one more question; as it was, when the question cannot be answered."""
+    """Return the conversation after one more question; as it was, when the question cannot be answered."""
     said = ""
     try:
         for piece in model.stream([*messages, message], **dataclasses.asdict(sampling)):

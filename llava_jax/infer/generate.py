@@ -197,7 +197,7 @@ def decode(
 
 
 def _place(engine: Engine, tree: Any) -> Any:
-    """Rows over the devices of the mesh where they divide evenly; without a mesh, on the default device."""
+    """Place rows over the devices of the mesh where they divide evenly; without a mesh, on the default device."""
     if engine.mesh is None:
         return jax.tree.map(jnp.asarray, tree)
     even = all(leaf.shape[0] % engine.mesh.size == 0 for leaf in jax.tree.leaves(tree))
@@ -207,7 +207,7 @@ def _place(engine: Engine, tree: Any) -> Any:
 def _prefilled(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int
 ) -> tuple[jax.Array, Cache, jax.Array, jax.Array, int]:
-    """(logits [B, V], cache, limit_B, hash_B, slots for ids) of a batch before its first id."""
+    """Return (logits [B, V], cache, limit_B, hash_B, slots for ids) of a batch before its first id."""
     inputs, slots = collate(prompts, rows), bucket(sampling.max_new_tokens)
     left_B = engine.config.llm.max_positions - inputs.length_B
     if np.any(left_B < 1):

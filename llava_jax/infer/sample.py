@@ -170,5 +170,5 @@ class StreamDecoder:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may begin `stop`."""
+    """Return how many characters at the end of `text` may begin `stop`."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

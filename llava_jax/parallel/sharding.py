@@ -132,7 +132,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def scatter_sum(x: jax.Array, dimension: int) -> jax.Array:
-    """Inside shard_map: sum `x` over data and fsdp; each device keeps its chunk along `dimension`.
+    """Sum `x` over data and fsdp, inside shard_map; each device keeps its chunk along `dimension`.
 
     One fsdp axis after the other: along a single axis of a TPU's network this is a true reduce-scatter, over two at
     once the compiler makes an all-reduce of it and slices the result.

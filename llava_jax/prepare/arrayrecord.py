@@ -60,10 +60,10 @@ class LlavaRows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write(annotations: str, images: str, output: str, *, split: str = "train", shards: int = 0) -> tuple[str, int]:
-    """Write the data set below `output` and returns its folder and the number of rows; `shards` 0 goes by size.
+    """Write the data set below `output` and return its folder and the number of rows; `shards` 0 goes by size.
 
-    Every row is checked and every image decoded before the first is written. InputError names those that cannot be
-    used, with their files.
+    Every row is checked and every image decoded before the first is written. Raises InputError, which names those that
+    cannot be used, with their files.
     """
     if not SPLIT.fullmatch(split) or split == "all":
         raise InputError(f"--split={split}: expected a name of letters, digits and _, other than all")
@@ -85,7 +85,7 @@ def write(annotations: str, images: str, output: str, *, split: str = "train", s
 
 
 def find_problems(rows: Rows, images: str) -> list[str]:
-    """Why rows cannot be packed, in their order; an image file that several rows show is decoded once."""
+    """Return why rows cannot be packed, in their order; an image file that several rows show is decoded once."""
     of_file = functools.cache(image_problem)
 
     def problem_of(row: int) -> str | None:
@@ -118,7 +118,7 @@ def image_problem(image: str | bytes) -> str | None:
 
 
 def image_name(image: str | bytes) -> bytes:
-    """The file's name as the file system has it; empty for an image that came with its row and had none."""
+    """Return the file's name as the file system has it; empty for an image that came with its row and had none."""
     return os.fsencode(getattr(image, "name", "") if isinstance(image, bytes) else image)
 
 

@@ -39,10 +39,10 @@ class Caption:
 
 
 def read_captions(path: str, refused: list[str]) -> Iterator[Caption]:
-    """The captions of a JSON or JSONL file, one at a time; why others cannot be used goes to `refused`.
+    """Yield the captions of a JSON or JSONL file, one at a time; why others cannot be used goes to `refused`.
 
     A row has `image` (or `file_name`) and `caption`, or `captions`, of which each becomes a row; the id is its `id`, or
-    the name of its image, followed by -K where a row has several. InputError at the end when there was none.
+    the name of its image, followed by -K where a row has several. Raises InputError at the end when there was none.
     """
     found = False
     for where, row in read_rows(path):
@@ -58,7 +58,7 @@ def read_captions(path: str, refused: list[str]) -> Iterator[Caption]:
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, decoded row) of every row; a line that is no JSON comes as its error."""
+    """Yield (where it stands, decoded row) of every row; a line that is no JSON comes as its error."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected {EXPECTED}")
     if path.lower().endswith((".jsonl", ".ndjson")):
@@ -73,7 +73,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def coco_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """COCO's captions as rows, in the order of the file, which is read twice: what is held are names of images."""
+    """Yield COCO's captions as rows, in the order of the file, which is read twice: only names of images are held."""
     try:
         names = {item["id"]: item["file_name"] for item in elements(path, "images.item", EXPECTED)}
     except (KeyError, TypeError) as error:
@@ -101,7 +101,7 @@ def parse_row(row: Any) -> list[Caption | str]:
 
 
 def check_text(caption: Caption) -> Caption | str:
-    """The caption as training's own reader of rows takes it, or why it does not."""
+    """Return the caption as training's own reader of rows takes it, or why it does not."""
     if not isinstance(caption.text, str) or not caption.text.strip():
         return f"caption {caption.id!r} is {caption.text!r:.80}, expected text"
     text = one_line(caption.text)
@@ -112,7 +112,7 @@ def check_text(caption: Caption) -> Caption | str:
 
 
 def caption_rows(captions: Iterable[Caption], seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of stage 1; question, and whether the image comes before it, depend on seed and id alone."""
+    """Yield the rows of stage 1; question, and whether the image comes before it, depend on seed and id alone."""
     for caption in captions:
         rng = random.Random(f"{seed}/caption/{caption.id}")
         question, first = rng.choice(BRIEF_QUESTIONS), rng.random() < 0.5

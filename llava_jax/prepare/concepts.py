@@ -52,7 +52,7 @@ class Selection:
     taken: tuple[Taken, ...]
 
     def lines(self) -> list[str]:
-        """The counts for a person."""
+        """Return the counts for a person."""
         capped = sum(one.chosen < one.captions for one in self.taken)
         return [
             f"{self.phrases:,} different phrases in {self.captions:,} captions; {self.without_phrase:,} captions hold "
@@ -62,7 +62,7 @@ class Selection:
         ]
 
     def figures(self) -> dict[str, Any]:
-        """The counts, and every kept phrase in the order of its turn."""
+        """Return the counts, and every kept phrase in the order of its turn."""
         return {
             "captions": self.captions,
             "phrases": self.phrases,
@@ -74,9 +74,10 @@ class Selection:
 
 
 def select(texts: Sequence[str], find: Finder, rule: Rule) -> Selection:
-    """Which captions the rule keeps. A phrase counts once a caption; phrases as rare as another go by alphabet.
+    """Choose the captions that the rule keeps. A phrase counts once a caption; those as rare as another go by alphabet.
 
-    The draws of a phrase depend on the seed, the phrase and the captions alone. InputError when no phrase is kept.
+    The draws of a phrase depend on the seed, the phrase and the captions alone. Raises InputError when no phrase is
+    kept.
     """
     holders: dict[str, list[int]] = {}
     without = 0
@@ -102,7 +103,7 @@ def select(texts: Sequence[str], find: Finder, rule: Rule) -> Selection:
 
 
 def draw(phrase: str, rows: list[int], pool: set[int], rule: Rule) -> set[int]:
-    """The captions of a phrase that its turn chooses: all of them, or as many as the cap allows."""
+    """Return the captions of a phrase that its turn chooses: all of them, or as many as the cap allows."""
     if len(rows) <= rule.cap:
         return set(rows)
     rng = random.Random(f"{rule.seed}/concept/{phrase}")

@@ -33,7 +33,7 @@ WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]")
 
 
 def builtin_phrases(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The phrases of each text: runs of words between punctuation and the words of BREAKS.
+    """Yield the phrases of each text: runs of words between punctuation and the words of BREAKS.
 
     A run begins anew at an article or a possessive. Without a grammar it knows no verb that is not in the list, so a
     phrase may end with one; for the paper's own counts take spaCy.
@@ -59,7 +59,7 @@ def runs(words: Iterable[str]) -> Iterator[list[str]]:
 
 
 def spacy_phrases(model: str) -> Finder:
-    """A finder that gives spaCy's noun chunks. InputError where spaCy or the model is not installed."""
+    """Return a finder that gives spaCy's noun chunks. Raises InputError where spaCy or the model is not installed."""
     try:
         import spacy
     except ImportError as error:
@@ -84,8 +84,10 @@ def spacy_phrases(model: str) -> Finder:
 
 
 def normalise(phrase: str, *, case: str, articles: str) -> str:
-    """The phrase as it is counted: blanks made one, in lower case unless `case` is keep, leading articles dropped
-    unless `articles` is keep; "" where nothing is left."""
+    """Return the phrase as it is counted, blanks made one; "" where nothing is left.
+
+    It is in lower case unless `case` is keep, and without leading articles unless `articles` is keep.
+    """
     words = phrase.split()
     if case == "lower":
         words = [word.lower() for word in words]

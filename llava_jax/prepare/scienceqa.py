@@ -45,7 +45,7 @@ SUBSETS = ("all", "image", "text")
 
 
 def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all", newlines: str = "keep") -> list[dict]:
-    """The rows of a split of `folder` (problems.json and pid_splits.json), in the order of the split.
+    """Return the rows of a split of `folder` (problems.json and pid_splits.json), in the order of the split.
 
     `subset` takes all problems, or those with an image, or those without; `newlines` are those of lecture and
     solution: kept, or written as backslash and n. Images are named ID/image.png, as ScienceQA's folders have them.
@@ -60,7 +60,7 @@ def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all",
 
 
 def formats(prompt_format: str) -> tuple[str, str]:
-    """The two texts of a format such as QCM-LEA. InputError lists what exists."""
+    """Return the two texts of a format such as QCM-LEA. Raises InputError, which lists what exists, for another one."""
     given, dash, asked = prompt_format.partition("-")
     if given not in INPUTS or asked not in OUTPUTS or not dash:
         raise InputError(
@@ -116,7 +116,7 @@ def check_problem(name: str, given: Any) -> None:
 
 
 def row_of(name: str, problem: dict[str, Any], question: str, answer: str, newlines: str) -> dict:
-    """The row of a problem, by the two texts of its format."""
+    """Return the row of a problem, by the two texts of its format."""
     fields = dict(
         question=problem["question"],
         context=problem["hint"].strip() or "N/A",

@@ -150,7 +150,7 @@ def _table(card: Card) -> list[str]:
 
 
 def _spread(counts: Counter) -> str:
-    """mean (10 % .. 90 %)"""
+    """Return mean (10 % .. 90 %) as text."""
     return f"{mean(counts):.1f} ({quantile(counts, 0.1)}..{quantile(counts, 0.9)})" if counts else "-"
 
 

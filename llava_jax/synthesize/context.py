@@ -39,7 +39,7 @@ class Context:
 
 
 def context_text(context: Context, boxes: bool) -> str:
-    """The symbolic context: the captions, one per line, and with `boxes` a blank line and one line per object."""
+    """Return the symbolic context: the captions, one a line, and with `boxes` a blank line and one line an object."""
     lines = list(context.captions)
     if boxes and context.instances:
         lines.append("")
@@ -48,7 +48,7 @@ def context_text(context: Context, boxes: bool) -> str:
 
 
 def one_line(caption: str) -> str:
-    """The caption with its white space folded: a line break in it would make two of it, or end it early."""
+    """Return the caption with its white space folded: a line break in it would make two of it, or end it early."""
     return " ".join(caption.split())
 
 
@@ -69,7 +69,7 @@ def open_contexts(path: str) -> Iterable[Context]:
 
 
 def context_files(path: str) -> list[str]:
-    """The files that `open_contexts` reads: JSON Lines, or COCO's captions and then its instances."""
+    """Return the files that `open_contexts` reads: JSON Lines, or COCO's captions and then its instances."""
     if os.path.isdir(path):
         found = sorted(glob.glob(os.path.join(glob.escape(path), "captions*.json")))
         if not found:
@@ -207,7 +207,7 @@ class CocoContexts:
 
 
 def _coco_list(path: str, key: str, needed: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    """(its number, element) of each element of one of the file's lists; all have `needed`, a name or number first."""
+    """Yield (number, element) of one of the file's lists; all elements have `needed`, first a name or number."""
     number = -1
     for number, item in enumerate(elements(path, f"{key}.item", "COCO's annotations")):
         missing = [name for name in needed if not isinstance(item, dict) or name not in item]
@@ -228,7 +228,7 @@ def _coco_image(item: dict, path: str) -> _Image:
 
 
 def _coco_box(note: dict, where: str) -> tuple[float, ...]:
-    """(category, x, y, width, height), the latter in pixels."""
+    """Return a box's (category, x, y, width, height), the last four in pixels."""
     box, category = note["bbox"], note["category_id"]
     if not isinstance(category, int) or isinstance(category, bool):
         raise InputError(f"{where}: category_id is {category!r:.60}, expected a number")

@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 def partition(params: Params, stage: str) -> tuple[Params, Params]:
-    """Return (trainable, frozen): the top keys of the stage, and the others. KeyError when a key of it is absent."""
+    """Return (trainable, frozen): the top keys of the stage, and the others. Raises KeyError when one is absent."""
     trainable = {key: params[key] for key in STAGES[stage]}
     return trainable, {key: value for key, value in params.items() if key not in trainable}
 

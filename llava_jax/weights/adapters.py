@@ -95,19 +95,19 @@ def _through(config: ModelConfig, graphdef: nnx.GraphDef, params: Params, x_BTD:
 
 
 def _linears(config: ModelConfig) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of the plain decoder, without weights."""
+    """Return the linear layers of the plain decoder, without weights."""
     plain = dataclasses.replace(config, lora=None, nf4=False)
     return linears(nnx.eval_shape(lambda: Llava(plain, rngs=nnx.Rngs(0))).llm)
 
 
 def _quantised(linear: Linear, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A stacked kernel, one layer at a time, so that only one is there in float32."""
+    """Quantise a stacked kernel, one layer at a time, so that only one is there in float32."""
     return jax.lax.map(lambda one: quantise(one, linear.axes, linear.in_dims), kernel)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _rounded(kernel: jax.Array, axes: tuple[str, ...], in_dims: int) -> jax.Array:
-    """One layer's kernel in float32 as its four bits stand for it."""
+    """Return one layer's kernel in float32 as its four bits stand for it."""
     return dequantise(*quantise(kernel, axes, in_dims), axes, in_dims, jnp.float32)
 
 
@@ -117,7 +117,7 @@ def _get(llm: Params, name: str) -> Params:
 
 
 def _with_kernel(llm: Params, name: str, kernel: Any) -> Params:
-    """The tree with another kernel in one linear layer; None takes it out."""
+    """Return the tree with another kernel in one linear layer; None takes it out."""
     module, layer = name.split("/")
     layers = llm["layers"]
     leaves = {key: leaf for key, leaf in layers[module][layer].items() if key != "kernel"}

@@ -126,7 +126,7 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
 
 
 def _opened(folder: str, companions: Companions) -> tuple[Tensors, str]:
-    """(tensors of a LLaVA folder, the kind of their names)."""
+    """Return (tensors of a LLaVA folder, the kind of their names)."""
     if is_adapter(folder):
         tensors, kind = _opened(peft.base_of(folder, companions.base), Companions(companions.vision))
         return peft.merged(folder, tensors, kind), kind
@@ -151,7 +151,7 @@ def _read(
     dtype: str | Mapping[str, str],
     lazy: bool = False,
 ) -> Params:
-    """The named parts of the model from `tensors`, or one InputError that lists every difference."""
+    """Return the named parts of the model from `tensors`. Raises one InputError, which lists every difference."""
     dtypes = dict.fromkeys(parts, dtype) if isinstance(dtype, str) else dtype
     _, abstract = build(config)
     wanted = {path: leaf.shape for path, leaf in name_table.flatten(abstract).items() if path.split("/")[0] in parts}
@@ -183,7 +183,7 @@ def _read(
 
 
 def _expected(wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> their shape, for every tensor the wanted parameters are made of."""
+    """Return {canonical name: their shape} of every tensor the wanted parameters are made of."""
     expected = {}
     for path, shape in wanted.items():
         row = name_table.ROWS[path]
@@ -221,7 +221,7 @@ def _differences(
 
 
 def _surplus(tensors: Tensors, config: ModelConfig, names: Mapping[str, str], canonical: str) -> str | None:
-    """Why a tensor that has no row may not be there: None when it may, "" when it is simply unknown."""
+    """Return why a tensor that has no row may not be there: None when it may, "" when it is simply unknown."""
     embedding = names.get(name_table.LLM + "embed_tokens.weight")
     if canonical == name_table.HEAD and config.llm.tied and embedding is not None:
         same = np.array_equal(tensors[names[canonical]].get(), tensors[embedding].get())
@@ -234,7 +234,7 @@ def _surplus(tensors: Tensors, config: ModelConfig, names: Mapping[str, str], ca
 
 
 def _grouped(names: list[str]) -> list[str]:
-    """Names with the layers of a stack folded: layers.{0,1,2}.mlp… instead of one entry each."""
+    """Return the names with the layers of a stack folded: layers.{0,1,2}.mlp… instead of one entry each."""
     groups: dict[str, list[str]] = {}
     for name in names:
         match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
@@ -247,7 +247,7 @@ def _grouped(names: list[str]) -> list[str]:
 
 
 def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
-    """Our key in config.json; a foreign folder has none and says it in its chat template and image settings.
+    """Read our key in config.json; a foreign folder has none and says it in its chat template and image settings.
 
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping. A foreign folder's images are turned upright as
     EXIF says; ours without `exif` is of a time when none was.

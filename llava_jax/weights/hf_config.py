@@ -111,7 +111,7 @@ def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
 
 
 def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConfig:
-    """Both spellings: rope_parameters (transformers 5) and rope_theta with rope_scaling (4)."""
+    """Read both spellings: rope_parameters (transformers 5) and rope_theta with rope_scaling (4)."""
     scaling = config_value(values, "rope") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise InputError(f"{where}: rope is {scaling!r}; expected one flat object (no rope per kind of layer)")
@@ -171,9 +171,10 @@ def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
 
 
 def _window(config: Mapping[str, Any], family: str, layers: int, where: str) -> int:
-    """Positions that a position sees in every layer, 0 for all; a window in some of the layers is refused.
+    """Return how many positions a position sees in every layer, 0 for all.
 
-    A null in the file is a choice here: Mistral's class has a window, later checkpoints of it none.
+    A null in the file is a choice here: Mistral's class has a window, later checkpoints of it none. Raises InputError
+    for a window in some of the layers.
     """
     kinds = config.get("layer_types")
     if kinds is not None and set(kinds) != {"full_attention"}:
@@ -445,7 +446,7 @@ def contradictions(folder: str) -> list[str]:
 def read_json(path: str) -> dict[str, Any]:
     """Return the JSON object in a file, with or without a byte order mark.
 
-    InputError names the file when it is missing, a git-lfs pointer, broken or no object.
+    Raises InputError, which names the file, when it is missing, a git-lfs pointer, broken or no object.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -470,14 +471,17 @@ def _says(value: Any) -> bool:
 
 
 def _special_fact(folder: str) -> str:
-    """With added_tokens_decoder, transformers 5 reads tokenizer_config.json alone; without, the older file first."""
+    """Return the name under which PLACES lists the folder's special tokens.
+
+    With added_tokens_decoder, transformers 5 reads tokenizer_config.json alone; without, the older file first.
+    """
     path = os.path.join(folder, "tokenizer_config.json")
     decoder = os.path.isfile(path) and "added_tokens_decoder" in read_json(path)
     return "special tokens next to added_tokens_decoder" if decoder else "special tokens"
 
 
 def _stated(folder: str, fact: str) -> list[tuple[str, Any]]:
-    """The places that hold the fact, in the table's order, with what they hold."""
+    """Return the places that hold the fact, in the table's order, with what they hold."""
     found = []
     for place in PLACES[fact]:
         name, _, keys = place.partition(" ")
@@ -507,7 +511,7 @@ def _special(config: Any) -> dict[str, str]:
 
 
 def _comparable(fact: str, value: Any) -> Any:
-    """A statement in the spelling that all places of its fact are brought to."""
+    """Return a statement in the spelling that all places of its fact are brought to."""
     if fact == "end of an answer":
         return set(value) if isinstance(value, list) else {value}
     if fact == "rope" and isinstance(value, dict):
@@ -522,12 +526,12 @@ def _comparable(fact: str, value: Any) -> Any:
 
 
 def _sides(size: Any) -> Any:
-    """A size by the names of its sides; older files give the shortest as a number."""
+    """Return a size by the names of its sides; older files give the shortest as a number."""
     return {"shortest_edge": size, "height": size, "width": size} if isinstance(size, int) else size
 
 
 def _added(value: Any) -> dict[str, dict[str, Any]]:
-    """{text: its id and flags} of any of the three files that list added tokens."""
+    """Return {text: its id and flags} of any of the three files that list added tokens."""
     if isinstance(value, list):
         return {token["content"]: token for token in value}
     if all(isinstance(each, int) for each in value.values()):
@@ -536,7 +540,7 @@ def _added(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _difference(one: Any, other: Any) -> tuple[str, str] | None:
-    """What the one says and what the other, where they exclude each other; of two lists of ends one may hold more."""
+    """Return what each says where the two exclude each other; of two lists of ends one may hold more."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in sorted(one.keys() & other.keys()):
             found = _difference(one[key], other[key])
@@ -562,13 +566,13 @@ def read_images(folder: str) -> str:
 
 
 def _by_side(size: Any) -> Json:
-    """A size of an image processor by the names of its sides; older ones give the shortest as a number."""
+    """Return a size of an image processor by the names of its sides; older ones give the shortest as a number."""
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     return {side: pixels for side, pixels in size.items() if pixels is not None}
 
 
 def _check_square(given: Json, path: str, size: int) -> None:
-    """InputError unless images end as squares of the tower's `size`, and are resized to nothing else before."""
+    """Raise InputError unless images end as squares of the tower's `size`, and are resized to nothing else before."""
     sides = _by_side(given.get("size"))
     keys = ("size",) if given.get("do_center_crop") is False else ("size", "crop_size")
     for key in keys:
@@ -583,7 +587,7 @@ def _check_square(given: Json, path: str, size: int) -> None:
 
 
 def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
-    """Return the tower with the folder's normalisation and resizing; InputError for what ours cannot do."""
+    """Return the tower with the folder's normalisation and resizing. Raises InputError for what ours cannot do."""
     said, path = folder_value(folder, "image settings")
     given = said or {}
     for key in ("do_resize", "do_rescale", "do_normalize"):

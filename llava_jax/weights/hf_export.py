@@ -52,8 +52,8 @@ def write_llava(
              none (random towers) writes fresh values there, which no LLaVA ever reads
     weights  safetensors, or orbax: our own parameters, whole in host memory while they are written
     force    write also where whole strings are tokenised otherwise than the model was trained
-    Everything is written next to `folder`, read back and compared, and then renamed. InputError when `folder` is
-    already there or the dtype is unknown.
+    Everything is written next to `folder`, read back and compared, and then renamed. Raises InputError when
+    `folder` is already there or the dtype is unknown.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -97,7 +97,7 @@ def finished_folder(folder: str) -> Iterator[str]:
 
 
 def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
-    """The config with the exported image token, and the vocabulary grown where image or pad id lie outside."""
+    """Return the config with the exported image token, the vocabulary grown where image or pad id lie outside."""
     needed = max(tokens.image_id, tokens.pad_id) + 1
     vocab = config.llm.vocab_size
     if needed > vocab:
@@ -174,7 +174,7 @@ def identity(config: ModelConfig, dtype: str) -> Iterator[Piece]:
 
 
 def _beyond_features(config: ModelConfig, source: str, dtype: str) -> Iterator[Piece]:
-    """The tower's last blocks, post-norm and SigLIP's head: never run by LLaVA, but transformers asks for them."""
+    """Yield the tower's last blocks, post-norm and SigLIP's head: never run by LLaVA, but asked for by transformers."""
     width, mlp = config.vision.width, config.vision.mlp_width
     shapes: dict[str, tuple[int, ...]] = {
         name_table.VISION + "post_layernorm.weight": (width,),
@@ -198,7 +198,7 @@ def _beyond_features(config: ModelConfig, source: str, dtype: str) -> Iterator[P
 
 
 def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
-    """SigLIP's attention pooling head (transformers' SiglipMultiheadAttentionPoolingHead)."""
+    """Return the shapes of SigLIP's attention pooling head (transformers' SiglipMultiheadAttentionPoolingHead)."""
     linear = {"attention.out_proj": (width, width), "mlp.fc1": (mlp, width), "mlp.fc2": (width, mlp)}
     shapes: dict[str, tuple[int, ...]] = {"probe": (1, 1, width)}
     shapes |= {"attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
@@ -209,7 +209,7 @@ def _head_shapes(width: int, mlp: int) -> dict[str, tuple[int, ...]]:
 
 
 def _copied(source: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[Piece]:
-    """Those tensors of the source folder; bit-equal where its dtype is the export's."""
+    """Yield those tensors of the source folder; bit-equal where its dtype is the export's."""
     given = hf_config.read_config(source, "a CLIP, SigLIP or LLaVA folder")
     tower = "llava" if given.get("model_type") in ("llava", "llava_next") else "clip"
     kind = "original" if is_original(given) else tower

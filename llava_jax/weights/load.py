@@ -108,7 +108,10 @@ def _spec(settings: Settings, config: ModelConfig, tokenizer: str, vision_folder
 
 
 def _for_run(settings: Settings, config: ModelConfig) -> ModelConfig:
-    """The config as the run computes it; `data.aspect` anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that."""
+    """Return the config as the run computes it.
+
+    `data.aspect` anyres makes any LLaVA a LLaVA-NeXT, and nothing undoes that.
+    """
     config = dataclasses.replace(config, dtype=settings.train.dtype, remat=settings.train.remat)
     if settings.data.aspect != "anyres" and config.pinpoints:
         raise InputError(
@@ -319,8 +322,8 @@ def load_trained(
     """Return (spec, whole model as numpy or `LazyTensor`, settings) of a run, in the dtype it computes in or `dtype`.
 
     Trained parts come from its newest (or given) checkpoint, frozen ones from their source, which must still be what
-    the run saw: InputError otherwise. A `dtype` for each part leaves out those it does not name. Adapters are merged;
-    `check_merge` compares logits before and after.
+    the run saw. A `dtype` for each part leaves out those it does not name. Adapters are merged; `check_merge` compares
+    logits before and after. Raises InputError when a frozen part has changed.
     """
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: no training run in it, expected config.json and checkpoints/ of `train`")
@@ -436,7 +439,7 @@ def fingerprint(source: str) -> str:
 
 
 def _weights(folder: str) -> list[str]:
-    """Weight files of a folder: .safetensors, and others unless the model itself lies in the former."""
+    """Return the weight files of a folder: .safetensors, and others unless the model itself lies in the former."""
     found, own = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))), weight_files(folder)
     if any(path in found for path in own):
         return found

@@ -44,7 +44,7 @@ def save(folder: str, params: Mapping[str, Any], beyond: Mapping[str, np.ndarray
 
 
 def open_tensors(folder: str) -> dict[str, name_table.Stored]:
-    """Return the tensors of such a folder under the hub's names; InputError when it cannot be read."""
+    """Return the tensors of such a folder under the hub's names. Raises InputError when it cannot be read."""
     import orbax.checkpoint as ocp
     import tensorstore
     from etils import epath
@@ -59,7 +59,7 @@ def open_tensors(folder: str) -> dict[str, name_table.Stored]:
         raise _broken(where, error) from error
 
     def get(leaf: Any, row: name_table.Row | None, layer: int | None) -> np.ndarray:
-        """The tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
+        """Return the tensor, read through tensorstore: orbax itself restores a stack of layers only as a whole."""
         try:
             kvstore = store | {"path": leaf.name + "/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()

@@ -81,7 +81,7 @@ def _tower(folder: str, given: Mapping[str, Any], override: str) -> str:
 
 
 def _base(folder: str, given: Mapping[str, Any], override: str) -> str:
-    """The folder that an adapter or a projector alone belongs to, empty where the folder holds its decoder."""
+    """Return the folder that an adapter or a projector alone belongs to, empty where the folder holds its decoder."""
     if os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         return peft.base_of(folder, override)
     if weight_files(folder) or not os.path.isfile(os.path.join(folder, PROJECTOR)):
@@ -185,7 +185,7 @@ def _holds_tower(tensors: Tensors) -> bool:
 
 
 def _with_base(original: Original) -> Tensors:
-    """The base's tensors with an adapter's updates added, and the other trained tensors in their place."""
+    """Return the base's tensors with an adapter's updates added, and the other trained tensors in their place."""
     folder, tensors = original.folder, open_folder(original.base)
     others = os.path.join(folder, OTHERS)
     if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):

@@ -44,7 +44,7 @@ def write_original(
     Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
     Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
     config.json names the tower by; the folder inside by default. `force` writes also where the tokenizer then gives
-    other ids. InputError when `folder` is already there.
+    other ids. Raises InputError when `folder` is already there.
     """
     if config.vision.family != "clip" or extras.aspect not in ASPECT_KEYS:
         raise InputError(

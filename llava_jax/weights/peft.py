@@ -76,7 +76,7 @@ def placed(base: Tensors, trained: Mapping[str, Stored], kind: str) -> Tensors:
 
 
 def _scale(folder: str) -> float:
-    """What B A is multiplied by; InputError for the kinds of adapter that are more than W + scale · B A."""
+    """Return what B A is multiplied by. Raises InputError for the adapters that are more than W + scale · B A."""
     where = os.path.join(folder, ADAPTER_CONFIG)
     given = read_json(where)
     # Others of the last one (pissa, olora, corda …) change the base's own weights.
@@ -94,7 +94,7 @@ def _scale(folder: str) -> float:
 
 
 def _pairs(adapter: Tensors, base: Tensors, kind: str) -> dict[str, tuple[str, str]]:
-    """Tensor of the base -> names of its A and B; InputError lists every one that fits nothing."""
+    """Return {tensor of the base: names of its A and B}. Raises InputError, which lists every one that fits nothing."""
     spelled = {name_table.canonical(name, kind): name for name in base.names()}
     halves: dict[str, dict[str, str]] = {}
     problems = []
@@ -133,8 +133,8 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
     """Write the folder that `peft.PeftModel.from_pretrained(model, folder)` loads onto our exported LLaVA.
 
     `lora` and `projector` are parts of a run with the adapters of `config.lora`; `base` names the model they belong to
-    ("" where it is not one folder). The projector goes along as peft's modules_to_save. InputError when `folder` is
-    already there, or for a LLaVA-NeXT: peft saves modules, and `image_newline` lies in none.
+    ("" where it is not one folder). The projector goes along as peft's modules_to_save. Raises InputError when
+    `folder` is already there, or for a LLaVA-NeXT: peft saves modules, and `image_newline` lies in none.
     """
     if config.pinpoints:
         raise InputError(
@@ -167,7 +167,7 @@ def adapter_json(lora: LoraConfig, base: str) -> dict[str, Any]:
 
 
 def _module(target: str) -> str:
-    """'{}.self_attn.q_proj', with {} for the layer, of 'attn/q'."""
+    """Return a target's module in the hub: '{}.self_attn.q_proj', with {} for the layer, of 'attn/q'."""
     row = name_table.ROWS[f"llm/layers/{target}/kernel"]
     return row.hf.removeprefix(name_table.LLM + "layers.").removesuffix(".weight")
 

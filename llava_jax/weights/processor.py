@@ -105,7 +105,7 @@ def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
 
 
 def _write_images(folder: str, config: ModelConfig, aspect: str) -> None:
-    """The image settings; where images are padded no class is named.
+    """Write the image settings; where images are padded no class is named.
 
     transformers then takes the one of the model type: in version 5 LlavaImageProcessor, which pads, in 4.46
     CLIPImageProcessor, which does not know do_pad and crops. Naming the first would keep 4.46 from loading the folder.
@@ -159,7 +159,7 @@ def _processor_class(config: ModelConfig) -> str:
 
 
 def _write_chat(folder: str, extras: LlavaExtras, tokenizer: TextTokenizer) -> str:
-    """chat_template.jinja (transformers 5) and .json (4); returns the text, which tokenizers of 4 keep themselves."""
+    """Write chat_template.jinja (transformers 5) and .json (4); return the text: tokenizers of 4 keep it themselves."""
 
     def spelled(text: str) -> str:
         token = tokenizer.special_id(text)
@@ -176,7 +176,7 @@ def _write_chat(folder: str, extras: LlavaExtras, tokenizer: TextTokenizer) -> s
 
 
 def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, processor_class: str) -> ExportedTokens:
-    """The source's files as they are, plus `<image>`, a pad token where there is none; nothing cut or filled."""
+    """Copy the source's files as they are, plus `<image>` and a pad token where absent, minus cutting and filling."""
     if eos_id is None:
         raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
     tokenizer = auto_tokenizer(source)
@@ -198,7 +198,7 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
 
 
 def _whole_text(content: Json) -> Json:
-    """A tokenizer.json that neither cuts nor fills what it is given."""
+    """Return a tokenizer.json that neither cuts nor fills what it is given."""
     return content | {key: None for key in ("truncation", "padding") if content.get(key) is not None}
 
 
@@ -215,7 +215,7 @@ def _with_tokens(content: Json, ids: dict[str, int]) -> Json:
 def _edit_companions(
     folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any, eos_id: int, processor_class: str
 ) -> None:
-    """The small files next to tokenizer.json, changed only where they must say the same."""
+    """Write the small files next to tokenizer.json, changed only where they must say the same."""
     path = os.path.join(folder, "tokenizer_config.json")
     config = read_json(path) if os.path.isfile(path) else {}
     config = {key: value for key, value in config.items() if key not in DROPPED}
@@ -280,7 +280,7 @@ def check_ids(folder: str, extras: LlavaExtras, force: bool) -> None:
 
 
 def _write_rules(folder: str, content: Json) -> None:
-    """tokenizer.json, and the same flags of its tokens in tokenizer_config.json, whose word counts."""
+    """Write tokenizer.json, and the same flags of its tokens in tokenizer_config.json, whose word counts."""
     write_json(folder, "tokenizer.json", content)
     config = read_json(os.path.join(folder, "tokenizer_config.json"))
     decoder = config.get("added_tokens_decoder", {})
@@ -305,7 +305,7 @@ def _variants(first: Json, effective: Json) -> Iterator[Json]:
 
 
 def _with_rule(content: Json) -> Json:
-    """The tokenizer with AFTER_IMAGE, which sees `<image>` only when that token is matched in normalised text."""
+    """Return the tokenizer with AFTER_IMAGE, which sees `<image>` only when that is matched in normalised text."""
     content = copy.deepcopy(content)
     before = content.get("normalizer")
     content["normalizer"] = dict(type="Sequence", normalizers=[*([before] if before else []), AFTER_IMAGE])
@@ -316,7 +316,7 @@ def _with_rule(content: Json) -> Json:
 
 
 def _expected(folder: str, extras: LlavaExtras) -> list[tuple[str, list[int]]]:
-    """(whole string, ids piece by piece with images as IMAGE_MARK) of the sample conversations that fit."""
+    """Return (whole string, ids piece by piece with images as IMAGE_MARK) of the sample conversations that fit."""
     rules, tokenizer = find_template(extras.template), load_tokenizer(folder)
     samples = _SAMPLES[1:] if rules.caption_only else _SAMPLES
     found = []
@@ -330,7 +330,7 @@ def _expected(folder: str, extras: LlavaExtras) -> list[tuple[str, list[int]]]:
 
 
 def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | None:
-    """What the folder's tokenizer reads differently, images repeated as its processor does; None when nothing."""
+    """Return what the folder's tokenizer reads differently, images repeated as its processor does; None for nothing."""
     tokenizer = auto_tokenizer(folder)
     image = tokenizer.get_vocab()[IMAGE_PLACEHOLDER]
     for text, ids in expected:
@@ -458,14 +458,14 @@ def chat_template_note(folder: str, name: str) -> str | None:
 
 
 def _ours(template: Template, tokens: dict[str, str]) -> str:
-    """The probe as our template writes it."""
+    """Return the probe as our template writes it."""
     spans = render(_PROBE, template, open_turn=True)
     spelled = {"<s>": tokens["bos_token"] or "<s>", "</s>": tokens["eos_token"] or "</s>"}
     return "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
 
 
 def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
-    """(bos_token and eos_token, Jinja text or None) of a folder."""
+    """Return (bos_token and eos_token, Jinja text or None) of a folder."""
     named = special_tokens(folder)
     tokens = {key: named.get(key, "") for key in ("bos_token", "eos_token")}
     source, _ = folder_value(folder, "chat template")
@@ -475,7 +475,7 @@ def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
 
 
 def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
-    """The probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
+    """Return the probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
     # As transformers compiles them; its `generation` tags only mark spans.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -131,7 +131,7 @@ def _folder(workdir: str, step: int) -> str:
 
 
 def _whole(workdir: str, steps: list[int], part: str | None) -> int | None:
-    """The first of the steps whose checkpoint can be read."""
+    """Return the first of the steps whose checkpoint can be read."""
     for step in steps:
         try:
             _read_params(_folder(workdir, step), part)

@@ -34,7 +34,7 @@ FLOATS = {"F32", "F16", "BF16"}
 
 
 def _open_safetensors(path: str) -> dict[str, Stored]:
-    """The tensors of one .safetensors file; InputError when it is broken.
+    """Open the tensors of one .safetensors file. Raises InputError when it is broken.
 
     Each tensor is mapped by itself, so that the pages of one that was read do not stay in memory.
     """
@@ -109,7 +109,7 @@ def weight_files(folder: str) -> list[str]:
 
 
 def _shards(folder: str) -> list[str]:
-    """The shards of a folder that has lost their index, which only repeats what they hold; all of them, or none."""
+    """Return the shards of a folder that lacks their index, which only repeats what they hold; all of them, or none."""
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         found = sorted(glob.glob(os.path.join(glob.escape(folder), f"{stem}-?????-of-?????.{ending}")))
         if not found:
@@ -124,7 +124,7 @@ def _shards(folder: str) -> list[str]:
 
 
 def _layout(folder: str) -> tuple[str, str]:
-    """(name of the index, name of the only file), the first of them that is there, the other empty."""
+    """Return (name of the index, name of the only file), the first of them that is there, the other empty."""
     for single, index in ((SINGLE, INDEX), (TORCH_SINGLE, TORCH_INDEX)):
         if os.path.isfile(os.path.join(folder, single)):
             return "", single
@@ -157,7 +157,7 @@ def open_folder(folder: str) -> Tensors:
 
 
 def _indexed(folder: str, index: str) -> dict[str, str]:
-    """Tensor name -> path of its shard, as the index says; InputError when shards are absent."""
+    """Return {tensor name: path of its shard}, as the index says. Raises InputError when shards are absent."""
     weight_map = read_json(os.path.join(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{os.path.join(folder, index)}: has no weight_map; download it again")

@@ -84,7 +84,7 @@ class _Refused(Exception):
 def open_torch(path: str) -> dict[str, Stored]:
     """Return the tensors of one .bin file by name; `get` maps the bytes of one tensor and reads nothing else.
 
-    InputError for a file that is no zip archive, holds anything but a dict of tensors, or is cut short.
+    Raises InputError for a file that is no zip archive, holds anything but a dict of tensors, or is cut short.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -120,7 +120,7 @@ def _check_plain(path: str, member: zipfile.ZipInfo) -> None:
 
 
 def _check(path: str, name: str, tensor: _Tensor, member: zipfile.ZipInfo) -> None:
-    """InputError unless the tensor's values lie inside the bytes of its storage."""
+    """Raise InputError unless the tensor's values lie inside the bytes of its storage."""
     storage = tensor.storage
     _check_plain(path, member)
     if member.file_size != storage.size * np.dtype(DTYPES[storage.dtype]).itemsize:
@@ -132,7 +132,7 @@ def _check(path: str, name: str, tensor: _Tensor, member: zipfile.ZipInfo) -> No
 
 
 def _values(path: str, tensor: _Tensor, member: zipfile.ZipInfo) -> np.ndarray:
-    """The tensor, read-only, in the file's pages; they are let go with it."""
+    """Return the tensor, read-only, in the file's pages; they are let go with it."""
     dtype = np.dtype(DTYPES[tensor.storage.dtype])
     if not math.prod(tensor.shape):
         return np.zeros(tensor.shape, dtype)
@@ -149,7 +149,7 @@ def _values(path: str, tensor: _Tensor, member: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _reach(tensor: _Tensor) -> int:
-    """Elements from the tensor's first to its last."""
+    """Count the elements from the tensor's first to its last."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=False))
 
 
@@ -176,7 +176,10 @@ class _Mark:
 
 
 def _read(content: bytes) -> Any:
-    """What the pickle describes: dicts, lists, tuples, numbers, strings and `_Tensor`s; _Refused for anything else."""
+    """Return what the pickle describes: dicts, lists, tuples, numbers, strings and `_Tensor`s.
+
+    Raises _Refused for anything else.
+    """
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
 
@@ -262,7 +265,7 @@ def _storage(given: Any) -> _Storage:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """The one meaning of each name that torch.save calls."""
+    """Return what a call in the pickle gives: the one meaning of each name that torch.save calls."""
     name = function.text if isinstance(function, _Name) else ""
     if name == _ORDERED and arguments == ():
         return {}
