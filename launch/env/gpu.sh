@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Environment of training on NVIDIA GPUs; every process reads it before train starts. None of it has been measured by us:
-# the XLA flags are those of NVIDIA's JAX-Toolbox (docs/GPU_performance.md), and jaxlib 0.10.2 knows every one.
+# the XLA flags are those of NVIDIA's JAX-Toolbox (docs/GPU_performance.md) that jaxlib 0.10.2 and 0.12.0 both know; one
+# that XLA does not know ends the process at its start.
 
 # No GPU is an error, not a run on the CPU; the CPU stays there for what the host computes. Documented by jax.
 export JAX_PLATFORMS=cuda,cpu
@@ -11,10 +12,6 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 flags=(
   # Collectives start early and end late, so that they overlap with the computation.
   --xla_gpu_enable_latency_hiding_scheduler=true
-  # Those of one decoder layer move into the layer before or after it: the layers are a loop.
-  --xla_gpu_enable_pipelined_all_gather=true
-  --xla_gpu_enable_pipelined_reduce_scatter=true
-  --xla_gpu_enable_pipelined_all_reduce=true
   # Two iterations of the layer loop at a time, so that no buffer is copied between them.
   --xla_gpu_enable_while_loop_double_buffering=true
   # All weights (and gradients) of a layer in one message; a layer of 7B is 405 MB in bfloat16.
