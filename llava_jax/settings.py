@@ -95,6 +95,12 @@ def write_settings(path: str, settings: Settings) -> None:
     os.replace(temporary, path)
 
 
+def tower_path(spec: str) -> str:
+    """Return the folder or file of a `model.vision` or `model.llm`: FILE of `random:FILE.json`, "" of `random:NAME`."""
+    name = spec.removeprefix(RANDOM)
+    return "" if spec.startswith(RANDOM) and not name.endswith(".json") else name
+
+
 def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a nested dict as ("a.b", value)."""
     for name, value in values.items():

@@ -199,6 +199,22 @@ def test_other_inputs_under_a_run_are_refused(runs, inputs, name, says, loads):
         (inputs / name).write_bytes(content)
 
 
+def test_a_named_size_has_no_fingerprint_and_a_config_file_is_an_input(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert load.fingerprint("random:tiny") == "" != load.fingerprint("tiny")
+    file = tmp_path / "vision.json"
+    file.write_text((inputs / "vision.json").read_text())
+    settings = change(make_settings(inputs, "pretrain"), "init", model="")
+    settings = change(settings, "model", vision="random:vision.json", llm=f"random:{inputs}/llm/config.json")
+    before = load.model_inputs(load.model_spec(settings))
+    file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    after = load.model_inputs(load.model_spec(settings))
+    assert [name for name in after if after[name] != before[name]] == ["the vision tower's config file"]
+    assert after["the decoder's config file"]["source"] == f"{inputs}/llm/config.json"
+
+
 def test_a_run_reads_another_run(runs, inputs):
     """init.model of a workdir: the run's own parts in the dtype asked for, and its newest checkpoint remembered."""
     ran = runs("finetune")

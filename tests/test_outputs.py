@@ -135,6 +135,18 @@ def test_a_run_from_its_own_config_is_no_conflict(files, capsys):
     assert "names another file" not in refused("train --config=own/config.json --workdir=own".split(), capsys)
 
 
+def test_a_named_size_is_no_file(files, capsys):
+    """`random:tiny` names a size, and a workdir may have the same name."""
+    sizes = "--config.model.vision=random:tiny --config.model.llm=random:vicuna-7b"
+    said = refused(f"train --config=cfg.py:stage=pretrain {sizes} --workdir=tiny".split(), capsys)
+    assert "data.annotations is empty" in said
+    said = refused(f"compile --config=cfg.py:stage=pretrain {sizes} --json=vicuna-7b --slices=0".split(), capsys)
+    assert "--slices=0" in said
+    sizes = sizes.replace("vicuna-7b", "rows.json")
+    said = refused(f"compile --config=cfg.py:stage=pretrain {sizes} --json=rows.json".split(), capsys)
+    assert "--json=rows.json: names another file of this command, too (model.llm=rows.json)" in said
+
+
 def test_a_recipe_of_the_package_is_an_input_as_well(files, capsys):
     recipe = str(find_config("tiny"))
     before = pathlib.Path(recipe).read_bytes()

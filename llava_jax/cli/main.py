@@ -19,7 +19,7 @@ from llava_jax.cli.flags import Named, Parser
 from llava_jax.cli.train import find_config, load_settings
 from llava_jax.data.sources import split_sources
 from llava_jax.io import no_room
-from llava_jax.settings import RANDOM, nearest
+from llava_jax.settings import nearest, tower_path
 from llava_jax.types import InputError
 
 
@@ -334,8 +334,8 @@ def _files_of_run(passed: Sequence[str]) -> list[Named]:
     model, init, data = settings.model, settings.init, settings.data
     named = {
         "--config": find_config(spec.partition(":")[0]),
-        "model.vision": model.vision.removeprefix(RANDOM),
-        "model.llm": model.llm.removeprefix(RANDOM),
+        "model.vision": tower_path(model.vision),
+        "model.llm": tower_path(model.llm),
         "init.model": init.model.rpartition(":")[2],
         "init.projector": init.projector,
         "data.images": data.images,

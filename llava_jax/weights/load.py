@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build, init
 from llava_jax.parallel.placement import place
-from llava_jax.settings import RANDOM, STAGES, lora_targets, nearest, read_settings
+from llava_jax.settings import RANDOM, STAGES, lora_targets, nearest, read_settings, tower_path
 from llava_jax.types import (
     ClipConfig,
     InitSettings,
@@ -386,6 +386,9 @@ def model_inputs(spec: ModelSpec) -> dict[str, dict[str, str]]:
         inputs |= file_inputs("the vision tower's config.json", os.path.join(spec.vision_folder, "config.json"))
         settings = os.path.join(spec.vision_folder, "preprocessor_config.json")
         inputs |= file_inputs("the vision tower's image settings", settings)
+    for part, tower in (("vision tower", spec.model.vision), ("decoder", spec.model.llm)):
+        if not spec.init.model and tower.startswith(RANDOM) and tower_path(tower):
+            inputs |= file_inputs(f"the {part}'s config file", tower_path(tower))
     return inputs
 
 
@@ -421,12 +424,14 @@ def fingerprint(source: str) -> str:
     """Return hash of a SRC: of a workdir's newest checkpoint, or of a folder's weights; '' when there are none.
 
     Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
-    count as part of it.
+    count as part of it; `random:NAME` names none.
     """
-    folder = split(source)[1]
+    folder = split(tower_path(source))[1]
+    if not folder:
+        return ""
     if is_workdir(folder):
         return run_fingerprint(folder)
-    paths = [path for other in hf.weight_folders(folder) for path in _weights(other)] if folder else []
+    paths = [path for other in hf.weight_folders(folder) for path in _weights(other)]
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size = os.path.getsize(path)
