@@ -185,6 +185,22 @@ def test_workdir_of_another_config_is_refused(tmp_path):
     start(tmp_path / "run", change(free, "optim", lr=0.5))
 
 
+@pytest.mark.parametrize("changes", [dict(accumulate=2), dict(fsdp=1)], ids=str)
+def test_how_a_batch_is_split_is_free_where_no_number_depends_on_it(tmp_path, changes):
+    """The dropout of adapters draws by a token's place in the microbatch."""
+    for stage, dropout, free in (("finetune", 0.1, True), ("lora", 0.0, True), ("lora", 0.1, False)):
+        settings = make_settings(tmp_path, stage, lora__dropout=dropout)
+        workdir = tmp_path / f"{stage}-{dropout}"
+        start(workdir, settings)
+        write(workdir, [2])
+        other = change(settings, "train" if "accumulate" in changes else "mesh", **changes)
+        if free:
+            C.check_workdir(str(workdir), other)
+            continue
+        with pytest.raises(InputError, match=f"{next(iter(changes))}: .* there, {next(iter(changes.values()))} asked"):
+            C.check_workdir(str(workdir), other)
+
+
 def test_a_relative_path_is_the_same_config(tmp_path, monkeypatch):
     settings = make_settings(tmp_path, "pretrain")
     start(tmp_path / "run", settings)

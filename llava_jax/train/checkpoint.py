@@ -150,7 +150,7 @@ def _set_aside(workdir: str, step: int) -> None:
 LOCK = ".lock"
 # What may change when a run is resumed: none of it enters the numbers.
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
-# Nor does the way a batch is split over devices, where neither the loss nor the order of rows depends on it.
+# Nor does the way a batch is split, where neither the loss nor the order of rows nor dropout depends on it.
 MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")
 
 
@@ -205,8 +205,7 @@ def check_workdir(workdir: str, settings: Settings) -> None:
     if steps:
         old = dict(flatten(dataclasses.asdict(there)))
         new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))
-        mesh_free = settings.train.loss_norm == "global_token" and settings.data.group_by == "none"
-        free = FREE_KEYS + MESH_KEYS if mesh_free else FREE_KEYS
+        free = FREE_KEYS + MESH_KEYS if _split_is_free(settings) else FREE_KEYS
         differ = [key for key in new if new[key] != old[key] and key not in free]
         if differ:
             first = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
@@ -214,6 +213,12 @@ def check_workdir(workdir: str, settings: Settings) -> None:
                 f"--workdir={workdir} holds a run of another config ({first}): expected the same config, "
                 "choose another workdir or give the values of its config.json"
             )
+
+
+def _split_is_free(settings: Settings) -> bool:
+    """Return whether the numbers stay the same when a batch is split in another way; dropout draws by place in it."""
+    dropout = settings.stage == "lora" and settings.lora.dropout > 0
+    return settings.train.loss_norm == "global_token" and settings.data.group_by == "none" and not dropout
 
 
 def absolute_paths(settings: Settings) -> Settings:
