@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from llava_jax.io import read_json
 from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, WEIGHT_NAMES, DataSettings, InputError, Settings
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
@@ -75,15 +76,12 @@ def settings_from_dict(values: dict) -> Settings:
 
 
 def read_settings(path: str) -> Settings:
-    """Return Settings from a config.json as `write_settings` leaves it."""
+    """Return Settings from a config.json as `write_settings` leaves it. Raises InputError, which names the file."""
+    values = read_json(path, "the config.json of a training run")
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: expected the config.json of a training run, {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error}), restore it or choose another workdir") from error
-    return settings_from_dict(values)
+        return settings_from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_settings(path: str, settings: Settings) -> None:

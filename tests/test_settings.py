@@ -1,6 +1,8 @@
 """Settings: every wrong value is refused with one line that names the key."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 
@@ -90,13 +92,25 @@ def test_groups_keep_their_order():
     assert [(pattern.pattern, lr) for pattern, lr in groups] == [("llm/layers/.*/q", 1e-4), ("projector", 2e-5)]
 
 
-@pytest.mark.parametrize("text", ["{", "", "[1]"])
-def test_broken_config_json_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "not JSON (Expecting property name"),
+        ("", "not JSON (Expecting value"),
+        ("[1]", "config key config: expected a group of keys, got [1]"),
+        ('{"stage": "finetune", "sed": 1}', "unknown config key sed: did you mean seed?"),
+        (json.dumps(values(train__keep=0)), "config key train.keep: expected a number in [1, inf), got 0"),
+    ],
+)
+def test_broken_config_json_is_named(tmp_path, text, says):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=re.escape(f"{path}: {says}")):
         S.read_settings(str(path))
-    with pytest.raises(InputError, match="missing.json"):
+
+
+def test_missing_config_json_is_named(tmp_path):
+    with pytest.raises(InputError, match="missing.json: no such file; expected the config.json of a training run"):
         S.read_settings(str(tmp_path / "missing.json"))
 
 
