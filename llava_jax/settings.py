@@ -46,6 +46,8 @@ RANGES = {
     **dict.fromkeys(("optim.b1", "optim.b2", "lora.dropout"), (0, 1, True, False)),
     **dict.fromkeys(("optim.lr", "optim.eps", "lora.alpha"), (0, math.inf, False, False)),
 }
+# Keys that came after runs had been written, and what those runs did. Every config names every key.
+EARLIER_RUNS = {"data.exif": "ignore", "mesh.fsdp_inner": 1}
 # data.annotations alone may lie elsewhere.
 FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images")
 
@@ -78,6 +80,11 @@ def settings_from_dict(values: dict) -> Settings:
 def read_settings(path: str) -> Settings:
     """Return Settings from a config.json as `write_settings` leaves it. Raises InputError, which names the file."""
     values = read_json(path, "the config.json of a training run")
+    for key, value in EARLIER_RUNS.items():
+        group, name = key.split(".")
+        keys = values.get(group) if isinstance(values, dict) else None
+        if isinstance(keys, dict):
+            keys.setdefault(name, value)
     try:
         return settings_from_dict(values)
     except InputError as error:
@@ -143,13 +150,10 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in hints:
             raise InputError(f"unknown config key {prefix}{name}{nearest(name, tuple(hints))}")
-    # A field with a default came after runs had been written: its default is what they did.
-    later = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-    missing = [name for name in hints if name not in values and name not in later]
+    missing = [name for name in hints if name not in values]
     if missing:
         raise InputError(f"config key {prefix}{missing[0]} is absent: every key must be given")
-    given = {name: kind for name, kind in hints.items() if name in values}
-    return cls(**{name: _convert(kind, values[name], f"{prefix}{name}") for name, kind in given.items()})
+    return cls(**{name: _convert(kind, values[name], f"{prefix}{name}") for name, kind in hints.items()})
 
 
 def _convert(kind: type, value: Any, key: str) -> Any:

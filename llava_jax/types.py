@@ -357,12 +357,12 @@ class DataSettings:
     """Images (with `data.aspect=anyres`: tiles) in a packed row; 0 takes what is needed."""
     workers: int
     """Threads that read rows, decode images and make batches; 0 and 1 both mean one."""
-    exif: str = "ignore"
+    exif: str
     """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original."""
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.
-UNPACKED: dict[str, Any] = dict(group_by="none", pack=False, pack_length=0, pack_images=0, workers=0)
+UNPACKED: dict[str, Any] = dict(group_by="none", pack=False, pack_length=0, pack_images=0, workers=0, exif="apply")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,17 +74,20 @@ def test_wrong_values_are_named(change, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_absent_key_is_named():
-    tree = values()
-    del tree["train"]["keep"]
-    with pytest.raises(InputError, match="config key train.keep is absent"):
+@pytest.mark.parametrize("key", ["train.keep", "data.exif", "mesh.fsdp_inner"])
+def test_absent_key_is_named(key):
+    tree, (group, name) = values(), key.split(".")
+    del tree[group][name]
+    with pytest.raises(InputError, match=f"config key {key} is absent"):
         S.settings_from_dict(tree)
 
 
-def test_a_run_from_before_a_key_did_what_its_default_says():
+def test_a_run_from_before_a_key_did_what_was_done_then(tmp_path):
     tree = values()
-    assert tree["data"].pop("exif") == "apply"
-    assert S.settings_from_dict(tree).data.exif == "ignore"
+    assert tree["data"].pop("exif") == "apply" and tree["mesh"].pop("fsdp_inner") == 1
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    run = S.read_settings(str(tmp_path / "config.json"))
+    assert (run.data.exif, run.mesh.fsdp_inner) == ("ignore", 1)
 
 
 def test_groups_keep_their_order():
