@@ -67,6 +67,16 @@ def test_two_images_in_one_row_and_a_row_without(model):
     np.testing.assert_allclose(logits[1:], model(tokens[1:], None), atol=1e-6)
 
 
+def test_a_slot_is_skipped_by_the_mask_and_not_by_its_pixels(model):
+    """An image may be the mean colour everywhere, which is zeros once normalised."""
+    pixels = jnp.zeros((2, 2, 16, 16, 3))
+    seen = model.projector(model.vision(pixels[0]))
+    np.testing.assert_allclose(model.image_features(pixels)[0].reshape(seen.shape), seen, atol=1e-6)
+    skipped = model.image_features(pixels, jnp.array([[True, False], [False, False]]))[0].reshape(seen.shape)
+    np.testing.assert_allclose(skipped[0], seen[0], atol=1e-6)
+    np.testing.assert_array_equal(skipped[1], model.projector(jnp.zeros_like(model.vision(pixels[0])))[1])
+
+
 def test_segments_in_one_row_equal_rows_of_their_own(model):
     first, second = tokens_with_images("tit"), tokens_with_images("itt")
     pixels = jax.random.normal(jax.random.key(1), (1, 2, 16, 16, 3))

@@ -33,7 +33,7 @@ class Toy(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.vision, self.projector, self.llm = Part(3, D, rngs=rngs), Part(D, D, rngs=rngs), Words(V, D, rngs=rngs)
 
-    def hidden(self, tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, feature_index_BT):
+    def hidden(self, tokens_BT, pixels_BNXYC, segment_ids_BT, positions_BT, feature_index_BT, image_mask_BN):
         assert segment_ids_BT is None and feature_index_BT is None
         seen_BD = pixels_BNXYC.mean((1, 2, 3)) @ self.vision.kernel.astype(jnp.float32) @ self.projector.kernel
         return self.llm.kernel[...][tokens_BT] + seen_BD[:, None]

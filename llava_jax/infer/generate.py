@@ -57,6 +57,7 @@ class Inputs(NamedTuple):
     tokens_BT: Any
     length_B: Any
     pixels_BNXYC: Any
+    image_mask_BN: Any
     hash_B: Any
     feature_index_BT: Any = None
 
@@ -104,6 +105,7 @@ def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
     images = max(len(prompt.pixels) for prompt in prompts)
     shape = (rows, row_bucket(images), *prompts[0].pixels.shape[1:])
     pixels_BNXYC = np.zeros(shape, np.float32) if images else None
+    image_mask_BN = np.zeros(shape[:2], bool) if images else None
     feature_index_BT = None if prompts[0].take is None else np.zeros_like(tokens_BT)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
@@ -111,9 +113,10 @@ def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
         if feature_index_BT is not None:
             feature_index_BT[row, : len(prompt.tokens)] = prompt.take
         hash_B[row] = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
-        if pixels_BNXYC is not None:
+        if pixels_BNXYC is not None and image_mask_BN is not None:
             pixels_BNXYC[row, : len(prompt.pixels)] = prompt.pixels
-    return Inputs(tokens_BT, length_B, pixels_BNXYC, hash_B, feature_index_BT)
+            image_mask_BN[row, : len(prompt.pixels)] = True
+    return Inputs(tokens_BT, length_B, pixels_BNXYC, image_mask_BN, hash_B, feature_index_BT)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "size"))
@@ -127,8 +130,10 @@ def prefill(
     # A filling row counts as one token long: attention over nothing would be NaN.
     length_B = jnp.maximum(inputs.length_B, 1)
     segment_ids_BT = (positions_BT < length_B[:, None]).astype(jnp.int32)
-    features = None if inputs.pixels_BNXYC is None else model.image_features(inputs.pixels_BNXYC)
-    x_BTD = model.embed_and_merge(inputs.tokens_BT, features, inputs.feature_index_BT)
+    features_BPD = None
+    if inputs.pixels_BNXYC is not None:
+        features_BPD = model.image_features(inputs.pixels_BNXYC, inputs.image_mask_BN)
+    x_BTD = model.embed_and_merge(inputs.tokens_BT, features_BPD, inputs.feature_index_BT)
     cache = empty_cache(config.llm, B, size, config.dtype)
     hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, cache)
     last_B1D = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)

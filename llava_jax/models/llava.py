@@ -81,8 +81,8 @@ class Llava(nnx.Module):
         if config.lora is not None or config.nf4:
             adapt(self.llm, config, rngs=rngs)
 
-    def image_features(self, pixels_BNXYC: jax.Array) -> jax.Array:
-        """Return projected features [B, N*P, D] of N image slots a row; pixels are zeros in empty slots.
+    def image_features(self, pixels_BNXYC: jax.Array, image_mask_BN: jax.Array | None = None) -> jax.Array:
+        """Return projected features [B, N*P, D] of N image slots a row; those of `image_mask_BN` (None: all) are used.
 
         Slots go through the tower one after the other, each for all rows at once; a slot that no row uses is skipped.
         """
@@ -90,12 +90,15 @@ class Llava(nnx.Module):
         def encode(pixels_BXYC: jax.Array) -> jax.Array:
             return self.vision(constrain(pixels_BXYC.astype(self.config.dtype), "batch", "patch", "patch", "patch"))
 
-        def encode_slot(_: None, pixels_BXYC: jax.Array) -> tuple[None, jax.Array]:
+        def encode_slot(_: None, slot: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+            pixels_BXYC, is_used_B = slot
             like = jax.eval_shape(encode, pixels_BXYC)
             blank = lambda pixels: jnp.zeros(like.shape, like.dtype)  # noqa: E731
-            return None, jax.lax.cond(jnp.any(pixels_BXYC != 0), encode, blank, pixels_BXYC)
+            return None, jax.lax.cond(jnp.any(is_used_B), encode, blank, pixels_BXYC)
 
-        _, features_NBPE = jax.lax.scan(encode_slot, None, pixels_BNXYC.swapaxes(0, 1))
+        if image_mask_BN is None:
+            image_mask_BN = jnp.ones(pixels_BNXYC.shape[:2], bool)
+        _, features_NBPE = jax.lax.scan(encode_slot, None, (pixels_BNXYC.swapaxes(0, 1), image_mask_BN.T))
         B, E = features_NBPE.shape[1], features_NBPE.shape[3]
         features_BPE = features_NBPE.swapaxes(0, 1).reshape(B, -1, E)
         features_BPD = self.projector(constrain(features_BPE, "batch", "position", "activation"))
@@ -123,12 +126,13 @@ class Llava(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         feature_index_BT: jax.Array | None = None,
+        image_mask_BN: jax.Array | None = None,
     ) -> jax.Array:
-        """Return decoder states [B, T, D] before the head; positions default to 0..T-1."""
+        """Return decoder states [B, T, D] before the head; positions default to 0..T-1, images to every slot."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         has_images = pixels_BNXYC is not None and pixels_BNXYC.shape[1] > 0
-        features_BPD = self.image_features(pixels_BNXYC) if has_images else None
+        features_BPD = self.image_features(pixels_BNXYC, image_mask_BN) if has_images else None
         return self.llm(self.embed_and_merge(tokens_BT, features_BPD, feature_index_BT), positions_BT, segment_ids_BT)
 
     def __call__(self, tokens_BT: jax.Array, *others: jax.Array | None) -> jax.Array:

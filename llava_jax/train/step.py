@@ -81,6 +81,7 @@ def loss_terms(
         batch.segment_ids_BT if config.packed else None,
         batch.positions_BT,
         batch.feature_index_BT,
+        batch.image_mask_BN,
     )
     labels_BT, counted_BT = next_token(batch.tokens_BT, batch.targets_BT, batch.segment_ids_BT)
     targets = counted_BT.sum(dtype=jnp.int32)
@@ -163,8 +164,7 @@ def train_step(
       padding).
     """
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-    seen_BNXYC = normalised(batch.pixels_BNXYC, batch.image_mask_BN, pixels)
-    seen = batch._replace(pixels_BNXYC=seen_BNXYC, image_mask_BN=None)
+    seen = batch._replace(pixels_BNXYC=normalised(batch.pixels_BNXYC, batch.image_mask_BN, pixels))
     loss, grads, targets = loss_and_grads(state.params, frozen, seen, config, key)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
