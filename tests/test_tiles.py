@@ -306,6 +306,25 @@ def test_a_sideways_photograph_is_checked_cut_and_counted_as_it_is_shown(inputs,
             np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_grids_are_read_where_the_folder_states_them(inputs, tmp_path, name):
+    folder = tmp_path / "next"
+    shutil.copytree(inputs / "next", folder)
+    for other in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        given = json.loads((folder / other).read_text())
+        for each in (given, given.get("image_processor", {})):
+            each.pop("image_grid_pinpoints", None)
+        grids = {"image_grid_pinpoints": [[16, 48]]}
+        if other == name:
+            given |= grids if name == "preprocessor_config.json" else {"image_processor": grids}
+        (folder / other).write_text(json.dumps(given))
+    assert hf.read_llava_config(str(folder))[0].pinpoints == ((16, 48),)
+    path = folder / name
+    path.write_text(path.read_text().replace("48", "47"))
+    with pytest.raises(InputError, match=f"{name}: image_grid_pinpoints is .*multiple of the vision tower's 16 pixels"):
+        hf.read_llava_config(str(folder))
+
+
 def test_a_folder_says_whether_exif_is_applied(inputs, tmp_path):
     def said(**ours):
         given = json.loads((inputs / "next" / "config.json").read_text())

@@ -80,7 +80,7 @@ def read_llava_config(folder: str, companions: Companions = HERE) -> tuple[Model
     given = hf_config.read_config(folder, "a LlavaForConditionalGeneration folder (config.json and safetensors)")
     if not is_original(given):
         _only_for_originals(folder, companions)
-        config = hf_config.llava_config(given, where)
+        config = hf_config.with_grids(hf_config.llava_config(given, where), folder)
         config = dataclasses.replace(config, vision=with_pixels(config.vision, folder))
         return config, _extras(given, folder, where)
     found = original.open_original(folder, companions)

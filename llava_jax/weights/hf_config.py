@@ -245,6 +245,14 @@ def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, in
     return tuple((height, width) for height, width in given)
 
 
+def with_grids(config: ModelConfig, folder: str) -> ModelConfig:
+    """Return a LLaVA-NeXT with the grids that its folder states, in whichever file; other models as they are."""
+    given, path = folder_value(folder, "image grids")
+    if not config.pinpoints or given is None:
+        return config
+    return dataclasses.replace(config, pinpoints=pinpoints(given, config.vision, path))
+
+
 def select_strategy(vision: ClipConfig) -> str:
     """Return LLaVA's vision_feature_select_strategy that leaves the patches: default drops the class token."""
     return "default" if vision.class_tokens else "full"
@@ -371,11 +379,6 @@ PLACES: dict[str, tuple[str, ...]] = {
         "config.json image_grid_pinpoints",
         "processor_config.json image_processor.image_grid_pinpoints",
         "preprocessor_config.json image_grid_pinpoints",
-    ),
-    "patch size": ("config.json vision_config.patch_size", "processor_config.json patch_size"),
-    "image features": (
-        "config.json vision_feature_select_strategy",
-        "processor_config.json vision_feature_select_strategy",
     ),
     "chat template": (
         "processor_config.json chat_template",
