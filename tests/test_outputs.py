@@ -147,6 +147,22 @@ def test_a_named_size_is_no_file(files, capsys):
     assert "--json=rows.json: names another file of this command, too (model.llm=rows.json)" in said
 
 
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("train --workdir=w", "data.annotations is empty"),
+        ("prepare verify --dump=d.jsonl", "data.annotations is empty"),
+        ("compile --json=new --slices=0", "--slices=0"),
+    ],
+)
+def test_a_config_file_runs_once(line, says, files, capsys):
+    with (files / "cfg.py").open("a") as config:
+        config.write("\nopen('ran', 'a').write('once ')\n")
+    sizes = "--config.model.vision=random:tiny --config.model.llm=random:tiny"
+    assert says in refused(f"{line} {FINETUNE} {sizes}".split(), capsys)
+    assert (files / "ran").read_text() == "once "
+
+
 def test_a_recipe_of_the_package_is_an_input_as_well(files, capsys):
     recipe = str(find_config("tiny"))
     before = pathlib.Path(recipe).read_bytes()

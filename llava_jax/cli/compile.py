@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli.flags import announce, check_output
-from llava_jax.cli.train import load_settings
 from llava_jax.io import replacing, write_json
 from llava_jax.types import InputError, Settings
 
@@ -51,7 +50,7 @@ def compile_flags(parser: argparse.ArgumentParser) -> None:
 def compile_(args: argparse.Namespace) -> int:
     """Return exit code 1 when the step does not fit (with --sweep: when none does)."""
     check_flags(args)
-    settings, rows = unpacked_without_lengths(load_settings(args.passed), args.tokens_per_row)
+    settings, rows = unpacked_without_lengths(args.settings(), args.tokens_per_row)
     if args.topology:
         os.environ.update(ENVIRONMENT)
     # Only now: jax reads the environment when it is imported.

@@ -5,7 +5,6 @@ import math
 import os
 
 from llava_jax.cli.flags import announce, check_least
-from llava_jax.cli.train import load_settings
 from llava_jax.data.sources import FORMS, is_dataset
 from llava_jax.types import UNPACKED, ClipConfig, DataSettings, InputError, ModelConfig
 
@@ -74,7 +73,7 @@ def model_of_run(args: argparse.Namespace) -> Model:
     given = [f"--{name}" for name in SINGLE if getattr(args, name) is not None]
     if given:
         raise InputError(f"{' and '.join(given)} next to --config: give the --config.KEY=VALUE that `train` gets")
-    settings = load_settings(args.passed)
+    settings = args.settings()
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
     from llava_jax.data.packing import check_batch_size

@@ -6,6 +6,7 @@ answers at once.
 
 import argparse
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -241,9 +242,10 @@ def run(argv: Sequence[str]) -> int:
     passed, ours = split_passed(rest, command.passes) if command.passes else ([], rest)
     args = parser.parse(ours, [command.passes] if command.passes else [])
     args.passed = passed
+    args.settings = functools.cache(lambda: load_settings(passed))  # a config file runs once
     read, written = command.files(args)
     outputs = named(args, command.writes)
-    check_paths(named(args, command.reads) + read, outputs + written, passed)
+    check_paths(named(args, command.reads) + read, outputs + written, args)
     try:
         return command.run(args)
     except WRITE_ERRORS as error:
@@ -307,30 +309,30 @@ def named(args: argparse.Namespace, flags: Sequence[str]) -> list[Named]:
     return found
 
 
-def check_paths(inputs: Sequence[Named], outputs: Sequence[Named], passed: Sequence[str]) -> None:
+def check_paths(inputs: Sequence[Named], outputs: Sequence[Named], args: argparse.Namespace) -> None:
     """Raise InputError for a bucket, and for a file to be written that the command also reads, or writes twice.
 
     Links are followed, and files that have two names are known by either. Of a folder that is read every file counts
     that is not JSON Lines; what an output folder may hold is the command's own business. The config file and folders
-    that the `--config` words in `passed` name are inputs as well.
+    that the `--config` words of `args` name are inputs as well.
     """
     for path in (*inputs, *outputs):
         if ADDRESS.fullmatch(path.path) and path.flag != f"--{FROM_ANYWHERE}":
             raise InputError(f"{path}: buckets are not read or written; give a folder of this machine")
     files = [output for output in outputs if not os.path.isdir(output.path)]
-    read = [*inputs, *(_files_of_run(passed) if files else ())]
+    read = [*inputs, *(_files_of_run(args) if files else ())]
     for index, output in enumerate(files):
         for other in [*read, *files[:index]]:
             if _same(output.path, other.path):
                 raise InputError(f"{output}: names another file of this command, too ({other}); give another name")
 
 
-def _files_of_run(passed: Sequence[str]) -> list[Named]:
+def _files_of_run(args: argparse.Namespace) -> list[Named]:
     """Return the config file and what it names."""
-    if not passed:
+    if not args.passed:
         return []
-    settings = load_settings(passed)
-    spec = next(word for word in passed if word.startswith("--config=")).removeprefix("--config=")
+    settings = args.settings()
+    spec = next(word for word in args.passed if word.startswith("--config=")).removeprefix("--config=")
     model, init, data = settings.model, settings.init, settings.data
     named = {
         "--config": find_config(spec.partition(":")[0]),

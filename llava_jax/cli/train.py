@@ -38,7 +38,7 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    settings = load_settings(args.passed)
+    settings = args.settings()
     from llava_jax.parallel import distributed
     from llava_jax.train import loop, setup
 
@@ -79,20 +79,23 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
         raise InputError(f"--config={path}:{arg}: {no}; give --config={path}")
     spec = f"{path}{colon}{arg}"
     overrides = [word for word in passed if word.startswith("--config.")]
-    check_overrides(run_config(spec), overrides)
-    return run_config(spec, overrides)
+    config = run_config(spec)
+    check_overrides(config, overrides)
+    values, argv = flags.FlagValues(), ["train", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, lock_config=True, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, *CONFIG_ERRORS) as error:
+        raise InputError(f"config {spec}: {last_line(error)}") from error
+    return values.config
 
 
-def run_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Return the config of a file through config_flags, in flags of its own. Raises InputError for what that raises."""
-    values = flags.FlagValues()
+def run_config(spec: str) -> ConfigDict:
+    """Return the config of a file, which runs here once. Raises InputError for what it raises."""
     if spec.endswith(".json"):
-        argv = ["train", *overrides]
-        saved = ConfigDict(dataclasses.asdict(read_settings(spec)))
-        config_flags.DEFINE_config_dict("config", saved, lock_config=True, flag_values=values, sys_argv=argv)
-    else:
-        argv = ["train", f"--config={spec}", *overrides]
-        config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+        return ConfigDict(dataclasses.asdict(read_settings(spec)))
+    values, argv = flags.FlagValues(), ["train", f"--config={spec}"]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     try:
         with importing_beside(spec.split(":", 1)[0]):
             values(argv)
