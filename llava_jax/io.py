@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 import ijson
+from safetensors import SafetensorError
 
 from llava_jax.types import InputError
 
 # A full disk, a quota, a file system that holds no file of that size: so say the libraries that write, too.
 NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+# What Python, tensorstore and safetensors raise where a disk is full.
+WRITE_ERRORS = (OSError, ValueError, SafetensorError)
 PIECE, SCANNED = 1 << 16, 1 << 24  # bytes that are parsed, and looked through, at a time
 BOM = codecs.BOM_UTF8
 # A surrogate's escape without its other half, of which ijson's parser in C makes a question mark.

@@ -1,9 +1,12 @@
 """Checkpoints: exact, strict about shapes and dtypes, and able to step over a damaged one."""
 
+import errno
 import os
 import pathlib
 from typing import Any, NamedTuple
+from unittest import mock
 
+import absl.logging
 import grain
 import jax
 import jax.numpy as jnp
@@ -165,6 +168,22 @@ def test_a_save_that_orbax_refuses_is_an_error(tmp_path):
     write(tmp_path, [3])
     with C.open_manager(str(tmp_path), 5) as manager, pytest.raises(RuntimeError, match="step 2"):
         C.save(manager, make_state(2), numbers(), {})
+
+
+def test_only_a_save_is_blamed_for_a_full_disk(tmp_path):
+    """The metrics are written while the manager is open; and the log of the run stays what it was."""
+    verbosity = absl.logging.get_verbosity()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left") as error, C.open_manager(str(tmp_path), 5) as manager:
+        assert absl.logging.get_verbosity() == verbosity
+        with (
+            pytest.raises(InputError, match=f"{tmp_path}/checkpoints: cannot be written"),
+            pytest.MonkeyPatch.context() as p,
+        ):
+            p.setattr(manager, "save", mock.Mock(side_effect=full))
+            C.save(manager, make_state(2), numbers(), {})
+        raise full
+    assert error.value is full
 
 
 def start(workdir: pathlib.Path, settings: Settings) -> None:

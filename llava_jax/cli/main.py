@@ -13,13 +13,11 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from safetensors import SafetensorError
-
 from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
 from llava_jax.cli.flags import Named, Parser
 from llava_jax.cli.train import find_config, load_settings
 from llava_jax.data.sources import split_sources
-from llava_jax.io import no_room
+from llava_jax.io import WRITE_ERRORS, no_room
 from llava_jax.settings import nearest, tower_path
 from llava_jax.types import InputError
 
@@ -183,8 +181,6 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 SHOWN = "backslashreplace"
-# What Python, tensorstore and safetensors raise where a disk is full.
-WRITE_ERRORS = (OSError, ValueError, SafetensorError)
 HELP = ("--help", "-h", "help")
 
 

@@ -13,7 +13,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import grain
@@ -38,24 +38,21 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
     Raises InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
     """
     folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    with enough_room(folder):
-        manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
-        try:
-            yield manager
-        finally:
-            # Without the wait the last asynchronous save is lost even on a normal exit.
-            try:
-                manager.wait_until_finished()
-            finally:
-                manager.close()
+    manager = ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    )
+    try:
+        yield manager
+    finally:
+        # Without the wait the last asynchronous save is lost even on a normal exit.
+        with enough_room(folder), closing(manager):
+            manager.wait_until_finished()
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator, meta: dict) -> None:
@@ -68,8 +65,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetI
         data=ocp.args.JsonSave(data.get_state()),
         meta=ocp.args.JsonSave(meta),
     )
-    if not manager.save(step, args=args):
-        raise RuntimeError(f"orbax refused to save step {step} next to steps {manager.all_steps()}")
+    with enough_room(os.fspath(manager.directory)):  # also where the save before this one finds it full
+        if not manager.save(step, args=args):
+            raise RuntimeError(f"orbax refused to save step {step} next to steps {manager.all_steps()}")
 
 
 def restore(

@@ -10,7 +10,6 @@ import glob
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -19,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llava_jax.io import LFS_POINTER, is_lfs_pointer
+from llava_jax.io import LFS_POINTER, WRITE_ERRORS, is_lfs_pointer, no_room
 from llava_jax.types import InputError
 from llava_jax.weights import orbax_model
 from llava_jax.weights.hf_config import PLACES, read_json, write_json
@@ -177,9 +176,6 @@ def _indexed(folder: str, index: str) -> dict[str, str]:
 
 # ---- writing ----------------------------------------------------------------------------------------------------
 
-# How safetensors, tensorstore and Python all say it.
-_FULL = re.compile("No space left on device|File too large|Disk quota exceeded")
-
 
 @contextlib.contextmanager
 def enough_room(path: str) -> Iterator[None]:
@@ -189,11 +185,10 @@ def enough_room(path: str) -> Iterator[None]:
     absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = _FULL.search(str(error))
-        if reason is None:
+    except WRITE_ERRORS as error:
+        if not no_room(error):
             raise
-        raise InputError(f"{path}: cannot be written ({reason[0]}); make room, run again") from error
+        raise InputError(f"{path}: cannot be written ({no_room(error)}); make room, run again") from error
     finally:
         absl.logging.set_verbosity(verbosity)
 
