@@ -41,13 +41,15 @@ class Sizes:
         "data.max_length=72",
         "data.pack=False",
         "optim.lr=1e-2",
+        "optim.b2=0.98",
         "train.checkpoint_every=200",
     )
     finetune: tuple[str, ...] = (
-        "train.steps=800",
-        "train.batch_size=16",
+        "train.steps=900",
+        "train.batch_size=8",
         "data.max_length=128",
         "optim.lr=1e-3",
+        "optim.b2=0.98",
         "optim.groups=projector=3e-3",
         "train.checkpoint_every=250",
     )
