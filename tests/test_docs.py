@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 def blocks(text: str) -> list[str]:
     """The fenced code blocks."""
-    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def command_lines(path: pathlib.Path) -> list[str]:
@@ -83,20 +83,31 @@ def test_config_keys_in_the_text_exist():
     assert [(page, key) for page, key in sorted(named) if key not in known] == []
 
 
-def test_files_in_the_text_exist():
-    """Notes are left out: they tell of code that is gone."""
-    tops = "|".join(path.name for path in [*ROOT.iterdir(), *(ROOT / "llava_jax").iterdir()] if path.is_dir())
-    named = {
-        (path.name, file)
-        for path in PAGES
-        if "notes" not in path.parts
-        for file in re.findall(rf"`((?:{tops})/[\w./]+\.(?:py|sh|sbatch|yaml))`", path.read_text(encoding="utf-8"))
-    }
-    assert named
+TOPS = "|".join(path.name for path in [*ROOT.iterdir(), *(ROOT / "llava_jax").iterdir()] if path.is_dir())
+A_FILE = re.compile(rf"`((?:{TOPS})/[\w./]+\.(?:py|sh|sbatch|yaml))`")
+
+
+def files_in(line: str) -> list[pathlib.Path]:
+    """The files that a line of a page names, from the top or from the package."""
+    return [ROOT / file if (ROOT / file).exists() else ROOT / "llava_jax" / file for file in A_FILE.findall(line)]
+
+
+def test_what_the_text_says_of_files():
+    """Files exist, and a name behind a file's stands in one that its line names. Notes tell of code that is gone."""
+    lines = [
+        (page.name, line)
+        for page in PAGES
+        if "notes" not in page.parts
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if A_FILE.search(line)
+    ]
+    assert lines
+    assert [(page, file) for page, line in lines for file in files_in(line) if not file.exists()] == []
     assert [
-        (page, file)
-        for page, file in sorted(named)
-        if not any((top / file).exists() for top in (ROOT, ROOT / "llava_jax"))
+        (page, name)
+        for page, line in lines
+        for name in re.findall(r"`([A-Za-z_]\w+)`", line[A_FILE.search(line).end() :])
+        if not any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for file in files_in(line))
     ] == []
 
 
