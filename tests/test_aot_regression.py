@@ -62,6 +62,12 @@ def test_every_entry_is_a_command_line_and_names_its_own_file():
     assert len({entry.argv for entry in ENTRIES.values()}) == len(ENTRIES)
 
 
+def test_a_stored_plan_is_of_its_command():
+    asked = {name: dict(flag.partition("=")[::2] for flag in entry.argv) for name, entry in ENTRIES.items()}
+    remats = {name: flags.get("--config.train.remat", "full") for name, flags in asked.items()}
+    assert remats == {name: plan_baseline.stored(name)["remat"] for name in ENTRIES}
+
+
 def test_the_table_has_a_line_for_each_stored_plan():
     lines = plan_baseline.table().splitlines()
     assert len(lines) == 2 + sum(plan_baseline.stored(name) is not None for name in ENTRIES)

@@ -50,7 +50,7 @@ class Shape:
 
 
 def plan_config(settings: Settings) -> ModelConfig:
-    """Return the model of a run from its config files alone: no weights, no tokenizer."""
+    """Return the model of a run from its config files, and a tokenizer where `init.model` names no image token."""
     if settings.init.model:
         return model_spec(settings).config
     towers = {"llm": settings.model.llm, "vision": settings.model.vision}
