@@ -474,7 +474,7 @@ class Settings:
     stage: str
     """What learns besides the projector: `pretrain` nothing, `finetune` the decoder, `lora` adapters of it."""
     seed: int
-    """Of the initial projector, of random weights and of the row order."""
+    """Of the initial projector, of random weights, of the row order and of the adapters' dropout."""
     model: ModelSettings
     init: InitSettings
     data: DataSettings
