@@ -8,7 +8,7 @@ __all__ = ["InputError", "Llava", "Sampling", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Only when it is asked for: the processes that check rows import this package and have no use for jax.
+    # Only when it is asked for: what reads rows, makes data sets or scores answers has no use for jax.
     if name in ("Llava", "load"):
         from llava_jax import api
 

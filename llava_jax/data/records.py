@@ -64,9 +64,6 @@ class FileRows(Rows):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_piece": (0, b"")}  # every process opens the file for itself
-
     def decoded(self, row: int) -> Any:
         start, length = self.places[row].tolist()
         try:
@@ -103,9 +100,6 @@ class DatasetRows(Rows):
 
     def __len__(self) -> int:
         return self._length
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None, "_builder": None}
 
     def decoded(self, row: int) -> Any:
         if self._source is None:

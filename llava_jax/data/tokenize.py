@@ -60,7 +60,7 @@ class TextTokenizer:
     """A Hugging Face tokenizer as LLaVA uses it: `bos_id` (None when it adds none), `eos_id`, `pad_id`, `size`.
 
     `ends` are the ids that end an answer whatever the template, `eos_id` first; `size` is one more than the largest
-    id. Picklable, so that processes can take it along, and threads may share it.
+    id. Threads may share it.
     """
 
     def __init__(self, source: Any, ends: Sequence[int] = ()):
@@ -95,10 +95,6 @@ class TextTokenizer:
         self._final = np.arange(max(self.size, *(mark + 1 for mark in marks)), dtype=np.int32)
         self._final[sorted(reserved)] = -1
         self._final[list(marks)] = list(marks.values())
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._splitter.encode_special_tokens = True  # which pickling forgets
 
     @property
     def fingerprint(self) -> str:
