@@ -210,7 +210,7 @@ def test_loss_in_chunks_equals_the_plain_one_forward_and_backward(length):
 
 
 def test_chunks_bound_the_logits_in_memory():
-    """The compiled loss holds no more than a quarter of the logits, where the plain one holds them all."""
+    """The compiled loss holds a quarter of the logits and little else, where the plain one holds them all."""
     hidden, head = jnp.zeros((2, 1024, 8)), jnp.zeros((8, 4096))
     tokens, targets = jnp.zeros((2, 1024), jnp.int32), jnp.ones((2, 1024), bool)
 
@@ -220,7 +220,7 @@ def test_chunks_bound_the_logits_in_memory():
 
     logits = 2 * 1024 * 4096 * 4
     assert temporary(lambda h, w: summed_nll(h @ w, tokens, targets)) > logits
-    assert temporary(lambda h, w: weighted_nll(h, w, tokens, targets.astype(jnp.float32), True)) < logits
+    assert temporary(lambda h, w: weighted_nll(h, w, tokens, targets.astype(jnp.float32), True)) < 0.27 * logits
 
 
 def test_chunks_follow_positions_and_vocabulary():

@@ -53,10 +53,6 @@ def test_what_the_compiler_refuses_is_one_line(spec, says):
     assert says in str(error.value) and "train.compiler_options" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_options_reach_the_compiler():
-    assert C.compile_lowered(lowered(), f"{FLAG}=true", "cpu")(jnp.ones(3)).tolist() == [2, 2, 2]
-
-
 @pytest.mark.parametrize("backend, given, kept", [("tpu", None, True), ("cpu", None, False), ("tpu", "/given", False)])
 def test_where_programs_are_kept(monkeypatch, backend, given, kept):
     monkeypatch.setattr(C.jax, "default_backend", lambda: backend)

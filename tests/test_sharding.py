@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from llava_jax.models import llava
-from llava_jax.parallel.sharding import RULES, check_divisible, make_mesh, param_shardings, spec_of
+from llava_jax.parallel.sharding import RULES, check_divisible, make_mesh, spec_of
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, MeshSettings, ModelConfig
 
 TINY = ModelConfig(
@@ -50,13 +50,6 @@ def test_stacked_layers_stay_whole_and_every_axis_has_a_rule():
     )
     axes = jax.tree.leaves(llava.logical_axes(TINY), is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert {name for names in axes for name in names} <= set(RULES)
-
-
-def test_every_parameter_gets_a_sharding():
-    _, abstract = llava.build(TINY)
-    mesh = make_mesh(MeshSettings(1, -1, 1))
-    shardings = param_shardings(llava.logical_axes(TINY), abstract, mesh)
-    assert jax.tree.structure(shardings) == jax.tree.structure(abstract)
 
 
 def test_a_dimension_that_does_not_divide_is_named():
