@@ -85,11 +85,11 @@ class Processor:
         return np.concatenate(arrays)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        tokens, tiles, take = self.tokens(messages), self.tiling, None
+        tokens, tiles, feature_index = self.tokens(messages), self.tiling, None
         if tiles is not None:
-            takes = tiles.takes(self._sizes(read_messages(messages)[1]))
-            take = spread(tokens, self.config.image_token_id, takes)
-        return Prompt(tokens, self.pixels(messages), take)
+            features = tiles.feature_index(self._sizes(read_messages(messages)[1]))
+            feature_index = spread(tokens, self.config.image_token_id, features)
+        return Prompt(tokens, self.pixels(messages), feature_index)
 
     def _sizes(self, images: Sequence[ImageLike]) -> list[tuple[int, int]]:
         """Return the (width, height) of each image, which is read from the header of a file."""

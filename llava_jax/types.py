@@ -1,4 +1,4 @@
-"""Dataclasses that cross rooms, and the axis letters used in array names.
+"""Dataclasses that cross folders, and the axis letters used in array names.
 
 B batch rows · T text+image tokens · S cache length · N images per row (in pixels) or query heads (in attention)
 K kv heads · H head dim · D decoder width · E vision width · F mlp width · P patches per image · V vocabulary

@@ -335,8 +335,8 @@ def test_a_write_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch, weig
     """The disk changes a byte of a tensor after it was written: no folder is left under the name."""
     from llava_jax.weights import hf_export
 
-    room, name = (orbax_model, "save") if weights == "orbax" else (hf_export, "write_shards")
-    written = getattr(room, name)
+    module, name = (orbax_model, "save") if weights == "orbax" else (hf_export, "write_shards")
+    written = getattr(module, name)
 
     def fails(folder, *args):
         written(folder, *args)
@@ -351,7 +351,7 @@ def test_a_write_that_comes_back_otherwise_is_caught(tmp_path, monkeypatch, weig
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
 
-    monkeypatch.setattr(room, name, fails)
+    monkeypatch.setattr(module, name, fails)
     with pytest.raises((OSError, InputError), match="read back differs|cannot be read"):
         hf4(tmp_path, weights=weights)
     assert sorted(os.listdir(tmp_path)) == ["clip", "llm"]

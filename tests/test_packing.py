@@ -51,7 +51,7 @@ def assert_sound(plan: BatchPlan, lengths: np.ndarray, images: np.ndarray, batch
         assert np.bincount(rows, lengths[order], shape.rows).max() <= shape.length
         assert np.bincount(rows, images[order], shape.rows).max() <= shape.images
         most = max(most, np.bincount(rows).max())
-    assert plan.most == most
+    assert plan.max_per_row == most
     slots = plan.steps * shape.rows * shape.length
     assert shape.filled == pytest.approx(lengths[plan.order_UC].sum() / slots)
 
@@ -136,7 +136,7 @@ def test_members_are_the_conversations_of_a_row():
     for step in range(5):
         rows = [plan.members(step, row) for row in range(plan.shape.rows)]
         assert sorted(np.concatenate(rows)) == sorted(plan.order_UC[step])
-        assert max(map(len, rows)) <= plan.most
+        assert max(map(len, rows)) <= plan.max_per_row
 
 
 # ---- shape ------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def plan_rows(batch_size=4, row_multiple=2, steps=6, seed=0, **changes) -> Batch
 
 def test_unpacked_rows_hold_one_conversation():
     plan = plan_rows()
-    assert (plan.shape.rows, plan.shape.length, plan.shape.images, plan.most) == (4, 32, 1, 1)
+    assert (plan.shape.rows, plan.shape.length, plan.shape.images, plan.max_per_row) == (4, 32, 1, 1)
     assert plan.shape.filled == pytest.approx(LENGTHS.mean() / 32)
     assert [plan.members(0, row).tolist() for row in range(4)] == plan.order_UC[0, :, None].tolist()
     assert sorted(plan.order_UC.ravel()[:12]) == sorted(plan.order_UC.ravel()[12:]) == list(range(12))
@@ -279,7 +279,7 @@ def test_grouped_rows_follow_the_original():
 
 def test_packing_is_asked_for():
     plan = plan_rows(pack=True)
-    assert plan.most > 1 and plan.shape.rows % 2 == 0 and plan.shape.length < 128
+    assert plan.max_per_row > 1 and plan.shape.rows % 2 == 0 and plan.shape.length < 128
 
 
 def test_batches_that_do_not_divide_are_named():

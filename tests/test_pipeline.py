@@ -86,7 +86,7 @@ def check(records: list[Record], **changes) -> validate.Checked:
 
 
 def arrays(batch: Batch) -> list[np.ndarray]:
-    """The fields of a batch of whole images: take_BT is for tiles (test_anyres.py)."""
+    """The fields of a batch of whole images: feature_index_BT is for tiles (test_anyres.py)."""
     assert batch.feature_index_BT is None
     return list(batch[:-1])
 

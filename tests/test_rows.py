@@ -244,7 +244,7 @@ def test_full_size_in_small(tmp_path, monkeypatch, cache, pack):
         patch.setattr(TextTokenizer, "encode_chunks", never)
         patch.setattr(validate, "plan_batches", never)
         again, other, _ = full_size.open_batches(settings, 16)
-    assert (other.shape, other.most) == (plan.shape, plan.most)
+    assert (other.shape, other.max_per_row) == (plan.shape, plan.max_per_row)
     assert other.order_UC.tolist() == plan.order_UC.tolist() and other.rows_UC.tolist() == plan.rows_UC.tolist()
     again.set_state({"batches": 3})
     resumed = next(again)

@@ -64,21 +64,21 @@ def draw(width: int, height: int) -> Image.Image:
 )
 def test_published_token_counts(size, tokens, tiles):
     assert PUBLISHED.tokens([size]) == [tokens] and PUBLISHED.tiles([size]) == [tiles]
-    assert len(PUBLISHED.takes([size])) == tokens
+    assert len(PUBLISHED.feature_index([size])) == tokens
 
 
 def test_what_the_tokens_of_a_image_take():
     """40 x 20 on 2 x 1 tiles of 2 x 2 patches: nothing is padding; lines run through both tiles."""
     base, lines = [0, 1, 2, 3], [[4, 5, 8, 9, NEWLINE], [6, 7, 10, 11, NEWLINE]]
-    assert SMALL.takes([(40, 20)]).tolist() == base + lines[0] + lines[1]
-    later = SMALL.takes([(40, 20), (40, 20)], first=2).reshape(2, -1)
+    assert SMALL.feature_index([(40, 20)]).tolist() == base + lines[0] + lines[1]
+    later = SMALL.feature_index([(40, 20), (40, 20)], first=2).reshape(2, -1)
     assert later[0, :5].tolist() == [8, 9, 10, 11, 12] and later[1, 0] == (2 + 3) * 4
     assert (later == NEWLINE).sum() == 4
 
 
 def test_padding_is_left_out():
     """16 x 48 fits 3 x 1 tiles wholly; at 12 x 48 the columns next to it are padding but round to a patch each."""
-    assert SMALL.takes([(16, 48)])[4:].reshape(6, 3)[:, :2].tolist() == np.arange(4, 16).reshape(6, 2).tolist()
+    assert SMALL.feature_index([(16, 48)])[4:].reshape(6, 3)[:, :2].tolist() == np.arange(4, 16).reshape(6, 2).tolist()
     assert SMALL.tokens([(16, 48), (2, 48)]) == [4 + 6 * 3, 4 + 6 * 1]
 
 
@@ -119,7 +119,7 @@ def test_features_and_newlines_go_where_the_plan_says():
     features_BPD = model.image_features(jnp.asarray(pixels))
     x_BTD = np.asarray(model.embed_and_merge(jnp.asarray(tokens_BT), features_BPD, jnp.asarray(feature_index_BT)))
     newline = np.asarray(model.projector.image_newline)
-    wanted = [newline if n == NEWLINE else features_BPD[0, n] for n in SMALL.takes([(40, 20)])]
+    wanted = [newline if n == NEWLINE else features_BPD[0, n] for n in SMALL.feature_index([(40, 20)])]
     np.testing.assert_array_equal(x_BTD[0, 3:17], wanted)
     np.testing.assert_array_equal(x_BTD[0, [0, 19]], np.asarray(model.llm.embed(jnp.full((1, 2), 5)))[0])
 
@@ -247,7 +247,7 @@ def test_rows_hold_their_images_tokens_tiles_and_targets(inputs, first):
             sizes = [image.size for image in images]
             is_image = batch.tokens_BT[b, own] == config.image_token_id
             assert is_image.sum() == sum(tiles.tokens(sizes)) and own.sum() == checked.lengths_A[row]
-            np.testing.assert_array_equal(batch.feature_index_BT[b, own][is_image], tiles.takes(sizes, slot))
+            np.testing.assert_array_equal(batch.feature_index_BT[b, own][is_image], tiles.feature_index(sizes, slot))
             for image in images:
                 wanted = tiles.cut(image)
                 np.testing.assert_array_equal(batch.pixels_BNXYC[b, slot : slot + len(wanted)], wanted)

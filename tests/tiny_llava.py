@@ -1,4 +1,4 @@
-"""A random LLaVA and its tokenizer, small enough to answer in milliseconds, for the tests of the answering room."""
+"""A random LLaVA and its tokenizer, small enough to answer in milliseconds, for the tests of what answers."""
 
 import functools
 import os

@@ -21,11 +21,11 @@ def caption_flags(parser: argparse.ArgumentParser) -> None:
 def captions(args: argparse.Namespace) -> int:
     check_least(args, 0, "seed")
     check_output("--output", args.output)
-    from llava_jax.prepare import captions as room
+    from llava_jax.prepare.captions import caption_rows, read_captions
 
     announce("prepare captions", captions=args.captions, output=args.output, seed=args.seed)
     refused: list[str] = []
-    written = write_rows(args.output, room.caption_rows(room.read_captions(args.captions, refused), args.seed))
+    written = write_rows(args.output, caption_rows(read_captions(args.captions, refused), args.seed))
     print("".join(f"refused: {one}\n" for one in refused), end="")
     print(f"{written:,} rows of stage 1, {len(refused):,} captions refused: {args.output}")
     return 0
@@ -50,12 +50,12 @@ def concepts(args: argparse.Namespace) -> int:
     check_least(args, 0, "seed")
     check_output("--output", args.output)
     check_output("--json", args.json)
-    from llava_jax.prepare import captions as captions_room
-    from llava_jax.prepare import concepts as room
     from llava_jax.prepare import phrases
+    from llava_jax.prepare.captions import caption_rows, read_captions
+    from llava_jax.prepare.concepts import Rule, select
 
     finder = phrases.builtin_phrases if args.finder == "builtin" else phrases.spacy_phrases(args.spacy_model)
-    rule = room.Rule(args.min_count, args.cap, args.case, args.articles, args.pooled, args.seed)
+    rule = Rule(args.min_count, args.cap, args.case, args.articles, args.pooled, args.seed)
     announce(
         "prepare concepts",
         captions=args.captions,
@@ -67,9 +67,9 @@ def concepts(args: argparse.Namespace) -> int:
         json=args.json,
     )
     refused: list[str] = []
-    found = list(captions_room.read_captions(args.captions, refused))
-    selection = room.select([one.text for one in found], finder, rule)
-    write_rows(args.output, captions_room.caption_rows((found[index] for index in selection.kept), args.seed))
+    found = list(read_captions(args.captions, refused))
+    selection = select([one.text for one in found], finder, rule)
+    write_rows(args.output, caption_rows((found[index] for index in selection.kept), args.seed))
     if args.json:
         write_json(args.json, {"refused": len(refused), **selection.figures()})
     print("".join(f"refused: {one}\n" for one in refused), end="")
@@ -95,13 +95,13 @@ def scienceqa_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]]
 
 
 def scienceqa(args: argparse.Namespace) -> int:
-    from llava_jax.prepare import scienceqa as room
+    from llava_jax.prepare.scienceqa import convert, formats
 
     check_output("--output", args.output)
-    room.formats(args.format)
+    formats(args.format)
     given = dict(source=args.source, split=f"{args.split}, {args.subset}", format=args.format, newlines=args.newlines)
     announce("prepare scienceqa", **given, output=args.output)
-    rows = room.convert(args.source, args.split, args.format, subset=args.subset, newlines=args.newlines)
+    rows = convert(args.source, args.split, args.format, subset=args.subset, newlines=args.newlines)
     write_rows(args.output, rows)
     print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with an image: {args.output}")
     return 0
@@ -117,10 +117,10 @@ def arrayrecord_flags(parser: argparse.ArgumentParser) -> None:
 
 def arrayrecord(args: argparse.Namespace) -> int:
     check_least(args, 0, "shards")
-    from llava_jax.prepare import arrayrecord as room
+    from llava_jax.prepare.arrayrecord import write
 
     given = dict(annotations=args.annotations, images=args.images, output=args.output, split=args.split)
     announce("prepare arrayrecord", **given, shards=args.shards or "by size")
-    folder, rows = room.write(args.annotations, args.images, args.output, split=args.split, shards=args.shards)
+    folder, rows = write(args.annotations, args.images, args.output, split=args.split, shards=args.shards)
     print(f"{rows:,} rows: {folder} (data.annotations of `train`; tfds.data_source reads it as well)")
     return 0

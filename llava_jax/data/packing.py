@@ -53,13 +53,13 @@ class BatchShape:
 class BatchPlan:
     """The batches of a run: conversation c of update u is annotation row order_UC[u, c], in batch row rows_UC[u, c].
 
-    `most` is the largest number of conversations in a row. Both arrays are int32.
+    `max_per_row` is the largest number of conversations in a row. Both arrays are int32.
     """
 
     shape: BatchShape
     order_UC: np.ndarray
     rows_UC: np.ndarray
-    most: int
+    max_per_row: int
 
     @property
     def steps(self) -> int:
@@ -145,8 +145,8 @@ def plan_batches(
         order_UC = _packed_order(lengths_A, slots_A, settings.shuffle, seed, (steps, batch_size), mixture)
         lengths_UC, slots_UC = lengths_A[order_UC].astype(np.int64), slots_A[order_UC].astype(np.int64)
         shape, rows_UC = _choose(lengths_UC, slots_UC, int(lengths_A.max()), int(slots_A.max()), row_multiple, settings)
-        most = max(int(np.bincount(rows_C).max()) for rows_C in rows_UC)
-        return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most)
+        max_per_row = max(int(np.bincount(rows_C).max()) for rows_C in rows_UC)
+        return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, max_per_row)
     if settings.group_by == "modality_length":
         assert words_A is not None
         lengths = modality_lengths(records, words_A, slots_A)
@@ -161,7 +161,7 @@ def plan_batches(
     images_used = float(slots_A[order_UC].sum(axis=1).mean())
     shape = BatchShape(batch_size, length, int(slots_A.max()), filled, images_used)
     rows_UC = np.tile(np.arange(batch_size, dtype=np.int32), (steps, 1))
-    return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, most=1)
+    return BatchPlan(shape, order_UC.astype(np.int32), rows_UC, max_per_row=1)
 
 
 # ---- the order --------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class _RowMaker:
         targets = np.zeros(length, bool)
         segment_ids, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
         pixels_NXYC = np.zeros((self.plan.shape.images, self.image_size, self.image_size, 3), np.uint8)
-        take = None if self.tiling is None else np.zeros(length, np.int32)
+        feature_index = None if self.tiling is None else np.zeros(length, np.int32)
         members = self.plan.members(place // len(self.rows), self.rows[place % len(self.rows)])
         start = slot = 0
         for segment, row in enumerate(members.tolist(), start=1):
@@ -88,13 +88,13 @@ class _RowMaker:
             end = start + len(ours)
             tokens[start:end], targets[start:end] = ours, ours_targets
             segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
-            if self.tiling is not None and take is not None:
-                take[start:end] = spread(ours, self.image_token_id, self.tiling.takes(sizes, first))
+            if self.tiling is not None and feature_index is not None:
+                feature_index[start:end] = spread(ours, self.image_token_id, self.tiling.feature_index(sizes, first))
             start = end
-        rows_M = np.full(self.plan.most, -1, np.int64)
+        rows_M = np.full(self.plan.max_per_row, -1, np.int64)
         rows_M[: len(members)] = members
-        shown_N = np.arange(self.plan.shape.images) < slot
-        return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, shown_N, rows_M, take)
+        image_mask_N = np.arange(self.plan.shape.images) < slot
+        return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, image_mask_N, rows_M, feature_index)
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:

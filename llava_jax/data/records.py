@@ -1,7 +1,7 @@
 """The rows that `data.annotations` names, as a sequence whose rows stay on disk until they are asked for.
 
 In memory are numbers only: where each row of a file stands. Rows are counted from 0, as in `Batch.rows_BM`, through all
-sources in their order. A row is parsed and checked (`row.py`) each time it is read.
+sources in their order. A row is parsed and checked (`rows.parse_row`) each time it is read.
 """
 
 import abc
@@ -199,7 +199,7 @@ def _open_source(source: Source) -> Rows:
         raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
     content = sources.digest(path)
     lines = path if source.path.lower().endswith(sources.LINES) else lines_of_list(path, content)
-    # As assemble.file_inputs has it, so that a run resumes from a checkpoint that was made by it.
+    # In these words, so that a run resumes from checkpoints of before.
     line = f"{os.path.basename(source.path)} {content}\n"
     return FileRows(lines, index_lines(lines, content), hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
 

@@ -36,17 +36,17 @@ class Tiling:
 
     def tokens(self, sizes: Iterable[Size]) -> list[int]:
         """Count the image tokens of each image."""
-        return [len(self._takes(size)) for size in sizes]
+        return [len(self._feature_index(size)) for size in sizes]
 
-    def takes(self, sizes: Sequence[Size], first: int = 0) -> np.ndarray:
+    def feature_index(self, sizes: Sequence[Size], first: int = 0) -> np.ndarray:
         """Return int32[t], what the image tokens take of images whose tiles follow each other from tile `first` on.
 
         Feature p of tile n is number n * side**2 + p, `image_newline` is NEWLINE.
         """
         found = [np.zeros(0, np.int32)]
         for size, tiles in zip(sizes, self.tiles(sizes), strict=True):
-            take_T = self._takes(size)
-            found.append(np.where(take_T == NEWLINE, NEWLINE, take_T + first * self.side**2))
+            feature_T = self._feature_index(size)
+            found.append(np.where(feature_T == NEWLINE, NEWLINE, feature_T + first * self.side**2))
             first += tiles
         return np.concatenate(found).astype(np.int32)
 
@@ -71,8 +71,8 @@ class Tiling:
         height, width = best_resolution(size, self.pinpoints)
         return height // self.size, width // self.size
 
-    def _takes(self, size: Size) -> np.ndarray:
-        """Return `takes` of one image whose first tile is number 0."""
+    def _feature_index(self, size: Size) -> np.ndarray:
+        """Return `feature_index` of one image whose first tile is number 0."""
         (width, height), (rows, columns), patches = size, self._grid(size), self.side**2
         tile_RC = 1 + np.arange(rows * columns).reshape(rows, columns)
         patch_AB = np.arange(patches).reshape(self.side, self.side)
@@ -106,17 +106,17 @@ def best_resolution(size: Size, pinpoints: Sequence[tuple[int, int]]) -> tuple[i
     return max(pinpoints, key=merit)
 
 
-def spread(tokens: np.ndarray, image_token_id: int, takes: np.ndarray) -> np.ndarray:
-    """Return int32 shaped as `tokens`: `takes` at the image tokens, in order; 0 elsewhere, where nobody looks."""
-    take = np.zeros(tokens.shape, np.int32)
-    take[tokens == image_token_id] = takes
-    return take
+def spread(tokens: np.ndarray, image_token_id: int, features: np.ndarray) -> np.ndarray:
+    """Return int32 shaped as `tokens`: `features` at the image tokens, in order; 0 elsewhere, where nobody looks."""
+    feature_index = np.zeros(tokens.shape, np.int32)
+    feature_index[tokens == image_token_id] = features
+    return feature_index
 
 
 def rows_of_tiles(
     tokens_BT: np.ndarray, pixels_NTCXY: np.ndarray | None, image_sizes: np.ndarray | None, config: ModelConfig
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return a batch of transformers' LlavaNext processor for our model: tiles float32[B, N, X, Y, C] and take_BT.
+    """Return a batch of transformers' LlavaNext processor for our model: tiles float32[B, N, X, Y, C], feature_index.
 
     `image_sizes` holds height and width of each image. Without images the tiles are None. Raises InputError where
     tokens, tiles and sizes do not belong together.
@@ -141,8 +141,8 @@ def rows_of_tiles(
     most = max(sum(tiles_N[n] for n in row) for row in rows)
     pixels_BNXYC = np.zeros((len(rows), most, tiles.size, tiles.size, 3), np.float32)
     for b, row in enumerate(rows):
-        takes = tiles.takes([sizes[n] for n in row])
-        feature_index_BT[b] = spread(tokens_BT[b], config.image_token_id, takes)
+        features = tiles.feature_index([sizes[n] for n in row])
+        feature_index_BT[b] = spread(tokens_BT[b], config.image_token_id, features)
         shown = [pixels[n, : tiles_N[n]].transpose(0, 2, 3, 1) for n in row]
         if shown:
             pixels_BNXYC[b, : sum(map(len, shown))] = np.concatenate(shown)

@@ -160,7 +160,7 @@ def check_records(
     Args:
         records: the rows; of `Rows` those that cannot be read are rejected, too.
         patches: image tokens of an image, or of a tile.
-        tiling: with data.anyres, how an image becomes tiles; its header then says how many tokens it takes.
+        tiling: with data.aspect=anyres, how an image becomes tiles; its header then says how many tokens it takes.
         look: raises InputError for an image that cannot be used, and is asked about once each path.
         dump: what is trained is written there, a line of JSON for each row that is kept.
     """
@@ -342,13 +342,13 @@ def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: 
     long = sizes["steps"] * sizes["batch_size"] >= KEPT_ROWS
     kept = recall(name) if long else None
     if kept is not None:
-        rows_, length, images, filled, used, most = kept["shape"].tolist()
+        rows_, length, images, filled, used, max_per_row = kept["shape"].tolist()
         shape = BatchShape(int(rows_), int(length), int(images), filled, used)
-        return BatchPlan(shape, kept["order"], kept["rows"], int(most))
+        return BatchPlan(shape, kept["order"], kept["rows"], int(max_per_row))
     plan = plan_batches(
         records, lengths_A, settings, **sizes, slots_A=slots_A, words_A=words_A, mixture=records.mixture
     )
     if long:
-        shape = np.array([*dataclasses.astuple(plan.shape), plan.most], np.float64)
+        shape = np.array([*dataclasses.astuple(plan.shape), plan.max_per_row], np.float64)
         keep(name, {"shape": shape, "order": plan.order_UC, "rows": plan.rows_UC})
     return plan

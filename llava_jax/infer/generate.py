@@ -22,12 +22,12 @@ from llava_jax.types import InputError, ModelConfig, Sampling
 class Prompt(NamedTuple):
     """One question ready for the model: tokens int32[t] (images expanded) and pixels float32[n, X, Y, C].
 
-    A LLaVA-NeXT's pixels are tiles, and `take` int32[t] says which feature each image token takes (Batch.take_BT).
+    A LLaVA-NeXT's pixels are tiles, and `feature_index` int32[t] is a row of Batch.feature_index_BT.
     """
 
     tokens: np.ndarray
     pixels: np.ndarray
-    take: np.ndarray | None = None
+    feature_index: np.ndarray | None = None
 
 
 class Model(Protocol):
@@ -106,12 +106,12 @@ def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
     shape = (rows, row_bucket(images), *prompts[0].pixels.shape[1:])
     pixels_BNXYC = np.zeros(shape, np.float32) if images else None
     image_mask_BN = np.zeros(shape[:2], bool) if images else None
-    feature_index_BT = None if prompts[0].take is None else np.zeros_like(tokens_BT)
+    feature_index_BT = None if prompts[0].feature_index is None else np.zeros_like(tokens_BT)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
         length_B[row] = len(prompt.tokens)
         if feature_index_BT is not None:
-            feature_index_BT[row, : len(prompt.tokens)] = prompt.take
+            feature_index_BT[row, : len(prompt.tokens)] = prompt.feature_index
         hash_B[row] = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
         if pixels_BNXYC is not None and image_mask_BN is not None:
             pixels_BNXYC[row, : len(prompt.pixels)] = prompt.pixels

@@ -315,7 +315,7 @@ def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: B
         [
             f"stage {settings.stage}: {steps:,} steps of {t.batch_size} conversations ({epochs:.2f} epochs), "
             f"warmup {warmup_steps(settings.optim, steps)}, {settings.optim.schedule}, loss {t.loss_norm}",
-            f"{batches.shape}, at most {batches.most} conversations a row",
+            f"{batches.shape}, at most {batches.max_per_row} conversations a row",
             f"projector {spec.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
             f"accumulate {t.accumulate}, mesh {mesh} on {devices}{share}",
             origins(spec),
