@@ -121,7 +121,7 @@ def replacing(path: str) -> Iterator[TextIO]:
     """
     path = os.path.realpath(path)  # of a link the file behind it is replaced, not the link
     if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: is no file, expected the name of one")
+        raise InputError(f"{path}: is not a regular file, expected the name of one")
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         file = open(temporary, "w", encoding="utf-8")  # noqa: SIM115

@@ -89,7 +89,7 @@ def tuned(stage: str, topology: str) -> tuple[str, tuple[str, ...]]:
 
 
 def four_rows() -> dict[str, Entry]:
-    """4 rows of 2048 a chip, without compiler options and with the chip's tuned ones."""
+    """4 rows of 2048 per chip, without compiler options and with the chip's tuned ones."""
     found = {}
     for size, stage, topology, chips, remat in (
         ("7b", "finetune", "v5e:8x8", 64, "attention+v"),
@@ -100,7 +100,7 @@ def four_rows() -> dict[str, Entry]:
     ):
         for options in ("none", "tuned"):
             how, more = tuned(stage, topology) if options == "tuned" else ("", ())
-            title = f"{size.upper()} {stage}, 4 rows a chip{how}"
+            title = f"{size.upper()} {stage}, 4 rows per chip{how}"
             name = f"{size}-{stage}-{topology.replace(':', '-')}-4rows-{options}"
             flags = (f"--config.train.batch_size={4 * chips}", f"--config.train.remat={remat}")
             found[name] = entry(title, size, stage, topology, *flags, *more)
@@ -109,7 +109,7 @@ def four_rows() -> dict[str, Entry]:
         "--config.train.remat=attention+v",
         "--config.train.compiler_options=tuned",
     )
-    title = "7B finetune, 4 rows a chip, tuned"
+    title = "7B finetune, 4 rows per chip, tuned"
     found["7b-finetune-v5e-8x8-4rows-one-sum"] = entry(title, "7b", "finetune", "v5e:8x8", *only)
     return found
 
@@ -206,7 +206,7 @@ def check(name: str) -> list[str]:
 def table() -> str:
     """Markdown of every stored plan, in the order of ENTRIES."""
     lines = [
-        "| plan | chips | rows a chip | remat | GiB a chip: arguments + temporaries, peak of HBM "
+        "| plan | chips | rows per chip | remat | GiB per chip: arguments + temporaries, peak of HBM "
         "| est. step | est. MFU | est. hours |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

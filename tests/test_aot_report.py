@@ -92,7 +92,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change():
 
 def test_slices_say_what_goes_over_the_network():
     text = report.report({**FIGURES, "slices": 2, "network_bytes": 50e6})
-    assert "50.0 MB a chip and step over the network" in text and "16.0 ms" in text
+    assert "50.0 MB per chip and step over the network" in text and "16.0 ms" in text
 
 
 def test_the_best_plan_fits_and_is_the_fastest():

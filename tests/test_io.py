@@ -47,7 +47,7 @@ def test_a_link_stays_one_and_what_is_no_file_stays_too(tmp_path):
     with io.replacing(str(tmp_path / "a.json")) as file:
         file.write("whole")
     assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "a.json").read_text() == "whole"
-    with pytest.raises(InputError, match="disk: is no file"):
+    with pytest.raises(InputError, match="disk: is not a regular file"):
         with io.replacing(str(tmp_path / "disk")):
             pass
 

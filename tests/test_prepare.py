@@ -182,7 +182,7 @@ def test_concepts_command(tmp_path, capsys, monkeypatch):
     assert main([*words, "--min_count=9"]) == 2
     assert main([*words, "--finder=spacy"]) == 2
     errors = capsys.readouterr().err
-    assert "the most frequent one is in 8" in errors and "spaCy" in errors
+    assert "the most frequent one in 8" in errors and "spaCy" in errors
 
 
 def test_phrases_of_spacy_are_its_noun_chunks(monkeypatch):

@@ -261,7 +261,7 @@ def _read_size(text: str) -> int:
 
 
 def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str, Any]:
-    """Return bytes a chip: arguments, temporaries, and the sum of all that must be in memory at once."""
+    """Return bytes per chip: arguments, temporaries, and the sum of all that must be in memory at once."""
     memory: Any = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + new

@@ -79,7 +79,7 @@ def estimate(program: Program, chip: Chip, layout: Layout) -> Cost:
 
 
 def communication(collective: Instruction, chip: Chip, layout: Layout) -> tuple[float, float]:
-    """Return (seconds on the links, bytes a chip sends) of one collective."""
+    """Return (seconds on the links, bytes that a chip sends) of one collective."""
     group = group_size(collective, layout.chips)
     if group <= 1:
         return 0.0, 0.0

@@ -84,7 +84,7 @@ def _known(figures: Figures, key: str, say: Any) -> str:
 
 
 def _time(figures: Figures) -> list[str]:
-    model = f"{figures['model_flops'] / 1e12:,.3g} TFLOP of the model a chip and step"
+    model = f"{figures['model_flops'] / 1e12:,.3g} TFLOP of the model per chip and step"
     if figures["step_seconds"] is None:
         return [_line("FLOPs", model), _line("time of a step", _known(figures, "step_seconds", str))]
     seconds = figures["step_seconds"]
@@ -99,7 +99,7 @@ def _time(figures: Figures) -> list[str]:
     lines.append(_line("  hidden communication", f"{1000 * max(0.0, hidden):>10,.1f} ms (not in the sum)"))
     if figures["slices"] > 1:
         sent = figures["network_bytes"]
-        network = f"{sent / 1e6:,.1f} MB a chip and step over the network, not in the sum: "
+        network = f"{sent / 1e6:,.1f} MB per chip and step over the network, not in the sum: "
         network += f"{1000 * sent / HOST_NETWORK:,.1f} ms where four chips share 100 Gbit/s"
         lines.append(_line("  between slices", network))
     lines.append(_line("MFU", f"{100 * figures['mfu']:.1f} % estimated (causal half of attention, no remat)"))
@@ -143,7 +143,7 @@ def advice(figures: Figures) -> list[str]:
     if micro > 1:
         flag = f"--config.train.accumulate={figures['accumulate'] * micro}"
         sums = f" (and {gib(4 * trainable)} for sums of gradients)" if figures["accumulate"] == 1 else ""
-        lines.append(f"{flag}: 1 row a chip at a time, not {micro}{sums}")
+        lines.append(f"{flag}: 1 row per chip at a time, not {micro}{sums}")
     if figures["accumulate"] > 1:
         size = figures["batch_size"] // figures["accumulate"]
         flags = f"--config.train.accumulate=1 --config.train.batch_size={size}"
@@ -168,7 +168,7 @@ def advice(figures: Figures) -> list[str]:
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
-COLUMNS = ("mesh", "rows a chip", "remat", "peak GiB", "step ms", "MFU %", "tokens/s/chip", "")
+COLUMNS = ("mesh", "rows per chip", "remat", "peak GiB", "step ms", "MFU %", "tokens/s/chip", "")
 
 
 def sweep_head() -> str:

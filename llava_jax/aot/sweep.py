@@ -20,7 +20,7 @@ Mesh = tuple[int, int, int]  # data, fsdp, tensor
 
 
 class Grid(NamedTuple):
-    """What is tried: rows a chip, values of train.remat, and meshes."""
+    """What is tried: rows per chip, values of train.remat, and meshes."""
 
     rows: tuple[int, ...]
     remats: tuple[str, ...]

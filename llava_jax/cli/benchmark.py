@@ -109,9 +109,9 @@ def data(args: argparse.Namespace) -> int:
     images = f"{args.images} JPEGs of 640 x 480 to {args.side} x {args.side}, padded, in batches"
     announce("benchmark data", images=images, rows=args.rows, turns=args.rounds, **where(core, peer))
     result = measure(work, args.rounds, peer)
-    print_table(result, ("images a CPU second", lambda side: f"{1 / side['image']:.1f}"))
+    print_table(result, ("images per CPU second", lambda side: f"{1 / side['image']:.1f}"))
     ours = result["ours"]
-    print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens a CPU second")
+    print(f"  tokenise and pack: {1 / ours['row']:,.0f} rows of {ours['row_tokens']:.0f} tokens per CPU second")
     # As many batches as images: each image as often as a batch has places.
     work = dict(job="scaling", count=args.images, size=args.side, batches=args.images, core=None)
     scaled = measure(work, args.rounds, None)["ours"]

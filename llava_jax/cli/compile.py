@@ -38,7 +38,7 @@ def compile_flags(parser: argparse.ArgumentParser) -> None:
         "batch x remat x mesh; prints a table and the best that fits",
     )
     sweep.add_argument("--sweep", action="store_true", help=what)
-    sweep.add_argument("--sweep_rows", metavar="N,N", help="rows a chip (2,4,8)")
+    sweep.add_argument("--sweep_rows", metavar="N,N", help="rows per chip (2,4,8)")
     sweep.add_argument("--sweep_remat", metavar="R,R", help="values of train.remat (full,minimal)")
     sweep.add_argument("--sweep_mesh", metavar="DxFxT,…", help="data x fsdp x tensor (all, half, the config's)")
     parser.add_argument_group("config").description = (
@@ -122,7 +122,7 @@ def single(args: argparse.Namespace, settings: Settings, target: "Target") -> in
             file.write(text)
         print(f"program written to {args.hlo}")
     elif args.hlo:
-        print(f"{args.hlo} not written: the compiler gives no program that does not fit")
+        print(f"{args.hlo} has no program to write: the step does not fit")
     return 1 if figures["fits"] is False else 0
 
 

@@ -172,7 +172,7 @@ COMMANDS: dict[str, Command] = {
         writes=("json",),
     ),
     "benchmark data": Command(
-        "images from file to batch and rows tokenised and packed a CPU second, one worker and two",
+        "images from file to batch and rows tokenised and packed per CPU second, one worker and two",
         "llava-jax benchmark data --peer --json=data.json",
         benchmark.data_flags,
         benchmark.data,

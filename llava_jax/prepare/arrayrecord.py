@@ -72,7 +72,7 @@ def write(annotations: str, images: str, output: str, *, split: str = "train", s
     if os.path.exists(folder):
         raise InputError(f"--output={output}: {folder} is there already; remove it, or choose another folder")
     if shards > len(rows):
-        raise InputError(f"--shards={shards}: more than the {len(rows)} rows; expected a file a row or fewer")
+        raise InputError(f"--shards={shards}: more than the {len(rows)} rows; expected at most one shard per row")
     problems = find_problems(rows, images)
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

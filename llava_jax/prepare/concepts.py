@@ -90,8 +90,8 @@ def select(texts: Sequence[str], find: Finder, rule: Rule) -> Selection:
     if not frequent:
         most = max(map(len, holders.values()), default=0)
         raise InputError(
-            f"no phrase is in --min_count={rule.min_count} of {len(texts)} captions, the most frequent one is in "
-            f"{most}; lower --min_count"
+            f"no phrase occurs in {rule.min_count} (--min_count) of the {len(texts)} captions, the most frequent one "
+            f"in {most}; lower --min_count"
         )
     pool: set[int] = set()
     taken = []

@@ -200,7 +200,7 @@ class Estimate:
         ]
         if prices:
             cost, most = (prices.cost(self.tokens_in, out) for out in (self.tokens_out, self.most_out))
-            lines.append(f"about {cost:.2f} USD, at most {most:.2f}, at one answer a request")
+            lines.append(f"about {cost:.2f} USD, at most {most:.2f}, with one answer per request")
         return lines
 
 

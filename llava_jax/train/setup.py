@@ -234,7 +234,7 @@ def compile_step(run: Run, state: Any, frozen: Any, batch: Any, spec: str) -> tu
     memory = step.memory_analysis()
     if memory is not None:
         total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        line += f", {total / GIB:.2f} GiB a device ({memory.temp_size_in_bytes / GIB:.2f} of them temporary)"
+        line += f", {total / GIB:.2f} GiB per device ({memory.temp_size_in_bytes / GIB:.2f} of them temporary)"
     say(line)
     return step, seconds
 

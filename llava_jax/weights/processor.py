@@ -59,7 +59,7 @@ class LlavaExtras:
 
     @property
     def rules(self) -> dict[str, str]:
-        """What of it our exports say in config.json."""
+        """The fields that exports record in config.json."""
         return {key: getattr(self, key) for key in ("template", "aspect", "image_position", "exif")}
 
 
