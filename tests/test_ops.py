@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from llava_jax.demo.backbones import masked_nll_rows
 from llava_jax.models.attention import angles, attention, choose, inverse_frequencies, rotate
-from llava_jax.train.step import chunk_length, masked_nll_rows, next_token, weighted_nll
+from llava_jax.train.step import chunk_length, next_token, weighted_nll
 from llava_jax.types import InputError, RopeConfig
 
 

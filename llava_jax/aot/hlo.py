@@ -248,7 +248,7 @@ def wide_collectives(program: Program, more_than: int = 2**20) -> list[str]:
     return collectives[:LIMIT]
 
 
-def largest_buffers(program: Program, count: int = LIMIT) -> list[tuple[int, str]]:
+def largest_buffers(program: Program) -> list[tuple[int, str]]:
     """Return (bytes, 'name type from') of the largest single arrays that an instruction writes, largest first."""
     hidden = fused(program)
     free = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "constant", "opt-barrier")
@@ -260,4 +260,4 @@ def largest_buffers(program: Program, count: int = LIMIT) -> list[tuple[int, str
                 size = int(sum(array_bytes(part)))
                 if size > sizes.get(part, (0, ""))[0]:
                     sizes[part] = size, f"{i.name} {part.split('{')[0]} {i.op_name[-80:]}"
-    return sorted(sizes.values(), reverse=True)[:count]
+    return sorted(sizes.values(), reverse=True)[:LIMIT]

@@ -27,7 +27,6 @@ from llava_jax.models.attention import inverse_frequencies
 from llava_jax.models.clip import Clip
 from llava_jax.models.layers import LayerNorm, Linear
 from llava_jax.models.llama import Llama
-from llava_jax.train.step import masked_nll_rows
 from llava_jax.types import ClipConfig, LlamaConfig
 from llava_jax.weights import hf
 from llava_jax.weights.name_table import TABLE, to_hf
@@ -158,6 +157,18 @@ def save_clip(params: Params, folder: str) -> None:
         layer_norm_eps=CLIP.norm_eps, projection_dim=128,
     )  # fmt: skip
     save_folder(folder, config, tensors)
+
+
+def masked_nll_rows(logits_BTV: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return each row's summed nll (float32[B]) and number of targets (int32[B]) by the definition, from all logits.
+
+    For rows of one conversation; a target never lies outside the vocabulary: image slots and padding are no targets.
+    """
+    labels = jnp.where(targets_BT[:, 1:], tokens_BT[:, 1:], 0)
+    logits = logits_BTV[:, :-1].astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    nll = jnp.where(targets_BT[:, 1:], jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+    return nll.sum(-1), targets_BT[:, 1:].sum(-1, dtype=jnp.int32)
 
 
 def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, resume: bool = False) -> None:

@@ -14,7 +14,7 @@ from llava_jax.synthesize.teacher import Message, Reply, RequestFailed, read_com
 from llava_jax.types import InputError
 
 TRIES = 12
-CONNECT_WAIT = 15.0
+CONNECT_WAIT, ANSWER_WAIT = 15.0, 600.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 LONGEST_ASKED_WAIT = 3600.0  # an endpoint that asks for more ends the run
 # Tries without a connection, or without a single chat completion, before the address counts as wrong.
@@ -35,15 +35,13 @@ class EndpointTeacher:
     endpoint asks for (Retry-After), or else with exponential backoff and jitter. `stop` ends the waiting.
     """
 
-    def __init__(
-        self, endpoint: str, key: str, settings: Mapping[str, Any], stop: threading.Event, timeout: float = 600.0
-    ):
+    def __init__(self, endpoint: str, key: str, settings: Mapping[str, Any], stop: threading.Event):
         self.name = str(settings["model"])
         self.settings = settings
         self._endpoint, self._key, self._stop = endpoint, key, stop
         self._reached = self._answered = False
         self._client = openai.OpenAI(
-            base_url=endpoint, api_key=key, max_retries=0, timeout=openai.Timeout(timeout, connect=CONNECT_WAIT)
+            base_url=endpoint, api_key=key, max_retries=0, timeout=openai.Timeout(ANSWER_WAIT, connect=CONNECT_WAIT)
         )
 
     def answer(self, messages: Sequence[Message]) -> Reply:

@@ -340,15 +340,3 @@ def _add_chunk(
 def chunk_length(positions: int, vocab: int) -> int:
     """Return how many positions a chunk has: a quarter of a device's `positions`, as far as LOGITS allows."""
     return max(256, min(positions // 4, LOGITS // vocab) // 256 * 256)
-
-
-def masked_nll_rows(logits_BTV: jax.Array, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return each row's summed nll (float32[B]) and number of targets (int32[B]) by the definition, from all logits.
-
-    For rows of one conversation; a target never lies outside the vocabulary: image slots and padding are no targets.
-    """
-    labels = jnp.where(targets_BT[:, 1:], tokens_BT[:, 1:], 0)
-    logits = logits_BTV[:, :-1].astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    nll = jnp.where(targets_BT[:, 1:], jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-    return nll.sum(-1), targets_BT[:, 1:].sum(-1, dtype=jnp.int32)

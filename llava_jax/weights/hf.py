@@ -109,8 +109,8 @@ def stored_dtype(folder: str, companions: Companions = HERE) -> str:
     return "bfloat16" if stored in ("float16", "bfloat16") else "float32"
 
 
-def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") -> Params:
-    """Read `projector` parameters of a .safetensors or .bin file in any usual spelling, checked against `config`.
+def read_projector(path: str, config: ModelConfig) -> Params:
+    """Read the float32 `projector` parameters of a .safetensors or .bin file in any usual spelling, checked against `config`.
 
     A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole images and trains none.
     """
@@ -119,7 +119,7 @@ def read_projector(path: str, config: ModelConfig, *, dtype: str = "float32") ->
     tensors = open_file(path)
     if not any(name_table.canonical(name, "projector") == name_table.NEWLINE for name in tensors.names()):
         config = dataclasses.replace(config, pinpoints=())
-    return _read(tensors, "projector", config, ("projector",), dtype)["projector"]
+    return _read(tensors, "projector", config, ("projector",), "float32")["projector"]
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_config import write_json
 from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
 from llava_jax.weights.processor import LlavaExtras, copy_tokenizer, image_settings, own_rows, same_pieces
-from llava_jax.weights.tensors import SHARD_BYTES, check_written, enough_room, save_checked, write_shards
+from llava_jax.weights.tensors import check_written, enough_room, save_checked, write_shards
 
 Params = dict[str, Any]
 
@@ -35,7 +35,6 @@ def write_original(
     extras: LlavaExtras,
     *,
     dtype: str = "float32",
-    shard_bytes: int = SHARD_BYTES,
     tower_name: str = "",
     force: bool = False,
 ) -> ModelConfig:
@@ -69,7 +68,7 @@ def write_original(
         named = ((piece, original_name(piece.name, config.projector)) for piece in pieces)
         rest = [dataclasses.replace(piece, name=name) for piece, name in named if name]
         for where, part in ((tower, seen), (partial, rest)):
-            write_shards(where, part, shard_bytes)
+            write_shards(where, part)
             check_written(where, part)
         read = original.read_model_config(original.open_original(partial, original.Companions(vision=tower)))
         kept = dict(dtype=config.dtype, remat=config.remat, image_token_id=config.image_token_id)

@@ -202,8 +202,8 @@ def _whole_text(content: Json) -> Json:
     return content | {key: None for key in ("truncation", "padding") if content.get(key) is not None}
 
 
-def _token(text: str, *, normalized: bool = False) -> Json:
-    return dict(content=text, single_word=False, lstrip=False, rstrip=False, normalized=normalized, special=True)
+def _token(text: str) -> Json:
+    return dict(content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
 
 
 def _with_tokens(content: Json, ids: dict[str, int]) -> Json:

@@ -9,8 +9,8 @@ import torch
 from flax import nnx
 from safetensors.torch import save_file
 
+from llava_jax.demo.backbones import masked_nll_rows
 from llava_jax.models.llava import build
-from llava_jax.train.step import masked_nll_rows
 from llava_jax.types import ClipConfig, LlamaConfig, ModelConfig
 from llava_jax.weights import hf, name_table
 
