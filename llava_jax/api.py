@@ -24,6 +24,7 @@ from llava_jax.infer.sample import StreamDecoder, stop_table, stripped
 from llava_jax.models.llava import build
 from llava_jax.parallel.placement import place
 from llava_jax.parallel.sharding import make_mesh, replicated
+from llava_jax.settings import DTYPES
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, LazyTensor, MeshSettings, ModelConfig, Sampling, Turn
 from llava_jax.weights.load import read_model
 from llava_jax.weights.source import split
@@ -383,8 +384,8 @@ def load(
     weights are on each and batches are split. Raises InputError for anything else.
     """
     source = os.fspath(source)
-    if dtype not in (None, "float32", "bfloat16"):
-        raise InputError(f"dtype {dtype!r} is not known; expected float32 or bfloat16")
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     if template is not None:
         find_template(template)
     config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base, step=step)

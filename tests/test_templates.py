@@ -152,5 +152,3 @@ def test_text_of_a_conversation_is_never_special():
 def test_unknown_names_are_listed():
     with pytest.raises(InputError, match="unknown template 'v9'; expected one of .*plain.*v1"):
         find_template("v9")
-    with pytest.raises(InputError, match="unknown image_position 'back'; expected front or keep"):
-        render([Q1, A1], find_template("v1"), image_position="back")

@@ -40,10 +40,10 @@ def images(tmp_path):
     return str(folder)
 
 
-def _verify(tmp_path, images, tokenizer, rows, template="v1", position="front", **options) -> Checked:
+def _verify(tmp_path, images, tokenizer, rows, template="v1", **options) -> Checked:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    settings = DataSettings(str(path), images, template, position, "pad", 100, shuffle=False, **UNPACKED)
+    settings = DataSettings(str(path), images, template, "front", "pad", 100, shuffle=False, **UNPACKED)
     return verify(settings, tokenizer, patches=4, **options)[1]
 
 
@@ -166,8 +166,6 @@ def test_what_spoils_all_rows_is_an_error(tmp_path, images, tokenizer):
     endless._special = {}
     with pytest.raises(InputError, match="end-of-text token"):
         _verify(tmp_path, images, endless, [GOOD])
-    with pytest.raises(InputError, match="unknown image_position 'back'"):
-        _verify(tmp_path, images, tokenizer, [GOOD], position="back")
     with pytest.raises(InputError, match="no such folder; expected the folder that image paths start from"):
         _verify(tmp_path, str(tmp_path / "nowhere"), tokenizer, [GOOD])
     with pytest.raises(InputError, match="no such annotations file"):

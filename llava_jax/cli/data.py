@@ -6,6 +6,7 @@ import os
 
 from llava_jax.cli.flags import announce, check_least
 from llava_jax.data.sources import FORMS, is_dataset
+from llava_jax.settings import CHOICES
 from llava_jax.types import UNPACKED, ClipConfig, DataSettings, InputError, ModelConfig
 
 # The flags that a config answers in their place.
@@ -24,7 +25,7 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
     single.add_argument("--images", metavar="DIR", help="folder the rows' images are relative to")
     single.add_argument("--tokenizer", metavar="DIR", help="folder of the decoder, or of its tokenizer")
     single.add_argument("--template", help="conversation template: plain, v0, v1, llava_llama_2, …")
-    single.add_argument("--image_position", choices=("front", "keep"), help="as in training (front)")
+    single.add_argument("--image_position", choices=CHOICES["data.image_position"], help="as in training (front)")
     single.add_argument("--max_length", type=int, help="as in training, image tokens included (2048)")
     single.add_argument("--vision", metavar="DIR", help="CLIP folder; its config.json says what an image takes")
     single.add_argument("--patches", type=int, help="the same as a number: image tokens of one image (576)")

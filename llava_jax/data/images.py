@@ -54,8 +54,6 @@ MAX_ASPECT = 200
 DAMAGED = "image {name}: truncated or damaged ({reason}); replace the file"
 TOO_LARGE = f"image {{name}}: more than {MAX_PIXELS // 10**6} megapixels; scale it down"
 
-ASPECTS = ("pad", "crop", "squash")
-EXIF = ("apply", "ignore")
 # EXIF orientation -> what turns the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

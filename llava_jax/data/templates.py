@@ -19,8 +19,6 @@ from typing import NamedTuple
 
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
-IMAGE_POSITIONS = ("front", "keep")
-
 
 class Span(NamedTuple):
     """A piece of the prompt: `special` is a token spelled so (or `<image>`) and never comes from a conversation."""
@@ -63,12 +61,6 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def check_image_position(name: str) -> None:
-    """Raise InputError for anything but front and keep."""
-    if name not in IMAGE_POSITIONS:
-        raise InputError(f"unknown image_position {name!r}; expected front or keep")
-
-
 def render(
     turns: Sequence[Turn], template: Template, *, image_position: str = "front", open_turn: bool = False
 ) -> list[Span]:
@@ -77,7 +69,6 @@ def render(
     `image_position` front moves the placeholder of a turn with one image to the front of that turn (and strips the
     rest, as the released LLaVA does); keep, and turns with several images, leave it as written.
     """
-    check_image_position(image_position)
     system = [turn.text for turn in turns[:1] if turn.speaker == "system"]
     turns = select_turns(turns[len(system) :], template, open_turn=open_turn)
     spans = list(template.opening)

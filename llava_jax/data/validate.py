@@ -23,7 +23,7 @@ from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batc
 from llava_jax.data.records import Rejected, Rows, load_records
 from llava_jax.data.rows import count_words, unread_line
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
-from llava_jax.data.templates import check_image_position, find_template
+from llava_jax.data.templates import find_template
 from llava_jax.data.tiles import Tiling
 from llava_jax.data.tokenize import (
     TextTokenizer,
@@ -164,7 +164,7 @@ def check_records(
         look: raises InputError for an image that cannot be used, and is asked about once each path.
         dump: what is trained is written there, a line of JSON for each row that is kept.
     """
-    _check_settings(settings, tokenizer)
+    check_end(tokenizer, find_template(settings.template))
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
     check = _Check(records, settings, tokenizer, patches, tiling, look)
@@ -297,12 +297,6 @@ class _Check:
             raise InputError(self.images[path])
 
 
-def _check_settings(settings: DataSettings, tokenizer: TextTokenizer) -> None:
-    """Raise InputError for what would be wrong with every row."""
-    check_image_position(settings.image_position)
-    check_end(tokenizer, find_template(settings.template))
-
-
 # ---- what is kept of it -------------------------------------------------------------------------------------------
 
 
@@ -315,7 +309,7 @@ def check_once(
     up each time; where one is gone, every row is checked again, so that the rows are named. With `tiling` nothing is
     kept: how many tokens a row has then depends on the sizes of its images, which may change in their files.
     """
-    _check_settings(settings, tokenizer)
+    check_end(tokenizer, find_template(settings.template))
     if len(records) < KEPT_ROWS or tiling is not None:
         return check_records(records, settings, tokenizer, patches=patches, tiling=tiling)
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}

@@ -13,9 +13,6 @@ from typing import Any
 from llava_jax.prepare.phrases import Finder, normalise
 from llava_jax.types import InputError
 
-# Does a caption that is in the pool already count towards the cap of the next phrase?
-POOLED = ("draw", "count")
-
 
 @dataclasses.dataclass(frozen=True)
 class Rule:

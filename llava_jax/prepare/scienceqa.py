@@ -40,8 +40,6 @@ OUTPUTS = {
     "ELA": "Answer: {solution} {lecture} The answer is {answer}.",
     "LEPA": "{lecture_line}{solution_line}###\nANSWER: {answer}.",
 }
-NEWLINES = ("keep", "escape")
-SUBSETS = ("all", "image", "text")
 
 
 def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all", newlines: str = "keep") -> list[dict]:

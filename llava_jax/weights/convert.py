@@ -5,9 +5,9 @@ import os
 
 from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
-from llava_jax.settings import read_settings
+from llava_jax.settings import DTYPES, read_settings
 from llava_jax.types import InputError
-from llava_jax.weights.hf_export import DTYPES, write_llava
+from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.load import load_adapters, read_model
 from llava_jax.weights.original_export import TOWER, write_original, write_projector
 from llava_jax.weights.peft import write_peft

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.data.images import ASPECTS, EXIF
 from llava_jax.data.templates import TEMPLATES
 from llava_jax.models.llava import build
+from llava_jax.settings import CHOICES
 from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig
 from llava_jax.weights import hf_config, name_table, original, peft
 from llava_jax.weights.hf_config import config_value, read_images, read_json, with_pixels
@@ -110,7 +110,7 @@ def stored_dtype(folder: str, companions: Companions = HERE) -> str:
 
 
 def read_projector(path: str, config: ModelConfig) -> Params:
-    """Read the float32 `projector` parameters of a .safetensors or .bin file in any usual spelling, checked against `config`.
+    """Read the float32 `projector` of a .safetensors or .bin file in any usual spelling, checked against `config`.
 
     A file without `image_newline` gives none, also for a LLaVA-NeXT: stage 1 sees whole images and trains none.
     """
@@ -256,8 +256,8 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     tiled = given["model_type"] == "llava_next"
     if is_original(given):
         tiled = given.get("image_aspect_ratio") == "anyres"
-    aspects = ("anyres",) if tiled else ASPECTS
-    allowed = dict(template=tuple(TEMPLATES), aspect=aspects, image_position=("front", "keep"), exif=EXIF)
+    allowed = {key: CHOICES[f"data.{key}"] for key in ("image_position", "exif")} | dict(template=tuple(TEMPLATES))
+    allowed["aspect"] = tuple(aspect for aspect in CHOICES["data.aspect"] if (aspect == "anyres") == tiled)
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.settings import DTYPES
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, orbax_model
 from llava_jax.weights.hf_config import read_json, write_json
@@ -31,7 +32,6 @@ from llava_jax.weights.source import is_original
 from llava_jax.weights.tensors import SHARD_BYTES, Piece, check_written, enough_room, open_folder, write_shards
 
 Params = dict[str, Any]
-DTYPES = ("float32", "bfloat16")
 
 
 def write_llava(

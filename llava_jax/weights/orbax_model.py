@@ -17,7 +17,7 @@ from llava_jax.weights.source import WEIGHTS, first_line
 
 # What the tree in it holds: our nested dict, and {hub name: tensor}.
 PARAMS, BEYOND = "params", "beyond"
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def files(folder: str) -> list[str]:
@@ -76,7 +76,7 @@ def open_tensors(folder: str) -> dict[str, name_table.Stored]:
             if row:
                 name, shape = row.hf.format(layer), name_table.hf_shape(row, shape[0 if layer is None else 1 :])
             values = functools.partial(get, leaf, row, layer)
-            stored[name] = name_table.Stored(shape, DTYPES.get(dtype, dtype), values)
+            stored[name] = name_table.Stored(shape, SAFETENSORS_NAMES.get(dtype, dtype), values)
     return stored
 
 

@@ -24,7 +24,7 @@ from llava_jax.weights import orbax_model
 from llava_jax.weights.hf_config import PLACES, read_json, write_json
 from llava_jax.weights.name_table import Stored
 from llava_jax.weights.source import is_converted
-from llava_jax.weights.torch_bin import DTYPES, open_torch
+from llava_jax.weights.torch_bin import NUMPY_DTYPES, open_torch
 
 SINGLE, INDEX = PLACES["weights"]
 TORCH_SINGLE, TORCH_INDEX = PLACES["weights where there are no safetensors"]
@@ -47,12 +47,12 @@ def _open_safetensors(path: str) -> dict[str, Stored]:
         header = json.loads(file.read(size))
 
     def get(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: {name} is {dtype}, which is not read; expected one of {', '.join(DTYPES)}")
+        if dtype not in NUMPY_DTYPES:
+            raise InputError(f"{path}: {name} is {dtype}, which is not read; expected one of {', '.join(NUMPY_DTYPES)}")
         if not math.prod(shape):
-            return np.zeros(shape, DTYPES[dtype])
+            return np.zeros(shape, NUMPY_DTYPES[dtype])
         first = 8 + size + header[name]["data_offsets"][0]
-        return np.asarray(np.memmap(path, DTYPES[dtype], "r", first, shape or (1,))).reshape(shape)
+        return np.asarray(np.memmap(path, NUMPY_DTYPES[dtype], "r", first, shape or (1,))).reshape(shape)
 
     stored = {}
     for name, about in header.items():

@@ -35,7 +35,7 @@ STORAGES = {
     "torch ByteStorage": "U8",
     "torch BoolStorage": "BOOL",
 }
-DTYPES = {
+NUMPY_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -123,7 +123,7 @@ def _check(path: str, name: str, tensor: _Tensor, member: zipfile.ZipInfo) -> No
     """Raise InputError unless the tensor's values lie inside the bytes of its storage."""
     storage = tensor.storage
     _check_plain(path, member)
-    if member.file_size != storage.size * np.dtype(DTYPES[storage.dtype]).itemsize:
+    if member.file_size != storage.size * np.dtype(NUMPY_DTYPES[storage.dtype]).itemsize:
         raise InputError(f"{path}: {name} has {member.file_size} bytes of {storage.size} values; broken file")
     ends = tensor.offset + _reach(tensor) if math.prod(tensor.shape) else 0
     sizes = (tensor.offset, *tensor.shape, *tensor.strides)
@@ -133,7 +133,7 @@ def _check(path: str, name: str, tensor: _Tensor, member: zipfile.ZipInfo) -> No
 
 def _values(path: str, tensor: _Tensor, member: zipfile.ZipInfo) -> np.ndarray:
     """Return the tensor, read-only, in the file's pages; they are let go with it."""
-    dtype = np.dtype(DTYPES[tensor.storage.dtype])
+    dtype = np.dtype(NUMPY_DTYPES[tensor.storage.dtype])
     if not math.prod(tensor.shape):
         return np.zeros(tensor.shape, dtype)
     # The bytes begin after the member's own header, which may be padded.
