@@ -81,8 +81,11 @@ def read_json(path: str, expected: str) -> Any:
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); expected {expected}") from error
+        why = LFS_POINTER if is_lfs_pointer(path) else f"not JSON ({error})"
+        raise InputError(f"{path}: {why}; expected {expected}") from error
 
 
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> int:

@@ -4,12 +4,11 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from llava_jax.io import read_json
+from llava_jax.io import read_json, write_json
 from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, WEIGHT_NAMES, DataSettings, InputError, Settings
 
 STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
@@ -92,12 +91,8 @@ def read_settings(path: str) -> Settings:
 
 
 def write_settings(path: str, settings: Settings) -> None:
-    """Write the settings as the flat nested dict that `read_settings` reads; replaces the file in one move."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(settings), file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
+    """Write the settings as the nested dict that `read_settings` reads."""
+    write_json(path, dataclasses.asdict(settings))
 
 
 def tower_path(spec: str) -> str:

@@ -12,7 +12,6 @@ import codecs
 import functools
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -25,7 +24,7 @@ import tokenizers
 
 from llava_jax.data.images import image_size
 from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template, find_template, render
-from llava_jax.io import LFS_POINTER, is_lfs_pointer
+from llava_jax.io import LFS_POINTER, is_lfs_pointer, read_json
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded, InputError, ModelConfig, Record
 
 # A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
@@ -221,7 +220,7 @@ def _read_folder(folder: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[
 
 def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
     path = os.path.join(folder, "tokenizer.json")
-    content = _read_json(path, "copy the tokenizer again") if os.path.isfile(path) else {"model": {}}
+    content = read_json(path, "a tokenizer: copy it again") if os.path.isfile(path) else {"model": {}}
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
     # Comes with transformers, which raises it for sizes in config.json that contradict each other.
@@ -261,7 +260,7 @@ def _auto_tokenizer(folder: str, names: Sequence[str]) -> Any:
     path = os.path.join(folder, "config.json")
     kind = None
     if os.path.isfile(path):
-        given = _read_json(path, "copy it again")
+        given = read_json(path, "a config of Hugging Face: copy it again")
         kind = ORIGINAL_DECODERS.get(given.get("model_type")) if "mm_vision_tower" in given else None
     known = {} if kind is None else {"config": AutoConfig.for_model(kind)}
     # Without the last one transformers asks on a terminal, and runs the folder's code for a `y`.
@@ -385,14 +384,6 @@ def _whole_text(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return codec
 
 
-def _read_json(path: str, fix: str) -> Any:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; {fix}") from None
-
-
 def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
     """Return eos_token_id, one or several, of generation_config.json next to the tokenizer, else of config.json.
 
@@ -402,7 +393,7 @@ def _ends_of_model(folder: str, vocabulary: dict[str, int]) -> list[int]:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             continue
-        given = _read_json(path, "copy it again")
+        given = read_json(path, "a config of Hugging Face: copy it again")
         given = given if isinstance(given, dict) else {}
         named = given.get("eos_token_id")
         named = (given.get("text_config") or {}).get("eos_token_id") if named is None else named

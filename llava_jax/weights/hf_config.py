@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_jax.io import LFS_POINTER, is_lfs_pointer
+from llava_jax import io
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
 from llava_jax.weights.families import DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
 
@@ -451,14 +451,7 @@ def read_json(path: str) -> dict[str, Any]:
 
     Raises InputError, which names the file, when it is missing, a git-lfs pointer, broken or no object.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            value = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a Hugging Face JSON file") from error
-    except ValueError as error:
-        why = LFS_POINTER if is_lfs_pointer(path) else f"is not JSON ({error}); copy it again from where it came from"
-        raise InputError(f"{path}: {why}") from error
+    value = io.read_json(path, "a Hugging Face JSON file: copy it again from where it came from")
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
