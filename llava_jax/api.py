@@ -62,10 +62,27 @@ class Processor:
     def tokens(self, messages: Sequence[Message]) -> np.ndarray:
         """Return int32[t] of a conversation that the assistant is to continue, each image as its image tokens."""
         turns, images = read_messages(messages)
+        return self._tokens(turns, self._sizes(images))
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Return these tokens and the pixels of the images (a LLaVA-NeXT's: of their tiles), in order."""
+        turns, images = read_messages(messages)
+        sizes, tiles, how = self._sizes(images), self.tiling, self.config.vision.pixels
+        tokens, size = self._tokens(turns, sizes), self.config.vision.image_size
+        arrays = [np.zeros((0, size, size, 3), np.float32)]
+        for image in images:
+            image = image if isinstance(image, Image.Image) else os.fspath(image)
+            arrays.append(normalised(load_tiles(image, size, self.aspect, tiles, how, self.exif), how))
+        if tiles is None:
+            return Prompt(tokens, np.concatenate(arrays))
+        feature_index = spread(tokens, self.config.image_token_id, tiles.feature_index(sizes))
+        return Prompt(tokens, np.concatenate(arrays), feature_index)
+
+    def _tokens(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
         encoded = encode(spans, self.tokenizer)
         tiles = self.tiling
-        counts = self.config.vision.patches if tiles is None else tiles.tokens(self._sizes(images))
+        counts = self.config.vision.patches if tiles is None else tiles.tokens(sizes)
         tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
         positions = self.config.llm.max_positions
         if tokens.size >= positions:
@@ -75,25 +92,10 @@ class Processor:
             )
         return tokens.astype(np.int32)
 
-    def pixels(self, messages: Sequence[Message]) -> np.ndarray:
-        """Return float32[n, X, Y, C] of the images of a conversation (a LLaVA-NeXT's: of their tiles), in order."""
-        size, tiles, how = self.config.vision.image_size, self.tiling, self.config.vision.pixels
-        _, images = read_messages(messages)
-        arrays = [np.zeros((0, size, size, 3), np.float32)]
-        for image in images:
-            image = image if isinstance(image, Image.Image) else os.fspath(image)
-            arrays.append(normalised(load_tiles(image, size, self.aspect, tiles, how, self.exif), how))
-        return np.concatenate(arrays)
-
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        tokens, tiles, feature_index = self.tokens(messages), self.tiling, None
-        if tiles is not None:
-            features = tiles.feature_index(self._sizes(read_messages(messages)[1]))
-            feature_index = spread(tokens, self.config.image_token_id, features)
-        return Prompt(tokens, self.pixels(messages), feature_index)
-
     def _sizes(self, images: Sequence[ImageLike]) -> list[tuple[int, int]]:
-        """Return the (width, height) of each image, which is read from the header of a file."""
+        """Return the (width, height) of each image, from a file's header; none where images are not tiled."""
+        if not self.config.pinpoints:
+            return []
         return [image_size(p if isinstance(p, Image.Image) else os.fspath(p), self.exif) for p in images]
 
     def text(self, ids: Iterable[int]) -> str:
