@@ -15,6 +15,7 @@ from llava_jax.aot import report, sweep, target
 from llava_jax.cli import compile as command
 from llava_jax.cli.compile import unpacked_without_lengths
 from llava_jax.cli.main import main
+from llava_jax.data.packing import BatchShape
 from llava_jax.parallel.chips import CHIPS
 from llava_jax.settings import settings_from_dict
 from llava_jax.types import InputError
@@ -119,7 +120,7 @@ def config_of(**changes):
 
 def test_unpacked_rows_are_conversations():
     given = settings(tiny, train__batch_size=16)
-    assert ahead.batch_shape(given, config_of(), ways=8, tokens_per_row=None) == ahead.Shape(16, 1024, 1, 16)
+    assert ahead.batch_shape(given, config_of(), ways=8, tokens_per_row=None) == BatchShape(16, 1024, 1, None, 16)
     with pytest.raises(InputError, match="train.batch_size=16 does not divide .* multiple of 3"):
         ahead.batch_shape(given, config_of(), ways=3, tokens_per_row=None)
 

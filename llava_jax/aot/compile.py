@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from llava_jax.aot import hlo
 from llava_jax.aot.cost import estimate
 from llava_jax.aot.target import Target
-from llava_jax.data.packing import UNIT, check_batch_size
+from llava_jax.data.packing import UNIT, BatchShape, check_batch_size
 from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import weights_in
 from llava_jax.parallel.sharding import batch_sharding, make_mesh, mesh_sizes
@@ -34,16 +34,6 @@ METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of
 
 # Share of real tokens in packed rows, for lengths like those of the published data (96.5 to 98.8 %).
 FILLED = 0.985
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A global batch: `rows` of `length` tokens with `images` slots each; `images_used` counts the slots in use."""
-
-    rows: int
-    length: int
-    images: int
-    images_used: int
 
 
 # ---- what is compiled -------------------------------------------------------------------------------------------
@@ -66,7 +56,7 @@ def plan_config(settings: Settings) -> ModelConfig:
     return described(settings)
 
 
-def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> Shape:
+def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> BatchShape:
     """Return the shape of the global batch: a conversation with its image a row, or as many packed rows as needed.
 
     An anyres image counts with the most tiles. The rows must be divisible by `ways`, device shards times microbatches;
@@ -87,7 +77,8 @@ def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_r
         rows = ways * math.ceil(tokens / length / ways)
         per_row = min(math.ceil(size / rows) + 1, max(1, length // config.vision.patches))
         images = data.pack_images or per_row * config.tiles
-    return Shape(rows, length, images, min(size * config.tiles, rows * images))
+    filled = None if tokens_per_row is None else size * tokens_per_row / (rows * length)
+    return BatchShape(rows, length, images, filled, min(size * config.tiles, rows * images))
 
 
 def _pack_length(tokens: float, longest: int) -> int:
@@ -96,7 +87,7 @@ def _pack_length(tokens: float, longest: int) -> int:
     return max(min((length for length in lengths if length >= longest), default=0), longest)
 
 
-def abstract_batch(config: ModelConfig, shape: Shape, mesh: Mesh) -> Batch:
+def abstract_batch(config: ModelConfig, shape: BatchShape, mesh: Mesh) -> Batch:
     """Return the batch that `train` gives to its step, as shapes with shardings."""
     at, size = batch_sharding(mesh), config.vision.image_size
 
@@ -122,8 +113,7 @@ class Lowered:
     settings: Settings
     target: Target
     run: Run
-    shape: Shape
-    tokens_per_row: float | None
+    shape: BatchShape
     lowered: jax.stages.Lowered
     seconds: float
 
@@ -152,7 +142,7 @@ def lower(settings: Settings, target: Target, tokens_per_row: float | None = Non
     with jax.set_mesh(mesh):
         run = prepare(settings, config, mesh, STEPS, shape.length)
         lowered = run.step.lower(run.state, run.frozen, abstract_batch(config, shape, mesh))
-    return Lowered(settings, target, run, shape, tokens_per_row, lowered, time.monotonic() - start)
+    return Lowered(settings, target, run, shape, lowered, time.monotonic() - start)
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------
@@ -178,7 +168,7 @@ def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
 def describe(lowered: Lowered) -> dict[str, Any]:
     """Return what is known before compiling; every figure that is not is None."""
     settings, target, run, shape = lowered.settings, lowered.target, lowered.run, lowered.shape
-    chips, tokens_per_row = len(target.devices), lowered.tokens_per_row
+    chips = len(target.devices)
     parts = {part: _count(tree) for part, tree in sorted({**run.frozen, **run.state.params}.items())}
     flops = step_flops(run.config, settings.stage, rows=shape.rows, length=shape.length, images=shape.images_used)
     train = settings.train
@@ -193,7 +183,7 @@ def describe(lowered: Lowered) -> dict[str, Any]:
         "rows": shape.rows,
         "length": shape.length,
         "images_per_row": shape.images,
-        "filled": None if tokens_per_row is None else train.batch_size * tokens_per_row / (shape.rows * shape.length),
+        "filled": shape.filled,
         "pack": settings.data.pack,
         "dtypes": {key: getattr(train, key) for key in ("dtype", "param_dtype", "moment_dtype", "frozen_dtype")},
         "remat": train.remat,

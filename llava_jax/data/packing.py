@@ -33,13 +33,13 @@ LENGTHS, TRIES = 32, 8
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
     """Rows of a batch, tokens and image slots of a row; and of the run's batches the mean share of tokens that are not
-    padding, and of images.
+    padding (None: unknown), and of images.
     """
 
     rows: int
     length: int
     images: int
-    filled: float
+    filled: float | None
     images_used: float
 
     def __str__(self) -> str:
