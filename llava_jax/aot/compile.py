@@ -24,10 +24,10 @@ from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import weights_in
 from llava_jax.parallel.sharding import batch_sharding, make_mesh, mesh_sizes
 from llava_jax.settings import RANDOM
-from llava_jax.train.setup import Run, compile_lowered, compiler_options, prepare
+from llava_jax.train.setup import Run, build_run, compile_lowered, compiler_options
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
-from llava_jax.weights.load import described, model_spec
+from llava_jax.weights.load import adapted, described, model_spec
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
@@ -140,7 +140,7 @@ def lower(settings: Settings, target: Target, tokens_per_row: float | None = Non
     mesh = make_mesh(settings.mesh, target.devices)
     shape = batch_shape(settings, config, batch_ranks(mesh) * settings.train.accumulate, tokens_per_row)
     with jax.set_mesh(mesh):
-        run = prepare(settings, config, mesh, STEPS, shape.length)
+        run = build_run(settings, adapted(settings, config), mesh, STEPS, shape.length)
         lowered = run.step.lower(run.state, run.frozen, abstract_batch(config, shape, mesh))
     return Lowered(settings, target, run, shape, lowered, time.monotonic() - start)
 

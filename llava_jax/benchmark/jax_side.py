@@ -27,11 +27,11 @@ from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import build, init
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import STAGES, settings_from_dict
-from llava_jax.train.setup import Run, compile_lowered, first_state, prepare
+from llava_jax.train.setup import Run, build_run, compile_lowered, first_state
 from llava_jax.train.step import TrainState
 from llava_jax.types import UNPACKED, Batch, DataSettings, ModelConfig, Record, Sampling, Settings
 from llava_jax.weights import hf
-from llava_jax.weights.load import EMBEDDED_TOKENIZER
+from llava_jax.weights.load import EMBEDDED_TOKENIZER, adapted
 
 READ_AHEAD = 6  # batches that workers may have ready before they are needed
 SETTLE = 0.5  # seconds in which workers have read ahead again
@@ -71,7 +71,7 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     config = model_config(work)
     mesh = make_mesh(settings.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        run = prepare(settings, config, mesh, steps=10**6, length=work["length"])
+        run = build_run(settings, adapted(settings, config), mesh, steps=10**6, length=work["length"])
         state, frozen = starting_point(work, settings, run)
         batch = jax.device_put(read_batch(work), batch_sharding(mesh))
         lowered = run.step.lower(state, frozen, batch)

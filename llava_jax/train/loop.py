@@ -28,13 +28,13 @@ from llava_jax.train.checkpoint import absolute_paths, hold_workdir
 from llava_jax.train.profiler import Tracer, tracing
 from llava_jax.train.setup import (
     Run,
+    build_run,
     compile_step,
     compiler_options,
     ideal_seconds,
     meta_of,
     open_data,
     opening,
-    prepare,
     read_records,
     restore_or_start,
     total_steps,
@@ -86,7 +86,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         steps=steps,
         seed=settings.seed,
     )
-    run = prepare(settings, spec.config, mesh, steps, batches.shape.length)
+    run = build_run(settings, spec.stage_config, mesh, steps, batches.shape.length)
     meta = meta_of(settings, spec, records, batches)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (

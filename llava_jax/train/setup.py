@@ -38,7 +38,6 @@ from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step,
 from llava_jax.types import DataSettings, InputError, ModelConfig, OptimSettings, Settings, TrainSettings
 from llava_jax.weights.load import (
     ModelSpec,
-    adapted,
     check_unchanged,
     float_dtype,
     frozen_sources,
@@ -101,13 +100,14 @@ class Run(NamedTuple):
     frozen: Any
 
 
-def prepare(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, length: int) -> Run:
+def build_run(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, length: int) -> Run:
     """Build the jitted step of the stage for rows of `length` tokens, with the shapes and shardings of what it takes.
 
+    `config` is that of the stage (`adapted`).
     Reads no weights. Raises InputError when the attention asked for cannot run on the mesh's devices, or a parameter
     does not divide over them.
     """
-    config = split_rank(adapted(settings, choose_attention(settings.train, config, mesh, length)), mesh)
+    config = split_rank(choose_attention(settings.train, config, mesh, length), mesh)
     graphdef, abstract = build(config)
     shardings = split_parts(param_shardings(logical_axes(config), abstract, mesh))
     params, frozen = partition(_placed(split_parts(abstract), shardings), settings.stage)
