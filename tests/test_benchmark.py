@@ -18,7 +18,7 @@ import worker
 seconds = iter({seconds})
 worker.serve(lambda work: (json.loads(work["found"]), lambda: {{"step": next(seconds)}}))
 """
-FOLDER = compare.HERE
+FOLDER = compare.FOLDER
 
 
 @pytest.fixture

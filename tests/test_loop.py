@@ -244,7 +244,7 @@ def test_nothing_is_written_before_all_is_checked(inputs, tmp_path):
 def test_the_device_never_waits_for_the_host(inputs, tmp_path, monkeypatch):
     """The next batch is fetched and copied, and the last update's metrics are read, while an update runs."""
     told = []
-    opened, compiled, reported = loop.open_data, loop.compile_step, loop.report
+    opened, compiled, reported = loop.open_data, loop.compile_step, loop.log_update
 
     def open_data(*args):
         data = opened(*args)
@@ -257,11 +257,11 @@ def test_the_device_never_waits_for_the_host(inputs, tmp_path, monkeypatch):
         step, *rest = compiled(*args)
         return (lambda *args: told.append("update") or step(*args)), *rest
 
-    def report(n, *args, **how):
+    def log_update(n, *args, **how):
         told.append(f"read {n}")
         return reported(n, *args, **how)
 
-    for name, function in (("open_data", open_data), ("compile_step", compile_step), ("report", report)):
+    for name, function in (("open_data", open_data), ("compile_step", compile_step), ("log_update", log_update)):
         monkeypatch.setattr(loop, name, function)
     loop.train(make_settings(inputs, "pretrain", data__max_length=32), str(tmp_path))
     first = ["batch", "update", "batch", "update", "read 0", "batch", "update", "read 1"]

@@ -19,7 +19,7 @@ from llava_jax.types import InputError
 
 Figures = dict[str, Any]
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 OURS, PEER = "ours", "peer"
 UNIT = {"train": "step", "generate": "token", "data": "image"}  # the seconds whose ratio is the result of a job
 LOSS_TOLERANCE = 1e-4  # between the losses of the first update in float32; both sides start from the same file
@@ -60,7 +60,7 @@ def measure(work: Mapping[str, Any], rounds: int, peer_python: str | None) -> Fi
             run_once([*here, "llava_jax.benchmark.fixtures", path], on_cpu, os.path.join(folder, "fixtures.log"))
             commands = {OURS: [*here, "llava_jax.benchmark.jax_side", path]}
             if peer_python is not None:
-                commands[PEER] = [peer_python, os.path.join(HERE, "peer.py"), path]
+                commands[PEER] = [peer_python, os.path.join(FOLDER, "peer.py"), path]
             sides = {name: Side(name, words, f"{folder}/{name}.log") for name, words in commands.items()}
             for side in sides.values():
                 stack.enter_context(side)

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF", "JPEG2000", "PPM")
 # What else is found under the name of an image, by the place and bytes that tell it.
-OTHERS = (
+NOT_READ = (
     (4, b"ftyphei", "HEIC"),
     (4, b"ftyphev", "HEIC"),
     (4, b"ftypmif1", "HEIC"),
@@ -153,7 +153,7 @@ def _read(file: BinaryIO, name: str, use: Callable[[Image.Image, str], Result]) 
         return use(_open(file, name), name)
     except Image.UnidentifiedImageError:
         expected = f"expected {', '.join(FORMATS)}"
-        for place, mark, kind in OTHERS:
+        for place, mark, kind in NOT_READ:
             if head[place:].lower().startswith(mark.lower()):
                 raise InputError(f"image {name}: is {kind}; {expected}; convert or replace the file") from None
         problem = f"not an image, or damaged where it begins; {expected}; replace the file"

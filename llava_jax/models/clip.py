@@ -16,7 +16,7 @@ ACTIVATIONS = {
 }
 
 
-def normalised(pixels_BNXYC: jax.Array, image_mask_BN: jax.Array, pixels: Pixels) -> jax.Array:
+def normalise_batch(pixels_BNXYC: jax.Array, image_mask_BN: jax.Array, pixels: Pixels) -> jax.Array:
     """Return RGB bytes as float32 [B, N, X, Y, C] with the tower's mean and deviation; empty slots are zeros.
 
     The same as `data.images.normalised` but for the last bit: XLA multiplies where that divides by a constant.

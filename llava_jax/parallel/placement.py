@@ -30,7 +30,7 @@ def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
     at = batch_sharding(mesh)
     index_of = {row: index for index, row in enumerate(local_rows(mesh, rows))}
 
-    def assemble(x: np.ndarray) -> jax.Array:
+    def global_array(x: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             # A device's own rows are adjacent, in the batch and so in x.
@@ -38,7 +38,7 @@ def global_batch(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 
         return jax.make_array_from_callback((rows, *x.shape[1:]), at, shard)
 
-    return jax.tree.map(assemble, batch._replace(rows_BM=None))
+    return jax.tree.map(global_array, batch._replace(rows_BM=None))
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -118,7 +118,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 rows=batches.shape.rows,
                 save_every=train.checkpoint_every,
                 start=start,
-                report=partial(report, writer=writer, records=records),
+                log=partial(log_update, writer=writer, records=records),
                 save=partial(checkpoint.save, manager, data=data, meta=meta),
                 tracer=tracer,
                 should_stop=should_stop,
@@ -139,7 +139,7 @@ def run_updates(
     rows: int,
     save_every: int,
     start: Callable[..., Callable],
-    report: Callable[..., None],
+    log: Callable[..., None],
     save: Callable[[TrainState], None],
     tracer: Tracer | None,
     should_stop: Callable[[int], bool],
@@ -158,7 +158,7 @@ def run_updates(
             batch = next(data)
         except InputError:
             if pending is not None and jax.process_count() == 1:
-                report(*pending)
+                log(*pending)
                 save(state)
             raise
         waited = time.monotonic() - before
@@ -170,13 +170,13 @@ def run_updates(
             tracer.before(n, state)
         state, values = step(state, frozen, arrays)
         if pending is not None:
-            report(*pending)
+            log(*pending)
         pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited)
         if tracer is not None:
             tracer.after(n, state)
         stopped = should_stop(n + 1)
         if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
-            report(*pending)
+            log(*pending)
             pending = None
             save(state)
         if stopped:
@@ -184,7 +184,7 @@ def run_updates(
     return state
 
 
-def report(
+def log_update(
     n: int,
     values: dict,
     rows: np.ndarray,

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llava_jax.models.clip import normalised
+from llava_jax.models.clip import normalise_batch
 from llava_jax.models.layers import stored_as
 from llava_jax.models.llava import join_parts
 from llava_jax.parallel.sharding import MESH_AXES, RULES, batch_sharding, replicated, scatter_sum, spec_of
@@ -164,7 +164,7 @@ def train_step(
       padding).
     """
     key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-    seen = batch._replace(pixels_BNXYC=normalised(batch.pixels_BNXYC, batch.image_mask_BN, pixels))
+    seen = batch._replace(pixels_BNXYC=normalise_batch(batch.pixels_BNXYC, batch.image_mask_BN, pixels))
     loss, grads, targets = loss_and_grads(state.params, frozen, seen, config, key)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -27,7 +27,7 @@ from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
-from llava_jax.weights.original import OTHERS, PROJECTOR, Companions
+from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
 from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras
 from llava_jax.weights.source import is_workdir, load_params, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
@@ -299,11 +299,11 @@ def read_projector(source: str, config: ModelConfig) -> Params:
     if not os.path.isdir(source):
         return hf.read_projector(source, config)
     if not is_workdir(source):
-        files = [os.path.join(source, name) for name in (PROJECTOR, OTHERS)]
+        files = [os.path.join(source, name) for name in (PROJECTOR, NON_LORA)]
         file = next((path for path in files if os.path.isfile(path)), None)
         if file is None:
             raise InputError(
-                f"init.projector={source}: holds neither checkpoints nor {PROJECTOR} nor {OTHERS}; expected the "
+                f"init.projector={source}: holds neither checkpoints nor {PROJECTOR} nor {NON_LORA}; expected the "
                 "workdir or output folder of a pretrain run, or a .safetensors or .bin file"
             )
         return hf.read_projector(file, config)

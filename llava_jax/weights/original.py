@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 # The projector alone, as stage 1 saves it, and what a LoRA run trains next to its adapter.
 PROJECTOR = "mm_projector.bin"
-OTHERS = "non_lora_trainables.bin"
+NON_LORA = "non_lora_trainables.bin"
 # What of an image's key in config.json we do, as data.aspect.
 ASPECTS = {"pad": "pad", "square": "crop", None: "crop", "anyres": "anyres"}
 
@@ -187,11 +187,11 @@ def _holds_tower(tensors: Tensors) -> bool:
 def _with_base(original: Original) -> Tensors:
     """Return the base's tensors with an adapter's updates added, and the other trained tensors in their place."""
     folder, tensors = original.folder, open_folder(original.base)
-    others = os.path.join(folder, OTHERS)
+    others = os.path.join(folder, NON_LORA)
     if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         others = os.path.join(folder, PROJECTOR)
     else:
         tensors = peft.merged(folder, tensors, "original")
         if not os.path.isfile(others):
-            return dataclasses.replace(tensors, where=f"{folder} (no {OTHERS}: the projector is the base's)")
+            return dataclasses.replace(tensors, where=f"{folder} (no {NON_LORA}: the projector is the base's)")
     return dataclasses.replace(peft.placed(tensors, open_file(others).stored, "original"), where=folder)
