@@ -8,6 +8,7 @@ import pytest
 from llava_jax.cli import main, train
 from llava_jax.cli.flags import Parser
 from llava_jax.demo import story
+from llava_jax.io import read_lines
 from llava_jax.settings import settings_from_dict
 from llava_jax.types import InputError
 
@@ -54,7 +55,7 @@ class Quick(story.Story):
             (folder / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
         else:
             right = pathlib.Path(args.answers).stem in ("both_stages", "read_as_text")
-            rows = story.read_jsonl(pathlib.Path(args.questions))
+            rows = [row for _, row in read_lines(args.questions, "questions")]
             answers = [{"question_id": row["question_id"], "text": row["answer"] if right else "?"} for row in rows]
             path = pathlib.Path(args.answers)
             path.parent.mkdir(exist_ok=True)

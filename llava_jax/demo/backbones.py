@@ -7,7 +7,6 @@ teaches: image features in place of words.
 
 import argparse
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from safetensors.numpy import save_file
 
 from llava_jax.data.images import preprocess
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
@@ -29,7 +27,9 @@ from llava_jax.models.layers import LayerNorm, Linear
 from llava_jax.models.llama import Llama
 from llava_jax.types import ClipConfig, LlamaConfig
 from llava_jax.weights import hf
-from llava_jax.weights.name_table import TABLE, to_hf
+from llava_jax.weights.hf_config import clip_json, llama_json, write_json
+from llava_jax.weights.hf_export import parameter_pieces
+from llava_jax.weights.tensors import save_tensors
 
 CLIP = ClipConfig(width=128, mlp_width=512, layers=4, heads=4, image_size=48, patch_size=8)
 LLAMA = LlamaConfig(
@@ -147,15 +147,10 @@ def train_clip(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float
 
 def save_clip(params: Params, folder: str) -> None:
     """Write a Hugging Face CLIPVisionModel folder in bfloat16, its last block and post-norm included."""
-    tensors = named_tensors({"vision": params["vision"]}, "vision_tower.", CLIP.layers)
+    tensors = named_tensors({"vision": params["vision"]}, "vision_tower.")
     for theirs, ours in (("weight", "scale"), ("bias", "bias")):
-        tensors[f"vision_model.post_layernorm.{theirs}"] = np.asarray(params["post_norm"][ours])
-    config = dict(
-        architectures=["CLIPVisionModel"], model_type="clip_vision_model", hidden_size=CLIP.width,
-        intermediate_size=CLIP.mlp_width, num_hidden_layers=CLIP.layers, num_attention_heads=CLIP.heads,
-        image_size=CLIP.image_size, patch_size=CLIP.patch_size, hidden_act=CLIP.activation,
-        layer_norm_eps=CLIP.norm_eps, projection_dim=128,
-    )  # fmt: skip
+        tensors[f"vision_model.post_layernorm.{theirs}"] = np.asarray(params["post_norm"][ours]).astype(jnp.bfloat16)
+    config = clip_json(CLIP) | dict(architectures=["CLIPVisionModel"], projection_dim=128)
     save_folder(folder, config, tensors)
 
 
@@ -241,37 +236,19 @@ def look_back_mask(params: Params) -> Params:
 
 def save_llama(params: Params, folder: str) -> None:
     """Write a Hugging Face LlamaForCausalLM folder in bfloat16 (the tokenizer is there already)."""
-    tensors = named_tensors({"llm": params}, "language_model.", LLAMA.layers)
-    config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=LLAMA.vocab_size, hidden_size=LLAMA.width,
-        intermediate_size=LLAMA.mlp_width, num_hidden_layers=LLAMA.layers, num_attention_heads=LLAMA.heads,
-        num_key_value_heads=LLAMA.kv_heads, head_dim=LLAMA.head_dim, hidden_act="silu", rms_norm_eps=LLAMA.norm_eps,
-        max_position_embeddings=LLAMA.max_positions, rope_theta=LLAMA.rope.theta, tie_word_embeddings=LLAMA.tied,
-        attention_bias=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    save_folder(folder, config, tensors)
+    config = llama_json(LLAMA) | dict(bos_token_id=reading.BOS, eos_token_id=reading.EOS)
+    save_folder(folder, config, named_tensors({"llm": params}, "language_model."))
 
 
-def named_tensors(params: Params, prefix: str, layers: int) -> dict[str, np.ndarray]:
-    """Return the parameters under Hugging Face's names (without `prefix`) and in its layouts."""
-    flat = {"/".join(path): np.asarray(leaf) for path, leaf in nnx.traversals.flatten_mapping(params).items()}
-    tensors = {}
-    for row in TABLE:
-        if row.ours in flat:
-            for layer in range(layers if row.stacked else 1):
-                array = flat[row.ours][layer] if row.stacked else flat[row.ours]
-                tensors[row.hf.format(layer).removeprefix(prefix)] = to_hf(row, array)
-    return tensors
+def named_tensors(params: Params, prefix: str) -> dict[str, np.ndarray]:
+    """Return the parameters in bfloat16 under Hugging Face's names (without `prefix`) and in its layouts."""
+    return {piece.name.removeprefix(prefix): piece.array() for piece in parameter_pieces(params, "bfloat16")}
 
 
 def save_folder(folder: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump({**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}, file, indent=2)
-    tensors = {name: np.ascontiguousarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
-    path = os.path.join(folder, "model.safetensors")
-    save_file(tensors, path, metadata={"format": "pt"})
-    os.chmod(path, 0o644)
+    write_json(folder, "config.json", config | dict(dtype="bfloat16", torch_dtype="bfloat16"))
+    save_tensors(os.path.join(folder, "model.safetensors"), tensors)
 
 
 def main() -> None:

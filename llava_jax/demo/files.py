@@ -1,14 +1,15 @@
 """Write the small world: images, COCO annotations, caption rows for stage 1 and questions for the evaluation."""
 
 import collections
-import json
 import os
 from collections.abc import Iterator
 
 import numpy as np
 
+from llava_jax.data.rows import single_turn
 from llava_jax.demo import world
 from llava_jax.demo.world import Question, Scene
+from llava_jax.io import write_json, write_rows
 from llava_jax.prepare.captions import BRIEF_QUESTIONS
 
 CAPTIONS_EACH = 5
@@ -57,10 +58,8 @@ def write_caption_rows(path: str, captions: list[list[str]], seed: int) -> int:
     for number, texts in enumerate(captions, 1):
         for index, text in enumerate(texts):
             question = f"<image>\n{rng.choice(BRIEF_QUESTIONS)}"
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
-            rows.append({"id": f"{number:06d}-{index}", "image": f"{number:06d}.png", "conversations": turns})
-    write_json(path, rows)
-    return len(rows)
+            rows.append(single_turn(f"{number:06d}-{index}", f"{number:06d}.png", question, text))
+    return write_rows(path, rows)
 
 
 def write_questions(folder: str, scenes: list[Scene], captions: list[list[str]], seed: int) -> collections.Counter:
@@ -87,8 +86,7 @@ def write_questions(folder: str, scenes: list[Scene], captions: list[list[str]],
             read = {key: value for key, value in row.items() if key != "image"}
             text.append({**read, "text": f"{captions[index][0]}\n{question.text}"})
     for name, rows in (("questions", right), ("shuffled", shuffled), ("text", text)):
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
     return collections.Counter(row["category"] for row in right)
 
 
@@ -112,9 +110,3 @@ def _answers(scene: Scene, rng: np.random.Generator) -> dict[str, str]:
     names = {thing.name for thing in scene}
     presence = {f"Is there a {name}?": "yes" if name in names else "no" for name in CATEGORIES}
     return {question.text: question.answer for question in world.questions(scene, rng)} | presence
-
-
-def write_json(path: str, content: object) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.write("\n")

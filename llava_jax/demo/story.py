@@ -18,6 +18,7 @@ from typing import Any
 
 from llava_jax.demo import files, report
 from llava_jax.evaluate import exact_match
+from llava_jax.io import read_lines, write_json, write_rows
 from llava_jax.types import InputError
 
 BACKBONES = pathlib.Path(__file__).parent / "backbones"
@@ -131,8 +132,7 @@ class Story:
         self._peak = max(self._peak, peak_memory())
         sizes = dataclasses.asdict(self.sizes)
         content = {"sizes": sizes, "seconds": self._done, "peak_memory_bytes": self._peak}
-        files.write_json(str(self.folder / "parts.json.new"), content)
-        os.replace(self.folder / "parts.json.new", self.folder / "parts.json")
+        write_json(str(self.folder / "parts.json"), content)
         print(f"  {self._done[name]:.1f} s", flush=True)
 
     def draw_world(self) -> None:
@@ -161,7 +161,7 @@ class Story:
                 f"--limit={limit}",
             )
             rows += json.loads(output.read_text(encoding="utf-8"))
-        files.write_json(str(self.world / "instructions.json"), rows)
+        write_rows(str(self.world / "instructions.json"), rows)
         print(f"  {len(rows)} rows for stage 2: {self._relative(self.world / 'instructions.json')}")
 
     def pretrain(self) -> None:
@@ -227,7 +227,7 @@ class Story:
         }
         page = report.page(content, self._charts(), *self._cards())
         (self.folder / "report.html").write_text(page, encoding="utf-8")
-        (self.folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(str(self.folder / "report.json"), content)
         print("\nExact match on held-out scenes, percent\n")
         print(exact_match.table({result["name"]: result for result in results.values()}))
         print()
@@ -260,7 +260,7 @@ class Story:
 
     def _charts(self) -> dict[str, dict[str, list[float]]]:
         def losses(folder: str) -> list[float]:
-            return [row["loss"] for row in read_jsonl(self.folder / folder / "metrics.jsonl")]
+            return [row["loss"] for _, row in read_lines(str(self.folder / folder / "metrics.jsonl"), "metrics")]
 
         second = {"after stage 1": losses("finetune"), "without stage 1": losses("finetune_without_stage_1")}
         return {
@@ -270,9 +270,10 @@ class Story:
 
     def _cards(self) -> tuple[list[report.Card], list[report.Card]]:
         """Return (the first held-out scenes, the first ones with a wrong answer), as answered after both stages."""
-        texts = {row["question_id"]: row["text"] for row in read_jsonl(self.folder / "answers" / "both_stages.jsonl")}
+        answered = read_lines(str(self.folder / "answers" / "both_stages.jsonl"), "answers")
+        texts = {row["question_id"]: row["text"] for _, row in answered}
         answers: dict[str, list[report.Answer]] = {}
-        for row in read_jsonl(self.world / "held_out" / "questions.jsonl"):
+        for _, row in read_lines(str(self.world / "held_out" / "questions.jsonl"), "questions"):
             text = texts.get(row["question_id"], "")
             correct = exact_match.normalise(text) == exact_match.normalise(row["answer"])
             answer = report.Answer(row["category"], row["text"], text, row["answer"], correct)
@@ -312,7 +313,3 @@ def peak_memory() -> int:
     """Return the bytes of the largest process so far, of this one and those it has started."""
     kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
-
-
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
