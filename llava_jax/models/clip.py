@@ -93,8 +93,7 @@ class Clip(nnx.Module):
             self.class_embedding = param(rngs, normal, (config.width,), ("vision_embed",))
         shape = (config.class_tokens + config.patches, config.width)
         self.position = param(rngs, normal, shape, ("position", "vision_embed"))
-        if config.family == "clip":
-            self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs)
+        self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs) if config.family == "clip" else None
         self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
 
     def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
@@ -104,7 +103,7 @@ class Clip(nnx.Module):
             cls = jnp.broadcast_to(self.class_embedding.astype(x_BPE.dtype), (x_BPE.shape[0], 1, x_BPE.shape[2]))
             x_BPE = jnp.concatenate([cls, x_BPE], axis=1)
         x_BPE = x_BPE + self.position.astype(x_BPE.dtype)
-        if hasattr(self, "pre_norm"):
+        if self.pre_norm is not None:
             x_BPE = self.pre_norm(x_BPE)
         x_BPE = constrain(x_BPE, "batch", "position", "activation")
 
