@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -327,20 +327,39 @@ def check_once(
     return checked
 
 
-def plan_once(records: Rows, checked: Checked, settings: DataSettings, **sizes: Any) -> BatchPlan:
+def plan_once(
+    records: Rows,
+    checked: Checked,
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    row_multiple: int,
+    steps: int,
+    seed: int,
+) -> BatchPlan:
     """Return what `plan_batches` makes of these rows, or the plan made of the same before, which a long run keeps."""
     lengths_A, slots_A, words_A = checked.lengths_A, checked.slots_A, checked.words_A
     facts = {name: getattr(settings, name) for name in ORDER if name not in ("annotations", "workers")}
     rows = hashlib.sha256(b"|".join(array.tobytes() for array in (lengths_A, slots_A, words_A))).hexdigest()
+    sizes = batch_size, row_multiple, steps, seed
     name = key_of("plan", code(), rows, settings.max_length, facts, sizes, records.mixture)
-    long = sizes["steps"] * sizes["batch_size"] >= KEPT_ROWS
+    long = steps * batch_size >= KEPT_ROWS
     kept = recall(name) if long else None
     if kept is not None:
         rows_, length, images, filled, used, max_per_row = kept["shape"].tolist()
         shape = BatchShape(int(rows_), int(length), int(images), filled, used)
         return BatchPlan(shape, kept["order"], kept["rows"], int(max_per_row))
     plan = plan_batches(
-        records, lengths_A, settings, **sizes, slots_A=slots_A, words_A=words_A, mixture=records.mixture
+        records,
+        lengths_A,
+        settings,
+        batch_size=batch_size,
+        row_multiple=row_multiple,
+        steps=steps,
+        seed=seed,
+        slots_A=slots_A,
+        words_A=words_A,
+        mixture=records.mixture,
     )
     if long:
         shape = np.array([*dataclasses.astuple(plan.shape), plan.max_per_row], np.float64)
