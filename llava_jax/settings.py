@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator

@@ -104,6 +104,25 @@ def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:
     return Verdict(None, tuple(read), tuple(reasons))
 
 
+def ask(
+    task: Task, teacher: Teacher, journal: Journal, budget: Budget, attempts: int, seed: int, stop: threading.Event
+) -> None:
+    """Ask until an answer can be used or `attempts` of them are there; each is saved and charged to the budget.
+
+    Raises what the teacher and the budget do, and RequestFailed once `stop` is set.
+    """
+    while not judge(task, journal.replies(task.key), seed).settled(attempts):
+        reserved = budget.reserve(task.messages, teacher.settings)
+        reply = Reply("")
+        try:
+            if stop.is_set():
+                raise RequestFailed("stopped")
+            reply = metered(teacher.answer(task.messages), estimate_messages(task.messages))
+        finally:
+            budget.settle(reserved, reply.tokens_in, reply.tokens_out)
+        journal.append(task.key, task.context.id, task.kind, teacher.name, reply)
+
+
 def ask_all(
     tasks: Iterable[Task],
     teacher: Teacher,
@@ -130,19 +149,6 @@ def ask_all(
       stop: ends the waiting between tries.
       say: prints the progress.
     """
-
-    def settle(task: Task) -> None:
-        while not judge(task, journal.replies(task.key), seed).settled(attempts):
-            reserved = budget.reserve(task.messages, teacher.settings)
-            reply = Reply("")
-            try:
-                if stop.is_set():
-                    raise RequestFailed("stopped")
-                reply = metered(teacher.answer(task.messages), estimate_messages(task.messages))
-            finally:
-                budget.settle(reserved, reply.tokens_in, reply.tokens_out)
-            journal.append(task.key, task.context.id, task.kind, teacher.name, reply)
-
     asked, saved, reported = Asked(), len(journal), time.monotonic()
     pool = concurrent.futures.ThreadPoolExecutor(concurrency)
     in_flight: set[concurrent.futures.Future[None]] = set()
@@ -155,7 +161,7 @@ def ask_all(
                     break
                 if task.problem or judge(task, journal.replies(task.key), seed).settled(attempts):
                     continue
-                in_flight.add(pool.submit(settle, task))
+                in_flight.add(pool.submit(ask, task, teacher, journal, budget, attempts, seed, stop))
             if not in_flight:
                 return asked
             done, in_flight = concurrent.futures.wait(
