@@ -26,6 +26,7 @@ from llava_jax.parallel.placement import place
 from llava_jax.parallel.sharding import make_mesh, replicated
 from llava_jax.settings import DTYPES
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, LazyTensor, MeshSettings, ModelConfig, Sampling, Turn
+from llava_jax.weights import hub
 from llava_jax.weights.load import read_model
 from llava_jax.weights.source import split
 
@@ -379,6 +380,8 @@ def load(
 ) -> Llava:
     """Load the model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
 
+    For DIR also a name on the Hugging Face Hub, owner/name or owner/name@REVISION, where no folder has that name.
+
     `template` replaces the conversation template the source names; `dtype` (float32, bfloat16) is the dtype of the
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
     `vision` and `base` are the folders of the tower and of an adapter's base where an original LLaVA folder names ones
@@ -396,7 +399,9 @@ def load(
     processor = Processor(
         tokenizer, config, template or extras.template, extras.aspect, extras.image_position, extras.exif
     )
-    model = assemble(os.path.basename(os.path.abspath(split(source)[1])), params, processor)
+    folder = split(source)[1]
+    name = hub.repository(folder)[0] if hub.is_name(folder) else os.path.abspath(folder)
+    model = assemble(os.path.basename(name), params, processor)
     return dataclasses.replace(model, template_assumed=template is None and extras.template_assumed)
 
 

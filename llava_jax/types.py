@@ -298,12 +298,13 @@ class ModelSettings:
     """The backbones and the projector; not read where `init.model` names a whole model."""
 
     vision: str
-    """CLIP or SigLIP folder of Hugging Face; `random:NAME` (`tiny`, `clip-l-14`, `clip-l-14-336`) or
-    `random:FILE.json` (a Hugging Face config) for random weights.
+    """CLIP or SigLIP folder of Hugging Face, or `owner/name[@REVISION]` on its Hub; `random:NAME` (`tiny`, `clip-l-14`,
+    `clip-l-14-336`) or `random:FILE.json` (a Hugging Face config) for random weights.
     """
     llm: str
-    """Decoder folder of Hugging Face with its tokenizer; `random:NAME` (`tiny`, `vicuna-7b`, `vicuna-13b`) or
-    `random:FILE.json` for random weights, with the demo's tokenizer or the one next to the file.
+    """Decoder folder of Hugging Face with its tokenizer, or `owner/name[@REVISION]` on its Hub; `random:NAME` (`tiny`,
+    `vicuna-7b`, `vicuna-13b`) or `random:FILE.json` for random weights, with the demo's tokenizer or the one next to
+    the file.
     """
     projector: str
     """What maps image features to the decoder's width."""
@@ -316,10 +317,13 @@ class InitSettings:
     """Where the weights at the start come from."""
 
     model: str
-    """A whole model to start from: `hf:DIR`, `llava:DIR`, `orbax:DIR` or DIR. It replaces every `model.` key."""
+    """A whole model to start from: `hf:DIR`, `llava:DIR`, `orbax:DIR` or DIR, which may be `owner/name[@REVISION]` on
+    the Hub. It replaces every `model.` key.
+    """
     projector: str
-    """A projector to start from, also in place of the one in `init.model`: the workdir of a pretrain run, or a
-    `.safetensors` or `.bin` file. Empty: that of `init.model`, or random values without one.
+    """A projector to start from, also in place of the one in `init.model`: the workdir of a pretrain run, a
+    `.safetensors` or `.bin` file, or `owner/name[@REVISION]` on the Hub. Empty: that of `init.model`, or random values
+    without one.
     """
 
 

@@ -27,7 +27,8 @@ from llava_jax.settings import RANDOM
 from llava_jax.train.setup import Run, build_run, compile_lowered, compiler_options
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
-from llava_jax.weights.load import adapted, described, model_spec
+from llava_jax.weights import hub
+from llava_jax.weights.load import adapted, at_hand, described, model_spec
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
@@ -44,16 +45,28 @@ def plan_config(settings: Settings) -> ModelConfig:
     if settings.init.model:
         return model_spec(settings).config
     towers = {"llm": settings.model.llm, "vision": settings.model.vision}
-    absent = [key for key, spec in towers.items() if spec and not spec.startswith(RANDOM) and not os.path.isdir(spec)]
+    reasons = {key: _absent(f"model.{key}", spec) for key, spec in towers.items()}
+    absent = [key for key, reason in reasons.items() if reason]
     if absent:
         size = "13b" if "13b" in towers["llm"].lower() else "7b"
         examples = {"llm": f"random:vicuna-{size}", "vision": "random:clip-l-14-336"}
         flags = " ".join(f"--config.model.{key}={examples[key]}" for key in absent)
         raise InputError(
-            f"model.{absent[0]}={towers[absent[0]]}: no such folder; compile needs its sizes only: give {flags} (or "
-            "random:FILE.json with a Hugging Face config)"
+            f"{reasons[absent[0]]}; compile needs its sizes only: give {flags} (or random:FILE.json with a Hugging "
+            "Face config)"
         )
-    return described(settings)
+    return described(at_hand(settings))
+
+
+def _absent(name: str, spec: str) -> str:
+    """Why there is no folder of that backbone, empty where there is one or none is needed."""
+    if not spec or spec.startswith(RANDOM):
+        return ""
+    try:
+        folder = hub.local(spec, name)
+    except InputError as error:
+        return str(error)
+    return "" if os.path.isdir(folder) else f"{name}={spec}: no such folder"
 
 
 def batch_shape(settings: Settings, config: ModelConfig, ways: int, tokens_per_row: float | None) -> BatchShape:

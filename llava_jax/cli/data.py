@@ -102,10 +102,12 @@ def model_of_flags(args: argparse.Namespace) -> Model:
     images = args.images or ""
     data = DataSettings(args.annotations, images, args.template, position, "pad", length, shuffle=False, **UNPACKED)
     from llava_jax.settings import RANDOM
+    from llava_jax.weights import hub
     from llava_jax.weights.load import vision_config
 
-    vision = vision_config(args.vision or f"{RANDOM}clip-l-14-336")
-    return data, args.tokenizer, model_of(args.tokenizer, vision), args.patches or vision.patches
+    vision = vision_config(hub.local(args.vision or f"{RANDOM}clip-l-14-336", "--vision"))
+    tokenizer = hub.local(args.tokenizer, "--tokenizer")
+    return data, tokenizer, model_of(tokenizer, vision), args.patches or vision.patches
 
 
 def model_of(folder: str, vision: ClipConfig) -> ModelConfig | None:

@@ -27,6 +27,7 @@ from llava_jax.settings import RANDOM, flatten, read_settings
 from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
+from llava_jax.weights import hub
 from llava_jax.weights.source import UNREADABLE, absolute, first_line, steps_on_disk
 from llava_jax.weights.tensors import enough_room
 
@@ -219,22 +220,56 @@ def _split_is_free(settings: Settings) -> bool:
     return settings.train.loss_norm == "global_token" and settings.data.group_by == "none" and not dropout
 
 
-def absolute_paths(settings: Settings) -> Settings:
-    """Return the settings with every path absolute, so that a run can resume from any folder; `random:NAME` stays."""
-    model, init, data = settings.model, settings.init, settings.data
+def with_commits_of(workdir: str, settings: Settings) -> Settings:
+    """Return the settings with the commits of the run in `workdir`, where they name its repositories without any."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.isfile(path):
+        return settings
+    there = read_settings(path)
+    model, init = settings.model, settings.init
     return dataclasses.replace(
         settings,
-        model=dataclasses.replace(model, vision=_absolute_tower(model.vision), llm=_absolute_tower(model.llm)),
-        init=dataclasses.replace(init, model=absolute(init.model), projector=_absolute(init.projector)),
-        data=dataclasses.replace(data, annotations=sources.absolute(data.annotations), images=_absolute(data.images)),
+        model=dataclasses.replace(
+            model, vision=_kept(model.vision, there.model.vision), llm=_kept(model.llm, there.model.llm)
+        ),
+        init=dataclasses.replace(
+            init, model=_kept(init.model, there.init.model), projector=_kept(init.projector, there.init.projector)
+        ),
     )
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(path) if path else ""
+def _kept(given: str, there: str) -> str:
+    is_same = hub.is_name(given) and hub.repository(given) == (hub.repository(there)[0], "")
+    return there if is_same else given
 
 
-def _absolute_tower(spec: str) -> str:
+def absolute_paths(settings: Settings) -> Settings:
+    """Return the settings so that a run can resume from any folder: paths absolute, names on the Hub with the commit.
+
+    `random:NAME` stays. Raises InputError where the Hub does not answer.
+    """
+    model, init, data = settings.model, settings.init, settings.data
+    return dataclasses.replace(
+        settings,
+        model=dataclasses.replace(
+            model,
+            vision=_absolute_tower(model.vision, "model.vision"),
+            llm=_absolute_tower(model.llm, "model.llm"),
+        ),
+        init=dataclasses.replace(
+            init,
+            model=absolute(init.model, "init.model"),
+            projector=hub.absolute(init.projector, "init.projector"),
+        ),
+        data=dataclasses.replace(
+            data,
+            annotations=sources.absolute(data.annotations),
+            images=os.path.abspath(data.images) if data.images else "",
+        ),
+    )
+
+
+def _absolute_tower(spec: str, name: str) -> str:
     if not spec.startswith(RANDOM):
-        return _absolute(spec)
-    return RANDOM + _absolute(spec.removeprefix(RANDOM)) if spec.endswith(".json") else spec
+        return hub.absolute(spec, name)
+    return RANDOM + os.path.abspath(spec.removeprefix(RANDOM)) if spec.endswith(".json") else spec

@@ -24,7 +24,7 @@ from llava_jax.parallel.placement import global_batch
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint
-from llava_jax.train.checkpoint import absolute_paths, hold_workdir
+from llava_jax.train.checkpoint import absolute_paths, hold_workdir, with_commits_of
 from llava_jax.train.profiler import Tracer, tracing
 from llava_jax.train.setup import (
     Run,
@@ -54,7 +54,7 @@ def train(settings: Settings, workdir: str) -> None:
     Raises InputError for input that cannot be used, a batch without targets, and a loss or gradient that is not finite;
     SystemExit(42) after SIGTERM, once the state is saved.
     """
-    settings = absolute_paths(settings)
+    settings = absolute_paths(with_commits_of(workdir, settings))
     find_template(settings.data.template)
     with hold_workdir(workdir, settings):
         done, steps = train_held(settings, workdir)

@@ -23,7 +23,7 @@ from llava_jax.types import (
     ModelSettings,
     Settings,
 )
-from llava_jax.weights import hf, hf_config
+from llava_jax.weights import hf, hf_config, hub
 from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
@@ -79,11 +79,12 @@ class ModelSpec:
 def model_spec(settings: Settings) -> ModelSpec:
     """Return config, tokenizer and sources of the run's model, without reading a weight. Raises InputError."""
     if not settings.init.model:
-        tokenizer = tokenizer_folder(settings.model.llm)
-        config = described(settings)
+        here = at_hand(settings)
+        tokenizer = tokenizer_folder(here.model.llm)
+        config = described(here)
         image_token_id = load_tokenizer(tokenizer).image_token_id(config.llm.vocab_size)
         config = dataclasses.replace(config, image_token_id=image_token_id)
-        vision_folder = None if settings.model.vision.startswith(RANDOM) else settings.model.vision
+        vision_folder = None if here.model.vision.startswith(RANDOM) else here.model.vision
         return _spec(settings, config, tokenizer, vision_folder)
     form, folder = parse(settings.init.model, "init.model")
     if form == "run":
@@ -93,8 +94,15 @@ def model_spec(settings: Settings) -> ModelSpec:
     return _spec(settings, config, extras.tokenizer, extras.vision)
 
 
+def at_hand(settings: Settings) -> Settings:
+    """Return the settings with folders of this machine where `model.` keys name a model on the Hub, without weights."""
+    model = settings.model
+    vision, llm = hub.local(model.vision, "model.vision"), hub.local(model.llm, "model.llm")
+    return dataclasses.replace(settings, model=dataclasses.replace(model, vision=vision, llm=llm))
+
+
 def described(settings: Settings) -> ModelConfig:
-    """Return the config that the `model.` keys describe, with its image token behind the vocabulary."""
+    """Return the config that the `model.` keys, all at hand, describe; its image token is behind the vocabulary."""
     vision, llm = vision_config(settings.model.vision), llm_config(settings.model.llm)
     hf_config.check_feature_layer(settings.model.feature_layer, vision, "model.feature_layer")
     config = ModelConfig(vision, llm, settings.model.projector, settings.model.feature_layer, llm.vocab_size)
@@ -220,6 +228,8 @@ def read_model(
     `check_merge` are `load_trained`'s.
     """
     form, folder = parse(source, name)
+    if folder != split(source)[1]:
+        print(f"{source}: commit {os.path.basename(folder)} of the Hub", flush=True)
     if step is not None and form != "run":
         raise InputError(f"--step={step}: {folder} is no workdir of train, whose checkpoints have steps; leave it out")
     if form == "run":
@@ -237,7 +247,9 @@ def read_model(
             exif=rules.exif,
         )
     else:
-        companions = Companions(vision, base)
+        companions = Companions(hub.local(vision, "--vision", "weights"), hub.local(base, "--base", "weights"))
+        hf.read_llava_config(folder, companions)  # what cannot be read is said before its weights are fetched
+        folder = parse(source, name, "weights")[1]
         dtype = dtype or stored_dtype(folder, companions)
         config, params, extras = read_llava(folder, dtype=dtype, lazy=True, companions=companions)
         for line in [line for each in hf.weight_folders(folder, companions) for line in contradictions(each)]:
@@ -274,15 +286,16 @@ def _read_sources(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
         read["projector"] = _cast(read_projector(spec.init.projector, spec.config), dtypes["projector"])
     left = {part: dtype for part, dtype in dtypes.items() if part not in read}
     if spec.init.model:
-        form, folder = parse(spec.init.model, "init.model")
+        form, folder = parse(spec.init.model, "init.model", "weights")
         whole = load_trained(folder, dtype=left)[1] if form == "run" else read_llava(folder, dtype=left, lazy=True)[1]
         return read | whole
     if "vision" in left and not spec.model.vision.startswith(RANDOM):
         layer = spec.config.feature_layer
-        found = hf.read_clip(spec.model.vision, feature_layer=layer, dtype=left["vision"], lazy=True)
-        read["vision"] = found[1]
+        tower = hub.local(spec.model.vision, "model.vision", "weights")
+        read["vision"] = hf.read_clip(tower, feature_layer=layer, dtype=left["vision"], lazy=True)[1]
     if "llm" in left and not spec.model.llm.startswith(RANDOM):
-        read["llm"] = hf.read_llama(spec.model.llm, dtype=left["llm"], lazy=True)[1]
+        decoder = hub.local(spec.model.llm, "model.llm", "weights")
+        read["llm"] = hf.read_llama(decoder, dtype=left["llm"], lazy=True)[1]
     return read
 
 
@@ -292,6 +305,7 @@ def _cast(tree: Params, dtype: str) -> Params:
 
 def read_projector(source: str, config: ModelConfig) -> Params:
     """Read the projector (float32 numpy) of a file, a run or an original folder, checked against the config."""
+    source = hub.local(source, "init.projector", "projector")
     if not os.path.exists(source):
         raise InputError(
             f"init.projector={source}: not found, expected a .safetensors or .bin file or a pretrain workdir"
@@ -426,7 +440,7 @@ def fingerprint(source: str) -> str:
     Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
     count as part of it; `random:NAME` names none.
     """
-    folder = split(tower_path(source))[1]
+    folder = hub.local(split(tower_path(source))[1], "model", "weights")
     if not folder:
         return ""
     if is_workdir(folder):

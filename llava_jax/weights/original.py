@@ -74,8 +74,8 @@ def _tower(folder: str, given: Mapping[str, Any], override: str) -> str:
     found = override or peft.found(named, folder)
     if not found:
         raise InputError(
-            f"{folder}: its vision tower {named!r} (mm_vision_tower) is no folder here; download it and name it: "
-            "llava-jax convert --from=… --vision=DIR --to=hf:DIR"
+            f"{folder}: its vision tower {named!r} (mm_vision_tower) is no folder here; name it: "
+            "llava-jax convert --from=… --vision=DIR --to=hf:DIR (or --vision=OWNER/NAME on the Hub)"
         )
     return found
 

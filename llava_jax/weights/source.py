@@ -13,11 +13,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax.types import InputError
+from llava_jax.weights import hub
 from llava_jax.weights.hf_config import read_json
 
 FORMS = (
     "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train, "
-    "or what convert wrote so), peft:DIR (adapters, with --base), or such a DIR alone"
+    "or what convert wrote so), peft:DIR (adapters, with --base), or such a DIR alone; DIR may be a name on the Hub, "
+    "owner/name[@REVISION]"
 )
 _HOLDS = {
     "run": "a workdir of train",
@@ -63,14 +65,16 @@ def split(source: str) -> tuple[str, str]:
     return form, folder
 
 
-def parse(source: str, name: str = "model") -> tuple[str, str]:
+def parse(source: str, name: str = "model", need: str = "config") -> tuple[str, str]:
     """Return (kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
 
-    The kind is `run` (a workdir of train), `orbax` (a whole model that we wrote so), `peft`, `hf` or `llava`.
+    A name on the Hub is fetched, as `hub.local` does with `need`. The kind is `run` (a workdir of train), `orbax` (a
+    whole model that we wrote so), `peft`, `hf` or `llava`.
     """
     form, folder = split(source)
     if form not in ("", "hf", "llava", "orbax", "peft"):
         raise InputError(f"{name}={source}: form {form!r} is not read; expected {FORMS}")
+    folder = hub.local(folder, name, need)
     if not os.path.isdir(folder):
         raise InputError(f"{name}={source}: no folder {folder!r}; expected {FORMS}")
     config = os.path.join(folder, "config.json")
@@ -87,10 +91,11 @@ def parse(source: str, name: str = "model") -> tuple[str, str]:
     return found, folder
 
 
-def absolute(source: str) -> str:
-    """Return the SRC with its folder as an absolute path; an empty one stays empty."""
+def absolute(source: str, name: str = "model") -> str:
+    """Return the SRC with its folder as `hub.absolute` has it: a path, or a name on the Hub with its commit."""
     form, folder = split(source)
-    return f"{form}:{os.path.abspath(folder)}" if form else os.path.abspath(folder) if folder else ""
+    found = hub.absolute(folder, name)
+    return f"{form}:{found}" if form else found
 
 
 # ---- checkpoints of a run ----
@@ -113,7 +118,7 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
         raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps)}")
     wanted = steps[0] if step is None else step
     try:
-        return wanted, *_read_params(_folder(workdir, wanted), part)
+        return wanted, *_read_params(workdir, wanted, part)
     except UNREADABLE as error:
         older = _whole(workdir, [other for other in steps if other < wanted], part)
         problem = f"{_folder(workdir, wanted)}: the checkpoint cannot be read ({first_line(error)})"
@@ -134,16 +139,21 @@ def _whole(workdir: str, steps: list[int], part: str | None) -> int | None:
     """Return the first of the steps whose checkpoint can be read."""
     for step in steps:
         try:
-            _read_params(_folder(workdir, step), part)
+            _read_params(workdir, step, part)
         except UNREADABLE:
             continue
         return step
     return None
 
 
-def _read_params(folder: str, part: str | None) -> tuple[dict, dict]:
-    with open(os.path.join(folder, "meta", "metadata"), encoding="utf-8") as file:
-        meta = json.load(file)
+def checkpoint_meta(workdir: str, step: int) -> dict:
+    """Return what the checkpoint of a step says about itself; raises one of UNREADABLE where it cannot be read."""
+    with open(os.path.join(_folder(workdir, step), "meta", "metadata"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]:
+    meta, folder = checkpoint_meta(workdir, step), _folder(workdir, step)
     reader = ocp.PyTreeCheckpointHandler()
     source = epath.Path(folder) / "state"
     saved = reader.metadata(source).tree["params"]

@@ -1,0 +1,172 @@
+"""Models by their name on the Hugging Face Hub, owner/name or owner/name@REVISION, as folders of this machine.
+
+huggingface_hub fetches, so its variables count (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, proxies), and so do its
+locks: of several processes on a host one fetches a file, and the others wait for it and find it.
+"""
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from llava_jax.types import InputError
+
+_REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+NAME = re.compile(rf"(?:hf:)?{_REPOSITORY}(?:@[^\s@]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Files of the arguments that take a file as well as a folder: no repository is called so.
+_FILES = (".safetensors", ".bin", ".json")
+# The folder in an export to the original's layout that holds the vision tower; SGLang looks for `clip` in the name that
+# mm_vision_tower gives.
+TOWER = "clip-vision-tower"
+
+# What is read of a model apart from its weights.
+CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "weights/_METADATA",
+    f"{TOWER}/config.json",
+    f"{TOWER}/preprocessor_config.json",
+)
+_CARD = "README.md"  # for the licence
+_STEMS = ("model", f"{TOWER}/model", "adapter_model")
+_SAFETENSORS = tuple(
+    f"{stem}{end}"
+    for stem in _STEMS
+    for end in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")
+)
+_TORCH = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+_TRAINED = "non_lora_trainables.bin"  # next to the adapters of the original's LoRA runs
+_PROJECTOR = ("mm_projector.bin", _TRAINED)
+_ORBAX = ("weights/*",)
+
+
+def is_name(path: str) -> bool:
+    """Return whether a folder's place is taken by the name of a repository: a file or folder of that name wins."""
+    return bool(NAME.fullmatch(path)) and not path.endswith(_FILES) and not os.path.exists(path)
+
+
+def repository(path: str) -> tuple[str, str]:
+    """Return (owner/name, revision or "") of a name."""
+    repo, _, revision = path.removeprefix("hf:").partition("@")
+    return repo, revision
+
+
+def local(path: str, name: str, need: str = "config") -> str:
+    """Return the path itself, or the folder of a name on the Hub, fetching what is not there yet.
+
+    Args:
+        path: a path, or owner/name or owner/name@REVISION (branch, tag, commit), `hf:` before it or not.
+        name: its flag or key, for errors.
+        need: config (config, tokenizer and image settings), weights (those and the weights: safetensors, else .bin), or
+            projector (the file of a pretrain run).
+
+    A commit whose files are all here is read without the network. Raises InputError where a name cannot be fetched or
+    has not what is needed; whether there is anything at a path is not looked up.
+    """
+    return _fetch(path, f"{name}={path}", need) if is_name(path) else path
+
+
+def absolute(path: str, name: str) -> str:
+    """Return the path so that it means the same from any folder, at any time; an empty one stays empty.
+
+    That is an absolute path, or owner/name@COMMIT, for which the Hub is asked. `name` is its flag or key, for errors.
+    """
+    if not is_name(path):
+        return os.path.abspath(path) if path else ""
+    repo, revision = repository(path)
+    if COMMIT.fullmatch(revision):
+        return f"{repo}@{revision}"
+    return f"{repo}@{os.path.basename(_fetch(path, f'{name}={path}', 'config'))}"
+
+
+def _fetch(path: str, where: str, need: str) -> str:
+    repo, revision = repository(path)
+    with _explained(where, repo, revision):
+        folder = _snapshot(repo, revision, (*CONFIGS, _CARD))
+        commit = os.path.basename(folder)
+        if need == "config":
+            expected, found = "config.json", _holds(folder, CONFIGS)
+        elif need == "projector":
+            expected, found = " or ".join(_PROJECTOR), _has(repo, commit, _PROJECTOR)
+        else:
+            is_orbax = _holds(folder, ("weights/_METADATA",))
+            groups = [_ORBAX] if is_orbax else [_SAFETENSORS, _TORCH, _PROJECTOR]
+            expected = "model.safetensors or pytorch_model.bin, whole or in shards"
+            found = any(_has(repo, commit, group) for group in groups)
+    if not found:
+        raise InputError(f"{where}: {repo} on the Hub (commit {commit}) has no {expected}")
+    return folder
+
+
+def _has(repo: str, commit: str, group: Sequence[str]) -> bool:
+    """Fetch the files of a group and what lies next to adapters; return whether the repository has any of the group."""
+    # Asked for with files that are there: huggingface_hub warns where nothing matches.
+    return _holds(_snapshot(repo, commit, (*CONFIGS, _CARD, *group, _TRAINED)), group)
+
+
+def _snapshot(repo: str, revision: str, patterns: Sequence[str]) -> str:
+    # A second of import that only who names a repository should wait for.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns))
+
+
+def _holds(folder: str, patterns: Sequence[str]) -> bool:
+    return any(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in patterns)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(where: str, repo: str, revision: str) -> Iterator[None]:
+    """Raise one InputError for whatever the Hub answers, or for no answer."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        reason = _reason(error, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
+        raise InputError(f"{where}: there is no folder of that name, and {reason}") from error
+
+
+def _reason(error: Exception, repo: str, revision: str, endpoint: str, cache: str) -> str:
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login` or HF_TOKEN"
+    match error:
+        case errors.GatedRepoError():
+            return f"{repo} on the Hub is gated: accept its terms at {endpoint}/{repo}, and {log_in}"
+        case errors.RepositoryNotFoundError():
+            return f"the Hub ({endpoint}) has no model {repo} that it shows to you: check the name, or {log_in}"
+        case errors.RevisionNotFoundError():
+            return f"{repo} on the Hub has no revision {revision!r}: expected a branch, a tag or a commit"
+        case errors.HfHubHTTPError():
+            said = error.server_message or str(error).splitlines()[0]
+            return f"the Hub ({endpoint}) answers {error.response.status_code} for {repo}: {said}"
+        case errors.HFValidationError():
+            return f"{repo} is no name of a model on the Hub either: {str(error).splitlines()[0]}"
+    lacks = f"what is needed of it is not in the cache ({cache})"
+    if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        return f"the Hub may not be asked for {repo} (HF_HUB_OFFLINE is set); {lacks}: fetch it once without that"
+    said = (str(error.__cause__ or error).splitlines() or [""])[0]
+    return f"the Hub ({endpoint}) cannot be reached for {repo} ({said}); {lacks}: check the network and HF_ENDPOINT"
