@@ -47,10 +47,11 @@ class Hub:
 
 
 class Answer(Exception):
-    """What ends a request early: a status, and the name of the error that huggingface_hub looks for."""
+    """What ends a request early: a status, the name of the error that huggingface_hub looks for, and the content."""
 
-    def __init__(self, status: int, code: str, message: str = ""):
-        self.status, self.headers = status, {"X-Error-Code": code, "X-Error-Message": message}
+    def __init__(self, status: int, code: str, message: str = "", content: bytes = b"{}"):
+        self.status, self.content = status, content
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 headers, content = respond(hub, self.command, path, body, hub.tokens.get(token, ""))
                 status = 200
             except Answer as answer:
-                status, headers, content = answer.status, answer.headers, b"{}"
+                status, headers, content = answer.status, answer.headers, answer.content
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
@@ -97,6 +98,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 def respond(hub: Hub, verb: str, path: str, body: bytes, user: str) -> tuple[dict[str, str], bytes]:
     """Return (headers, content). Raises Answer for anything but 200."""
+    if path == "/api/validate-yaml":
+        return {}, json.dumps({"errors": [], "warnings": []}).encode()
     if path == "/api/repos/create":
         return {}, create(hub, json.loads(body), user)
     if match := re.fullmatch(rf"/api/models/{MODEL}/(?P<what>preupload|commit)/main", path):
@@ -141,12 +144,13 @@ def create(hub: Hub, asked: dict, user: str) -> bytes:
         raise Answer(401, "", "Invalid username or password.")
     if not repo.startswith(f"{user}/"):
         raise Answer(403, "", f"You don't have the rights to create a model under the namespace {repo.split('/')[0]!r}")
+    made = json.dumps({"url": f"{hub.endpoint}/{repo}", "id": repo, "name": repo}).encode()
     if repo in hub.commits:
-        raise Answer(409, "", "You already created this model repo")
+        raise Answer(409, "", "You already created this model repo", made)
     hub.push(repo, {".gitattributes": b"*.safetensors filter=lfs\n"})
     if asked.get("visibility") == "private" or asked.get("private"):
         hub.private.add(repo)
-    return json.dumps({"url": f"{hub.endpoint}/{repo}", "id": repo, "name": repo}).encode()
+    return made
 
 
 def written(hub: Hub, repo: str, what: str, body: bytes, user: str) -> bytes:

@@ -41,8 +41,11 @@ MAY_MOVE = {
     "finetune-padded": "rows far below data.max_length may be padded to another length, which XLA tiles otherwise",
 }
 
-# Keys that an exported config.json may have now and had not before, and why.
-MAY_GAIN = {"llava_jax.exif": "an export says how its images were turned (data.exif)"}
+# Keys of an exported config.json and files of an export that may be there now and were not before, and why.
+MAY_GAIN = {
+    "llava_jax.exif": "an export says how its images were turned (data.exif)",
+    "README.md": "an export has a model card",
+}
 
 # What a case left behind: {"step 3": {"loss": 2.5, …}}, {"question 7": {"text": …}} or {"a.txt": {"sha256": …}}.
 Recording = dict[str, dict]
@@ -302,7 +305,7 @@ def read_files(path: pathlib.Path) -> Recording:
 def read_file(file: pathlib.Path) -> dict:
     if file.name == "config.json":
         return dict(leaves(json.loads(file.read_text(encoding="utf-8"))))
-    return {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {file.name if file.name in MAY_GAIN else "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -271,3 +271,51 @@ def test_every_argument_that_takes_a_model_names_itself(server, inputs, tmp_path
         line = refused(capsys, *argv)
         assert line.startswith(f"error: {name}=") and "has no model a/no that it shows to you" in line
     assert "compile needs its sizes only: give --config.model.llm=random:" in line
+
+
+# ---- upload -----------------------------------------------------------------------------------------------------
+
+
+def test_a_pushed_export_is_private_has_its_card_and_loads_by_name(server, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    commit = server.push("a/llava", inputs / "llava")
+    push = ["convert", "--from=a/llava", f"--to=hf:{tmp_path}/out", "--push=reader/mine"]
+    assert main(push) == 0
+    assert f"pushed to {server.endpoint}/reader/mine/commit/" in capsys.readouterr().out
+    files = server.files("reader/mine")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == written | {".gitattributes": files[".gitattributes"]} and "reader/mine" in server.private
+    card = files["README.md"].decode()
+    assert "base_model:\n- a/llava\n" in card and f"[a/llava](https://huggingface.co/a/llava) at `{commit}`" in card
+    assert 'from_pretrained("reader/mine")' in card
+    assert main(answer("reader/mine")) == 0
+    (tmp_path / "out").rename(tmp_path / "before")
+    assert "already holds files (README.md, " in refused(capsys, *push)
+    assert server.files("reader/mine") == files and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, token, words",
+    [
+        ("reader/mine", "", ["answers 401", "hf auth login"]),
+        ("other/mine", "hf_reader", ["answers 403", "don't have the rights", "hf auth login"]),
+        ("mine", "hf_reader", ["expected USER/NAME"]),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_anything_is_written(
+    server, inputs, tmp_path, monkeypatch, capsys, name, token, words
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    argv = ["convert", f"--from={inputs}/llava", f"--to=hf:{tmp_path}/out", f"--push={name}"]
+    line = refused(capsys, *argv)
+    assert line.startswith(f"error: --push={name}: ") and all(word in line for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_whose_upload_fails_stays_and_says_how_to_upload_it(server, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    server.push("other/mine", {})
+    argv = ["convert", f"--from={inputs}/llava", f"--to=hf:{tmp_path}/out", "--push=other/mine"]
+    line = refused(capsys, *argv)
+    assert f"{tmp_path}/out is written: `hf upload other/mine {tmp_path}/out` uploads it" in line
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -137,6 +137,8 @@ def convert_flags(parser: argparse.ArgumentParser) -> None:
     companion_flags(parser)
     tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
     parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
+    push = "upload what is written to this repository on the Hub, made private where there is none"
+    parser.add_argument("--push", default="", metavar="USER/NAME", help=push)
     force = "write also where the exported tokenizer gives other ids than the model was trained on"
     parser.add_argument("--force", action="store_true", help=force)
 
@@ -151,13 +153,19 @@ def companion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from llava_jax.weights import convert
+    from llava_jax.weights import convert, hub
 
     source = vars(args)["from"]
     given = dict(dtype=args.dtype, template=args.template, vision=args.vision, base=args.base)
-    announce("convert", source=source, target=args.to, **given)
+    announce("convert", source=source, target=args.to, **given, push=args.push)
     rest = dict(mm_vision_tower=args.mm_vision_tower, step=args.step, force=args.force)
-    convert.convert(source, args.to, **given, **rest)
+    if args.push and args.to.startswith("projector:"):
+        raise InputError(f"--push={args.push}: uploads a folder and --to={args.to} is a file; use `hf upload`")
+    if args.push:
+        hub.make_repository(args.push)
+    convert.convert(source, args.to, **given, **rest, name=args.push)
+    if args.push:
+        print(f"pushed to {hub.upload(args.to.partition(':')[2], args.push)}")
     return 0
 
 

@@ -270,7 +270,7 @@ def first_state(run: Run, stage: str, read: Any) -> tuple[TrainState, Any]:
 def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPlan) -> dict:
     """Return what a checkpoint says about itself."""
     source = settings.data.annotations
-    rows = {"source": source, "fingerprint": records.fingerprint}
+    rows = {"source": source, "fingerprint": records.fingerprint, "rows": len(records)}
     # A run that continues counts batches: with the rows in another order some would come twice and some never.
     order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC.data, digest_size=16).hexdigest()}
     return {

@@ -6,6 +6,7 @@ Or to the same folder with its weights as orbax.
 import contextlib
 import dataclasses
 import os
+import pathlib
 import shutil
 import tempfile
 import time
@@ -44,6 +45,7 @@ def write_llava(
     shard_bytes: int = SHARD_BYTES,
     weights: str = "safetensors",
     force: bool = False,
+    card: str = "",
 ) -> ModelConfig:
     """Write the folder and return the config as exported (image token and vocabulary may have moved).
 
@@ -52,12 +54,13 @@ def write_llava(
              none (random towers) writes fresh values there, which no LLaVA ever reads
     weights  safetensors, or orbax: our own parameters, whole in host memory while they are written
     force    write also where whole strings are tokenised otherwise than the model was trained
+    card     text of its README.md; empty: none is written
     Everything is written next to `folder`, read back and compared, and then renamed. Raises InputError when
     `folder` is already there or the dtype is unknown.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    with finished_folder(folder) as partial:
+    with finished_folder(folder, card) as partial:
         tokens = write_processor(partial, config, extras)
         exported = _grown(config, tokens)
         _write_configs(partial, exported, tokens, dtype, own_rows(extras.tokenizer, config.llm.vocab_size), extras)
@@ -74,8 +77,11 @@ def write_llava(
 
 
 @contextlib.contextmanager
-def finished_folder(folder: str) -> Iterator[str]:
-    """Yield a folder next to `folder` that takes its name when the block ends, and is removed when it fails."""
+def finished_folder(folder: str, card: str = "") -> Iterator[str]:
+    """Yield a folder next to `folder` that takes its name when the block ends, and is removed when it fails.
+
+    It holds a README.md with the text of `card`, unless that is empty.
+    """
     folder = os.path.abspath(folder)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise InputError(f"{folder}: already exists and is not empty; choose another target or remove it")
@@ -84,6 +90,8 @@ def finished_folder(folder: str) -> Iterator[str]:
     partial = tempfile.mkdtemp(prefix=f".{os.path.basename(folder)}.", dir=parent)
     try:
         with enough_room(folder):
+            if card:
+                pathlib.Path(partial, "README.md").write_text(card, encoding="utf-8")
             yield partial
         os.chmod(partial, 0o755)
         os.replace(partial, folder)

@@ -133,6 +133,49 @@ def _holds(folder: str, patterns: Sequence[str]) -> bool:
     return any(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in patterns)
 
 
+# ---- upload -----------------------------------------------------------------------------------------------------
+
+
+def make_repository(repo: str) -> None:
+    """Make the repository that --push names, private, unless it is there. Raises InputError where it holds files."""
+    from huggingface_hub import HfApi
+
+    if not re.fullmatch(_REPOSITORY, repo):
+        raise InputError(f"--push={repo}: expected USER/NAME, or ORGANISATION/NAME")
+    with _explained_upload(repo, ""):
+        HfApi().create_repo(repo, private=True, exist_ok=True)
+        held = [name for name in HfApi().list_repo_files(repo) if name != ".gitattributes"]
+    if held:
+        raise InputError(
+            f"--push={repo}: already holds files ({', '.join(sorted(held)[:3])}{' …' if len(held) > 3 else ''}); give "
+            "another name, or write over it yourself with `hf upload`"
+        )
+
+
+def upload(folder: str, repo: str) -> str:
+    """Upload a folder to the repository that --push names; return the address of the commit. Raises InputError."""
+    from huggingface_hub import HfApi
+
+    with _explained_upload(repo, f"; {folder} is written: `hf upload {repo} {folder}` uploads it"):
+        return HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of llava-jax").commit_url
+
+
+@contextmanager
+def _explained_upload(repo: str, then: str) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, HfHubHTTPError):
+            said = f"answers {error.response.status_code}: {error.server_message or said}"
+            if error.response.status_code in (401, 403):
+                said += " (log in with `hf auth login` or HF_TOKEN, with the right to write)"
+        raise InputError(f"--push={repo}: the Hub ({constants.ENDPOINT}): {said}{then}") from error
+
+
 # ---- errors -----------------------------------------------------------------------------------------------------
 
 

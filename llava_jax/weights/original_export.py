@@ -11,6 +11,7 @@ from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_config import write_json
 from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
+from llava_jax.weights.hub import TOWER
 from llava_jax.weights.processor import LlavaExtras, copy_tokenizer, image_settings, own_rows, same_pieces
 from llava_jax.weights.tensors import check_written, enough_room, save_checked, write_shards
 
@@ -24,8 +25,6 @@ ARCHITECTURES = {
 }
 # data.aspect -> image_aspect_ratio.
 ASPECT_KEYS = {"pad": "pad", "crop": "square", "anyres": "anyres"}
-# The folder inside that the tower is written to; SGLang looks for `clip` in the name that mm_vision_tower gives.
-TOWER = "clip-vision-tower"
 
 
 def write_original(
@@ -37,13 +36,15 @@ def write_original(
     dtype: str = "float32",
     tower_name: str = "",
     force: bool = False,
+    card: str = "",
 ) -> ModelConfig:
     """Write the folder as `hf_export.write_llava` does, and return the config as exported.
 
     Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
     Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
     config.json names the tower by; the folder inside by default. `force` writes also where the tokenizer then gives
-    other ids. Raises InputError when `folder` is already there.
+    other ids. `card` is the text of README.md, none where it is empty. Raises InputError when `folder` is already
+    there.
     """
     if config.vision.family != "clip" or extras.aspect not in ASPECT_KEYS:
         raise InputError(
@@ -52,7 +53,7 @@ def write_original(
         )
     rows = own_rows(extras.tokenizer, config.llm.vocab_size)
     config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
-    with finished_folder(folder) as partial:
+    with finished_folder(folder, card) as partial:
         copy_tokenizer(extras.tokenizer, partial)
         tower = os.path.join(partial, TOWER)
         os.mkdir(tower)

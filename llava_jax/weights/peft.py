@@ -46,8 +46,8 @@ def base_of(folder: str, override: str = "") -> str:
     base = override or found(named, folder)
     if not base:
         raise InputError(
-            f"{folder}: the base of its adapter, {named!r}, is no folder here; download it and name the folder: "
-            "--base=DIR (for a run: llava-jax convert --from=… --base=DIR --to=hf:DIR)"
+            f"{folder}: the base of its adapter, {named!r}, is no folder here; name it: "
+            "--base=DIR, or --base=OWNER/NAME on the Hub (for a run: llava-jax convert --from=… --base=DIR --to=hf:DIR)"
         )
     return base
 
@@ -129,12 +129,13 @@ def _misfits(adapter: Tensors, base: Tensors, halves: Mapping[str, Mapping[str, 
 # ---- written ------------------------------------------------------------------------------------------------------
 
 
-def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params, base: str) -> None:
+def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params, base: str, card: str = "") -> None:
     """Write the folder that `peft.PeftModel.from_pretrained(model, folder)` loads onto our exported LLaVA.
 
     `lora` and `projector` are parts of a run with the adapters of `config.lora`; `base` names the model they belong to
-    ("" where it is not one folder). The projector goes along as peft's modules_to_save. Raises InputError when
-    `folder` is already there, or for a LLaVA-NeXT: peft saves modules, and `image_newline` lies in none.
+    ("" where it is not one folder), `card` is the text of README.md. The projector goes along as peft's
+    modules_to_save. Raises InputError when `folder` is already there, or for a LLaVA-NeXT: peft saves modules, and
+    `image_newline` lies in none.
     """
     if config.pinpoints:
         raise InputError(
@@ -143,7 +144,7 @@ def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params
         )
     assert config.lora is not None
     tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
-    with finished_folder(folder) as partial:
+    with finished_folder(folder, card) as partial:
         write_json(partial, ADAPTER_CONFIG, adapter_json(config.lora, base))
         save_checked(os.path.join(partial, ADAPTER), tensors)
 

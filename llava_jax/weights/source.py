@@ -98,6 +98,11 @@ def absolute(source: str, name: str = "model") -> str:
     return f"{form}:{found}" if form else found
 
 
+def pinned(source: str, name: str) -> str:
+    """Return the SRC with the commit where it is a name on the Hub, as it is where it is a folder."""
+    return absolute(source, name) if hub.is_name(split(source)[1]) else source
+
+
 # ---- checkpoints of a run ----
 
 
