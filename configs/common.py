@@ -10,8 +10,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.seed = 42
 
     c.model = ml_collections.ConfigDict()
-    c.model.vision = ""  # CLIP folder, random:NAME or random:FILE.json
-    c.model.llm = ""  # LLaMA folder, random:NAME or random:FILE.json
+    c.model.vision = ""  # CLIP folder, its name on the Hub, random:NAME or random:FILE.json
+    c.model.llm = ""  # LLaMA folder, its name on the Hub, random:NAME or random:FILE.json
     c.model.projector = "mlp2x_gelu"  # or linear
     c.model.feature_layer = -2
 

@@ -109,7 +109,8 @@ def test_a_file_or_folder_of_that_name_wins(server, tmp_path, monkeypatch):
     assert hub.local("a/m@v1", "--model") == "a/m@v1"
     os.mkdir("a/m")
     asked = len(server.requests)
-    assert hub.local("a/m", "--model") == "a/m" and hub.absolute("a/m", "--model") == str(tmp_path / "a/m")
+    for path in ("a/m", "hf:a/m"):
+        assert hub.local(path, "--model") == "a/m" and hub.absolute(path, "--model") == str(tmp_path / "a/m")
     for path in ("a/b/c", "./a", "/a/b", "../a/b", "m", "", "random:a/b.json", "a/projector.safetensors", "gs://a/b"):
         assert hub.local(path, "--model") == path
     assert len(server.requests) == asked

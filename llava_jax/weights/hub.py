@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from llava_jax.types import InputError
 
 _REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-NAME = re.compile(rf"(?:hf:)?{_REPOSITORY}(?:@[^\s@]+)?")
+NAME = re.compile(rf"{_REPOSITORY}(?:@[^\s@]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Files of the arguments that take a file as well as a folder: no repository is called so.
 _FILES = (".safetensors", ".bin", ".json")
@@ -57,20 +57,26 @@ _ORBAX = ("weights/*",)
 
 def is_name(path: str) -> bool:
     """Return whether a folder's place is taken by the name of a repository: a file or folder of that name wins."""
-    return bool(NAME.fullmatch(path)) and not path.endswith(_FILES) and not os.path.exists(path)
+    plain = _plain(path)
+    return bool(NAME.fullmatch(plain)) and not plain.endswith(_FILES) and not os.path.exists(plain)
+
+
+def _plain(path: str) -> str:
+    """Return a path or name without the `hf:` before it, unless a file or folder is called so."""
+    return path if os.path.exists(path) else path.removeprefix("hf:")
 
 
 def repository(path: str) -> tuple[str, str]:
     """Return (owner/name, revision or "") of a name."""
-    repo, _, revision = path.removeprefix("hf:").partition("@")
+    repo, _, revision = _plain(path).partition("@")
     return repo, revision
 
 
 def local(path: str, name: str, need: str = "config") -> str:
-    """Return the path itself, or the folder of a name on the Hub, fetching what is not there yet.
+    """Return the path without `hf:`, or the folder of a name on the Hub, fetching what is not there yet.
 
     Args:
-        path: a path, or owner/name or owner/name@REVISION (branch, tag, commit), `hf:` before it or not.
+        path: a path, or owner/name or owner/name@REVISION (branch, tag, commit); `hf:` may stand before it.
         name: its flag or key, for errors.
         need: config (config, tokenizer and image settings), weights (those and the weights: safetensors, else .bin), or
             projector (the file of a pretrain run).
@@ -78,7 +84,7 @@ def local(path: str, name: str, need: str = "config") -> str:
     A commit whose files are all here is read without the network. Raises InputError where a name cannot be fetched or
     has not what is needed; whether there is anything at a path is not looked up.
     """
-    return _fetch(path, f"{name}={path}", need) if is_name(path) else path
+    return _fetch(path, f"{name}={path}", need) if is_name(path) else _plain(path)
 
 
 def absolute(path: str, name: str) -> str:
@@ -87,7 +93,7 @@ def absolute(path: str, name: str) -> str:
     That is an absolute path, or owner/name@COMMIT, for which the Hub is asked. `name` is its flag or key, for errors.
     """
     if not is_name(path):
-        return os.path.abspath(path) if path else ""
+        return os.path.abspath(_plain(path)) if path else ""
     repo, revision = repository(path)
     if COMMIT.fullmatch(revision):
         return f"{repo}@{revision}"

@@ -147,7 +147,7 @@ def llm_config(spec: str) -> LlamaConfig:
 def _config_json(key: str, spec: str, named: dict) -> tuple[dict | None, str]:
     name = spec.removeprefix(RANDOM)
     if not spec:
-        raise InputError(f"{key} is empty: expected a Hugging Face folder, random:NAME or random:FILE.json")
+        raise InputError(f"{key} is empty: expected a Hugging Face folder or its name, random:NAME or random:FILE.json")
     if not spec.startswith(RANDOM):
         kind = "a Hugging Face CLIP folder" if key == "model.vision" else "a Hugging Face LLaMA folder"
         return hf_config.read_config(spec, f"{kind} ({key})"), os.path.join(spec, "config.json")
