@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_jax.data.images import image_size, load_tiles, normalised
 from llava_jax.data.rows import check_text, check_unicode, unread_keys
-from llava_jax.data.templates import Template, find_template, render
+from llava_jax.data.templates import Template, check_template, render
 from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, question_message, row_bucket, stream_ids
@@ -54,7 +54,7 @@ class Processor:
 
     @property
     def rules(self) -> Template:
-        return find_template(self.template)
+        return self.tokenizer.template(self.template)
 
     @property
     def tiling(self) -> Tiling | None:
@@ -80,8 +80,9 @@ class Processor:
         return Prompt(tokens, np.concatenate(arrays), feature_index)
 
     def _tokens(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        spans = render(turns, self.rules, image_position=self.image_position, open_turn=True)
-        encoded = encode(spans, self.tokenizer)
+        rules = self.rules
+        spans = render(turns, rules, image_position=self.image_position, open_turn=True)
+        encoded = encode(spans, self.tokenizer, bos=rules.bos)
         tiles = self.tiling
         counts = self.config.vision.patches if tiles is None else tiles.tokens(sizes)
         tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
@@ -392,7 +393,7 @@ def load(
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
     if template is not None:
-        find_template(template)
+        check_template(template)
     config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base, step=step)
     config, tokenizer = dataclasses.replace(config, remat="none"), load_tokenizer(extras.tokenizer)
     check_vocabulary(tokenizer, config, extras.tokenizer)

@@ -378,7 +378,8 @@ def test_supervised_ids_are_the_answers_and_their_stops(tokenizers, name, templa
 def test_no_user_text_is_supervised(tokenizers, name):
     tokenizer = tokenizers[name][0]
     words = "quokka 😀 袋鼠 </s> <s> ASSISTANT: ### [/INST]"
-    for template in set(TEMPLATES) - {"plain", "v0_plain"}:
+    # llama_3 and qwen train parts of their headers: test_chat_template, with tokenizers that have their tokens.
+    for template in set(TEMPLATES) - {"plain", "v0_plain", "llama_3", "qwen"}:
         turns = _talk(words + "<image>" + words, "Yes", words + "\n", "No")
         with_words = _encode(turns, template, tokenizer, image_position="keep")
         without = _encode(_talk("<image>", "Yes", "x", "No"), template, tokenizer)

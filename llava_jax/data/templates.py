@@ -14,10 +14,16 @@ Text that looks like a role, a header or a stop is ordinary text.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
+
+# Marks that the text of a conversation may not hold: tokenize and chat_template put them into texts.
+NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
+# The name of the tokenizer's own chat template (data.chat_template), which is no constant.
+OWN = "tokenizer"
 
 
 class Span(NamedTuple):
@@ -35,7 +41,8 @@ class Template:
     Training text: `opening`, then for each question `again` (not before the first) + `question` + text +
     `after_question`, for each answer `cue` + `before_answer` + text + `after_answer` + `end_of_answer`, and `closing`.
     A prompt for an answer ends with `cue`. The answer's text with what surrounds it is a target, unless its turn is
-    none. `system` is the part of `opening` that a conversation may replace.
+    none. `system` is the part of `opening` that a conversation may replace, `bos` whether the tokenizer's BOS goes in
+    front, `trim` whether texts are written without the white space at their ends.
     """
 
     system: str = ""
@@ -52,13 +59,47 @@ class Template:
     image_tags: tuple[str, str] = ("", "")
     drop_leading_answer: bool = True
     caption_only: bool = False
+    trim: bool = False
+    bos: bool = True
+
+    def write(
+        self, system: str, turns: Sequence[Turn], *, image_position: str = "front", open_turn: bool = False
+    ) -> list[Span]:
+        """Return the spans of selected turns; `system` replaces the template's, "" keeps it."""
+        if system and not self.system:
+            raise InputError(
+                "the template has no system prompt to replace; remove the system text or choose another one"
+            )
+        # What follows an answer may end it, as the hashes of v0 do: it is trained where the answer is.
+        target = open_turn or any(turn.target for turn in turns if turn.speaker == "gpt")
+        said = system.strip() if self.trim else system
+        spans = [s._replace(text=s.text.replace(self.system, said)) if system else s for s in self.opening]
+        spans = [*_trained(spans, target)]
+        for index, turn in enumerate(turns):
+            text = turn.text.strip() if self.trim else turn.text
+            if turn.speaker == "human":
+                spans += _trained(self.again, target) if index > 0 else ()
+                spans += [*_trained(self.question, target), *_question_spans(text, self, image_position)]
+                spans += _trained(self.after_question, target)
+            else:
+                target = turn.target
+                answer = Span(self.before_answer + text + self.after_answer, target)
+                spans += [*_trained(self.cue, target), answer, *_trained(self.end_of_answer, target)]
+        return [*spans, *(self.cue if open_turn else _trained(self.closing, target))]
 
 
 def find_template(name: str) -> Template:
     """Return the template of that name. Raises InputError, which lists the known ones, for any other."""
-    if name not in TEMPLATES:
-        raise InputError(f"unknown template {name!r}; expected one of {', '.join(sorted(TEMPLATES))}")
+    check_template(name)
+    if name == OWN:
+        raise InputError("template tokenizer is that of a tokenizer, and none is at hand; expected another one")
     return TEMPLATES[name]
+
+
+def check_template(name: str) -> None:
+    """Raise InputError, which lists the known ones, where no template has that name."""
+    if name != OWN and name not in TEMPLATES:
+        raise InputError(f"unknown template {name!r}; expected one of {', '.join(sorted([*TEMPLATES, OWN]))}")
 
 
 def render(
@@ -71,27 +112,10 @@ def render(
     """
     system = [turn.text for turn in turns[:1] if turn.speaker == "system"]
     turns = select_turns(turns[len(system) :], template, open_turn=open_turn)
-    spans = list(template.opening)
-    if system and not template.system:
-        raise InputError("the template has no system prompt to replace; remove the system text or choose another one")
-    if system:
-        spans = [span._replace(text=span.text.replace(template.system, system[0])) for span in spans]
-    # What follows an answer may end it, as the hashes of v0 do: it is trained where the answer is.
-    target = open_turn or any(turn.target for turn in turns if turn.speaker == "gpt")
-    for index, turn in enumerate(turns):
-        if turn.speaker == "human":
-            spans += _trained(template.again, target) if index > 0 else ()
-            spans += [*_trained(template.question, target), *_question_spans(turn.text, template, image_position)]
-            spans += template.after_question
-        else:
-            target = turn.target
-            answer = Span(template.before_answer + turn.text + template.after_answer, target)
-            spans += [*_trained(template.cue, target), answer, *_trained(template.end_of_answer, target)]
-    spans += template.cue if open_turn else _trained(template.closing, target)
-    return spans
+    return template.write("".join(system), turns, image_position=image_position, open_turn=open_turn)
 
 
-def _trained(spans: tuple[Span, ...], target: bool) -> Sequence[Span]:
+def _trained(spans: Sequence[Span], target: bool) -> Sequence[Span]:
     return spans if target else [span._replace(is_target=False) for span in spans]
 
 
@@ -122,15 +146,20 @@ def select_turns(turns: Sequence[Turn], template: Template, *, open_turn: bool =
     return tuple(kept)
 
 
-def _question_spans(text: str, template: Template, image_position: str) -> list[Span]:
+def place_images(text: str, image_position: str) -> str:
+    """Return a question with its image where `image_position` says, as `render` does."""
     pieces = text.split(IMAGE_PLACEHOLDER)
+    if image_position != "front" or len(pieces) != 2:
+        return text
+    return "\n".join(filter(None, (IMAGE_PLACEHOLDER, "".join(pieces).strip())))
+
+
+def _question_spans(text: str, template: Template, image_position: str) -> list[Span]:
+    pieces = place_images(text, image_position).split(IMAGE_PLACEHOLDER)
     if len(pieces) == 1 and not template.caption_only:
         return [Span(text)] if text else []
     if template.caption_only:
         pieces = [""] * len(pieces)
-    elif image_position == "front" and len(pieces) == 2:
-        rest = "".join(pieces).strip()
-        pieces = ["", "\n" + rest if rest else ""]
     before, after = template.image_tags
     spans = [Span(pieces[0])]
     for piece in pieces[1:]:
@@ -230,6 +259,37 @@ def _chatml(system: str) -> Template:
     )
 
 
+def _llama_3(system: str) -> Template:
+    """LLaVA-NeXT trains every token that opens or ends a header or a turn, and the whole header of an answer."""
+    opened, closed = (Span(f"<|{name}_header_id|>", is_target=True, special=True) for name in ("start", "end"))
+    end = Span("<|eot_id|>", is_target=True, special=True)
+    return Template(
+        system=system,
+        opening=(opened, Span("system"), closed, Span(f"\n\n{system}"), end),
+        question=(opened, Span("user"), closed, Span("\n\n")),
+        after_question=(end,),
+        cue=(opened, Span("assistant", is_target=True), closed, Span("\n\n", is_target=True)),
+        end_of_answer=(end,),
+        stop=("<|eot_id|>",),
+        trim=True,
+    )
+
+
+def _qwen(system: str) -> Template:
+    """LLaVA-NeXT trains every `<|im_start|>`, `<|im_end|>` and newline of the format, and an answer's whole turn."""
+    start, end = (Span(f"<|im_{name}|>", is_target=True, special=True) for name in ("start", "end"))
+    newline = Span("\n", is_target=True)
+    return Template(
+        system=system,
+        opening=(start, Span("system"), newline, Span(system), end, newline),
+        question=(start, Span("user"), newline),
+        after_question=(end, newline),
+        cue=(start, Span("assistant", is_target=True), newline),
+        end_of_answer=(end, newline),
+        stop=("<|im_end|>",),
+    )
+
+
 _PLAIN = Template(after_answer="\n", stop=("\n",), drop_leading_answer=False, caption_only=True)
 _V0 = _hashes(_POLITE.format("human"))
 _V1 = _vicuna(_POLITE.format("user"))
@@ -252,6 +312,8 @@ TEMPLATES: dict[str, Template] = {
     "mpt": _chatml(_MPT),
     "chatml_direct": _CHATML_DIRECT,
     "mistral_direct": _CHATML_DIRECT,
+    "llama_3": _llama_3(_LLAVA_LLAMA_2),
+    "qwen": _qwen("You are a helpful assistant."),
 }
 
 # The same around images between two tokens, as models with mm_use_im_start_end of the original were trained.
@@ -262,3 +324,4 @@ TEMPLATES |= {
 
 # Strings that templates write as tokens of their own.
 SPECIAL_STRINGS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", *IM_START_END)
+SPECIAL_STRINGS += ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

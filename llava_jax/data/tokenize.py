@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from llava_jax.data.chat_template import AddedToken, chat_template
 from llava_jax.data.images import image_size
-from llava_jax.data.templates import SPECIAL_STRINGS, Span, Template, find_template, render
+from llava_jax.data.templates import NONCHARACTER, OWN, SPECIAL_STRINGS, Span, Template, find_template, render
 from llava_jax.io import LFS_POINTER, is_lfs_pointer, read_json
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded, InputError, ModelConfig, Record
 
@@ -31,7 +31,8 @@ from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded
 # user writes can become a special token.
 _FIRST_MARK = 0xFDD0
 _MARKS = {text: chr(_FIRST_MARK + index) for index, text in enumerate(SPECIAL_STRINGS)}
-_NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
+# Around the id of any other special token, which a tokenizer's own template may write.
+_NUMBER_MARK = "\ufde0"
 END = "</s>"
 # Chunks without targets that are kept: what stands before the first image is the same in most rows.
 KNOWN = 16
@@ -59,7 +60,7 @@ class TextTokenizer:
     """A Hugging Face tokenizer as LLaVA uses it: `bos_id` (None when it adds none), `eos_id`, `pad_id`, `size`.
 
     `ends` are the ids that end an answer whatever the template, `eos_id` first; `size` is one more than the largest
-    id. Threads may share it.
+    id; `chat` is its own chat template, a Jinja text, or None. Threads may share it.
     """
 
     def __init__(self, source: Any, ends: Sequence[int] = ()):
@@ -68,7 +69,9 @@ class TextTokenizer:
         `ends` are those the model names, of which the first is `eos_id` if the tokenizer has none.
         """
         self._codec = _whole_text(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
-        self._splitter = _make_splitter(self._codec)
+        own = {i: token for i, token in source.added_tokens_decoder.items() if token.content not in SPECIAL_STRINGS}
+        self._marks = _MARKS | {t.content: f"{_NUMBER_MARK}{i}{_NUMBER_MARK}" for i, t in own.items() if t.special}
+        self._splitter = _make_splitter(self._codec, self._marks, [*own.values()])
         vocabulary = source.get_vocab()
         self.size = max(vocabulary.values()) + 1
         self.bos_id = source.bos_token_id if source("a").input_ids[:1] == [source.bos_token_id] else None
@@ -78,6 +81,7 @@ class TextTokenizer:
         self.pad_id = next((i for i in (source.pad_token_id, source.unk_token_id) if i is not None), 0)
         self._image_id = vocabulary.get(IMAGE_PLACEHOLDER)
         self._special = {text: vocabulary[text] for text in SPECIAL_STRINGS if text in vocabulary}
+        self._special |= {token.content: i for i, token in source.added_tokens_decoder.items()}
         # A template written for LLaMA works with a tokenizer that spells its ends differently.
         if END not in self._special and self.eos_id is not None:
             self._special[END] = self.eos_id
@@ -88,18 +92,39 @@ class TextTokenizer:
         reserved = added | {*source.all_special_ids}
         reserved |= {i for i in (self.eos_id,) if i is not None}
         reserved -= {source.unk_token_id}
-        places = {text: self._splitter.token_to_id(mark) for text, mark in _MARKS.items()}
+        places = {text: self._splitter.token_to_id(mark) for text, mark in self._marks.items()}
         marks = {place: self._special.get(text, -1) for text, place in places.items() if place is not None}
         # What each id of the splitter becomes: itself, -1 where no text may have it, a mark what it stands for.
         self._final = np.arange(max(self.size, *(mark + 1 for mark in marks)), dtype=np.int32)
         self._final[sorted(reserved)] = -1
         self._final[list(marks)] = list(marks.values())
+        named = source.chat_template
+        self.chat = named.get("default") if isinstance(named, dict) else named
+        self._variables = tuple((name, t) for name, t in source.special_tokens_map.items() if isinstance(t, str))
+        tokens = source.added_tokens_decoder.values()
+        self._added = tuple(AddedToken(token.content, token.special, token.rstrip) for token in tokens)
 
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text gets."""
         facts = (self.bos_id, self.eos_id, self.pad_id, self._special, self._final.tolist(), self._splitter.to_str())
+        facts += (self.chat, self._variables)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def template(self, name: str) -> Template:
+        """Return the template of that name, `tokenizer` for the tokenizer's own.
+
+        InputError where there is no such one, or none that can be trained with.
+        """
+        if name != OWN:
+            return find_template(name)
+        return self._own
+
+    @functools.cached_property
+    def _own(self) -> Template:
+        if self.chat is None:
+            raise InputError("data.template=tokenizer: the tokenizer brings no chat template; choose another template")
+        return chat_template(self.chat, self._variables, self._added)
 
     def special_id(self, text: str) -> int | None:
         """Return the id of a template's special string; None when this tokenizer has none and writes it as text."""
@@ -170,8 +195,8 @@ class TextTokenizer:
 
     def _piece(self, span: Span) -> str:
         if span.special and span.text in self._special:
-            return _MARKS[span.text]
-        found = None if span.text.isascii() else _NONCHARACTER.search(span.text)
+            return self._marks[span.text]
+        found = None if span.text.isascii() else NONCHARACTER.search(span.text)
         if found:
             raise InputError(f"the text holds the Unicode noncharacter U+{ord(found[0]):04X}; remove it")
         return span.text
@@ -276,13 +301,16 @@ def check_end(tokenizer: TextTokenizer, template: Template) -> None:
         )
 
 
-def encode(spans: Sequence[Span], tokenizer: TextTokenizer) -> Encoded:
-    """Return ids and targets of a rendered conversation, each image once as IMAGE_MARK; not to be written to."""
-    (encoded,) = encode_all([spans], tokenizer)
+def encode(spans: Sequence[Span], tokenizer: TextTokenizer, *, bos: bool = True) -> Encoded:
+    """Return ids and targets of a rendered conversation, each image once as IMAGE_MARK; not to be written to.
+
+    `bos`: whether the tokenizer's BOS goes in front, where it adds one.
+    """
+    (encoded,) = encode_all([spans], tokenizer, bos=bos)
     return encoded
 
 
-def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer) -> list[Encoded]:
+def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer, *, bos: bool = True) -> list[Encoded]:
     """Encode several conversations as `encode` does, which takes less time than one after another."""
     chunks, counts = [], []
     for spans in conversations:
@@ -296,7 +324,7 @@ def encode_all(conversations: Sequence[Sequence[Span]], tokenizer: TextTokenizer
                 chunk.append(span)
         counts.append(len(chunks) - before)
     found = iter(tokenizer.encode_chunks(chunks))
-    opening = Chunk(b"", b"") if tokenizer.bos_id is None else _lone(tokenizer.bos_id)
+    opening = _lone(tokenizer.bos_id) if bos and tokenizer.bos_id is not None else Chunk(b"", b"")
     encoded = []
     for count in counts:
         ids, targets = zip(*itertools.islice(found, count), strict=True)
@@ -367,13 +395,21 @@ def expand(
     return np.repeat(tokens, counts), np.repeat(targets, counts)
 
 
-def _make_splitter(codec: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _make_splitter(
+    codec: tokenizers.Tokenizer, marks: dict[str, str], own: Sequence[tokenizers.AddedToken]
+) -> tokenizers.Tokenizer:
+    """Return the tokenizer that reads `marks` as tokens: those of tokens in `own` as it would read these."""
     splitter = _whole_text(tokenizers.Tokenizer.from_str(codec.to_str()))
     # Post-processors add BOS, which is ours to place, and byte-level ones trim spaces off the offsets.
     splitter.post_processor = None
     # Special tokens in the text stay text.
     splitter.encode_special_tokens = True
-    splitter.add_tokens([tokenizers.AddedToken(mark, normalized=False, special=False) for mark in _MARKS.values()])
+    plain = tokenizers.AddedToken("", normalized=False)
+    how = dict.fromkeys(marks, plain) | {token.content: token for token in own}
+    flags = ("normalized", "lstrip", "rstrip", "single_word")
+    splitter.add_tokens(
+        [tokenizers.AddedToken(m, **{flag: getattr(how[t], flag) for flag in flags}) for t, m in marks.items()]
+    )
     return splitter
 
 
@@ -419,9 +455,9 @@ def encode_turns(record: Record, settings: DataSettings, tokenizer: TextTokenize
 
 def encode_turns_together(records: Sequence[Record], settings: DataSettings, tokenizer: TextTokenizer) -> list[Encoded]:
     """Encode several records as `encode_turns` does, in less time. Raises InputError when that does for any of them."""
-    template = find_template(settings.template)
+    template = tokenizer.template(settings.template)
     rendered = [render(record.turns, template, image_position=settings.image_position) for record in records]
-    encoded = encode_all(rendered, tokenizer)
+    encoded = encode_all(rendered, tokenizer, bos=template.bos)
     for record, found in zip(records, encoded, strict=True):
         if found.images != len(record.images):
             raise InputError(

@@ -23,7 +23,6 @@ from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batc
 from llava_jax.data.records import Rejected, Rows, load_records
 from llava_jax.data.rows import count_words, unread_line
 from llava_jax.data.sources import KEPT_ROWS, code, keep, key_of, recall
-from llava_jax.data.templates import find_template
 from llava_jax.data.tiles import Tiling
 from llava_jax.data.tokenize import (
     TextTokenizer,
@@ -164,7 +163,7 @@ def check_records(
         look: raises InputError for an image that cannot be used, and is asked about once each path.
         dump: what is trained is written there, a line of JSON for each row that is kept.
     """
-    check_end(tokenizer, find_template(settings.template))
+    check_end(tokenizer, tokenizer.template(settings.template))
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
     check = _Check(records, settings, tokenizer, patches, tiling, look)
@@ -279,7 +278,7 @@ class _Check:
         length = full if trained is encoded else full_length(trained, counts)
         targets, words = int(np.count_nonzero(trained.targets)), count_words(record)
         speakers = [turn.speaker for turn in record.turns if turn.speaker != "system"]
-        leading = speakers[:1] == ["gpt"] and find_template(self.settings.template).drop_leading_answer
+        leading = speakers[:1] == ["gpt"] and self.tokenizer.template(self.settings.template).drop_leading_answer
         figures = (length, targets, full - length, slots, words, leading, speakers[-1:] == ["human"])
         return _Trained(record.id, trained, figures, record.unread)
 
@@ -309,7 +308,7 @@ def check_once(
     up each time; where one is gone, every row is checked again, so that the rows are named. With `tiling` nothing is
     kept: how many tokens a row has then depends on the sizes of its images, which may change in their files.
     """
-    check_end(tokenizer, find_template(settings.template))
+    check_end(tokenizer, tokenizer.template(settings.template))
     if len(records) < KEPT_ROWS or tiling is not None:
         return check_records(records, settings, tokenizer, patches=patches, tiling=tiling)
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}

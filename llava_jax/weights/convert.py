@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from llava_jax.data.templates import find_template
+from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.settings import DTYPES, read_settings
 from llava_jax.types import InputError
@@ -52,7 +52,7 @@ def convert(
     if dtype and dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if template:
-        find_template(template)
+        check_template(template)
     if mm_vision_tower and kind != "llava":
         raise InputError(f"--mm_vision_tower={mm_vision_tower}: goes with --to=llava:DIR, which names a tower")
     if kind == "peft":
