@@ -22,7 +22,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.annotations = ""
     c.data.images = ""
-    c.data.template = "v1"
+    c.data.template = ""  # that of the model it starts from, else the tokenizer's own chat template, else v1
     c.data.image_position = "front"  # keep: where the row has it
     c.data.aspect = "pad"  # crop, squash (SigLIP's), anyres (tiles)
     c.data.exif = "apply"  # turn images upright as EXIF says; ignore: as stored, as the original

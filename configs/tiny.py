@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     c.data.max_length = 1024  # tokenizers of small models come near one token a character
     # Captions are of one length; on a CPU, attention over long rows of conversations costs more than their padding.
     c.data.pack = args.stage == "pretrain"
-    c.data.template = "plain" if args.stage == "pretrain" else "v1"
+    c.data.template = "plain" if args.stage == "pretrain" else ""
     c.data.aspect = "crop" if args.stage == "pretrain" else "pad"
     c.optim.lr = 1e-3
     c.optim.clip_norm = 1.0

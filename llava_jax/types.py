@@ -339,7 +339,8 @@ class DataSettings:
     """Folder that the image paths of the rows are relative to."""
     template: str
     """How a conversation becomes text, and which part of it is supervised: `plain` (captions), `v1`, `v0`,
-    `llava_llama_2`, `mistral_instruct`, `chatml_direct`, …
+    `llava_llama_2`, `mistral_instruct`, `chatml_direct`, `llama_3`, `qwen`, …, or `tokenizer`: the tokenizer's own chat
+    template. Empty: that of `init.model`, else the tokenizer's own if it has one that is not Vicuna's, else `v1`.
     """
     image_position: str
     """`front` moves the placeholder of a turn with one image to its front, as LLaVA's code does; `keep` does not."""

@@ -92,6 +92,7 @@ def make_settings(folder: pathlib.Path, stage: str, **changes: object) -> Settin
     rows = "captions.json" if stage == "pretrain" else "rows.json"
     values["init"] |= dict(model=f"hf:{folder}/llava")
     values["data"] |= dict(annotations=f"{folder}/{rows}", images=f"{folder}/images", max_length=112, pack=False)
+    values["data"]["template"] = values["data"]["template"] or "v1"
     values["train"] |= dict(batch_size=4, steps=4)
     for key, value in changes.items():
         group, _, name = key.rpartition("__")

@@ -78,8 +78,9 @@ def model_of_run(args: argparse.Namespace) -> Model:
     if not settings.data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
     from llava_jax.data.packing import check_batch_size
-    from llava_jax.weights.load import model_spec
+    from llava_jax.weights.load import model_spec, with_template
 
+    settings = with_template(settings)
     devices = math.prod(max(size, 1) for size in (settings.mesh.data, settings.mesh.fsdp))
     check_batch_size(settings.train.batch_size, devices * settings.train.accumulate, settings.data.pack)
     spec = model_spec(settings)

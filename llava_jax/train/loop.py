@@ -15,7 +15,6 @@ from tensorboardX import SummaryWriter
 
 from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
-from llava_jax.data.templates import find_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.data.validate import plan_once
 from llava_jax.io import replacing
@@ -41,7 +40,7 @@ from llava_jax.train.setup import (
 )
 from llava_jax.train.step import TrainState, batch_ranks
 from llava_jax.types import InputError, Record, Settings
-from llava_jax.weights.load import model_spec, read_projector
+from llava_jax.weights.load import model_spec, read_projector, with_template
 
 STOPPED_EXIT_CODE = 42
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
@@ -54,8 +53,7 @@ def train(settings: Settings, workdir: str) -> None:
     Raises InputError for input that cannot be used, a batch without targets, and a loss or gradient that is not finite;
     SystemExit(42) after SIGTERM, once the state is saved.
     """
-    settings = absolute_paths(with_commits_of(workdir, settings))
-    find_template(settings.data.template)
+    settings = with_template(absolute_paths(with_commits_of(workdir, settings)))
     with hold_workdir(workdir, settings):
         done, steps = train_held(settings, workdir)
     say(f"{done}/{steps} steps done, saved in {workdir}")

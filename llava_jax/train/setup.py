@@ -20,6 +20,7 @@ from llava_jax.data.packing import BatchPlan, BatchShape, steps_for
 from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.records import Rows, load_records
 from llava_jax.data.sources import FORMS
+from llava_jax.data.templates import OWN
 from llava_jax.data.tiles import tiling
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.data.validate import Checked, check_once, summary
@@ -39,13 +40,14 @@ from llava_jax.types import DataSettings, InputError, ModelConfig, OptimSettings
 from llava_jax.weights.load import (
     ModelSpec,
     check_unchanged,
+    file_inputs,
     float_dtype,
     frozen_sources,
     model_inputs,
     origins,
     read_params,
 )
-from llava_jax.weights.processor import chat_template_note
+from llava_jax.weights.processor import CHAT_FILE, chat_template_note
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 
@@ -270,6 +272,8 @@ def first_state(run: Run, stage: str, read: Any) -> tuple[TrainState, Any]:
 def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPlan) -> dict:
     """Return what a checkpoint says about itself."""
     source = settings.data.annotations
+    own = settings.data.template == OWN
+    chat = file_inputs("the chat template", os.path.join(spec.tokenizer, CHAT_FILE)) if own else {}
     rows = {"source": source, "fingerprint": records.fingerprint, "rows": len(records)}
     # A run that continues counts batches: with the rows in another order some would come twice and some never.
     order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC.data, digest_size=16).hexdigest()}
@@ -277,7 +281,7 @@ def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPl
         "stage": settings.stage,
         "trainable": list(STAGES[settings.stage]),
         "frozen": frozen_sources(settings),
-        "inputs": model_inputs(spec) | {"data.annotations": rows, "the order of rows": order},
+        "inputs": model_inputs(spec) | chat | {"data.annotations": rows, "the order of rows": order},
     }
 
 
@@ -310,6 +314,7 @@ def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: B
     processes = jax.process_count()
     share = f", {processes} processes" if processes > 1 else ""
     note = chat_template_note(spec.tokenizer, settings.data.template)
+    own = " (its own chat template)" if settings.data.template == OWN else ""
     of_tile = " a tile, each tile counted as an image" if spec.config.pinpoints else ""
     return "\n".join(
         [
@@ -319,7 +324,7 @@ def opening(settings: Settings, spec: ModelSpec, run: Run, rows: int, batches: B
             f"projector {spec.config.projector}, compute {t.dtype}, remat {t.remat}, attention {run.config.attention}, "
             f"accumulate {t.accumulate}, mesh {mesh} on {devices}{share}",
             origins(spec),
-            f"tokenizer {spec.tokenizer}, template {settings.data.template}, "
+            f"tokenizer {spec.tokenizer}, template {settings.data.template}{own}, "
             f"image {spec.config.vision.image_size} px {settings.data.aspect}, "
             f"{spec.config.vision.patches} image tokens{of_tile} (id {spec.config.image_token_id}), "
             f"max_length {settings.data.max_length}",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.data.templates import TEMPLATES
+from llava_jax.data.templates import OWN, TEMPLATES
 from llava_jax.models.llava import build
 from llava_jax.settings import CHOICES
 from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig
@@ -256,7 +256,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     tiled = given["model_type"] == "llava_next"
     if is_original(given):
         tiled = given.get("image_aspect_ratio") == "anyres"
-    allowed = {key: CHOICES[f"data.{key}"] for key in ("image_position", "exif")} | dict(template=tuple(TEMPLATES))
+    allowed = {key: CHOICES[f"data.{key}"] for key in ("image_position", "exif")} | dict(template=(*TEMPLATES, OWN))
     allowed["aspect"] = tuple(aspect for aspect in CHOICES["data.aspect"] if (aspect == "anyres") == tiled)
     for key, value in ours.items():
         if value not in allowed.get(key, ()):

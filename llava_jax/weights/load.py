@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llava_jax.data.templates import TEMPLATES, check_template
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build, init
 from llava_jax.parallel.placement import place
@@ -28,7 +29,7 @@ from llava_jax.weights.adapters import merge_adapters, merge_difference, place_q
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
-from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras
+from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras, default_template
 from llava_jax.weights.source import is_workdir, load_params, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
 
@@ -99,6 +100,35 @@ def at_hand(settings: Settings) -> Settings:
     model = settings.model
     vision, llm = hub.local(model.vision, "model.vision"), hub.local(model.llm, "model.llm")
     return dataclasses.replace(settings, model=dataclasses.replace(model, vision=vision, llm=llm))
+
+
+def with_template(settings: Settings) -> Settings:
+    """Return the settings with the template that an empty `data.template` stands for.
+
+    That is the one of the model the run starts from, else `default_template` of the decoder's tokenizer. Raises
+    InputError for a template that is not known.
+    """
+    name = settings.data.template or _template_before(settings.init.model) or default_template(_tokenizer(settings))
+    check_template(name)
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, template=name))
+
+
+def _template_before(source: str) -> str:
+    """Return the template of the model at `init.model`; "" where it names none, or only one for captions."""
+    if not source:
+        return ""
+    form, folder = parse(source, "init.model")
+    if form == "run":
+        name, assumed = read_settings(os.path.join(folder, "config.json")).data.template, False
+    else:
+        extras = hf.read_llava_config(folder)[1]
+        name, assumed = extras.template, extras.template_assumed
+    captions = name in TEMPLATES and TEMPLATES[name].caption_only
+    return "" if assumed or captions else name
+
+
+def _tokenizer(settings: Settings) -> str:
+    return model_spec(settings).tokenizer if settings.init.model else tokenizer_folder(at_hand(settings).model.llm)
 
 
 def described(settings: Settings) -> ModelConfig:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.data.templates import IM_START_END, TEMPLATES
+from llava_jax.data.templates import IM_START_END, TEMPLATES, Template
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, peft
@@ -142,7 +142,7 @@ def aspect(original: Original) -> str:
 
 def template(original: Original, name: str) -> str:
     """Return the template of that name, with images between `<im_start>` and `<im_end>` where the folder says so."""
-    if not original.given.get("mm_use_im_start_end") or TEMPLATES[name].image_tags == IM_START_END:
+    if not original.given.get("mm_use_im_start_end") or TEMPLATES.get(name, Template()).image_tags == IM_START_END:
         return name
     tagged = f"{name}_im_start_end"
     lost = [tag for tag in IM_START_END if load_tokenizer(original.tokenizer).special_id(tag) is None]

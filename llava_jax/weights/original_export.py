@@ -5,7 +5,7 @@ import dataclasses
 import os
 from typing import Any
 
-from llava_jax.data.templates import IM_START_END, TEMPLATES
+from llava_jax.data.templates import IM_START_END, TEMPLATES, Template
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
@@ -154,7 +154,7 @@ def _write_configs(folder: str, config: ModelConfig, extras: LlavaExtras, dtype:
         mm_vision_select_feature="patch",
         mm_patch_merge_type="spatial_unpad" if config.pinpoints else "flat",
         image_grid_pinpoints=[[width, height] for height, width in config.pinpoints] or None,
-        mm_use_im_start_end=TEMPLATES[extras.template].image_tags == IM_START_END,
+        mm_use_im_start_end=TEMPLATES.get(extras.template, Template()).image_tags == IM_START_END,
         mm_use_im_patch_token=False,
         use_mm_proj=True,
         image_aspect_ratio=ASPECT_KEYS[extras.aspect],

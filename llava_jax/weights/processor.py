@@ -16,13 +16,15 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_jax.data.templates import TEMPLATES, Span, Template, find_template, render
+from llava_jax.data.chat_template import ChatTemplate
+from llava_jax.data.templates import OWN, TEMPLATES, Span, Template, find_template, render
 from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 from llava_jax.weights.hf_config import RESAMPLE, folder_value, read_json, select_strategy, special_tokens, write_json
 
 Json = dict[str, Any]
 
+VICUNA = ("v1", "llava_v1")
 PAD = "<pad>"
 # Grown vocabularies are rounded up to this, as the published LLaVA-1.5 folders are (32,000 + 2 -> 32,064).
 VOCAB_MULTIPLE = 64
@@ -35,6 +37,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+CHAT_FILE = "chat_template.jinja"
 # Keys of tokenizer_config.json that only the machine it was saved on had a use for.
 DROPPED = ("backend", "is_local", "local_files_only")
 # A SentencePiece text begins with ▁, and so does each piece after an image; in one string this rule puts it there.
@@ -76,8 +79,9 @@ class ExportedTokens:
 def write_processor(folder: str, config: ModelConfig, extras: LlavaExtras) -> ExportedTokens:
     """Write tokenizer, image and chat files into `folder`, whose config.json is not there yet."""
     ours = load_tokenizer(extras.tokenizer)
-    chat = _write_chat(folder, extras, ours)
+    chat = _chat(extras, ours)
     tokens = _write_tokenizer(folder, extras.tokenizer, chat, ours.eos_id, _processor_class(config))
+    _write_chat(folder, chat)
     _write_images(folder, config, extras.aspect)
     # One that ends a turn next to the tokenizer's own stays an end; a single one is written as a number.
     return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
@@ -149,7 +153,7 @@ def image_settings(vision: ClipConfig, aspect: str) -> Json:
 
 def copy_tokenizer(source: str, folder: str) -> None:
     """Copy the tokenizer's files that are there."""
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, CHAT_FILE):
         if os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
@@ -158,18 +162,24 @@ def _processor_class(config: ModelConfig) -> str:
     return "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
 
 
-def _write_chat(folder: str, extras: LlavaExtras, tokenizer: TextTokenizer) -> str:
-    """Write chat_template.jinja (transformers 5) and .json (4); return the text: tokenizers of 4 keep it themselves."""
+def _chat(extras: LlavaExtras, tokenizer: TextTokenizer) -> str:
+    """Return the chat template of an export, a Jinja text."""
 
     def spelled(text: str) -> str:
         token = tokenizer.special_id(text)
         return text if token is None else tokenizer.decode([token], skip_special=False)
 
-    jinja = chat_jinja(find_template(extras.template), image_position=extras.image_position, spelled=spelled)
-    with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as file:
-        file.write(jinja)
-    write_json(folder, "chat_template.json", {"chat_template": jinja})
-    return jinja
+    rules = tokenizer.template(extras.template)
+    if isinstance(rules, ChatTemplate):
+        return with_images(rules.source, extras.image_position)
+    return chat_jinja(rules, image_position=extras.image_position, spelled=spelled)
+
+
+def _write_chat(folder: str, chat: str) -> None:
+    """chat_template.jinja (transformers 5) and .json (4); tokenizers of 4 keep the text themselves, too."""
+    with open(os.path.join(folder, CHAT_FILE), "w", encoding="utf-8") as file:
+        file.write(chat)
+    write_json(folder, "chat_template.json", {"chat_template": chat})
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
@@ -317,7 +327,8 @@ def _with_rule(content: Json) -> Json:
 
 def _expected(folder: str, extras: LlavaExtras) -> list[tuple[str, list[int]]]:
     """Return (whole string, ids piece by piece with images as IMAGE_MARK) of the sample conversations that fit."""
-    rules, tokenizer = find_template(extras.template), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    rules = tokenizer.template(extras.template)
     samples = _SAMPLES[1:] if rules.caption_only else _SAMPLES
     found = []
     for turns in samples:
@@ -325,7 +336,7 @@ def _expected(folder: str, extras: LlavaExtras) -> list[tuple[str, list[int]]]:
         words = {text: tokenizer.special_id(text) for text in {span.text for span in spans if span.special}}
         spelled = {t: t if i is None else tokenizer.decode([i], skip_special=False) for t, i in words.items()}
         text = "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
-        found.append((text, encode(spans, tokenizer).tokens.tolist()))
+        found.append((text, encode(spans, tokenizer, bos=rules.bos).tokens.tolist()))
     return found
 
 
@@ -335,7 +346,10 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
     image = tokenizer.get_vocab()[IMAGE_PLACEHOLDER]
     for text, ids in expected:
         wanted = [token for i in ids for token in ([image] * 3 if i == IMAGE_MARK else [i])]
-        given = tokenizer(text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * 3)).input_ids
+        # As transformers' processors: a text that begins with BOS gets no second one.
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        expanded = text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * 3)
+        given = tokenizer(expanded, add_special_tokens=not begun).input_ids
         if given != wanted:
             at = next((i for i, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1]), -1)
             pieces = [tokenizer.convert_ids_to_tokens(ids[max(at - 2, 0) : at + 3]) for ids in (given, wanted)]
@@ -373,6 +387,15 @@ _FRONT = """\
 """
 _CAPTION = """\
 {%- set ns.text = IMAGE * (ns.text.split(IMAGE) | length - 1) -%}
+"""
+# Before a tokenizer's own template, which takes texts: its messages, those with parts as texts.
+_TEXTS = """\
+{%- set texts = namespace(messages=[]) -%}
+{%- for message in messages -%}
+TEXT
+{%- set texts.messages = texts.messages + [dict(message, content=ns.text)] -%}
+{%- endfor -%}
+{%- set messages = texts.messages %}
 """
 _LOOP = """\
 {{- OPENING -}}
@@ -413,8 +436,16 @@ def chat_jinja(template: Template, *, image_position: str, spelled: Callable[[st
         IMAGE=IMAGE_PLACEHOLDER,
     )
     names = re.compile(rf"\b({'|'.join(literals)})\b")
-    source = _LOOP.replace("TEXT\n", _TEXT + place)
+    trim = "{%- set ns.text = ns.text | trim -%}\n" if template.trim else ""
+    source = _LOOP.replace("TEXT\n", _TEXT + place + trim)
     return names.sub(lambda name: json.dumps(literals[name[0]], ensure_ascii=False), source)
+
+
+def with_images(source: str, image_position: str) -> str:
+    """Return a tokenizer's own chat template so that it takes images: unchanged behind what makes parts to text."""
+    text = _TEXT + (_FRONT if image_position == "front" else "")
+    before = _TEXTS.replace("TEXT\n", text).replace("IMAGE", json.dumps(IMAGE_PLACEHOLDER))
+    return source if source.startswith(before) else before + source
 
 
 # ---- chat templates, recognised -------------------------------------------------------------------------------------
@@ -440,6 +471,8 @@ def chat_template_note(folder: str, name: str) -> str | None:
     No error: a LLaVA learns the template it is trained with, and v1 on another base is common. None where both write
     the same, the folder brings no chat template, or `name` is for captions, which know no turns.
     """
+    if name == OWN:
+        return None
     template = find_template(name)
     tokens, source = _chat_template(folder)
     if source is None or template.caption_only:
@@ -455,6 +488,13 @@ def chat_template_note(folder: str, name: str) -> str | None:
     same = recognised_template(folder)
     take = f"; data.template={same} writes as it does" if same else ""
     return f"template {name} writes {shown[0]!r} where the chat template of {folder} writes {shown[1]!r}{take}"
+
+
+def default_template(folder: str) -> str:
+    """Return the template for a tokenizer where none is asked for: its own, if it has one that is not Vicuna's."""
+    if load_tokenizer(folder).chat is None or recognised_template(folder) in VICUNA:
+        return VICUNA[0]
+    return OWN
 
 
 def _ours(template: Template, tokens: dict[str, str]) -> str:

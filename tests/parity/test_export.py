@@ -1,5 +1,6 @@
 """A folder that we write, as transformers reads it: weights, logits, tokens, chat template, images, answers."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 import llava_jax
+from llava_jax.api import Processor, question
 from llava_jax.data.images import preprocess
 from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
@@ -19,7 +21,8 @@ from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, LlamaConfig, ModelConfig, Turn
 from llava_jax.weights import hf
 from llava_jax.weights.hf_export import write_llava
-from llava_jax.weights.processor import LlavaExtras, write_processor
+from llava_jax.weights.processor import LlavaExtras, check_ids, write_processor
+from tests.chat_families import FAMILIES, write_family
 
 CONFIG = ModelConfig(
     vision=ClipConfig(width=16, mlp_width=32, layers=3, heads=2, image_size=16, patch_size=4),
@@ -112,8 +115,8 @@ def test_whole_string_ids_equal_ours(tmp_path, style, capsys):
     ours = load_tokenizer(str(tmp_path / "llama"))
     theirs = AutoTokenizer.from_pretrained(folder)
     image = theirs.convert_tokens_to_ids("<image>")
-    for question in ("<image>\nWhat is this?", "<image>And this?", "Say, é: <image>", "no image"):
-        spans = render([Turn("human", question), *TURNS[1:]], TEMPLATES["v1"], image_position="keep", open_turn=True)
+    for asked in ("<image>\nWhat is this?", "<image>And this?", "Say, é: <image>", "no image"):
+        spans = render([Turn("human", asked), *TURNS[1:]], TEMPLATES["v1"], image_position="keep", open_turn=True)
         wanted = [image if token == IMAGE_MARK else token for token in encode(spans, ours).tokens.tolist()]
         assert theirs("".join(span.text for span in spans)).input_ids == wanted
 
@@ -147,6 +150,24 @@ def test_chat_template_renders_as_ours(tmp_path, folder_with_tokenizer, template
         parts = [{**message, "content": as_parts(message["content"])} for message in messages]
         if turns[0].text.startswith("<image>"):
             assert processor.apply_chat_template(parts, add_generation_prompt=open_turn) == wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_processor_gives_our_ids_with_the_tokenizers_own_template(tmp_path, name):
+    """Parts and a real image through transformers' processor, as `generate` asks."""
+    extras = LlavaExtras("tokenizer", tokenizer=write_family(tmp_path / "llm", name))
+    (tmp_path / "out").mkdir()
+    tokens = write_processor(str(tmp_path / "out"), CONFIG, extras)
+    check_ids(str(tmp_path / "out"), extras, force=False)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    asked = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+    asked |= dict(enable_thinking=False) if "thinking" in processor.chat_template else {}
+    given = processor.apply_chat_template([{"role": "user", "content": parts}], **asked)["input_ids"]
+    config = dataclasses.replace(CONFIG, image_token_id=tokens.image_id)
+    ours = Processor(load_tokenizer(extras.tokenizer), config, "tokenizer", "crop", "front")
+    assert np.asarray(given).ravel().tolist() == ours.tokens(question("What is this?", image)).tolist()
 
 
 def as_parts(text):
