@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_jax.data.templates import NONCHARACTER, Span, Template, place_images
@@ -204,10 +206,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012, as Extension has it
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        opened, closed = (jinja2.nodes.Output([jinja2.nodes.TemplateData(m)], lineno=line) for m in (_OPEN, _CLOSE))
+        opened, closed = (nodes.Output([nodes.TemplateData(m)], lineno=line) for m in (_OPEN, _CLOSE))
         return [opened, *body, closed]
 
 
@@ -221,5 +223,4 @@ def _compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _TODAY.strftime}
-    return environment.from_string(source)
+    return environment.from_string(source, globals={"raise_exception": _refuse, "strftime_now": _TODAY.strftime})
