@@ -6,7 +6,7 @@ import ml_collections
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a run. Paths are empty: a run must name its model and data."""
     c = ml_collections.ConfigDict()
-    c.stage = "finetune"  # pretrain: the projector learns; finetune: the decoder, too; lora: adapters of it
+    c.stage = "finetune"  # pretrain: the projector learns; finetune: the decoder, too; mid: all; lora: adapters
     c.seed = 42
 
     c.model = ml_collections.ConfigDict()
@@ -50,6 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.lora.alpha = 256.0
     c.lora.dropout = 0.05
     c.lora.targets = "llm/layers/(attn/[qkvo]|mlp/(gate|up|down))"  # regular expression on the whole path
+    c.lora.vision_targets = ""  # vision/layers/(attn/[qkvo]|mlp/(up|down)): adapters of the tower, too
 
     c.train = ml_collections.ConfigDict()
     c.train.batch_size = 128  # conversations an update, over all devices
@@ -67,6 +68,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.log_every = 1
     c.train.checkpoint_every = 500  # 0: only the last step
     c.train.keep = 2
+    c.train.trainable = ""  # "projector|llm|vision/layers": what learns, by path; empty: what the stage says
+    c.train.vision_blocks = 0  # only so many of the tower's last blocks may learn; 0: all
     c.train.loss_norm = "global_token"  # rank_mean: mean of per-device means, as the original
 
     c.mesh = ml_collections.ConfigDict()

@@ -14,8 +14,8 @@ except ModuleNotFoundError:
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """arg: stage=finetune|pretrain|lora."""
-    args = common.parse_arg(arg, stage=("finetune", "pretrain", "lora"))
+    """arg: stage=finetune|pretrain|mid|lora."""
+    args = common.parse_arg(arg, stage=("finetune", "pretrain", "mid", "lora"))
     c = common.default_config()
     c.stage = args.stage
     c.model.vision = "random:tiny"

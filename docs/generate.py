@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from configs import common, llava_v1, llava_v1_5, tiny
+from configs import common, llava_qwen, llava_v1, llava_v1_5, llava_v1_6, tiny
 from llava_jax.cli.flags import Parser
 from llava_jax.cli.main import COMMANDS
 from llava_jax.settings import CHOICES, RANGES, REMATS, flatten
@@ -29,7 +29,12 @@ RECIPES = {
         llava_v1_5.get_config,
         ("size=7b,stage=pretrain", "size=7b,stage=finetune", "size=7b,stage=lora"),
     ),
-    "tiny": (tiny.get_config, ("stage=pretrain", "stage=finetune", "stage=lora")),
+    "llava_v1_6": (llava_v1_6.get_config, ("size=7b,stage=pretrain", "size=7b,stage=finetune")),
+    "llava_qwen": (
+        llava_qwen.get_config,
+        ("size=8b,stage=pretrain", "size=8b,stage=mid", "size=8b,stage=finetune"),
+    ),
+    "tiny": (tiny.get_config, ("stage=pretrain", "stage=mid", "stage=finetune", "stage=lora")),
 }
 GENERATED = "<!-- Written by `python -m docs.generate` from the code it describes. -->"
 

@@ -8,9 +8,24 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from llava_jax.io import read_json, write_json
-from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, WEIGHT_NAMES, DataSettings, InputError, Settings
+from llava_jax.types import (
+    DECODER_LINEARS,
+    REMAT_NAMES,
+    TOWER_LINEARS,
+    WEIGHT_NAMES,
+    DataSettings,
+    InputError,
+    Settings,
+)
 
-STAGES = {"pretrain": ("projector",), "finetune": ("projector", "llm"), "lora": ("projector", "lora")}
+# What learns where train.trainable is empty, as a pattern of parameter paths. `mid` is LLaVA-OneVision's stage 1.5
+# (arXiv 2408.03326, section 4): the whole model, on detailed captions, before it sees instructions.
+STAGES = {
+    "pretrain": "^projector/",
+    "mid": "^(projector|llm|vision)/",
+    "finetune": "^(projector|llm)/",
+    "lora": "^(projector|lora|vision_lora)/",
+}
 
 RANDOM = "random:"  # a tower with random weights, of a named size or of a config file
 
@@ -32,7 +47,7 @@ CHOICES = {
 }
 
 FROM_0 = ("data.pack_length", "data.pack_images", "data.workers", "optim.weight_decay", "optim.clip_norm")
-FROM_0 += ("train.steps", "train.epochs", "train.profile", "train.checkpoint_every")
+FROM_0 += ("train.steps", "train.epochs", "train.profile", "train.checkpoint_every", "train.vision_blocks")
 FROM_1 = ("lora.rank", "train.batch_size", "train.accumulate", "train.log_every", "train.keep", "mesh.fsdp_inner")
 # key -> (smallest, largest, is the smallest allowed, is the largest allowed)
 RANGES = {
@@ -66,7 +81,10 @@ def settings_from_dict(values: dict) -> Settings:
             "them: set --config.data.pack=False, or leave loss_norm at global_token"
         )
     parse_groups(settings.optim.groups)
-    lora_targets(settings.lora.targets)
+    lora_targets(settings.lora.targets, "llm")
+    if settings.lora.vision_targets:
+        lora_targets(settings.lora.vision_targets, "vision")
+    trainable_pattern(settings)
     if train.frozen_dtype == "nf4" and settings.stage != "lora":
         raise InputError(
             f"train.frozen_dtype=nf4 stores a decoder in four bits that learns through adapters: expected stage=lora, "
@@ -125,16 +143,45 @@ def parse_groups(text: str) -> list[tuple[re.Pattern, float]]:
     return groups
 
 
-def lora_targets(pattern: str) -> tuple[str, ...]:
-    """Return those of DECODER_LINEARS whose full path (`llm/layers/attn/q`) the regular expression matches whole."""
-    paths = {f"llm/layers/{name}": name for name in DECODER_LINEARS}
+def lora_targets(pattern: str, part: str) -> tuple[str, ...]:
+    """Return those linear layers of `part` (llm, vision) whose full path (`llm/layers/attn/q`) the pattern matches."""
+    key, names = {"llm": ("lora.targets", DECODER_LINEARS), "vision": ("lora.vision_targets", TOWER_LINEARS)}[part]
+    paths = {f"{part}/layers/{name}": name for name in names}
     try:
         found = tuple(name for path, name in paths.items() if re.fullmatch(pattern, path))
     except re.error as error:
-        raise InputError(f"lora.targets={pattern!r} is not a regular expression ({error})") from error
+        raise InputError(f"{key}={pattern!r} is not a regular expression ({error})") from error
     if not found:
-        raise InputError(f"lora.targets={pattern!r} matches none of {', '.join(paths)}: expected a pattern that does")
+        raise InputError(f"{key}={pattern!r} matches none of {', '.join(paths)}: expected a pattern that does")
     return found
+
+
+def alternatives(pattern: str) -> list[str]:
+    """Return the alternatives of a regular expression that stand outside brackets; itself where some stand inside."""
+    parts = pattern.split("|")
+    try:
+        return [re.compile(part).pattern for part in parts]
+    except re.error:
+        return [pattern]
+
+
+def trainable_pattern(settings: Settings) -> re.Pattern:
+    """Return what is found in the path of every parameter that learns.
+
+    Raises InputError where `train.trainable` is no regular expression, or finds everything by an empty alternative.
+    """
+    train = settings.train
+    text = train.trainable or STAGES[settings.stage]
+    try:
+        found = re.compile(text)
+    except re.error as error:
+        raise InputError(f"train.trainable={text!r} is not a regular expression ({error})") from error
+    if "" in alternatives(text):
+        raise InputError(f"train.trainable={text!r}: an empty alternative finds every parameter, expected none")
+    if not train.vision_blocks:
+        return found
+    # Gradients stop where the tower's blocks that learn begin: nothing before them can learn.
+    return re.compile(f"^(?!vision/(?!layers/)).*?(?:{text})")
 
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:

@@ -19,7 +19,9 @@ IMAGE_PLACEHOLDER = "<image>"
 REMAT_NAMES = ("attention", "q", "k", "v", "residual", "gate", "up")
 # The linear layers of a decoder block: what an adapter can be added to, and what is stored in four bits.
 DECODER_LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
-# As REMAT_NAMES, of their kernels, which are gathered from all devices, so as not to gather them again.
+# The linear layers of a block of the vision tower.
+TOWER_LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/up", "mlp/down")
+# As REMAT_NAMES, of the decoder's kernels, which are gathered from all devices, so as not to gather them again.
 WEIGHT_NAMES = tuple(f"{linear.split('/')[1]}_weight" for linear in DECODER_LINEARS)
 # One image in a tokenised conversation, before it is expanded to its P image tokens (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_MARK = -200
@@ -226,9 +228,10 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of a decoder that learns through them: on the `targets` (of DECODER_LINEARS) of every block.
+    """Adapters that a model learns through: on the `targets` (of DECODER_LINEARS) of every block of the decoder.
 
-    `split_rank`: matrices that have no width of the decoder are stored split along their rank.
+    `split_rank`: matrices that have no width of the decoder are stored split along their rank. `vision_targets` (of
+    TOWER_LINEARS) are those of every block of the tower that may learn.
     """
 
     rank: int
@@ -236,6 +239,7 @@ class LoraConfig:
     dropout: float
     targets: tuple[str, ...]
     split_rank: bool = False
+    vision_targets: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -247,8 +251,9 @@ class ModelConfig:
     """A whole LLaVA. `feature_layer` indexes hidden states as in the original: -2 leaves the last block out.
 
     `image_token_id` may lie outside the vocabulary (the row is never looked up), `remat` is
-    models.llama.remat_policy's; `attention` (of the decoder) names an implementation of models.attention, with tiles of
-    `attention_block` for splash. `lora` and `nf4` (kernels of the decoder's blocks in four bits) are a training step's.
+    models.layers.remat_policy's; `attention` (of the decoder) names an implementation of models.attention, with tiles
+    of `attention_block` for splash. `lora`, `nf4` (kernels of the decoder's blocks in four bits) and `learning_blocks`
+    (the tower's last blocks, a stack of their own where only they learn; 0: one stack) are a training step's.
     `pinpoints`, (height, width) each, make it a LLaVA-NeXT (data.tiles).
     """
 
@@ -263,6 +268,7 @@ class ModelConfig:
     attention_block: int = 512
     lora: LoraConfig | None = None
     nf4: bool = False
+    learning_blocks: int = 0
     pinpoints: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -378,8 +384,8 @@ class OptimSettings:
     """Peak learning rate."""
     groups: str
     """Other peak rates by parameter path, as `REGEX=LR,REGEX=LR`: the first pattern found in the path wins, all other
-    parameters take `optim.lr`. Paths begin with `projector/`, `llm/` or `lora/`, as in `^projector/=2e-5`. A pattern
-    that decides no parameter that learns is an error.
+    parameters take `optim.lr`. Paths begin with `projector/`, `llm/`, `vision/`, `lora/` or `vision_lora/`, as in
+    `^projector/=2e-5`. A pattern that decides no parameter that learns is an error.
     """
     schedule: str
     """Shape of the rate after the warmup."""
@@ -399,7 +405,7 @@ class OptimSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """Adapters of `stage=lora`: W x + `alpha` / `rank` * B A x on the decoder's linear layers."""
+    """Adapters of `stage=lora`: W x + `alpha` / `rank` * B A x on linear layers of the decoder, and of the tower."""
 
     rank: int
     """Rank of A and B."""
@@ -410,6 +416,10 @@ class LoraSettings:
     targets: str
     """Regular expression on the whole path of a decoder's linear layer, `llm/layers/attn/q` (`k`, `v`, `o`) or
     `llm/layers/mlp/gate` (`up`, `down`). A pattern that matches none is an error.
+    """
+    vision_targets: str = ""
+    """The same for the vision tower, `vision/layers/attn/q` (`k`, `v`, `o`) or `vision/layers/mlp/up` (`down`); empty:
+    no adapters there.
     """
 
 
@@ -436,9 +446,10 @@ class TrainSettings:
     four bits and the rest in bfloat16: QLoRA.
     """
     remat: str
-    """What a decoder block keeps for the backward pass; the rest is computed again. `full` keeps nothing, `none`
-    everything, `dots` every matrix product; else names joined by `+`, or `minimal` for all activations among them. A
-    `_weight` is the weight as it was gathered from the other devices (`mesh.fsdp` above 1).
+    """What a block of the decoder, and of a tower that learns, keeps for the backward pass; the rest is computed again.
+    `full` keeps nothing, `none` everything, `dots` every matrix product; else names joined by `+`, or `minimal` for all
+    activations among them (the tower has `attention` alone). A `_weight` is the decoder's weight as it was gathered
+    from the other devices (`mesh.fsdp` above 1).
     """
     attention: str
     """The decoder's attention: `splash` (TPU), `cudnn` (GPU) or `xla`; `auto` takes the first that runs."""
@@ -454,6 +465,14 @@ class TrainSettings:
     """Checkpoints kept."""
     loss_norm: str
     """`global_token`: mean over all supervised tokens of the batch; `rank_mean`: mean of the devices' means."""
+    trainable: str = ""
+    """Which parameters learn, as a regular expression found in their paths: `projector|llm|vision/layers`. Empty: what
+    the stage says. An alternative that finds no parameter is an error.
+    """
+    vision_blocks: int = 0
+    """Of the tower only its last so many blocks that run may learn (`model.feature_layer` -2 leaves the very last one
+    out); 0: every block and the embeddings, as far as `train.trainable` says.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,7 +496,9 @@ class Settings:
     """One training stage, complete: what `--config` and its overrides become, and what config.json holds."""
 
     stage: str
-    """What learns besides the projector: `pretrain` nothing, `finetune` the decoder, `lora` adapters of it."""
+    """What learns besides the projector, unless `train.trainable` says otherwise: `pretrain` nothing, `mid` (stage 1.5)
+    decoder and vision tower, `finetune` the decoder, `lora` adapters of it.
+    """
     seed: int
     """Of the initial projector, of random weights, of the row order and of the adapters' dropout."""
     model: ModelSettings

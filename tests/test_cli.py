@@ -179,7 +179,7 @@ def test_every_config_is_complete(path):
         (["train", "--config={v15}", "--workdir=w", "--config.optim.lr"], "no value"),
         (["train", "--config={v15}", "--workdir=w", "--config.optim.lr=fast"], "fast"),
         (["train", "--config={v15}", "--workdir=w", "--config.train.steps=1.5"], "1.5"),
-        (["train", "--config={v15}", "--workdir=w", "--config.stage=both"], "pretrain, finetune"),
+        (["train", "--config={v15}", "--workdir=w", "--config.stage=both"], "pretrain, mid, finetune"),
         (["train", "--config={v15}", "--workdir=w", "--confg.seed=1"], "--config"),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_run_reads_another_run(runs, inputs):
     ran = runs("finetune")
     settings = change(make_settings(inputs, "pretrain"), "init", model=f"orbax:{ran.workdir}")
     plan = load.model_spec(settings)
-    assert load.frozen_sources(settings)["llm"]["fingerprint"] == checkpoints.run_fingerprint(str(ran.workdir))
+    assert load.frozen_sources(settings, plan)["llm"]["fingerprint"] == checkpoints.run_fingerprint(str(ran.workdir))
     read = load.read_files(plan, {"vision": "bfloat16", "llm": "float32"})
     assert set(read) == {"vision", "llm"} and str(read["vision"]["patch"]["kernel"].dtype) == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, read["llm"], ran.trainable[1]["llm"])
@@ -399,8 +399,8 @@ def test_random_towers_of_a_config_file(inputs):
     plan = load.model_spec(settings)
     assert plan.config.vision.width == 16 and plan.config.llm.vocab_size == 704 and plan.config.image_token_id == 704
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    at = jax.tree.map(lambda _: here, build(plan.config)[1])
-    draw = [load.read_params(plan, {"projector": "float32"}, at) for _ in range(2)]
+    wanted = jax.tree.map(lambda x: x.update(sharding=here), build(plan.config)[1]["projector"])
+    draw = [load.read_params(plan, {"projector": wanted}) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *draw)
     for name, fan_in in (("linear_1", 16), ("linear_2", 32)):
         for leaf in draw[0]["projector"][name].values():

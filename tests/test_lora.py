@@ -42,14 +42,14 @@ CHEAP = "xla_backend_optimization_level=0,xla_llvm_disable_expensive_passes=true
 
 
 def test_targets_are_matched_by_their_whole_path():
-    assert lora_targets("llm/layers/(attn/[qkvo]|mlp/(gate|up|down))") == DECODER_LINEARS
-    assert lora_targets("llm/layers/attn/[qv]") == ("attn/q", "attn/v")
-    assert lora_targets(".*down") == ("mlp/down",)
+    assert lora_targets("llm/layers/(attn/[qkvo]|mlp/(gate|up|down))", "llm") == DECODER_LINEARS
+    assert lora_targets("llm/layers/attn/[qv]", "llm") == ("attn/q", "attn/v")
+    assert lora_targets(".*down", "llm") == lora_targets(".*down", "vision") == ("mlp/down",)
     for pattern in ("q", "vision/layers/attn/q", "llm/head", ""):
         with pytest.raises(InputError, match=r"matches none of llm/layers/attn/q, .*mlp/down"):
-            lora_targets(pattern)
+            lora_targets(pattern, "llm")
     with pytest.raises(InputError, match="is not a regular expression"):
-        lora_targets("llm/(")
+        lora_targets("llm/(", "llm")
 
 
 def test_four_bits_are_for_a_decoder_with_adapters(tmp_path):
@@ -60,7 +60,7 @@ def test_four_bits_are_for_a_decoder_with_adapters(tmp_path):
 def test_recipe_of_llava_v1_5():
     c, finetune = (llava_v1_5.get_config(f"stage={stage}") for stage in ("lora", "finetune"))
     assert (c.lora.rank, c.lora.alpha, c.lora.dropout) == (128, 256.0, 0.05)
-    assert lora_targets(c.lora.targets) == DECODER_LINEARS
+    assert lora_targets(c.lora.targets, "llm") == DECODER_LINEARS
     assert c.optim.lr == 2e-4 and c.optim.groups == "^projector/=2e-5"
     differ = {key for key in c.optim if c.optim[key] != finetune.optim[key]}
     assert differ == {"lr", "groups"} and c.train == finetune.train and c.data == finetune.data and c.init.projector
@@ -72,7 +72,7 @@ def test_published_number_of_adapter_weights():
     assert round(adapter_weights(load.LLAMAS["vicuna-13b"], lora) / 1e6, 1) == 500.7
     shape = dict(rows=1, length=10, images=0)
     with_adapters = dataclasses.replace(TINY, lora=LORA)
-    more = step_flops(with_adapters, "lora", **shape) - step_flops(TINY, "pretrain", **shape)
+    more = step_flops(with_adapters, ("projector", "lora"), **shape) - step_flops(TINY, ("projector",), **shape)
     assert more == 6 * 10 * adapter_weights(TINY.llm, LORA)
 
 
@@ -252,7 +252,7 @@ def test_adapters_as_peft_saves_them(ran, tmp_path):
 def test_adapters_of_a_next_are_not_written_without_its_newline(tmp_path):
     config = dataclasses.replace(TINY, lora=LORA, pinpoints=((16, 16),))
     with pytest.raises(InputError, match="image_newline, which peft's format has no place for"):
-        write_peft(str(tmp_path / "out"), config, {}, {}, "")
+        write_peft(str(tmp_path / "out"), config, {"lora": {}, "projector": {"image_newline": {}}}, "")
 
 
 def test_a_run_under_any_name(ran, tmp_path):
@@ -311,9 +311,10 @@ EIGHT_DEVICES = textwrap.dedent("""
     import jax, numpy as np
     from llava_jax.models import llava, lora
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.models.llava import init
+    from llava_jax.models.llava import build, init, partition, split_parts
+    from llava_jax.settings import STAGES
     from llava_jax.train.setup import split_rank
-    from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads, partition
+    from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads
     from llava_jax.types import Batch, MeshSettings
     from tests.test_lora import LORA
     from tests.test_sharding import TINY
@@ -332,16 +333,15 @@ EIGHT_DEVICES = textwrap.dedent("""
         how = dict(graphdef=llava.build(config)[0], dtype="float32", packed=True, loss_norm="global_token")
         loss = LossConfig(**how, **more)
         grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, loss, key))
-        return jax.block_until_ready(grad(*partition(params, "lora"), batch))
+        return jax.block_until_ready(grad(*partition(params, STAGES["lora"]), batch))
 
     def close(got, want):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
 
-    parts = dict.fromkeys(("vision", "projector", "llm", "lora"), "float32")
     config = dataclasses.replace(TINY, lora=LORA, nf4=True, remat="full")
-    params = jax.tree.map(np.array, init(config, 0, parts))
-    plain = init(TINY, 0, {"projector": "float32", "llm": "float32"})
+    params = jax.tree.map(np.array, init(config, 0, split_parts(build(config)[1])))
+    plain = init(TINY, 0)
     for of in (lambda p: p["projector"], lambda p: p["llm"]["embed"], lambda p: p["llm"]["layers"]["attn_norm"]):
         jax.tree.map(np.testing.assert_array_equal, of(params), of(plain))
     a, b = (params["lora"]["layers"]["attn"]["o"][leaf] for leaf in ("a", "b"))

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from llava_jax.models import llava
-from llava_jax.train.step import LossConfig, loss_and_grads, partition
+from llava_jax.settings import STAGES
+from llava_jax.train.step import LossConfig, loss_and_grads
 from llava_jax.types import Batch, ClipConfig, LlamaConfig, ModelConfig
 
 CONFIG = ModelConfig(
@@ -52,7 +53,7 @@ PACKED = [[1, 0, 3], [2]]
 
 
 def loss(data: Batch, packed: bool):
-    trainable, frozen = partition(PARAMS, "finetune")
+    trainable, frozen = llava.partition(PARAMS, STAGES["finetune"])
     config = LossConfig(GRAPHDEF, dtype="float32", packed=packed, loss_norm="global_token", ranks=1)
     return jax.jit(lambda t, f, d: loss_and_grads(t, f, d, config))(trainable, frozen, data)
 

@@ -38,7 +38,7 @@ def test_round_trip_through_the_file(tmp_path):
         (dict(data__exif="turn"), "config key data.exif: expected one of apply, ignore, got 'turn'"),
         (dict(data__shuffle=1), "config key data.shuffle: expected bool, got 1"),
         (dict(model=3), "config key model: expected a group of keys"),
-        (dict(stage="align"), "config key stage: expected one of pretrain, finetune"),
+        (dict(stage="align"), "config key stage: expected one of pretrain, mid, finetune, lora"),
         (dict(train__loss_norm="mean"), "train.loss_norm: expected one of global_token, rank_mean"),
         (dict(optim__b2=1.0), "config key optim.b2: expected a number in [0, 1), got 1.0"),
         (dict(optim__lr=float("nan")), "config key optim.lr"),

@@ -71,7 +71,8 @@ EIGHT_DEVICES = textwrap.dedent("""
     from flax import nnx
     from llava_jax.models import llava
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
-    from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads, partition
+    from llava_jax.settings import STAGES
+    from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads
     from llava_jax.types import Batch, MeshSettings
     from tests.test_sharding import KEPT, PRESETS, TIED, TINY
 
@@ -90,7 +91,7 @@ EIGHT_DEVICES = textwrap.dedent("""
 
     def both(params, batch, stage="finetune", **more):
         grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(trained, frozen, batch, LossConfig(**how, **more)))
-        return jax.block_until_ready(grad(*partition(params, stage), batch))
+        return jax.block_until_ready(grad(*llava.partition(params, STAGES[stage]), batch))
 
     def close(got, want):
         # Against each leaf's largest entry: gradients of q and k are all smaller than 1e-4.
@@ -122,8 +123,9 @@ EIGHT_DEVICES = textwrap.dedent("""
         with jax.set_mesh(mesh):
             grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(
                 trained, frozen, batch, LossConfig(**how, loss_norm="global_token", ranks=8)))
-            traced = grad.trace(*partition(jax.device_put(params, param_shardings(
-                llava.logical_axes(TINY), abstract, mesh)), "finetune"), jax.device_put(batch, batch_sharding(mesh)))
+            placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), abstract, mesh))
+            on = jax.device_put(batch, batch_sharding(mesh))
+            traced = grad.trace(*llava.partition(placed, STAGES["finetune"]), on)
         products[remat] = str(traced.jaxpr).count("dot_general")
         scattered = traced.lower().as_text().count("stablehlo.reduce_scatter")
         assert scattered == 18, scattered
@@ -139,7 +141,7 @@ EIGHT_DEVICES = textwrap.dedent("""
             on = jax.device_put(batch, batch_sharding(mesh))
             grad = jax.jit(lambda trained, frozen, batch: loss_and_grads(
                 trained, frozen, batch, LossConfig(**how, loss_norm="global_token", ranks=4)))
-            return str(grad.trace(*partition(placed, "finetune"), on).jaxpr).count(word)
+            return str(grad.trace(*llava.partition(placed, STAGES["finetune"]), on).jaxpr).count(word)
 
     for mesh in ((1, 4, 2), (1, 8, 1), (1, 8, 1, 4)):
         none, two = (count("sharding_constraint", mesh, remat) for remat in ("full", "q_weight+up_weight"))

@@ -22,6 +22,7 @@ from llava_jax.aot.target import Target
 from llava_jax.data.packing import UNIT, BatchShape, check_batch_size
 from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import weights_in
+from llava_jax.models.llava import overlaid
 from llava_jax.parallel.sharding import batch_sharding, make_mesh, mesh_sizes
 from llava_jax.settings import RANDOM
 from llava_jax.train.setup import Run, build_run, compile_lowered, compiler_options
@@ -182,8 +183,8 @@ def describe(lowered: Lowered) -> dict[str, Any]:
     """Return what is known before compiling; every figure that is not is None."""
     settings, target, run, shape = lowered.settings, lowered.target, lowered.run, lowered.shape
     chips = len(target.devices)
-    parts = {part: _count(tree) for part, tree in sorted({**run.frozen, **run.state.params}.items())}
-    flops = step_flops(run.config, settings.stage, rows=shape.rows, length=shape.length, images=shape.images_used)
+    parts = {part: _count(tree) for part, tree in sorted(overlaid(run.frozen, run.state.params).items())}
+    flops = step_flops(run.config, run.state.params, rows=shape.rows, length=shape.length, images=shape.images_used)
     train = settings.train
     return {
         "chips": chips,

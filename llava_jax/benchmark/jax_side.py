@@ -24,9 +24,10 @@ from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.validate import check_records
 from llava_jax.infer.generate import Engine, Prompt, generate_ids
 from llava_jax.models.flops import step_flops
-from llava_jax.models.llava import build, init
+from llava_jax.models.layers import stored_as
+from llava_jax.models.llava import build, init, overlaid
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
-from llava_jax.settings import STAGES, settings_from_dict
+from llava_jax.settings import settings_from_dict, trainable_pattern
 from llava_jax.train.setup import Run, build_run, compile_lowered, first_state
 from llava_jax.train.step import TrainState
 from llava_jax.types import UNPACKED, Batch, DataSettings, ModelConfig, Record, Sampling, Settings
@@ -91,22 +92,19 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
     loss = updates(1)
     updates(1)
-    flops = step_flops(config, settings.stage, rows=work["rows"], length=work["length"], images=work["rows"])
+    flops = step_flops(config, run.state.params, rows=work["rows"], length=work["length"], images=work["rows"])
     return {"loss": loss, "model_flops": flops, **about(config)}, turn
 
 
 def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tuple[TrainState, Any]:
     """Return (state, frozen parameters) of the model folder, or of random weights drawn on the device."""
-    shardings = jax.tree.map(lambda x: x.sharding, run.frozen | run.state.params)
-    dtypes = {
-        part: settings.train.param_dtype if part in STAGES[settings.stage] else settings.train.frozen_dtype
-        for part in hf.PARTS
-    }
+    wanted = overlaid(run.frozen, run.state.params)
     if work["weights"]:
-        params = jax.device_put(hf.read_llava(work["model"], dtype=dtypes)[1], shardings)
+        read = hf.read_llava(work["model"], lazy=True)[1]
+        params = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x, like.dtype), like.sharding), read, wanted)
     else:
-        params = init(run.config, settings.seed, dtypes, shardings)
-    return first_state(run, settings.stage, params)
+        params = init(run.config, settings.seed, wanted)
+    return first_state(run, trainable_pattern(settings), params)
 
 
 def read_batch(work: Mapping[str, Any]) -> Batch:
@@ -129,7 +127,7 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     if work["weights"]:
         params = jax.device_put(hf.read_llava(work["model"], dtype=work["dtype"])[1])
     else:
-        params = init(config, 0, dict.fromkeys(hf.PARTS, work["dtype"]))
+        params = init(config, 0, stored_as(build(config)[1], work["dtype"]))
     # An automaton that never reaches its last state: no id ends an answer.
     never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
     engine = Engine(build(config)[0], params, config, never)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import LayerNorm, Linear, normal, param, zeros
+from llava_jax.models.layers import LayerNorm, Linear, normal, param, remat_policy, zeros
 from llava_jax.parallel.sharding import constrain
 from llava_jax.types import ClipConfig, Pixels
 
@@ -84,9 +84,14 @@ class PatchEmbed(nnx.Module):
 
 
 class Clip(nnx.Module):
-    """The first `layers` blocks; what comes after the feature layer (last blocks, post-norm) is not held."""
+    """The first `layers` blocks; what comes after the feature layer (last blocks, post-norm) is not held.
 
-    def __init__(self, config: ClipConfig, layers: int, *, rngs: nnx.Rngs):
+    With `learning` above 0 the last so many are the stack `layers`, which learns, and the others the stack `first`:
+    nothing differentiates the frozen ones, whose activations are not kept.
+    """
+
+    def __init__(self, config: ClipConfig, layers: int, *, rngs: nnx.Rngs, learning: int = 0, remat: str = "none"):
+        self.remat = remat
         self.patch = PatchEmbed(config, rngs=rngs)
         self.class_tokens = config.class_tokens
         if config.family == "clip":
@@ -94,7 +99,9 @@ class Clip(nnx.Module):
         shape = (config.class_tokens + config.patches, config.width)
         self.position = param(rngs, normal, shape, ("position", "vision_embed"))
         self.pre_norm = LayerNorm(config.width, config.norm_eps, rngs=rngs) if config.family == "clip" else None
-        self.layers = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
+        blocks = jax.vmap(lambda r: Block(config, rngs=r))(rngs.split(layers))
+        self.first = jax.tree.map(lambda x: x[:-learning], blocks) if learning else None
+        self.layers = jax.tree.map(lambda x: x[-learning:], blocks) if learning else blocks
 
     def hidden(self, pixels_BXYC: jax.Array) -> jax.Array:
         """Return hidden states [B, P, E] after the blocks held; CLIP's has the class token before its patches."""
@@ -110,7 +117,10 @@ class Clip(nnx.Module):
         def body(x_BPE: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return constrain(block(x_BPE), "batch", "position", "activation"), None
 
-        x_BPE, _ = jax.lax.scan(body, x_BPE, self.layers)
+        if self.first is not None:
+            x_BPE, _ = jax.lax.scan(body, x_BPE, self.first)
+        saved = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
+        x_BPE, _ = jax.lax.scan(body if self.remat == "none" else saved, x_BPE, self.layers)
         return x_BPE
 
     def __call__(self, pixels_BXYC: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.parallel.sharding import matmul
+from llava_jax.types import REMAT_NAMES
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -101,6 +102,16 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale.astype(x.dtype)
 
 
+def remat_policy(remat: str) -> Callable[..., bool]:
+    """Return which results of a block are kept for the backward pass: those named in `remat`, joined by '+'."""
+    if remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    names = set() if remat == "full" else set(remat.split("+"))
+    if "minimal" in names:
+        names = names - {"minimal"} | set(REMAT_NAMES)
+    return jax.checkpoint_policies.save_only_these_names(*sorted(names))
+
+
 def is_codes(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Return whether a leaf of the parameters holds codes, which no cast may touch."""
     return leaf.dtype == jnp.uint8
@@ -114,5 +125,9 @@ def weights_in(path: tuple, leaf: Any) -> int:
 
 
 def stored_as(tree: Any, dtype: str) -> Any:
-    """Return the parameters in `dtype`, codes as they are."""
-    return jax.tree.map(lambda x: x if is_codes(x) else x.astype(dtype), tree)
+    """Return the parameters, arrays or ShapeDtypeStructs, in `dtype`, codes as they are."""
+
+    def cast(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+
+    return jax.tree.map(lambda x: x if is_codes(x) else cast(x), tree)

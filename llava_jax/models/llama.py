@@ -1,6 +1,5 @@
 """LLaMA decoder (arXiv 2302.13971) and its kin, driven by the Hugging Face config: training, prefill and decode."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,23 +8,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.attention import angles, attention, rotate
-from llava_jax.models.layers import Linear, RMSNorm, normal, param
+from llava_jax.models.layers import Linear, RMSNorm, normal, param, remat_policy
 from llava_jax.parallel.sharding import constrain, unshard
-from llava_jax.types import REMAT_NAMES, LlamaConfig
+from llava_jax.types import LlamaConfig
 
 # cosines and sines [B, T, H / 2]; keys and values [B, T, K, H]
 Rope = tuple[jax.Array, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
-
-
-def remat_policy(remat: str) -> Callable[..., bool]:
-    """Return which results of a block are kept for the backward pass: those named in `remat`, joined by '+'."""
-    if remat == "dots":
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    names = set() if remat == "full" else set(remat.split("+"))
-    if "minimal" in names:
-        names = names - {"minimal"} | set(REMAT_NAMES)
-    return jax.checkpoint_policies.save_only_these_names(*sorted(names))
 
 
 class Cache(NamedTuple):
@@ -160,6 +149,11 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
         if not config.tied:
             self.head = Linear((config.width,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
+
+    @property
+    def head_name(self) -> str:
+        """Return which of the parameters `head_kernel` reads."""
+        return "embed" if self.config.tied else "head"
 
     def head_kernel(self, dtype: jnp.dtype) -> jax.Array:
         """Return the head [D, V], gathered along D, so that a loop over positions does not gather it again."""

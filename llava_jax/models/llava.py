@@ -1,6 +1,6 @@
 """LLaVA (arXiv 2304.08485): a vision tower, a projector, and a decoder that reads image features as tokens."""
 
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import jax
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.clip import Clip
-from llava_jax.models.layers import Linear, param, stored_as, torch_uniform
+from llava_jax.models.layers import Linear, param, torch_uniform
 from llava_jax.models.llama import Llama
-from llava_jax.models.lora import adapt
+from llava_jax.models.lora import adapt_decoder, adapt_tower
 from llava_jax.parallel.sharding import constrain
 from llava_jax.types import ModelConfig
 
@@ -68,7 +68,9 @@ def merge(
 class Llava(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.vision = Clip(config.vision, config.vision_layers, rngs=rngs)
+        self.vision = Clip(
+            config.vision, config.vision_layers, rngs=rngs, learning=config.learning_blocks, remat=config.remat
+        )
         self.projector = Projector(config, rngs=rngs)
         self.llm = Llama(
             config.llm,
@@ -79,7 +81,9 @@ class Llava(nnx.Module):
             attention_block=config.attention_block,
         )
         if config.lora is not None or config.nf4:
-            adapt(self.llm, config, rngs=rngs)
+            adapt_decoder(self.llm.layers, config.lora, config.nf4, rngs=rngs)
+        if config.lora is not None and config.lora.vision_targets:
+            adapt_tower(self.vision.layers, config.lora, rngs=rngs)
 
     def image_features(self, pixels_BNXYC: jax.Array, image_mask_BN: jax.Array | None = None) -> jax.Array:
         """Return projected features [B, N*P, D] of N image slots a row; those of `image_mask_BN` (None: all) are used.
@@ -146,20 +150,30 @@ def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init(config: ModelConfig, seed: int, dtypes: Mapping[str, str] | None = None, at: Params | None = None) -> Params:
+def init(config: ModelConfig, seed: int, wanted: Params | None = None) -> Params:
     """Draw float32 parameters: normal(0.02) as LLaMA and CLIP, the projector as torch.nn.Linear.
 
-    With `dtypes` the parts that it names (as `split_parts` makes them) and no other, each in its dtype; `at` holds the
-    shardings of what is drawn, None leaves it on the first device.
+    With `wanted`, ShapeDtypeStructs in the structure of `split_parts`, what it holds and no other, in its dtypes and at
+    its shardings (None: on the first device).
     """
 
     def make(key: jax.Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(Llava(config, rngs=nnx.Rngs(params=key))))
-        if dtypes is None:
-            return params
-        return {part: stored_as(tree, dtypes[part]) for part, tree in split_parts(params).items() if part in dtypes}
+        return params if wanted is None else _chosen(split_parts(params), wanted)
 
-    return {} if dtypes == {} else jax.jit(make, out_shardings=at)(jax.random.key(seed))
+    if wanted == {}:
+        return {}
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(jax.random.key(seed))
+
+
+def _chosen(params: Params, wanted: Params) -> Params:
+    """Return the values of `params` that `wanted` names, in its dtypes."""
+
+    def of(name: str) -> Any:
+        like, value = wanted[name], params[name]
+        return _chosen(value, like) if isinstance(like, dict) else value.astype(like.dtype)
+
+    return {name: of(name) for name in wanted}
 
 
 def logical_axes(config: ModelConfig) -> Params:
@@ -169,25 +183,53 @@ def logical_axes(config: ModelConfig) -> Params:
     return nnx.traversals.unflatten_mapping(flat)
 
 
-# ---- adapters as a part of their own --------------------------------------------------------------------------------
+# ---- the parts of a run ---------------------------------------------------------------------------------------------
+
+
+def partition(params: Params, trainable: str | re.Pattern) -> tuple[Params, Params]:
+    """Return (what learns, what is frozen) of a tree of `split_parts`; `trainable` is found in the path of the former.
+
+    Neither holds an empty dict.
+    """
+    flat = nnx.traversals.flatten_mapping(params)
+    learns = {path for path in flat if re.search(trainable, "/".join(path))}
+    halves = [{p: leaf for p, leaf in flat.items() if (p in learns) == wanted} for wanted in (True, False)]
+    return nnx.traversals.unflatten_mapping(halves[0]), nnx.traversals.unflatten_mapping(halves[1])
+
+
+def overlaid(params: Params, over: Params) -> Params:
+    """Return the tree with the leaves of `over` in it, in place of those of the same path."""
+    shared = params.keys() & over.keys()
+    both = {name: overlaid(params[name], over[name]) for name in shared if isinstance(over[name], dict)}
+    return params | over | both
+
+
+# The part of a run that holds the adapters of a part of the model.
+ADAPTERS = {"llm": "lora", "vision": "vision_lora"}
 
 
 def split_parts(params: Params) -> Params:
-    """Return the tree of `models.llava.build` with adapters as the part `lora` and without their seeds."""
-    flat = nnx.traversals.flatten_mapping(params["llm"])
-    llm = {path: leaf for path, leaf in flat.items() if "adapter" not in path}
-    lora = {(*path[:-2], path[-1]): leaf for path, leaf in flat.items() if path[-2:-1] == ("adapter",)}
-    lora = {path: leaf for path, leaf in lora.items() if path[-1] != "seed"}
-    parts = {**params, "llm": nnx.traversals.unflatten_mapping(llm)}
-    return parts | ({"lora": nnx.traversals.unflatten_mapping(lora)} if lora else {})
+    """Return the tree of `models.llava.build` with adapters as parts of their own and without their seeds."""
+    parts = dict(params)
+    for part, name in ADAPTERS.items():
+        flat = nnx.traversals.flatten_mapping(params[part])
+        lora = {(*path[:-2], path[-1]): leaf for path, leaf in flat.items() if path[-2:-1] == ("adapter",)}
+        lora = {path: leaf for path, leaf in lora.items() if path[-1] != "seed"}
+        if lora:
+            plain = {path: leaf for path, leaf in flat.items() if "adapter" not in path}
+            parts |= {part: nnx.traversals.unflatten_mapping(plain), name: nnx.traversals.unflatten_mapping(lora)}
+    return parts
 
 
 def join_parts(params: Params, key: jax.Array | None = None) -> Params:
     """Return the tree that the model takes, from that of `split_parts`; the seeds of dropout are drawn from `key`."""
-    if "lora" not in params:
-        return params
-    plain = {part: tree for part, tree in params.items() if part != "lora"}
-    return plain | {"llm": _with_adapters(params["llm"], params["lora"], key)}
+    joined = {part: tree for part, tree in params.items() if part not in ADAPTERS.values()}
+    for index, (part, name) in enumerate(ADAPTERS.items()):
+        if name in params:
+            # The decoder's come first and draw from the key itself, as in runs from before towers had any.
+            own = key if key is None or index == 0 else jax.random.fold_in(key, index)
+            joined[part] = _with_adapters(params[part], params[name], own)
+    return joined
 
 
 def _with_adapters(tree: Params, adapters: Params, key: jax.Array | None) -> Params:

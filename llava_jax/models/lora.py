@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): low-rank adapters on linear layers of the decoder, whose own weights stay as they are.
+"""LoRA (arXiv 2106.09685): low-rank adapters on linear layers, whose own weights stay as they are.
 
-In the model an adapter is part of its Linear (`llm/layers/attn/q/adapter/a`); in a run all of them are the part `lora`
-(`lora/layers/attn/q/a`) next to vision, projector and llm, so that a stage trains and saves complete parts.
+In the model an adapter is part of its Linear (`llm/layers/attn/q/adapter/a`); in a run those of the decoder are the
+part `lora` (`lora/layers/attn/q/a`) next to vision, projector and llm, and those of the tower the part `vision_lora`.
 
 qwix 0.1.8 is not used: it puts objects without axes into the tree of weights, which our scan over stacked layers
 refuses; its rules select by weight, not by a layer's path, and its dropout draws from a counter, not from the update.
@@ -19,7 +19,7 @@ from flax import nnx
 from llava_jax.models.layers import Linear, param, torch_uniform, zeros
 from llava_jax.models.nf4 import Nf4
 from llava_jax.parallel.sharding import unshard
-from llava_jax.types import DECODER_LINEARS, LoraConfig, ModelConfig
+from llava_jax.types import DECODER_LINEARS, TOWER_LINEARS, LoraConfig
 
 Params = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Adapter(nnx.Module):
 
 
 class LoraLinear(Linear):
-    """A decoder's linear layer in stage lora: its kernel is frozen, maybe in four bits, and an adapter may be added."""
+    """A linear layer in stage lora: its kernel is frozen, maybe in four bits, and an adapter may be added."""
 
     def __init__(self, linear: Linear, kernel: nnx.Param | Nf4, adapter: Adapter | None):
         self.in_dims, self.axes, self.name = linear.in_dims, linear.axes, linear.name
@@ -87,34 +87,45 @@ def keep_mask(shape: tuple[int, ...], seed: jax.Array, rate: float) -> jax.Array
     return ((noise ^ (noise >> 16)) & 0xFFFF) >= round(rate * 65536)
 
 
-def adapt(llm: Any, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-    """Add the adapters of `config.lora` to the decoder's stacked blocks, and store their kernels as `config.nf4` says.
+def adapt_decoder(layers: Any, lora: LoraConfig | None, nf4: bool, *, rngs: nnx.Rngs) -> None:
+    """Add the adapters of `lora` to the decoder's stacked blocks, and store their kernels as `nf4` says.
 
     All else is drawn before, so that a model has the same weights with adapters as without.
     """
-    for name, linear in linears(llm):
+    _adapt(layers, DECODER_LINEARS, lora.targets if lora else (), lora, nf4, rngs=rngs)
+
+
+def adapt_tower(layers: Any, lora: LoraConfig, *, rngs: nnx.Rngs) -> None:
+    """Add the adapters of `lora` to stacked blocks of the tower."""
+    _adapt(layers, TOWER_LINEARS, lora.vision_targets, lora, False, rngs=rngs)
+
+
+def _adapt(
+    layers: Any, names: tuple[str, ...], targets: tuple[str, ...], lora: LoraConfig | None, nf4: bool, *, rngs: nnx.Rngs
+) -> None:
+    for name, linear in linears(layers, names):
         kernel, axes, in_dims = linear.kernel, linear.axes, linear.in_dims
 
         def make_nf4(kernel: jax.Array, axes=axes, in_dims=in_dims) -> Nf4:
             return Nf4(kernel, axes, in_dims)
 
         adapter = None
-        if config.lora is not None and name in config.lora.targets:
+        if lora is not None and name in targets:
 
-            def make_adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, dims=in_dims, lora=config.lora) -> Adapter:
+            def make_adapter(rngs: nnx.Rngs, kernel: jax.Array, axes=axes, dims=in_dims, lora=lora) -> Adapter:
                 return Adapter(kernel, axes, dims, lora, rngs=rngs)
 
             adapter = jax.vmap(make_adapter)(rngs.split(kernel.shape[0]), kernel[...])
         module, layer = name.split("/")
-        stored = jax.vmap(make_nf4)(kernel[...]) if config.nf4 else kernel
-        setattr(getattr(llm.layers, module), layer, LoraLinear(linear, stored, adapter))
+        stored = jax.vmap(make_nf4)(kernel[...]) if nf4 else kernel
+        setattr(getattr(layers, module), layer, LoraLinear(linear, stored, adapter))
 
 
-def linears(llm: Any) -> Iterator[tuple[str, Linear]]:
-    """Yield (name, layer) of DECODER_LINEARS in a decoder; kernels have a leading L."""
-    for name in DECODER_LINEARS:
+def linears(layers: Any, names: tuple[str, ...] = DECODER_LINEARS) -> Iterator[tuple[str, Linear]]:
+    """Yield (name, layer) of the linear layers `names` in stacked blocks; kernels have a leading L."""
+    for name in names:
         module, layer = name.split("/")
-        yield name, getattr(getattr(llm.layers, module), layer)
+        yield name, getattr(getattr(layers, module), layer)
 
 
 def merged(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype) -> np.ndarray:

@@ -18,8 +18,9 @@ FSDP = ("fsdp_outer", "fsdp_inner")
 MESH_AXES = ("data", *FSDP, "tensor")
 
 # Logical axis of an array dimension -> mesh axes. Batches are split over data and fsdp together; weights over fsdp
-# along their width (gathered layer by layer) and over tensor along heads, mlp and vocabulary (Megatron's layout). The
-# vision tower is frozen and small (0.6 GB in bfloat16): every device holds all of it and never waits for it.
+# along their width (gathered layer by layer) and over tensor along heads, mlp and vocabulary (Megatron's layout). A
+# frozen vision tower is small (0.6 GB in bfloat16): every device holds all of it and never waits for it. What of it
+# learns has float32 weights and moments (six times that): `tower_split` stores them over fsdp.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", *FSDP),
     "length": None,
@@ -113,6 +114,22 @@ def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, axes, abstract, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def tower_split(axes: Any, width: int, mesh: Mesh) -> Any:
+    """Return the logical axes of a vision tower that learns: its width is stored as a decoder's, where it divides."""
+    if width % mesh_sizes(mesh)["fsdp"]:
+        return axes
+
+    def stored(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("embed" if name == "vision_embed" else name for name in names)
+
+    return jax.tree.map(stored, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def gathered(tree: Any) -> Any:
+    """Gather weights that are split in storage only: once for all that is computed with them."""
+    return jax.tree.map(lambda x: constrain(x, *("activation",) * x.ndim), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -85,7 +85,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         seed=settings.seed,
     )
     run = build_run(settings, spec.stage_config, mesh, steps, batches.shape.length)
-    meta = meta_of(settings, spec, records, batches)
+    meta = meta_of(settings, spec, run, records, batches)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     with (
         jax.set_mesh(mesh),
@@ -104,7 +104,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
             def start(*inputs: Any) -> Callable:
                 step, seconds = compile_step(run, *inputs, train.compiler_options)
                 if writer is not None:
-                    writer.start_clock(seconds, ideal_seconds(settings.stage, run, batches.shape))
+                    writer.start_clock(seconds, ideal_seconds(run, batches.shape))
                 return step
 
             state = run_updates(

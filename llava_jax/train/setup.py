@@ -6,6 +6,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,16 +27,16 @@ from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.data.validate import Checked, check_once, summary
 from llava_jax.models import attention
 from llava_jax.models.flops import step_flops
-from llava_jax.models.layers import is_codes
-from llava_jax.models.llava import build, logical_axes, split_parts
+from llava_jax.models.layers import is_codes, stored_as
+from llava_jax.models.llava import ADAPTERS, build, logical_axes, overlaid, partition, split_parts
 from llava_jax.parallel.chips import CHIP_OF_KIND, GIB, TUNED
 from llava_jax.parallel.distributed import say
 from llava_jax.parallel.placement import local_rows, place
-from llava_jax.parallel.sharding import mesh_sizes, param_shardings
-from llava_jax.settings import STAGES
+from llava_jax.parallel.sharding import mesh_sizes, param_shardings, tower_split
+from llava_jax.settings import STAGES, alternatives, trainable_pattern
 from llava_jax.train import checkpoint
-from llava_jax.train.optim import describe, make_optimizer, make_schedule, warmup_steps
-from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, partition, state_shardings, train_step
+from llava_jax.train.optim import describe, leaf_path, make_optimizer, make_schedule, warmup_steps
+from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, state_shardings, train_step
 from llava_jax.types import DataSettings, InputError, ModelConfig, OptimSettings, Settings, TrainSettings
 from llava_jax.weights.load import (
     ModelSpec,
@@ -106,16 +107,19 @@ def build_run(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, l
     """Build the jitted step of the stage for rows of `length` tokens, with the shapes and shardings of what it takes.
 
     `config` is that of the stage (`adapted`).
-    Reads no weights. Raises InputError when the attention asked for cannot run on the mesh's devices, or a parameter
-    does not divide over them.
+    Reads no weights. Raises InputError when the attention asked for cannot run on the mesh's devices, a parameter does
+    not divide over them, or `train.trainable` finds none.
     """
     config = split_rank(choose_attention(settings.train, config, mesh, length), mesh)
     graphdef, abstract = build(config)
-    shardings = split_parts(param_shardings(logical_axes(config), abstract, mesh))
-    params, frozen = partition(_placed(split_parts(abstract), shardings), settings.stage)
-    params_at, frozen_at = partition(shardings, settings.stage)
+    pattern = trainable_pattern(settings)
+    abstract = split_parts(abstract)
+    check_trainable(settings, abstract)
+    shardings = stored_shardings(config, abstract, pattern, mesh)
+    params, frozen = partition(_placed(abstract, shardings), pattern)
+    params_at, frozen_at = partition(shardings, pattern)
     train, optim = settings.train, settings.optim
-    params, frozen = _cast(params, train.param_dtype), _cast(frozen, float_dtype(train.frozen_dtype))
+    params, frozen = stored_as(params, train.param_dtype), stored_as(frozen, float_dtype(train.frozen_dtype))
     tx = make_optimizer(optim, steps, params, train.moment_dtype)
     state_at = state_shardings(mesh, tx, params, params_at)
     schedule = make_schedule(optim, steps)
@@ -132,6 +136,47 @@ def build_run(settings: Settings, config: ModelConfig, mesh: Mesh, steps: int, l
     step = make_step(update, mesh, state_at, frozen_at)
     state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(tx.init, params))
     return Run(mesh, config, step, tx, _placed(state, state_at), frozen)
+
+
+def stored_shardings(config: ModelConfig, params: Any, trainable: str | re.Pattern, mesh: Mesh) -> Any:
+    """Return where a run keeps each of `params` (shapes in the structure of `split_parts`)."""
+    axes = split_parts(logical_axes(config))
+    learning = partition(axes, trainable)[0].get("vision", {})
+    axes |= {"vision": overlaid(axes["vision"], tower_split(learning, config.vision.width, mesh))}
+    return param_shardings(axes, params, mesh)
+
+
+def check_trainable(settings: Settings, params: Any) -> None:
+    """Raise InputError unless `train.trainable` finds what it names and that can learn.
+
+    `params` is a tree of `split_parts`, arrays or shapes.
+    """
+    train = settings.train
+    learns, frozen = partition(params, trainable_pattern(settings))
+    text = train.trainable or STAGES[settings.stage]
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for alternative in alternatives(text):
+        if not any(re.search(alternative, path) for path in paths):
+            raise InputError(
+                f"train.trainable: {alternative!r} finds no parameter, expected a pattern that finds some among "
+                f"{', '.join(sorted({path.partition('/')[0] + '/' for path in paths}))}, as in {paths[0]}"
+            )
+    if train.vision_blocks and not {"vision", "vision_lora"} & set(learns):
+        raise InputError(
+            f"train.vision_blocks={train.vision_blocks}: of the tower {text!r} lets nothing learn; set "
+            "train.trainable, as in 'projector|llm|vision/layers', or train.vision_blocks=0"
+        )
+    lost = [part for part in ADAPTERS.values() if part in frozen]
+    if lost:
+        raise InputError(
+            f"train.trainable={text!r} leaves out adapters of stage=lora, which lie in no file to be read from: "
+            f"expected {lost[0]}/ in it"
+        )
+    if any(is_codes(leaf) for leaf in jax.tree.leaves(learns)):
+        raise InputError(
+            f"train.trainable={text!r} finds kernels that train.frozen_dtype=nf4 stores in four bits, which cannot "
+            "learn: expected a pattern without them, or another train.frozen_dtype"
+        )
 
 
 def choose_attention(train: TrainSettings, config: ModelConfig, mesh: Mesh, length: int) -> ModelConfig:
@@ -160,10 +205,6 @@ def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
 
 def _placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, at: x.update(sharding=at), abstract, shardings)
-
-
-def _cast(abstract: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda x: x if is_codes(x) else x.update(dtype=dtype), abstract)
 
 
 # ---- the step as a compiled program ----------------------------------------------------------------------------------
@@ -249,27 +290,23 @@ def restore_or_start(
 ) -> tuple[TrainState, Any]:
     """Return (state, frozen parameters): the newest readable checkpoint, `data` at its position, or a fresh start."""
     restored = checkpoint.restore(workdir, manager, run.state, data)
-    frozen_at = jax.tree.map(lambda x: x.sharding, run.frozen)
-    frozen_dtypes = dict.fromkeys(run.frozen, settings.train.frozen_dtype)
     if restored is not None:
         state, saved = restored
         check_unchanged(workdir, saved, meta)
         say(f"resuming at step {int(state.step)}")
-        return state, read_params(spec, frozen_dtypes, frozen_at)
-    params_at = jax.tree.map(lambda x: x.sharding, run.state.params)
-    dtypes = dict.fromkeys(run.state.params, settings.train.param_dtype)
-    return first_state(run, settings.stage, read_params(spec, frozen_dtypes | dtypes, frozen_at | params_at))
+        return state, read_params(spec, run.frozen)
+    return first_state(run, trainable_pattern(settings), read_params(spec, overlaid(run.frozen, run.state.params)))
 
 
-def first_state(run: Run, stage: str, read: Any) -> tuple[TrainState, Any]:
+def first_state(run: Run, trainable: re.Pattern, read: Any) -> tuple[TrainState, Any]:
     """Return (state before the first update, frozen parameters) of parameters that lie where the run wants them."""
     at = jax.tree.map(lambda x: x.sharding, run.state)
-    params, frozen = partition(read, stage)
+    params, frozen = partition(read, trainable)
     opt_state = jax.jit(run.tx.init, out_shardings=at.opt_state)(params)
     return TrainState(place(np.zeros((), np.int32), at.step), params, opt_state), frozen
 
 
-def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPlan) -> dict:
+def meta_of(settings: Settings, spec: ModelSpec, run: Run, records: Rows, batches: BatchPlan) -> dict:
     """Return what a checkpoint says about itself."""
     source = settings.data.annotations
     own = settings.data.template == OWN
@@ -279,8 +316,8 @@ def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPl
     order = {"source": source, "fingerprint": hashlib.blake2b(batches.order_UC.data, digest_size=16).hexdigest()}
     return {
         "stage": settings.stage,
-        "trainable": list(STAGES[settings.stage]),
-        "frozen": frozen_sources(settings),
+        "trainable": list(run.state.params),
+        "frozen": frozen_sources(settings, spec),
         "inputs": model_inputs(spec) | chat | {"data.annotations": rows, "the order of rows": order},
     }
 
@@ -288,12 +325,13 @@ def meta_of(settings: Settings, spec: ModelSpec, records: Rows, batches: BatchPl
 # ---- what is checked and said -----------------------------------------------------------------------------------
 
 
-def ideal_seconds(stage: str, run: Run, shape: BatchShape) -> float | None:
+def ideal_seconds(run: Run, shape: BatchShape) -> float | None:
     """Return the seconds an update would take at the peak of the run's chips; None where that is unknown."""
     chip = CHIP_OF_KIND.get(run.mesh.devices.flat[0].device_kind)
     if chip is None:
         return None
-    flops = step_flops(run.config, stage, rows=shape.rows, length=shape.length, images=shape.images_used)
+    learns, images = run.state.params, shape.images_used
+    flops = step_flops(run.config, learns, rows=shape.rows, length=shape.length, images=images)
     return flops / (chip.peak_flops * run.mesh.size)
 
 

@@ -1,4 +1,4 @@
-"""One update: loss and gradients of the stage's partition over the global batch, AdamW, metrics."""
+"""One update: loss and gradients of what learns over the global batch, AdamW, metrics."""
 
 import dataclasses
 import functools
@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 
 from llava_jax.models.clip import normalise_batch
 from llava_jax.models.layers import stored_as
-from llava_jax.models.llava import join_parts
-from llava_jax.parallel.sharding import MESH_AXES, RULES, batch_sharding, replicated, scatter_sum, spec_of
-from llava_jax.settings import STAGES
+from llava_jax.models.llava import join_parts, overlaid
+from llava_jax.parallel.sharding import MESH_AXES, RULES, batch_sharding, gathered, replicated, scatter_sum, spec_of
 from llava_jax.train.optim import Schedule, apply_updates
 from llava_jax.types import Batch, Pixels
 
@@ -30,12 +29,6 @@ class TrainState(NamedTuple):
     step: Any
     params: Any
     opt_state: Any
-
-
-def partition(params: Params, stage: str) -> tuple[Params, Params]:
-    """Return (trainable, frozen): the top keys of the stage, and the others. Raises KeyError when one is absent."""
-    trainable = {key: params[key] for key in STAGES[stage]}
-    return trainable, {key: value for key, value in params.items() if key not in trainable}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +67,9 @@ def loss_terms(
     """
     # Cast here, not where they are used: inside the scan over layers the float32 weights would be gathered.
     params, frozen = stored_as((params, frozen), config.dtype)
-    model = nnx.merge(config.graphdef, join_parts({**frozen, **params}, key))
+    if "vision" in params:
+        params = params | {"vision": gathered(params["vision"])}
+    model = nnx.merge(config.graphdef, join_parts(overlaid(frozen, params), key))
     hidden_BTD = model.hidden(
         batch.tokens_BT,
         batch.pixels_BNXYC,
@@ -91,7 +86,7 @@ def loss_terms(
         weights_BT = (weights_BT.reshape(config.ranks, -1) / count_R[:, None]).reshape(weights_BT.shape)
         weight = jnp.float32(config.ranks)
     head_DV = model.llm.head_kernel(hidden_BTD.dtype)
-    learns = "llm" in params
+    learns = model.llm.head_name in params.get("llm", {})
     return weighted_nll(hidden_BTD, head_DV, labels_BT, weights_BT, learns), (weight, targets)
 
 
@@ -150,7 +145,7 @@ def train_step(
 
     Args:
       state: donated by the jitted step.
-      frozen: the parts that do not learn.
+      frozen: the parameters that do not learn.
       batch: one global batch.
       config: how its loss is computed.
       tx: the optimizer.

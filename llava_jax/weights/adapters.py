@@ -57,6 +57,20 @@ def merge_adapters(config: ModelConfig, llm: Params, lora: Params, dtype: str) -
     return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), llm)
 
 
+def merge_tower(config: ModelConfig, vision: Params, lora: Params, dtype: str) -> Params:
+    """Return the tower (numpy, `dtype`) that computes what `vision` with `lora` does.
+
+    Adapters of fewer blocks than it has are those of its last ones.
+    """
+    assert config.lora is not None
+    for name in config.lora.vision_targets:
+        kernel, adapter = _get(vision, name)["kernel"], _get(lora, name)
+        start = len(kernel) - len(adapter["a"])
+        last = merged(kernel[start:], adapter["a"], adapter["b"], config.lora.scale, jnp.dtype(dtype))
+        vision = _with_kernel(vision, name, np.concatenate([kernel[:start].astype(last.dtype), last]))
+    return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), vision)
+
+
 def merge_difference(config: ModelConfig, llm: Params, lora: Params, merge: Params) -> float:
     """Return the largest difference of the logits of `llm` with adapters and of `merge`, over the largest logit.
 
@@ -97,7 +111,7 @@ def _through(config: ModelConfig, graphdef: nnx.GraphDef, params: Params, x_BTD:
 def _linears(config: ModelConfig) -> Iterator[tuple[str, Linear]]:
     """Return the linear layers of the plain decoder, without weights."""
     plain = dataclasses.replace(config, lora=None, nf4=False)
-    return linears(nnx.eval_shape(lambda: Llava(plain, rngs=nnx.Rngs(0))).llm)
+    return linears(nnx.eval_shape(lambda: Llava(plain, rngs=nnx.Rngs(0))).llm.layers)
 
 
 def _quantised(linear: Linear, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -117,8 +117,10 @@ def convert_adapters(source: str, destination: str, step: int | None = None, nam
     name = name or os.path.basename(os.path.abspath(destination))
     onto = os.path.basename(base) if os.path.isabs(base) else base
     card = model_card("peft", name, config, made_from(source, "--from", step), base=onto)
-    write_peft(destination, config, trained["lora"], trained["projector"], base, card)
+    write_peft(destination, config, trained, base, card)
+    targets = len(config.lora.targets) + len(config.lora.vision_targets)
+    also = ", and the projector" if "projector" in trained else ""
     print(
-        f"wrote peft:{destination}: rank {config.lora.rank}, alpha {config.lora.alpha:g}, {len(config.lora.targets)} "
-        f"layers a block, and the projector; load it onto {base or 'the export of what the run started from'}"
+        f"wrote peft:{destination}: rank {config.lora.rank}, alpha {config.lora.alpha:g}, {targets} layers a "
+        f"block{also}; load it onto {base or 'the export of what the run started from'}"
     )

@@ -85,8 +85,14 @@ def read_llava_config(folder: str, companions: Companions = HERE) -> tuple[Model
         return config, _extras(given, folder, where)
     found = original.open_original(folder, companions)
     config, extras = original.read_model_config(found), _extras(given, found.tokenizer, where)
-    said = dict(aspect=original.aspect(found), vision=original.tower_source(found))
-    return config, dataclasses.replace(extras, template=original.template(found, extras.template), **said)
+    tower = original.tower_source(found)
+    return config, dataclasses.replace(
+        extras,
+        template=original.template(found, extras.template),
+        aspect=original.aspect(found),
+        vision=tower,
+        tuned_tower=tower != found.tower,
+    )
 
 
 def weight_folders(folder: str, companions: Companions = HERE) -> list[str]:
@@ -258,6 +264,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
         tiled = given.get("image_aspect_ratio") == "anyres"
     allowed = {key: CHOICES[f"data.{key}"] for key in ("image_position", "exif")} | dict(template=(*TEMPLATES, OWN))
     allowed["aspect"] = tuple(aspect for aspect in CHOICES["data.aspect"] if (aspect == "anyres") == tiled)
+    allowed["tuned_tower"] = (True,)
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(

@@ -11,13 +11,15 @@ import numpy as np
 
 from llava_jax.data.templates import TEMPLATES, check_template
 from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.models.llava import build, init
+from llava_jax.models.layers import stored_as
+from llava_jax.models.llava import ADAPTERS, build, init, partition, split_parts
 from llava_jax.parallel.placement import place
-from llava_jax.settings import RANDOM, STAGES, lora_targets, nearest, read_settings, tower_path
+from llava_jax.settings import RANDOM, lora_targets, nearest, read_settings, tower_path, trainable_pattern
 from llava_jax.types import (
     ClipConfig,
     InitSettings,
     InputError,
+    LazyTensor,
     LlamaConfig,
     LoraConfig,
     ModelConfig,
@@ -25,7 +27,7 @@ from llava_jax.types import (
     Settings,
 )
 from llava_jax.weights import hf, hf_config, hub
-from llava_jax.weights.adapters import merge_adapters, merge_difference, place_quantised
+from llava_jax.weights.adapters import merge_adapters, merge_difference, merge_tower, place_quantised
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
@@ -63,6 +65,7 @@ class ModelSpec:
 
     `config` is the plain model and `stage_config` the one that the stage trains, with adapters and a decoder in four
     bits; `tokenizer` and `vision_folder` (None: a random tower) are folders; what lies in no file is drawn from `seed`.
+    `tuned_tower`: this run or one before it trains the tower.
     """
 
     config: ModelConfig
@@ -72,6 +75,7 @@ class ModelSpec:
     model: ModelSettings
     init: InitSettings
     seed: int
+    tuned_tower: bool
 
 
 # ---- config ----
@@ -86,13 +90,13 @@ def model_spec(settings: Settings) -> ModelSpec:
         image_token_id = load_tokenizer(tokenizer).image_token_id(config.llm.vocab_size)
         config = dataclasses.replace(config, image_token_id=image_token_id)
         vision_folder = None if here.model.vision.startswith(RANDOM) else here.model.vision
-        return _spec(settings, config, tokenizer, vision_folder)
+        return _spec(settings, config, tokenizer, vision_folder, False)
     form, folder = parse(settings.init.model, "init.model")
     if form == "run":
         run = model_spec(read_settings(os.path.join(folder, "config.json")))
-        return _spec(settings, run.config, run.tokenizer, run.vision_folder)
+        return _spec(settings, run.config, run.tokenizer, run.vision_folder, run.tuned_tower)
     config, extras = hf.read_llava_config(folder)
-    return _spec(settings, config, extras.tokenizer, extras.vision)
+    return _spec(settings, config, extras.tokenizer, extras.vision, extras.tuned_tower)
 
 
 def at_hand(settings: Settings) -> Settings:
@@ -139,10 +143,15 @@ def described(settings: Settings) -> ModelConfig:
     return _for_run(settings, config)
 
 
-def _spec(settings: Settings, config: ModelConfig, tokenizer: str, vision_folder: str | None) -> ModelSpec:
+def _spec(
+    settings: Settings, config: ModelConfig, tokenizer: str, vision_folder: str | None, tuned_tower: bool
+) -> ModelSpec:
     config = _for_run(settings, config)
+    stage_config = adapted(settings, config)
+    learns = partition(split_parts(build(stage_config)[1]), trainable_pattern(settings))[0]
+    tuned_tower |= not {"vision", "vision_lora"}.isdisjoint(learns)
     given = settings.model, settings.init, settings.seed
-    return ModelSpec(config, adapted(settings, config), tokenizer, vision_folder, *given)
+    return ModelSpec(config, stage_config, tokenizer, vision_folder, *given, tuned_tower)
 
 
 def _for_run(settings: Settings, config: ModelConfig) -> ModelConfig:
@@ -222,11 +231,24 @@ def origins(spec: ModelSpec) -> str:
 
 
 def adapted(settings: Settings, config: ModelConfig) -> ModelConfig:
-    """Return the config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits."""
+    """Return the config with what the stage adds to the model: the adapters of `lora`, a decoder in four bits.
+
+    Also with the tower's last blocks as a stack of their own where only they learn; raises InputError when the tower
+    has no others.
+    """
+    blocks = settings.train.vision_blocks
+    if blocks and blocks >= config.vision_layers:
+        raise InputError(
+            f"train.vision_blocks={blocks}: the tower runs {config.vision_layers} blocks, expected fewer; for all of "
+            "them set it to 0 and name vision/layers in train.trainable"
+        )
+    config = dataclasses.replace(config, learning_blocks=blocks)
     if settings.stage != "lora":
         return config
     given = settings.lora
-    lora = LoraConfig(given.rank, given.alpha, given.dropout, lora_targets(given.targets))
+    tower = lora_targets(given.vision_targets, "vision") if given.vision_targets else ()
+    decoder = lora_targets(given.targets, "llm")
+    lora = LoraConfig(given.rank, given.alpha, given.dropout, decoder, vision_targets=tower)
     return dataclasses.replace(config, lora=lora, nf4=settings.train.frozen_dtype == "nf4")
 
 
@@ -275,6 +297,7 @@ def read_model(
             spec.tokenizer,
             vision=spec.vision_folder or "",
             exif=rules.exif,
+            tuned_tower=spec.tuned_tower,
         )
     else:
         companions = Companions(hub.local(vision, "--vision", "weights"), hub.local(base, "--base", "weights"))
@@ -287,16 +310,40 @@ def read_model(
     return dataclasses.replace(config, dtype=dtype), params, extras
 
 
-def read_params(spec: ModelSpec, dtypes: dict[str, str], at: Params) -> Params:
-    """Return the parts named in `dtypes` (vision, projector, llm, lora), each in its dtype, placed as `at` says."""
+def read_params(spec: ModelSpec, wanted: Params) -> Params:
+    """Return the parameters of `wanted`, ShapeDtypeStructs with shardings in the structure of `split_parts`."""
     config = spec.stage_config
-    dtypes = {part: float_dtype(dtype) for part, dtype in dtypes.items()}
-    read = read_files(spec, dtypes)
+    read = read_files(spec, {part: _widest(tree) for part, tree in wanted.items()})
     for part in read:
+        at = jax.tree.map(lambda x: x.sharding, wanted[part])
         quantised = part == "llm" and config.nf4
-        read[part] = place_quantised(config, read[part], at[part]) if quantised else place(read[part], at[part])
-    drawn = {part: dtype for part, dtype in dtypes.items() if part not in read}
-    return read | init(config, spec.seed, drawn, {part: at[part] for part in drawn})
+        read[part] = place_quantised(config, read[part], at) if quantised else place(cut(read[part], wanted[part]), at)
+    return read | init(config, spec.seed, {part: tree for part, tree in wanted.items() if part not in read})
+
+
+def _widest(tree: Params) -> str:
+    """Return the dtype that every floating leaf of a part can be cast from."""
+    return "float32" if any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(tree)) else "bfloat16"
+
+
+def cut(whole: Params, wanted: Params) -> Params:
+    """Return the leaves of `wanted` in its dtypes, from a part (numpy or LazyTensor) with one stack of blocks.
+
+    A tower's `first` blocks are the first ones of its stack, and `layers` the last ones, where they are fewer.
+    """
+
+    def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> np.ndarray | LazyTensor:
+        names = [key.key for key in path]
+        found: Any = whole
+        for name in ["layers", *names[1:]] if names[0] == "first" else names:
+            found = found[name]
+        start = 0 if names[0] == "first" or not like.shape else found.shape[0] - like.shape[0]
+        if not isinstance(found, LazyTensor):
+            return np.asarray(found[start:][: like.shape[0]], like.dtype)
+        one = (lambda layer: found.one(layer + start)) if found.stacked else found.one
+        return LazyTensor(like.shape, np.dtype(like.dtype), found.stacked, one)
+
+    return jax.tree_util.tree_map_with_path(leaf, wanted)
 
 
 def read_files(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
@@ -351,7 +398,10 @@ def read_projector(source: str, config: ModelConfig) -> Params:
                 "workdir or output folder of a pretrain run, or a .safetensors or .bin file"
             )
         return hf.read_projector(file, config)
-    found = load_params(source, part="projector")[1]["projector"]
+    trained = load_params(source, part="projector")[1]
+    if "projector" not in trained:
+        raise InputError(f"init.projector={source}: that run trained none (train.trainable); give it as init.model")
+    found = trained["projector"]
     if "image_newline" not in found:
         config = dataclasses.replace(config, pinpoints=())
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, build(config)[1]["projector"])]
@@ -375,15 +425,22 @@ def load_trained(
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(hf.PARTS, dtype or settings.train.dtype)
     spec = model_spec(settings)
     _, trained, meta = load_params(workdir, step)
-    check_unchanged(workdir, meta, {"frozen": frozen_sources(settings), "inputs": model_inputs(spec)})
-    params = {part: _cast(trained[part], dtype) for part, dtype in dtypes.items() if part in trained}
-    frozen = {part: dtype for part, dtype in dtypes.items() if part not in trained}
-    if "lora" in trained and "llm" in frozen:
-        frozen["llm"] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
-    params |= read_files(spec, frozen)
-    drawn = {part: dtype for part, dtype in frozen.items() if part not in params}
-    params |= jax.tree.map(np.asarray, init(spec.config, spec.seed, drawn, None))
-    if "lora" in trained and "llm" in frozen:
+    check_unchanged(workdir, meta, {"frozen": frozen_sources(settings, spec), "inputs": model_inputs(spec)})
+    whole = build(spec.config)[1]
+    frozen = {part: dtype for part, dtype in dtypes.items() if not _covers(trained.get(part, {}), whole[part])}
+    for part in frozen:
+        if ADAPTERS.get(part) in trained:
+            frozen[part] = float_dtype(settings.train.frozen_dtype)  # as the adapters saw it
+    params = read_files(spec, frozen)
+    drawn = {part: stored_as(whole[part], dtype) for part, dtype in frozen.items() if part not in params}
+    params |= jax.tree.map(np.asarray, init(spec.config, spec.seed, drawn))
+    for part, dtype in dtypes.items():
+        if part in trained:
+            params[part] = _with_trained(params.get(part, {}), _cast(trained[part], dtype))
+    if "vision_lora" in trained and "vision" in dtypes:
+        tower = jax.tree.map(np.asarray, params["vision"])
+        params["vision"] = merge_tower(spec.stage_config, tower, trained["vision_lora"], dtypes["vision"])
+    if "lora" in trained and "llm" in dtypes:
         llm = jax.tree.map(np.asarray, params["llm"])
         merge = merge_adapters(spec.stage_config, llm, trained["lora"], dtypes["llm"])
         if check_merge:
@@ -399,8 +456,27 @@ def load_trained(
     return spec, params, settings
 
 
+def _covers(trained: Params, whole: Params) -> bool:
+    """Return whether a checkpoint holds all of a part, whose other parameters need then not be read."""
+    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (trained, whole)]
+    return shapes[0] == shapes[1]
+
+
+def _with_trained(source: Params, trained: Params) -> Params:
+    """Put what was trained in its place; a stack that has fewer blocks than the source's is its last ones."""
+    part = dict(source)
+    for name, value in trained.items():
+        if isinstance(value, dict):
+            part[name] = _with_trained(source.get(name, {}), value)
+        else:
+            lack = source[name].shape[0] - value.shape[0] if name in source and value.ndim else 0
+            before = [np.asarray(source[name][layer], value.dtype)[None] for layer in range(lack)]
+            part[name] = np.concatenate([*before, value]) if before else value
+    return part
+
+
 def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, Params]:
-    """Return (config with adapters, the parts `lora` and `projector` as numpy) of a lora run's newest or given step."""
+    """Return (config with adapters, all that was trained as numpy) of a lora run's newest or given step."""
     settings = read_settings(os.path.join(workdir, "config.json"))
     if settings.stage != "lora":
         raise InputError(f"{workdir}: is a run of stage {settings.stage}, which has no adapters; expected stage=lora")
@@ -410,12 +486,16 @@ def load_adapters(workdir: str, step: int | None = None) -> tuple[ModelConfig, P
 # ---- fingerprints ----
 
 
-def frozen_sources(settings: Settings) -> dict[str, dict[str, str]]:
-    """Return where each frozen part comes from, with a fingerprint of the folder: kept in every checkpoint."""
+def frozen_sources(settings: Settings, spec: ModelSpec) -> dict[str, dict[str, str]]:
+    """Return where each part comes from of which something is frozen, with a fingerprint of the folder.
+
+    It is kept in every checkpoint.
+    """
+    frozen = partition(split_parts(build(spec.stage_config)[1]), trainable_pattern(settings))[1]
     given = {"vision": settings.model.vision, "llm": settings.model.llm, "projector": settings.init.projector}
     sources = {}
     for part in given:
-        if part not in STAGES[settings.stage]:
+        if part in frozen:
             source = settings.init.model or given[part]
             sources[part] = {"source": source, "fingerprint": fingerprint(source)}
     return sources

@@ -40,7 +40,8 @@ def write_original(
 ) -> ModelConfig:
     """Write the folder as `hf_export.write_llava` does, and return the config as exported.
 
-    Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside. Rows that an export to
+    Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside; one that was trained lies
+    in both, as in v1.6, where `unfreeze_mm_vision_tower` makes the original read it from there. Rows that an export to
     Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
     config.json names the tower by; the folder inside by default. `force` writes also where the tokenizer then gives
     other ids. `card` is the text of README.md, none where it is empty. Raises InputError when `folder` is already
@@ -66,7 +67,7 @@ def write_original(
             for piece in pieces
             if piece.name.startswith(name_table.VISION)
         ]
-        named = ((piece, original_name(piece.name, config.projector)) for piece in pieces)
+        named = ((piece, original_name(piece.name, config.projector, extras.tuned_tower)) for piece in pieces)
         rest = [dataclasses.replace(piece, name=name) for piece, name in named if name]
         for where, part in ((tower, seen), (partial, rest)):
             write_shards(where, part)
@@ -103,10 +104,10 @@ def write_projector(path: str, config: ModelConfig, params: Params, dtype: str) 
             os.unlink(partial)
 
 
-def original_name(name: str, projector: str) -> str:
+def original_name(name: str, projector: str, tuned_tower: bool = False) -> str:
     """Return the original's name of a hub tensor; empty for what its own file does not hold."""
     if name.startswith(name_table.VISION):
-        return ""
+        return f"model.vision_tower.{name}" if tuned_tower else ""
     if name.startswith(name_table.PROJECTOR) and projector == "linear":
         return name.replace(name_table.PROJECTOR + "linear_1.", "model.mm_projector.") if "linear_1." in name else ""
     for ours, theirs in (
@@ -162,5 +163,7 @@ def _write_configs(folder: str, config: ModelConfig, extras: LlavaExtras, dtype:
         tokenizer_model_max_length=config.llm.max_positions,
         llava_jax=extras.rules,
     )
+    if extras.tuned_tower:
+        described |= dict(unfreeze_mm_vision_tower=True)
     write_json(folder, "config.json", described | tokens)
     write_json(folder, "generation_config.json", tokens)

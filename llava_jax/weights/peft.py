@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from llava_jax.types import InputError, LoraConfig, ModelConfig
+from llava_jax.models.llava import build
+from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import name_table
 from llava_jax.weights.hf_config import read_json, write_json
 from llava_jax.weights.hf_export import finished_folder, identity, parameter_pieces
@@ -26,6 +28,7 @@ ADAPTER = "adapter_model.safetensors"
 LOW_RANK = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 # LlavaForConditionalGeneration of transformers 5 in memory, where peft looks; the names in files are older.
 LLM = "model.language_model."
+TOWER = "model.vision_tower.encoder."
 PROJECTOR = "model.multi_modal_projector."
 
 
@@ -129,29 +132,48 @@ def _misfits(adapter: Tensors, base: Tensors, halves: Mapping[str, Mapping[str, 
 # ---- written ------------------------------------------------------------------------------------------------------
 
 
-def write_peft(folder: str, config: ModelConfig, lora: Params, projector: Params, base: str, card: str = "") -> None:
+def write_peft(folder: str, config: ModelConfig, trained: Params, base: str, card: str = "") -> None:
     """Write the folder that `peft.PeftModel.from_pretrained(model, folder)` loads onto our exported LLaVA.
 
-    `lora` and `projector` are parts of a run with the adapters of `config.lora`; `base` names the model they belong to
-    ("" where it is not one folder), `card` is the text of README.md. The projector goes along as peft's
-    modules_to_save. Raises InputError when `folder` is already there, or for a LLaVA-NeXT: peft saves modules, and
-    `image_newline` lies in none.
+    `trained` is what a run with the adapters of `config.lora` trained; `base` names the model they belong to ("" where
+    it is not one folder), `card` is the text of README.md. The projector goes along as peft's modules_to_save. Raises InputError when `folder` is there,
+    or for what is neither an adapter nor a whole projector; a LLaVA-NeXT's `image_newline` lies in no module.
     """
-    if config.pinpoints:
+    projector = trained.get("projector", {})
+    lost = [f"weights of {part}" for part in trained if part not in ("lora", "vision_lora", "projector")]
+    lost += ["image_newline"] if config.pinpoints and projector else []
+    is_whole = jax.tree.structure(projector) == jax.tree.structure(build(config)[1]["projector"])
+    lost += ["a part of the projector"] if projector and not is_whole else []
+    if lost:
         raise InputError(
-            f"--to=peft:{folder}: the run trained image_newline, which peft's format has no place for; write the "
-            "merged model, --to=hf:DIR"
+            f"--to=peft:{folder}: the run trained {lost[0]}, which peft's format has no place for; write the merged "
+            "model, --to=hf:DIR"
         )
     assert config.lora is not None
-    tensors = dict(sorted((_adapters(config.lora, lora) | _projector(config, projector)).items()))
+    tensors = _adapters(config.lora.targets, "llm", trained["lora"])
+    if "vision_lora" in trained:
+        first = config.vision_layers - (config.learning_blocks or config.vision_layers)
+        tensors |= _adapters(config.lora.vision_targets, "vision", trained["vision_lora"], first)
+    if projector:
+        tensors |= _projector(config, projector)
     with finished_folder(folder, card) as partial:
-        write_json(partial, ADAPTER_CONFIG, adapter_json(config.lora, base))
-        save_checked(os.path.join(partial, ADAPTER), tensors)
+        whole = ["multi_modal_projector"] if projector else None
+        write_json(partial, ADAPTER_CONFIG, adapter_json(config, base, whole))
+        save_checked(os.path.join(partial, ADAPTER), dict(sorted(tensors.items())))
 
 
-def adapter_json(lora: LoraConfig, base: str) -> dict[str, Any]:
-    """Return peft's LoraConfig. Modules are a pattern: their last names alone would match the vision tower's, too."""
-    names = sorted(_module(target).partition(".")[2].replace(".", r"\.") for target in lora.targets)
+def adapter_json(config: ModelConfig, base: str, whole: list[str] | None) -> dict[str, Any]:
+    """Return peft's LoraConfig, with the modules saved as a `whole`.
+
+    Modules are a pattern: their last names alone would match those of the other tower, and of blocks that never run.
+    """
+    lora = config.lora
+    assert lora is not None
+    modules = rf".*language_model.*\.({_alternatives('llm', lora.targets)})"
+    if lora.vision_targets:
+        blocks = range(config.vision_layers)[-config.learning_blocks :]
+        numbers = "|".join(str(block) for block in blocks)
+        modules += rf"|.*vision_tower.*\.({numbers})\.({_alternatives('vision', lora.vision_targets)})"
     return dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
@@ -162,26 +184,31 @@ def adapter_json(lora: LoraConfig, base: str) -> dict[str, Any]:
         bias="none",
         fan_in_fan_out=False,
         inference_mode=True,
-        target_modules=rf".*language_model.*\.({'|'.join(names)})",
-        modules_to_save=["multi_modal_projector"],
+        target_modules=modules,
+        modules_to_save=whole,
     )
 
 
-def _module(target: str) -> str:
-    """Return a target's module in the hub: '{}.self_attn.q_proj', with {} for the layer, of 'attn/q'."""
-    row = name_table.ROWS[f"llm/layers/{target}/kernel"]
-    return row.hf.removeprefix(name_table.LLM + "layers.").removesuffix(".weight")
+def _module(part: str, target: str) -> str:
+    """'{}.self_attn.q_proj', with {} for the layer, of 'attn/q' in `part`."""
+    return name_table.ROWS[f"{part}/layers/{target}/kernel"].hf.partition(".layers.")[2].removesuffix(".weight")
 
 
-def _adapters(lora: LoraConfig, params: Params) -> dict[str, np.ndarray]:
-    found = {}
-    for target in lora.targets:
+def _alternatives(part: str, targets: tuple[str, ...]) -> str:
+    return "|".join(sorted(_module(part, target).partition(".")[2].replace(".", r"\.") for target in targets))
+
+
+def _adapters(targets: tuple[str, ...], part: str, params: Params, first: int = 0) -> dict[str, np.ndarray]:
+    """Return the tensors of a part's adapters, which are those of the blocks from `first` on."""
+    found, prefix = {}, {"llm": LLM, "vision": TOWER}[part]
+    for target in targets:
         module, layer = target.split("/")
         a, b = (np.asarray(params["layers"][module][layer][leaf], np.float32) for leaf in ("a", "b"))
+        rank = b.shape[1]
         for index in range(len(a)):
-            name = f"base_model.model.{LLM}layers.{_module(target).format(index)}"
-            found[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[index].reshape(-1, lora.rank).T)
-            found[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[index].reshape(lora.rank, -1).T)
+            name = f"base_model.model.{prefix}layers.{_module(part, target).format(first + index)}"
+            found[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[index].reshape(-1, rank).T)
+            found[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[index].reshape(rank, -1).T)
     return found
 
 

@@ -49,7 +49,8 @@ class LlavaExtras:
     """What a LLaVA folder says next to config and weights; `tokenizer` is a folder.
 
     `template_assumed`: the folder names no template and its chat template is none of ours. `vision` is the folder
-    that holds the tower's weights, those that LLaVA does not run included.
+    that holds the tower's weights, those that LLaVA does not run included. `tuned_tower`: a run changed those weights,
+    which are then no longer those of the folder that an original LLaVA folder names.
     """
 
     template: str = "v1"
@@ -59,11 +60,13 @@ class LlavaExtras:
     template_assumed: bool = False
     vision: str = ""
     exif: str = "apply"
+    tuned_tower: bool = False
 
     @property
-    def rules(self) -> dict[str, str]:
+    def rules(self) -> dict[str, str | bool]:
         """The fields that exports record in config.json."""
-        return {key: getattr(self, key) for key in ("template", "aspect", "image_position", "exif")}
+        said = {key: getattr(self, key) for key in ("template", "aspect", "image_position", "exif")}
+        return said | ({"tuned_tower": True} if self.tuned_tower else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]
     reader = ocp.PyTreeCheckpointHandler()
     source = epath.Path(folder) / "state"
     saved = reader.metadata(source).tree["params"]
-    saved = saved if part is None else {part: saved[part]}
+    saved = saved if part is None else {name: tree for name, tree in saved.items() if name == part}
     item = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)}
     how = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)}
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)

@@ -15,7 +15,8 @@ from llava_jax.data.pipeline import make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import check_records
-from llava_jax.models.llava import build
+from llava_jax.models.llava import build, partition
+from llava_jax.settings import STAGES
 from llava_jax.train import optim, step
 from llava_jax.types import Batch, DataSettings, ModelConfig, OptimSettings
 from llava_jax.weights import hf
@@ -44,7 +45,7 @@ def batches(data: DataSettings, folder: str, config: ModelConfig, batch_size: in
 def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
     """(loss, gradient norm) of each step, as [STEPS, 2]."""
     config, params, _ = hf.read_llava(folder)
-    trainable, frozen = step.partition(jax.tree.map(jnp.asarray, params), stage)
+    trainable, frozen = partition(jax.tree.map(jnp.asarray, params), STAGES[stage])
     tx = optim.make_optimizer(settings, STEPS, trainable)
     update = jax.jit(
         functools.partial(

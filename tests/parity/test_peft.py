@@ -29,7 +29,7 @@ def test_peft_gives_our_logits(tmp_path, targets, projector):
     rng = np.random.default_rng(3)
     learnt = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), split_parts(abstract))
     lora, learnt_projector = learnt["lora"], learnt["projector"]
-    write_peft(str(tmp_path / "adapters"), trained, lora, learnt_projector, folder)
+    write_peft(str(tmp_path / "adapters"), trained, {"lora": lora, "projector": learnt_projector}, folder)
 
     theirs = PeftModel.from_pretrained(peers.load_strict(folder), str(tmp_path / "adapters")).eval()
     adapted = [name for name, _ in theirs.named_modules() if name.endswith(".lora_A")]
