@@ -157,12 +157,22 @@ def lora_targets(pattern: str, part: str) -> tuple[str, ...]:
 
 
 def alternatives(pattern: str) -> list[str]:
-    """Return the alternatives of a regular expression that stand outside brackets; itself where some stand inside."""
-    parts = pattern.split("|")
+    """Return the alternatives of a regular expression that stand outside its brackets."""
+    parts: list[str] = []
+    for text in pattern.split("|"):
+        if parts and not _compiles(parts[-1]):  # the | before this one stands inside
+            parts[-1] += f"|{text}"
+        else:
+            parts.append(text)
+    return parts
+
+
+def _compiles(pattern: str) -> bool:
     try:
-        return [re.compile(part).pattern for part in parts]
+        re.compile(pattern)
     except re.error:
-        return [pattern]
+        return False
+    return True
 
 
 def trainable_pattern(settings: Settings) -> re.Pattern:

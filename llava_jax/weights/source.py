@@ -113,8 +113,9 @@ UNREADABLE = (ValueError, OSError, KeyError)
 def load_params(workdir: str, step: int | None = None, part: str | None = None) -> tuple[int, dict, dict]:
     """Return (step, trainable parameters as numpy, meta) of a run's newest checkpoint, or of the one of `step`.
 
-    They have the dtype they learn in. `part` reads that one alone. `meta["frozen"]` says which parts are not here and
-    where they came from. Raises InputError where that checkpoint is absent or cannot be read.
+    They have the dtype they learn in. `part` reads that one alone, and nothing where it was not trained.
+    `meta["frozen"]` says of which parts something is not here and where that came from. Raises InputError where that
+    checkpoint is absent or cannot be read.
     """
     steps = sorted(steps_on_disk(workdir), reverse=True)
     if not steps:
@@ -163,6 +164,8 @@ def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]
     source = epath.Path(folder) / "state"
     saved = reader.metadata(source).tree["params"]
     saved = saved if part is None else {name: tree for name, tree in saved.items() if name == part}
+    if not saved:
+        return {}, meta
     item = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)}
     how = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)}
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)

@@ -1,7 +1,9 @@
 """The same stage trained twice from the same weights on the same batches: our step, and a plain PyTorch loop."""
 
+import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +17,21 @@ from llava_jax.data.pipeline import make_pipeline
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import check_records
+from llava_jax.models import clip
 from llava_jax.models.llava import build, partition
-from llava_jax.settings import STAGES
+from llava_jax.settings import STAGES, parse_groups
 from llava_jax.train import optim, step
 from llava_jax.types import Batch, DataSettings, ModelConfig, OptimSettings
-from llava_jax.weights import hf
+from llava_jax.weights import hf, name_table
+from llava_jax.weights.load import cut
 
 STEPS = 16
-THEIR_PARTS = {
-    "pretrain": ("multi_modal_projector",),
-    "finetune": ("multi_modal_projector", "language_model", "lm_head"),
+# What learns: the pattern of our paths, how many of the tower's last blocks (0: all), and transformers' names.
+LEARNS = {
+    "pretrain": (STAGES["pretrain"], 0, r"multi_modal_projector"),
+    "finetune": (STAGES["finetune"], 0, r"multi_modal_projector|language_model|lm_head"),
+    "mid": (STAGES["mid"], 0, r"."),
+    "last block": ("projector|vision", 1, r"multi_modal_projector|vision_tower\.encoder\.layers\.[12]\."),
 }
 
 
@@ -42,15 +49,45 @@ def batches(data: DataSettings, folder: str, config: ModelConfig, batch_size: in
     return taken
 
 
-def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
-    """(loss, gradient norm) of each step, as [STEPS, 2]."""
+def starting_point(folder: str, learns: str) -> tuple[ModelConfig, dict, dict]:
+    """(config, what learns, what is frozen) of a case of LEARNS."""
+    pattern, blocks, _ = LEARNS[learns]
     config, params, _ = hf.read_llava(folder)
-    trainable, frozen = partition(jax.tree.map(jnp.asarray, params), STAGES[stage])
+    config = dataclasses.replace(config, learning_blocks=blocks)
+    params |= {"vision": cut(params["vision"], build(config)[1]["vision"])}
+    if blocks:
+        pattern = f"^(?!vision/(?!layers/)).*({pattern})"
+    return config, *partition(jax.tree.map(jnp.asarray, params), pattern)
+
+
+def gradients(folder: str, learns: str, batch: Batch) -> tuple[dict, dict]:
+    """(ours, theirs) of one batch, as {our path: array} of everything that learns."""
+    config, trainable, frozen = starting_point(folder, learns)
+    seen = batch._replace(rows_BM=None, image_mask_BN=None)
+    pixels = clip.normalised(jnp.asarray(batch.pixels_BNXYC), jnp.asarray(batch.image_mask_BN), config.vision.pixels)
+    grad = jax.jit(functools.partial(step.loss_and_grads, config=loss_config(config)))
+    found = name_table.flatten(grad(trainable, frozen, seen._replace(pixels_BNXYC=pixels))[1])
+
+    model = peers.load_strict(folder)
+    _loss(model, batch).backward()
+    whole = dataclasses.replace(config, learning_blocks=0)
+    named = {name: value.grad for name, value in model.named_parameters()}
+    wanted = peers.in_our_layout(named, build(whole)[1])
+    return found, {path: wanted[path][-len(grads) :] if grads.ndim else wanted[path] for path, grads in found.items()}
+
+
+def loss_config(config: ModelConfig) -> step.LossConfig:
+    return step.LossConfig(build(config)[0], dtype="float32", packed=False, loss_norm="global_token", ranks=1)
+
+
+def ours(folder: str, learns: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
+    """(loss, gradient norm) of each step, as [STEPS, 2]."""
+    config, trainable, frozen = starting_point(folder, learns)
     tx = optim.make_optimizer(settings, STEPS, trainable)
     update = jax.jit(
         functools.partial(
             step.train_step,
-            config=step.LossConfig(build(config)[0], dtype="float32", packed=False, loss_norm="global_token", ranks=1),
+            config=loss_config(config),
             tx=tx,
             learning_rate=optim.make_schedule(settings, STEPS),
             pixels=config.vision.pixels,
@@ -64,21 +101,19 @@ def ours(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) ->
     return np.array(curve)
 
 
-def theirs(folder: str, stage: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
+def theirs(folder: str, learns: str, settings: OptimSettings, data: list[Batch]) -> np.ndarray:
     """The same of a loop over transformers' model with torch.optim.AdamW, cosine after ceil(ratio * STEPS) warmup."""
     model = peers.load_strict(folder)
-    decayed, rest = [], []
+    tower_lr = next((lr for pattern, lr in parse_groups(settings.groups) if pattern.search("vision/")), settings.lr)
+    groups = []
     for name, value in model.named_parameters():
-        value.requires_grad = any(part in name.split(".") for part in THEIR_PARTS[stage])
+        value.requires_grad = bool(re.search(LEARNS[learns][2], name))
         if value.requires_grad:
-            (rest if name.endswith("bias") or "norm" in name else decayed).append(value)
-    trained = decayed + rest
-    optimizer = torch.optim.AdamW(
-        [dict(params=decayed, weight_decay=settings.weight_decay), dict(params=rest, weight_decay=0.0)],
-        lr=settings.lr,
-        betas=(settings.b1, settings.b2),
-        eps=settings.eps,
-    )
+            decay = 0.0 if name.endswith("bias") or "norm" in name else settings.weight_decay
+            lr = tower_lr if "vision_tower" in name else settings.lr
+            groups.append(dict(params=[value], weight_decay=decay, lr=lr))
+    trained = [value for group in groups for value in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=(settings.b1, settings.b2), eps=settings.eps)
     warmup = math.ceil(settings.warmup_ratio * STEPS)
 
     def factor(t: int) -> float:
