@@ -103,15 +103,15 @@ def settings_section(cls: type, prefix: str, defaults: dict[str, Any]) -> Iterat
 
 
 def recipes_section(defaults: dict[str, Any]) -> Iterator[str]:
-    yield from ("## What each recipe sets", "", "Keys that differ from their default. 13B differs from 7B in two of")
-    yield from ("them: its decoder, and the pretrain run it starts from.", "")
+    yield from ("## What each recipe sets", "", "Keys that differ from their default. Another size differs in two of")
+    yield from ("them: its decoder, and the run it starts from.", "")
     for name, (get_config, arguments) in RECIPES.items():
         configs = {argument: dict(flatten(get_config(argument).to_dict())) for argument in arguments}
         keys = [key for key in all_keys(Settings) if any(config[key] != defaults[key] for config in configs.values())]
         yield from (f"### {name}", "", f"| key | {' | '.join(f'`{argument}`' for argument in arguments)} |")
         yield "| --- |" + " --- |" * len(arguments)
         for key in keys:
-            yield f"| `{key}` | {' | '.join(f'`{config[key]!r}`' for config in configs.values())} |"
+            yield f"| `{key}` | {' | '.join(f'`{cell(repr(config[key]))}`' for config in configs.values())} |"
         yield ""
 
 

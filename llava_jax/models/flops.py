@@ -66,7 +66,7 @@ def step_flops(config: ModelConfig, learns: Collection[str], *, rows: int, lengt
 
 
 def _tower_backward_flops(config: ModelConfig, learns: Collection[str]) -> float:
-    """Return the FLOPs of an image backward through the tower as far as it learns, and both ways through its adapters."""
+    """Return the FLOPs of an image backward through the tower that learns, and both ways through its adapters."""
     vision, blocks = config.vision, config.learning_blocks or config.vision_layers
     tokens = vision.patches + vision.class_tokens
     through = clip_forward_flops(vision, blocks) - (clip_forward_flops(vision, 0) if config.learning_blocks else 0)
