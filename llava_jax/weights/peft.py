@@ -190,7 +190,7 @@ def adapter_json(config: ModelConfig, base: str, whole: list[str] | None) -> dic
 
 
 def _module(part: str, target: str) -> str:
-    """'{}.self_attn.q_proj', with {} for the layer, of 'attn/q' in `part`."""
+    """Return '{}.self_attn.q_proj', with {} for the layer, of 'attn/q' in `part`."""
     return name_table.ROWS[f"{part}/layers/{target}/kernel"].hf.partition(".layers.")[2].removesuffix(".weight")
 
 
