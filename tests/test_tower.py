@@ -19,7 +19,7 @@ from llava_jax.models.llava import build, join_parts, overlaid, partition, split
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import STAGES
 from llava_jax.train import loop
-from llava_jax.train.setup import prepare
+from llava_jax.train.setup import build_run
 from llava_jax.types import InputError, LoraConfig, MeshSettings, ModelConfig
 from llava_jax.weights import load
 from llava_jax.weights import source as checkpoints
@@ -65,7 +65,7 @@ def test_a_stage_is_a_pattern_of_whole_parts(stage, learns):
 def prepared(inputs, stage, **changes):
     settings = make_settings(inputs, stage, **changes)
     mesh = make_mesh(MeshSettings(1, 1, 1), jax.devices()[:1])
-    return prepare(settings, load.model_spec(settings).config, mesh, steps=4, length=32)
+    return build_run(settings, load.model_spec(settings).stage_config, mesh, steps=4, length=32)
 
 
 @pytest.mark.parametrize(
@@ -363,9 +363,10 @@ EIGHT_DEVICES = textwrap.dedent("""
     tokens[:, 2:6] = tokens[:, 22:26] = DEEP.image_token_id
     targets = rng.random((B, T)) < 0.5
     segments, positions = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    pixels = rng.normal(size=(B, 2, 16, 16, 3)).astype(np.float32)
-    pixels[:3, 1] = 0
-    batch = Batch(tokens, targets, segments, positions, pixels, None)
+    pixels = rng.normal(size=(B, 3, 16, 16, 3)).astype(np.float32)
+    mask = np.ones((B, 3), bool)
+    mask[:3, 1] = mask[:, 2] = False  # no row uses the last slot
+    batch = Batch(tokens, targets, segments, positions, pixels, mask)
     MID, LORA = "^(projector|llm|vision)/", "^(projector|lora|vision_lora)/"
 
     def both(config, pattern, params, batch, **more):

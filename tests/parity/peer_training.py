@@ -63,8 +63,8 @@ def starting_point(folder: str, learns: str) -> tuple[ModelConfig, dict, dict]:
 def gradients(folder: str, learns: str, batch: Batch) -> tuple[dict, dict]:
     """(ours, theirs) of one batch, as {our path: array} of everything that learns."""
     config, trainable, frozen = starting_point(folder, learns)
-    seen = batch._replace(rows_BM=None, image_mask_BN=None)
-    pixels = clip.normalised(jnp.asarray(batch.pixels_BNXYC), jnp.asarray(batch.image_mask_BN), config.vision.pixels)
+    seen = jax.tree.map(jnp.asarray, batch._replace(rows_BM=None))
+    pixels = clip.normalise_batch(seen.pixels_BNXYC, seen.image_mask_BN, config.vision.pixels)
     grad = jax.jit(functools.partial(step.loss_and_grads, config=loss_config(config)))
     found = name_table.flatten(grad(trainable, frozen, seen._replace(pixels_BNXYC=pixels))[1])
 
