@@ -258,13 +258,16 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     Where it does not, it gets LLaVA-1.5's template and CLIP's cropping. A foreign folder's images are turned upright as
     EXIF says; ours without `exif` is of a time when none was.
     """
-    ours = {key: value for key, value in given.get("llava_jax", {}).items() if key != "vocab_size"}
+    mine = given.get("llava_jax", {})
+    ours = {key: value for key, value in mine.items() if key not in ("vocab_size", "tuned_tower")}
+    tuned_tower = mine.get("tuned_tower", False)
+    if not isinstance(tuned_tower, bool):
+        raise InputError(f"{where}: llava_jax.tuned_tower is {tuned_tower!r}; expected true or false")
     tiled = given["model_type"] == "llava_next"
     if is_original(given):
         tiled = given.get("image_aspect_ratio") == "anyres"
     allowed = {key: CHOICES[f"data.{key}"] for key in ("image_position", "exif")} | dict(template=(*TEMPLATES, OWN))
     allowed["aspect"] = tuple(aspect for aspect in CHOICES["data.aspect"] if (aspect == "anyres") == tiled)
-    allowed["tuned_tower"] = (True,)
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(
@@ -274,4 +277,5 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     aspect = read_images(folder)
     said = {"aspect": "anyres" if tiled else aspect, "exif": "ignore" if ours else "apply"}
     said |= ({"template": template} if template else {}) | ours
-    return LlavaExtras(**said, tokenizer=folder, template_assumed="template" not in said, vision=folder)
+    assumed = "template" not in said
+    return LlavaExtras(**said, tokenizer=folder, template_assumed=assumed, vision=folder, tuned_tower=tuned_tower)

@@ -136,8 +136,9 @@ def write_peft(folder: str, config: ModelConfig, trained: Params, base: str, car
     """Write the folder that `peft.PeftModel.from_pretrained(model, folder)` loads onto our exported LLaVA.
 
     `trained` is what a run with the adapters of `config.lora` trained; `base` names the model they belong to ("" where
-    it is not one folder), `card` is the text of README.md. The projector goes along as peft's modules_to_save. Raises InputError when `folder` is there,
-    or for what is neither an adapter nor a whole projector; a LLaVA-NeXT's `image_newline` lies in no module.
+    it is not one folder), `card` is the text of README.md. The projector goes along as peft's modules_to_save. Raises
+    InputError when `folder` is there, or for what is neither an adapter nor a whole projector; a LLaVA-NeXT's
+    `image_newline` lies in no module.
     """
     projector = trained.get("projector", {})
     lost = [f"weights of {part}" for part in trained if part not in ("lora", "vision_lora", "projector")]
