@@ -22,13 +22,11 @@ from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, exp
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, question_message, row_bucket, stream_ids
 from llava_jax.infer.sample import StreamDecoder, stop_table, stripped
 from llava_jax.models.llava import build
-from llava_jax.parallel.placement import place
-from llava_jax.parallel.sharding import make_mesh, replicated
+from llava_jax.parallel.sharding import make_mesh, place, replicated
 from llava_jax.settings import DTYPES
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, LazyTensor, MeshSettings, ModelConfig, Sampling, Turn
-from llava_jax.weights import hub
 from llava_jax.weights.load import read_model
-from llava_jax.weights.source import split
+from llava_jax.weights.source import is_name, repository, split
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 MESSAGE_KEYS = ("role", "content")
@@ -401,7 +399,7 @@ def load(
         tokenizer, config, template or extras.template, extras.aspect, extras.image_position, extras.exif
     )
     folder = split(source)[1]
-    name = hub.repository(folder)[0] if hub.is_name(folder) else os.path.abspath(folder)
+    name = repository(folder)[0] if is_name(folder) else os.path.abspath(folder)
     model = assemble(os.path.basename(name), params, processor)
     return dataclasses.replace(model, template_assumed=template is None and extras.template_assumed)
 

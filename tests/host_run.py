@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from llava_jax.parallel import distributed, placement
+from llava_jax.parallel import distributed, sharding
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import read_settings
 from llava_jax.train import loop
@@ -28,5 +28,5 @@ if __name__ == "__main__":
     with distributed.connected():
         for config, workdir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
             loop.train(read_settings(config), workdir)
-        rows = {name: placement.local_rows(make_mesh(mesh), 8) for name, mesh in MESHES.items()}
+        rows = {name: sharding.local_rows(make_mesh(mesh), 8) for name, mesh in MESHES.items()}
         print(json.dumps(rows), flush=True)

@@ -16,8 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.parallel.placement import place
-from llava_jax.parallel.sharding import make_mesh, param_shardings
+from llava_jax.parallel.sharding import make_mesh, param_shardings, place
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
 from llava_jax.weights import hf, name_table
 from llava_jax.weights.hf_config import llama_json

@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load
 from llava_jax.cli.main import main
 from llava_jax.settings import read_settings, write_settings
 from llava_jax.train.loop import train
-from llava_jax.weights.card import MADE, made_from, read_card
+from llava_jax.weights.convert import MADE, made_from, read_card
 from tests.tiny_run import change, make_inputs, make_settings
 
 CARD = "---\nlicense: llama2\ndatasets: [a/b]\n---\n\n# The model\n\nBy someone.\n"

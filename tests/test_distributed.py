@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from llava_jax.parallel import distributed, placement
+from llava_jax.parallel import distributed, sharding
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.types import InputError, MeshSettings
@@ -162,8 +162,8 @@ def test_a_host_reads_the_rows_of_its_devices_wherever_they_lie(monkeypatch):
         def addressable_devices_indices_map(self, shape):
             return {0: (slice(4, 6),), 1: (slice(0, 2),), 2: (slice(0, 2),)}
 
-    monkeypatch.setattr(placement, "batch_sharding", lambda mesh: Square())
-    assert placement.local_rows(make_mesh(MeshSettings(1, -1, 1)), 8) == (0, 1, 4, 5)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Square())
+    assert sharding.local_rows(make_mesh(MeshSettings(1, -1, 1)), 8) == (0, 1, 4, 5)
 
 
 def test_what_one_host_cannot_read_ends_all(inputs, tmp_path):

@@ -14,9 +14,10 @@ from llava_jax.cli.main import main
 from llava_jax.settings import read_settings
 from llava_jax.train.loop import train
 from llava_jax.types import InputError
-from llava_jax.weights import hf, hub
+from llava_jax.weights import hf
 from llava_jax.weights.hf_export import parameter_pieces
 from llava_jax.weights.original_export import TOWER, write_original
+from llava_jax.weights.source import absolute_folder, local_folder
 from llava_jax.weights.tensors import save_tensors
 from tests.hub_server import Hub, serving
 from tests.tiny_run import change, make_inputs, make_settings
@@ -96,7 +97,7 @@ def answer(model: str) -> list[str]:
 )
 def test_the_files_that_are_read_are_fetched_and_no_others(server, held, need, fetched):
     commit = server.push("a/m", {name: name.encode() for name in held})
-    folder = pathlib.Path(hub.local("a/m", "--model", need))
+    folder = pathlib.Path(local_folder("a/m", "--model", need))
     assert folder.name == commit and set(server.fetched("a/m")) == fetched
     assert all((folder / name).read_bytes() == name.encode() for name in fetched)
 
@@ -105,21 +106,21 @@ def test_a_file_or_folder_of_that_name_wins(server, tmp_path, monkeypatch):
     server.push("a/m", {"config.json": b"{}"})
     monkeypatch.chdir(tmp_path)
     os.makedirs("a/m@v1")
-    assert hub.local("a/m", "--model") != "a/m"
-    assert hub.local("a/m@v1", "--model") == "a/m@v1"
+    assert local_folder("a/m", "--model") != "a/m"
+    assert local_folder("a/m@v1", "--model") == "a/m@v1"
     os.mkdir("a/m")
     asked = len(server.requests)
     for path in ("a/m", "hf:a/m"):
-        assert hub.local(path, "--model") == "a/m" and hub.absolute(path, "--model") == str(tmp_path / "a/m")
+        assert local_folder(path, "--model") == "a/m" and absolute_folder(path, "--model") == str(tmp_path / "a/m")
     for path in ("a/b/c", "./a", "/a/b", "../a/b", "m", "", "random:a/b.json", "a/projector.safetensors", "gs://a/b"):
-        assert hub.local(path, "--model") == path
+        assert local_folder(path, "--model") == path
     assert len(server.requests) == asked
 
 
 def test_two_processes_of_a_host_fetch_each_file_once(server, tmp_path):
     server.push("a/m", {name: os.urandom(2**20) for name in SHARDS | CONFIG})
     told = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    code = "from llava_jax.weights import hub; print(hub.local('a/m', '--model', 'weights'))"
+    code = "from llava_jax.weights.source import local_folder; print(local_folder('a/m', '--model', 'weights'))"
     command = [sys.executable, "-c", code]
     started = [subprocess.Popen(command, env=os.environ | told, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folders = {process.communicate(timeout=120)[0].strip() for process in started}
@@ -242,7 +243,7 @@ def test_without_network_the_cache_is_read_and_its_lack_is_one_line(server, inpu
     server.push("a/llava", inputs / "llava")
     server.push("a/half", inputs / "llava")
     assert main(answer("a/llava")) == 0
-    hub.local("a/half", "--model", "config")
+    local_folder("a/half", "--model", "config")
     for offline, words in ((True, "HF_HUB_OFFLINE is set"), (False, "cannot be reached for")):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         point(monkeypatch, "http://127.0.0.1:9")  # where no one listens

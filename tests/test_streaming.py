@@ -10,9 +10,8 @@ from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from llava_jax.models.llava import build, logical_axes
-from llava_jax.parallel import placement
-from llava_jax.parallel.placement import place
-from llava_jax.parallel.sharding import make_mesh, param_shardings
+from llava_jax.parallel import sharding
+from llava_jax.parallel.sharding import make_mesh, param_shardings, place
 from llava_jax.types import ClipConfig, LlamaConfig, MeshSettings, ModelConfig
 from llava_jax.weights import hf, name_table
 from llava_jax.weights.hf_config import llama_json
@@ -28,7 +27,7 @@ LARGEST = 800 * 128
 
 @pytest.fixture(autouse=True)
 def nothing_at_once(monkeypatch):
-    monkeypatch.setattr(placement, "AT_ONCE", 0)
+    monkeypatch.setattr(sharding, "AT_ONCE", 0)
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from llava_jax.settings import RANDOM
 from llava_jax.train.setup import Run, build_run, compile_lowered, compiler_options
 from llava_jax.train.step import batch_ranks
 from llava_jax.types import Batch, InputError, ModelConfig, Settings
-from llava_jax.weights import hub
 from llava_jax.weights.load import adapted, at_hand, described, model_spec
+from llava_jax.weights.source import local_folder
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
@@ -64,7 +64,7 @@ def _absent(name: str, spec: str) -> str:
     if not spec or spec.startswith(RANDOM):
         return ""
     try:
-        folder = hub.local(spec, name)
+        folder = local_folder(spec, name)
     except InputError as error:
         return str(error)
     return "" if os.path.isdir(folder) else f"{name}={spec}: no such folder"

@@ -103,11 +103,11 @@ def model_of_flags(args: argparse.Namespace) -> Model:
     images = args.images or ""
     data = DataSettings(args.annotations, images, args.template, position, "pad", length, shuffle=False, **UNPACKED)
     from llava_jax.settings import RANDOM
-    from llava_jax.weights import hub
     from llava_jax.weights.load import vision_config
+    from llava_jax.weights.source import local_folder
 
-    vision = vision_config(hub.local(args.vision or f"{RANDOM}clip-l-14-336", "--vision"))
-    tokenizer = hub.local(args.tokenizer, "--tokenizer")
+    vision = vision_config(local_folder(args.vision or f"{RANDOM}clip-l-14-336", "--vision"))
+    tokenizer = local_folder(args.tokenizer, "--tokenizer")
     return data, tokenizer, model_of(tokenizer, vision), args.patches or vision.patches
 
 

@@ -27,8 +27,15 @@ from llava_jax.settings import RANDOM, flatten, read_settings
 from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
-from llava_jax.weights import hub
-from llava_jax.weights.source import UNREADABLE, absolute, first_line, steps_on_disk
+from llava_jax.weights.source import (
+    UNREADABLE,
+    absolute,
+    absolute_folder,
+    first_line,
+    is_name,
+    repository,
+    steps_on_disk,
+)
 from llava_jax.weights.tensors import enough_room
 
 
@@ -239,7 +246,7 @@ def with_commits_of(workdir: str, settings: Settings) -> Settings:
 
 
 def _kept(given: str, there: str) -> str:
-    is_same = hub.is_name(given) and hub.repository(given) == (hub.repository(there)[0], "")
+    is_same = is_name(given) and repository(given) == (repository(there)[0], "")
     return there if is_same else given
 
 
@@ -259,7 +266,7 @@ def absolute_paths(settings: Settings) -> Settings:
         init=dataclasses.replace(
             init,
             model=absolute(init.model, "init.model"),
-            projector=hub.absolute(init.projector, "init.projector"),
+            projector=absolute_folder(init.projector, "init.projector"),
         ),
         data=dataclasses.replace(
             data,
@@ -271,5 +278,5 @@ def absolute_paths(settings: Settings) -> Settings:
 
 def _absolute_tower(spec: str, name: str) -> str:
     if not spec.startswith(RANDOM):
-        return hub.absolute(spec, name)
+        return absolute_folder(spec, name)
     return RANDOM + os.path.abspath(spec.removeprefix(RANDOM)) if spec.endswith(".json") else spec

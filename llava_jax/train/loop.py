@@ -19,8 +19,7 @@ from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.data.validate import plan_once
 from llava_jax.io import replacing
 from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
-from llava_jax.parallel.placement import global_batch
-from llava_jax.parallel.sharding import make_mesh
+from llava_jax.parallel.sharding import global_batch, make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import absolute_paths, hold_workdir, with_commits_of

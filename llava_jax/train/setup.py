@@ -31,8 +31,7 @@ from llava_jax.models.layers import is_codes, stored_as
 from llava_jax.models.llava import ADAPTERS, build, logical_axes, overlaid, partition, split_parts
 from llava_jax.parallel.chips import CHIP_OF_KIND, GIB, TUNED
 from llava_jax.parallel.distributed import say
-from llava_jax.parallel.placement import local_rows, place
-from llava_jax.parallel.sharding import mesh_sizes, param_shardings, tower_split
+from llava_jax.parallel.sharding import local_rows, mesh_sizes, param_shardings, place, tower_split
 from llava_jax.settings import STAGES, alternatives, trainable_pattern
 from llava_jax.train import checkpoint
 from llava_jax.train.optim import describe, leaf_path, make_optimizer, make_schedule, warmup_steps

@@ -15,7 +15,7 @@ from llava_jax.models.layers import Linear
 from llava_jax.models.llava import Llava, join_parts
 from llava_jax.models.lora import linears, merged
 from llava_jax.models.nf4 import dequantise, quantise
-from llava_jax.parallel.placement import place
+from llava_jax.parallel.sharding import place
 from llava_jax.types import LoraConfig, ModelConfig
 
 Params = dict[str, Any]

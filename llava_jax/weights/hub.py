@@ -13,11 +13,7 @@ from contextlib import contextmanager
 
 from llava_jax.types import InputError
 
-_REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-NAME = re.compile(rf"{_REPOSITORY}(?:@[^\s@]+)?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-# Files of the arguments that take a file as well as a folder: no repository is called so.
-_FILES = (".safetensors", ".bin", ".json")
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 # The folder in an export to the original's layout that holds the vision tower; SGLang looks for `clip` in the name that
 # mm_vision_tower gives.
 TOWER = "clip-vision-tower"
@@ -55,53 +51,19 @@ _PROJECTOR = ("mm_projector.bin", _TRAINED)
 _ORBAX = ("weights/*",)
 
 
-def is_name(path: str) -> bool:
-    """Return whether a folder's place is taken by the name of a repository: a file or folder of that name wins."""
-    plain = _plain(path)
-    return bool(NAME.fullmatch(plain)) and not plain.endswith(_FILES) and not os.path.exists(plain)
-
-
-def _plain(path: str) -> str:
-    """Return a path or name without the `hf:` before it, unless a file or folder is called so."""
-    return path if os.path.exists(path) else path.removeprefix("hf:")
-
-
-def repository(path: str) -> tuple[str, str]:
-    """Return (owner/name, revision or "") of a name."""
-    repo, _, revision = _plain(path).partition("@")
-    return repo, revision
-
-
-def local(path: str, name: str, need: str = "config") -> str:
-    """Return the path without `hf:`, or the folder of a name on the Hub, fetching what is not there yet.
+def fetch(repo: str, revision: str, where: str, need: str) -> str:
+    """Return the folder of a commit of a repository, with what is needed of it; what is here already is not fetched.
 
     Args:
-        path: a path, or owner/name or owner/name@REVISION (branch, tag, commit); `hf:` may stand before it.
-        name: its flag or key, for errors.
+        repo: owner/name.
+        revision: a branch, a tag or a commit; "" is the main branch.
+        where: how messages begin: the flag or key, and what it was given.
         need: config (config, tokenizer and image settings), weights (those and the weights: safetensors, else .bin), or
             projector (the file of a pretrain run).
 
-    A commit whose files are all here is read without the network. Raises InputError where a name cannot be fetched or
-    has not what is needed; whether there is anything at a path is not looked up.
+    A commit whose files are all here is read without the network. Raises InputError where it cannot be fetched or has
+    not what is needed.
     """
-    return _fetch(path, f"{name}={path}", need) if is_name(path) else _plain(path)
-
-
-def absolute(path: str, name: str) -> str:
-    """Return the path so that it means the same from any folder, at any time; an empty one stays empty.
-
-    That is an absolute path, or owner/name@COMMIT, for which the Hub is asked. `name` is its flag or key, for errors.
-    """
-    if not is_name(path):
-        return os.path.abspath(_plain(path)) if path else ""
-    repo, revision = repository(path)
-    if COMMIT.fullmatch(revision):
-        return f"{repo}@{revision}"
-    return f"{repo}@{os.path.basename(_fetch(path, f'{name}={path}', 'config'))}"
-
-
-def _fetch(path: str, where: str, need: str) -> str:
-    repo, revision = repository(path)
     with _explained(where, repo, revision):
         folder = _snapshot(repo, revision, (*CONFIGS, _CARD))
         commit = os.path.basename(folder)
@@ -146,7 +108,7 @@ def make_repository(repo: str) -> None:
     """Make the repository that --push names, private, unless it is there. Raises InputError where it holds files."""
     from huggingface_hub import HfApi
 
-    if not re.fullmatch(_REPOSITORY, repo):
+    if not re.fullmatch(REPOSITORY, repo):
         raise InputError(f"--push={repo}: expected USER/NAME, or ORGANISATION/NAME")
     with _explained_upload(repo, ""):
         HfApi().create_repo(repo, private=True, exist_ok=True)

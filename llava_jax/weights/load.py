@@ -13,7 +13,7 @@ from llava_jax.data.templates import TEMPLATES, check_template
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.layers import stored_as
 from llava_jax.models.llava import ADAPTERS, build, init, partition, split_parts
-from llava_jax.parallel.placement import place
+from llava_jax.parallel.sharding import place
 from llava_jax.settings import RANDOM, lora_targets, nearest, read_settings, tower_path, trainable_pattern
 from llava_jax.types import (
     ClipConfig,
@@ -26,13 +26,13 @@ from llava_jax.types import (
     ModelSettings,
     Settings,
 )
-from llava_jax.weights import hf, hf_config, hub
+from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, merge_tower, place_quantised
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
 from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras, default_template
-from llava_jax.weights.source import is_workdir, load_params, parse, run_fingerprint, split
+from llava_jax.weights.source import is_workdir, load_params, local_folder, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
 
 Params = dict[str, Any]
@@ -102,7 +102,7 @@ def model_spec(settings: Settings) -> ModelSpec:
 def at_hand(settings: Settings) -> Settings:
     """Return the settings with folders of this machine where `model.` keys name a model on the Hub, without weights."""
     model = settings.model
-    vision, llm = hub.local(model.vision, "model.vision"), hub.local(model.llm, "model.llm")
+    vision, llm = local_folder(model.vision, "model.vision"), local_folder(model.llm, "model.llm")
     return dataclasses.replace(settings, model=dataclasses.replace(model, vision=vision, llm=llm))
 
 
@@ -300,7 +300,7 @@ def read_model(
             tuned_tower=spec.tuned_tower,
         )
     else:
-        companions = Companions(hub.local(vision, "--vision", "weights"), hub.local(base, "--base", "weights"))
+        companions = Companions(local_folder(vision, "--vision", "weights"), local_folder(base, "--base", "weights"))
         hf.read_llava_config(folder, companions)  # what cannot be read is said before its weights are fetched
         folder = parse(source, name, "weights")[1]
         dtype = dtype or stored_dtype(folder, companions)
@@ -368,10 +368,10 @@ def _read_sources(spec: ModelSpec, dtypes: dict[str, str]) -> Params:
         return read | whole
     if "vision" in left and not spec.model.vision.startswith(RANDOM):
         layer = spec.config.feature_layer
-        tower = hub.local(spec.model.vision, "model.vision", "weights")
+        tower = local_folder(spec.model.vision, "model.vision", "weights")
         read["vision"] = hf.read_clip(tower, feature_layer=layer, dtype=left["vision"], lazy=True)[1]
     if "llm" in left and not spec.model.llm.startswith(RANDOM):
-        decoder = hub.local(spec.model.llm, "model.llm", "weights")
+        decoder = local_folder(spec.model.llm, "model.llm", "weights")
         read["llm"] = hf.read_llama(decoder, dtype=left["llm"], lazy=True)[1]
     return read
 
@@ -382,7 +382,7 @@ def _cast(tree: Params, dtype: str) -> Params:
 
 def read_projector(source: str, config: ModelConfig) -> Params:
     """Read the projector (float32 numpy) of a file, a run or an original folder, checked against the config."""
-    source = hub.local(source, "init.projector", "projector")
+    source = local_folder(source, "init.projector", "projector")
     if not os.path.exists(source):
         raise InputError(
             f"init.projector={source}: not found, expected a .safetensors or .bin file or a pretrain workdir"
@@ -550,7 +550,7 @@ def fingerprint(source: str) -> str:
     Of weight files it takes names, sizes and the first and last megabyte. Folders that an original LLaVA folder names
     count as part of it; `random:NAME` names none.
     """
-    folder = hub.local(split(tower_path(source))[1], "model", "weights")
+    folder = local_folder(split(tower_path(source))[1], "model", "weights")
     if not folder:
         return ""
     if is_workdir(folder):

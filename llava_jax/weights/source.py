@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,13 +69,13 @@ def split(source: str) -> tuple[str, str]:
 def parse(source: str, name: str = "model", need: str = "config") -> tuple[str, str]:
     """Return (kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
 
-    A name on the Hub is fetched, as `hub.local` does with `need`. The kind is `run` (a workdir of train), `orbax` (a
+    A name on the Hub is fetched, as `local_folder` does with `need`. The kind is `run` (a workdir of train), `orbax` (a
     whole model that we wrote so), `peft`, `hf` or `llava`.
     """
     form, folder = split(source)
     if form not in ("", "hf", "llava", "orbax", "peft"):
         raise InputError(f"{name}={source}: form {form!r} is not read; expected {FORMS}")
-    folder = hub.local(folder, name, need)
+    folder = local_folder(folder, name, need)
     if not os.path.isdir(folder):
         raise InputError(f"{name}={source}: no folder {folder!r}; expected {FORMS}")
     config = os.path.join(folder, "config.json")
@@ -92,15 +93,63 @@ def parse(source: str, name: str = "model", need: str = "config") -> tuple[str, 
 
 
 def absolute(source: str, name: str = "model") -> str:
-    """Return the SRC with its folder as `hub.absolute` has it: a path, or a name on the Hub with its commit."""
+    """Return the SRC with its folder as `absolute_folder` has it: a path, or a name on the Hub with its commit."""
     form, folder = split(source)
-    found = hub.absolute(folder, name)
+    found = absolute_folder(folder, name)
     return f"{form}:{found}" if form else found
 
 
 def pinned(source: str, name: str) -> str:
     """Return the SRC with the commit where it is a name on the Hub, as it is where it is a folder."""
-    return absolute(source, name) if hub.is_name(split(source)[1]) else source
+    return absolute(source, name) if is_name(split(source)[1]) else source
+
+
+# ---- names on the Hub ----
+
+
+NAME = re.compile(rf"{hub.REPOSITORY}(?:@[^\s@]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Files of the arguments that take a file as well as a folder: no repository is called so.
+_FILES = (".safetensors", ".bin", ".json")
+
+
+def is_name(path: str) -> bool:
+    """Return whether a folder's place is taken by the name of a repository: a file or folder of that name wins."""
+    plain = _plain(path)
+    return bool(NAME.fullmatch(plain)) and not plain.endswith(_FILES) and not os.path.exists(plain)
+
+
+def _plain(path: str) -> str:
+    """Return a path or name without the `hf:` before it, unless a file or folder is called so."""
+    return path if os.path.exists(path) else path.removeprefix("hf:")
+
+
+def repository(path: str) -> tuple[str, str]:
+    """Return (owner/name, revision or "") of a name."""
+    repo, _, revision = _plain(path).partition("@")
+    return repo, revision
+
+
+def local_folder(path: str, name: str, need: str = "config") -> str:
+    """Return the path without `hf:`, or the folder of a name on the Hub, fetched as `hub.fetch` does with `need`.
+
+    `path` is a path, or owner/name or owner/name@REVISION, `hf:` may stand before it; `name` is its flag or key, for
+    errors. Whether there is anything at a path is not looked up.
+    """
+    return hub.fetch(*repository(path), f"{name}={path}", need) if is_name(path) else _plain(path)
+
+
+def absolute_folder(path: str, name: str) -> str:
+    """Return the path so that it means the same from any folder, at any time; an empty one stays empty.
+
+    That is an absolute path, or owner/name@COMMIT, for which the Hub is asked. `name` is its flag or key, for errors.
+    """
+    if not is_name(path):
+        return os.path.abspath(_plain(path)) if path else ""
+    repo, revision = repository(path)
+    if COMMIT.fullmatch(revision):
+        return f"{repo}@{revision}"
+    return f"{repo}@{os.path.basename(hub.fetch(repo, revision, f'{name}={path}', 'config'))}"
 
 
 # ---- checkpoints of a run ----
