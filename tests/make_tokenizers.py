@@ -20,7 +20,10 @@ CORPUS = [
     "How many people are visible in the image? There are 3 people: two women and one man.",
     "USER: Is there a dog? ASSISTANT: Yes, there is. </s> ### Human: ### Assistant: [INST] <<SYS>> [/INST]",
     "naïve façade, 中文, 日本語, emoji 😀, tabs\tand  two  spaces \n\nline two.  trailing ",
-] + [span.text for template in TEMPLATES.values() for span in (*template.opening, *template.question, *template.cue)]
+]
+# Numbers in tests are of the words of these.
+SAID = [template for name, template in TEMPLATES.items() if name not in ("llama_3", "qwen")]
+CORPUS += [span.text for template in SAID for span in (*template.opening, *template.question, *template.cue)]
 
 _BYTES = [f"<0x{value:02X}>" for value in range(256)]
 # Pieces that open a word merge before those inside one; within each list an earlier piece wins.
