@@ -17,7 +17,14 @@ from llava_jax.train.loop import train
 from llava_jax.types import UNPACKED, DataSettings, InputError, Turn
 from llava_jax.weights.convert import convert
 from llava_jax.weights.load import with_template
-from llava_jax.weights.processor import LlavaExtras, check_ids, default_template, with_images, write_processor
+from llava_jax.weights.processor import (
+    LlavaExtras,
+    check_ids,
+    copy_tokenizer,
+    default_template,
+    with_images,
+    write_processor,
+)
 from tests import tiny_llava
 from tests.chat_families import FAMILIES, template_of, write_family
 from tests.make_tokenizers import byte_bpe
@@ -331,6 +338,10 @@ def test_an_export_carries_the_template(folders, tmp_path, name):
     check_ids(str(tmp_path), extras, force=False)
     written = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
     assert written.endswith(template_of(name)) and with_images(written, "front") == written
+    # The files alone, as the original's layout has them, keep it, too.
+    (tmp_path / "copy").mkdir()
+    copy_tokenizer(folders[name], str(tmp_path / "copy"))
+    assert load_tokenizer(str(tmp_path / "copy")).chat == template_of(name)
     exported = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     image = exported.convert_tokens_to_ids("<image>")
     again = load_tokenizer(str(tmp_path)).template("tokenizer")
@@ -381,6 +392,10 @@ def test_a_run_takes_it_by_default_and_remembers_it(decoder, capsys):
             model.processor.rules
         )
     assert exported.generate("Is it a dog?", max_new_tokens=8) == run.generate("Is it a dog?", max_new_tokens=8)
+    # What was trained with is the template as it was.
+    (decoder / "chat_template.jinja").write_text(CHATML)
+    with pytest.raises(InputError, match="the chat template"):
+        train(settings, str(decoder / "run"))
     # The next run begins with what the model knows, Vicuna's template where a decoder has none of its own.
     further = make_settings(decoder, "finetune", init__model=f"hf:{decoder}/out", data__template="")
     assert with_template(further).data.template == "tokenizer"
