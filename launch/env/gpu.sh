@@ -32,5 +32,5 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Compiled programs are kept in ~/.cache/llava_jax/compiled by train itself, so that a start after a preemption does not
 # compile again where the nodes share the home folder; elsewhere export JAX_COMPILATION_CACHE_DIR here. Documented by jax.
 
-# Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
-export HF_HUB_OFFLINE=1
+# Weights and tokenizers are folders, and no host asks the Hub; set it to 0 where models go by their names there.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}

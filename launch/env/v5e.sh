@@ -17,8 +17,8 @@ export JAX_PLATFORMS=tpu,cpu
 export TPU_MIN_LOG_LEVEL=1
 export TPU_STDERR_LOG_LEVEL=1
 
-# Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
-export HF_HUB_OFFLINE=1
+# Weights and tokenizers are folders, and no host asks the Hub; set it to 0 where models go by their names there.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
 # What `tuned` adds for this chip stands in llava_jax/chips.py. The flags of asynchronous all-gathers are this chip's
 # alone and already on by default (seen in the compiled program).

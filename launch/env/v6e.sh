@@ -17,8 +17,8 @@ export JAX_PLATFORMS=tpu,cpu
 export TPU_MIN_LOG_LEVEL=1
 export TPU_STDERR_LOG_LEVEL=1
 
-# Weights and tokenizers are folders; nothing of transformers asks the network, on any of many hosts.
-export HF_HUB_OFFLINE=1
+# Weights and tokenizers are folders, and no host asks the Hub; set it to 0 where models go by their names there.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
 # What `tuned` holds for this chip: a larger share of VMEM for matrix products, and collectives handed to the SparseCore,
 # from the compiler model only. libtpu refuses v5e's flags of asynchronous collectives (FAILED_PRECONDITION).

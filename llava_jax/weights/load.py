@@ -32,7 +32,7 @@ from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
 from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras, default_template
-from llava_jax.weights.source import is_workdir, load_params, local_folder, parse, run_fingerprint, split
+from llava_jax.weights.source import is_name, is_workdir, load_params, local_folder, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
 
 Params = dict[str, Any]
@@ -290,12 +290,15 @@ def read_model(
         spec, params, settings = load_trained(folder, step, dtype=dtype or None, check_merge=check_merge)
         config, rules = spec.config, settings.data
         dtype = dtype or config.dtype
+        tower = spec.vision_folder or ""
+        if spec.tuned_tower and is_name(settings.model.vision):  # an export takes the blocks that do not run from there
+            tower = local_folder(settings.model.vision, "model.vision", "weights")
         extras = LlavaExtras(
             rules.template,
             rules.aspect,
             rules.image_position,
             spec.tokenizer,
-            vision=spec.vision_folder or "",
+            vision=tower,
             exif=rules.exif,
             tuned_tower=spec.tuned_tower,
         )
