@@ -60,7 +60,13 @@ RANGES = {
     **dict.fromkeys(("optim.lr", "optim.eps", "lora.alpha"), (0, math.inf, False, False)),
 }
 # Keys that came after runs had been written, and what those runs did. Every config names every key.
-EARLIER_RUNS = {"data.exif": "ignore", "mesh.fsdp_inner": 1}
+EARLIER_RUNS = {
+    "data.exif": "ignore",
+    "mesh.fsdp_inner": 1,
+    "train.trainable": "",
+    "train.vision_blocks": 0,
+    "lora.vision_targets": "",
+}
 # data.annotations alone may lie elsewhere.
 FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images")
 

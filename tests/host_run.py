@@ -17,14 +17,14 @@ from llava_jax.types import MeshSettings
 MESHES = {"fsdp": MeshSettings(1, -1, 1), "mixed": MeshSettings(2, -1, 2), "tensor": MeshSettings(1, 1, -1)}
 
 
-def slow_report(*args, inner=loop.report, **how):
+def slow_update(*args, inner=loop.log_update, **how):
     inner(*args, **how)
     time.sleep(0.2)
 
 
 if __name__ == "__main__":
     distributed.HEARTBEAT_SECONDS, distributed.VISIBLE_SECONDS = 10, 2.0
-    loop.report = slow_report
+    loop.log_update = slow_update
     with distributed.connected():
         for config, workdir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
             loop.train(read_settings(config), workdir)

@@ -108,7 +108,7 @@ def test_files_are_bit_equal_too(name, aspect):
 def test_the_step_normalises_every_byte_as_the_processor_does(pixels):
     """Each byte in each channel, in a slot that is shown and in one that is not, compiled as in the step."""
     bytes_BNXYC = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 2, 16, 16, 3))
-    seen = jax.jit(clip.normalised, static_argnums=2)(bytes_BNXYC, np.array([[True, False]]), pixels)
+    seen = jax.jit(clip.normalise_batch, static_argnums=2)(bytes_BNXYC, np.array([[True, False]]), pixels)
     np.testing.assert_allclose(seen[0, 0], normalised(bytes_BNXYC[0, 0], pixels), rtol=0, atol=5e-7)
     assert not np.any(seen[0, 1])
 

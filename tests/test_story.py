@@ -93,7 +93,7 @@ def test_the_trainings_are_the_two_stages(tmp_path, monkeypatch):
         if name == "train"
     )
     assert (pretrain.stage, pretrain.data.template, pretrain.init.projector) == ("pretrain", "plain", "")
-    assert (finetune.stage, finetune.data.template) == ("finetune", "v1")
+    assert (finetune.stage, finetune.data.template) == ("finetune", "")  # its decoder has no template of its own: v1
     assert finetune.init.projector == "run/pretrain"
     assert without == settings_from_dict(
         {**json.loads(json.dumps(finetune, default=vars)), "init": {"model": "", "projector": ""}}

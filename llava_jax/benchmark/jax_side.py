@@ -49,7 +49,9 @@ def settings_of(work: Mapping[str, Any]) -> Settings:
     data = dict(annotations="", images="", template="v1", image_position="front", aspect="pad", **UNPACKED)
     optim = dict(lr=work["lr"], groups="", schedule="constant", warmup_ratio=0.0, weight_decay=0.0, clip_norm=0.0)
     train = dict(batch_size=work["rows"], steps=1, epochs=1.0, accumulate=1, remat=work["remat"], attention="auto")
-    train |= dict(profile=0, log_every=1, checkpoint_every=0, keep=1, loss_norm="global_token")
+    train |= dict(
+        profile=0, log_every=1, checkpoint_every=0, keep=1, loss_norm="global_token", trainable="", vision_blocks=0
+    )
     train |= dict.fromkeys(("param_dtype", "moment_dtype"), work["param_dtype"])
     train |= {"dtype": work["dtype"], "frozen_dtype": work["dtype"], "compiler_options": work["compiler_options"]}
     values = {
@@ -59,9 +61,9 @@ def settings_of(work: Mapping[str, Any]) -> Settings:
         "init": dict(model="", projector=""),
         "data": data | dict(max_length=work["length"], shuffle=False),
         "optim": optim | dict(b1=0.9, b2=0.999, eps=1e-8),
-        "lora": dict(rank=1, alpha=1.0, dropout=0.0, targets=".*"),
+        "lora": dict(rank=1, alpha=1.0, dropout=0.0, targets=".*", vision_targets=""),
         "train": train,
-        "mesh": dict(data=1, fsdp=1, tensor=1),
+        "mesh": dict(data=1, fsdp=1, tensor=1, fsdp_inner=1),
     }
     return settings_from_dict(values)
 
