@@ -383,8 +383,7 @@ EIGHT_DEVICES = textwrap.dedent("""
             assert worst <= 2e-5, (jax.tree_util.keystr(path), worst)
 
     cases = (
-        ("all of it", DEEP, MID),
-        ("remat", dataclasses.replace(DEEP, remat="full"), MID),
+        ("all of it", dataclasses.replace(DEEP, remat="full"), MID),
         ("last blocks", dataclasses.replace(DEEP, learning_blocks=2), "^projector/|^vision/layers/"),
         ("adapters", dataclasses.replace(DEEP, lora=TOWER_LORA, learning_blocks=2), LORA),
     )
@@ -394,7 +393,7 @@ EIGHT_DEVICES = textwrap.dedent("""
             b = lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32)
             params |= {part: jax.tree.map(b, params[part]) for part in ("lora", "vision_lora")}
         want = both(config, pattern, params, batch, accumulate=1, ranks=1)
-        for sizes, accumulate in (((2, 4, 1), 1), ((2, 2, 2), 2)):
+        for sizes, accumulate in (((2, 4, 1), 1), ((2, 2, 2), 2))[0 if pattern == MID else 1 :]:
             mesh = make_mesh(MeshSettings(*sizes))
             with jax.set_mesh(mesh):
                 at = stored_shardings(config, split_parts(build(config)[1]), pattern, mesh)
@@ -412,4 +411,4 @@ def test_eight_devices_give_the_gradients_of_one():
     env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == 4
+    assert done.stdout.count("equal") == 3
