@@ -1,4 +1,4 @@
-# make demo    the whole story on this machine's CPU, about six minutes on two idle cores
+# make demo    the whole story on this machine's CPU, less than ten minutes on two cores
 # make test    the tests, without torch; XLA optimises little, since compiling is most of the time (parity: all of it)
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make bench   speed and memory beside torch and transformers

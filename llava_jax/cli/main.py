@@ -42,7 +42,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "play the whole story at a small size on this machine's CPU, in about ten minutes on two idle cores",
+        "play the whole story at a small size on this machine's CPU, in less than ten minutes on two cores",
         "llava-jax demo --workdir=demo_run",
         models.demo_flags,
         models.demo,
