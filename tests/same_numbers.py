@@ -45,6 +45,7 @@ MAY_MOVE = {
 MAY_GAIN = {
     "llava_jax.exif": "an export says how its images were turned (data.exif)",
     "README.md": "an export has a model card",
+    "chat_template.jinja": "an export to the original's layout has a chat template, too",
 }
 
 # What a case left behind: {"step 3": {"loss": 2.5, …}}, {"question 7": {"text": …}} or {"a.txt": {"sha256": …}}.
@@ -430,7 +431,7 @@ def verdict(case: str, before: Recording, after: Recording, tolerance: float) ->
         return True, f"same but   {case} ({len(before)}): {exact} ({'; '.join(MAY_GAIN.values())})"
     if case in MAY_MOVE and not difference(before, after, tolerance):
         return True, f"within {tolerance:g} {case}: {exact} ({MAY_MOVE[case]})"
-    return False, f"DIFFERENT  {case}: {difference(before, after, tolerance if case in MAY_MOVE else 0.0)}"
+    return False, f"DIFFERENT  {case}: {difference(before, after, tolerance if case in MAY_MOVE else 0.0, MAY_GAIN)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
