@@ -32,7 +32,7 @@ from llava_jax.weights.convert import convert
 from llava_jax.weights.load import read_model
 from llava_jax.weights.peft import write_peft
 from tests.test_sharding import TINY
-from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics
+from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics, watched_steps
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, targets=("attn/q", "attn/o", "mlp/down"))
 CHEAP = "xla_backend_optimization_level=0,xla_llvm_disable_expensive_passes=true"
@@ -150,21 +150,7 @@ def ran(tmp_path_factory):
     how |= dict(lora__dropout=0.2, lora__targets="llm/layers/(attn/[qo]|mlp/down)", train__compiler_options=CHEAP)
     settings = make_settings(inputs, "lora", **how)
     workdir = tmp_path_factory.mktemp("lora")
-    compiled, seen = [], []
-    compile_step = loop.compile_step
-
-    def once(*args):
-        compiled.extend([] if compiled else [compile_step(*args)])
-        step, *said = compiled[0]
-
-        def watched(state, frozen, batch):
-            before = jax.tree.map(np.array, (frozen, state.params))
-            state, values = step(state, frozen, batch)
-            seen.append((before, jax.tree.map(np.array, (frozen, state.params))))
-            return state, values
-
-        return watched, *said
-
+    once, seen = watched_steps(loop.compile_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", once)
         loop.train(settings, str(workdir))

@@ -28,7 +28,7 @@ from llava_jax.weights.hf import read_llava
 from llava_jax.weights.load import read_model
 from llava_jax.weights.peft import write_peft
 from tests.test_sharding import TINY
-from tests.tiny_run import change, make_inputs, make_settings, read_metrics
+from tests.tiny_run import change, make_inputs, make_settings, read_metrics, watched_steps
 
 CHEAP = "xla_backend_optimization_level=0,xla_llvm_disable_expensive_passes=true"
 DEEP = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, layers=5))  # four blocks run
@@ -151,21 +151,7 @@ def ran(inputs, tmp_path_factory):
     how |= dict(train__accumulate=2, train__remat="full", train__compiler_options=CHEAP)
     settings = make_settings(inputs, "mid", **how)
     workdir, again = tmp_path_factory.mktemp("tower"), tmp_path_factory.mktemp("again")
-    compiled, seen = [], []
-    compile_step = loop.compile_step
-
-    def once(*args):
-        compiled.extend([] if compiled else [compile_step(*args)])
-        step, *said = compiled[0]
-
-        def watched(state, frozen, batch):
-            before = jax.tree.map(np.array, (frozen, state.params))
-            state, values = step(state, frozen, batch)
-            seen.append((before, jax.tree.map(np.array, (frozen, state.params))))
-            return state, values
-
-        return watched, *said
-
+    once, seen = watched_steps(loop.compile_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", once)
         loop.train(settings, str(workdir))

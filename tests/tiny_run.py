@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -110,6 +111,25 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     timed = ("seconds", "tokens_per_second", "mfu", "data_wait", "compile_seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def watched_steps(compile_step: Callable) -> tuple[Callable, list]:
+    """Return a `compile_step` that compiles once, and a list of (frozen, params) before and after each of its steps."""
+    compiled, seen = [], []
+
+    def once(*args):
+        compiled.extend([] if compiled else [compile_step(*args)])
+        step, *said = compiled[0]
+
+        def watched(state, frozen, batch):
+            before = jax.tree.map(np.array, (frozen, state.params))
+            state, values = step(state, frozen, batch)
+            seen.append((before, jax.tree.map(np.array, (frozen, state.params))))
+            return state, values
+
+        return watched, *said
+
+    return once, seen
 
 
 if __name__ == "__main__":
