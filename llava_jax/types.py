@@ -384,8 +384,9 @@ class OptimSettings:
     """Peak learning rate."""
     groups: str
     """Other peak rates by parameter path, as `REGEX=LR,REGEX=LR`: the first pattern found in the path wins, all other
-    parameters take `optim.lr`. Paths begin with `projector/`, `llm/`, `vision/`, `lora/` or `vision_lora/`, as in
-    `^projector/=2e-5`. A pattern that decides no parameter that learns is an error.
+    parameters take `optim.lr`. Paths begin with `projector/`, `llm/`, `vision/`, `lora/` or `vision_lora/` and
+    carry no layer number: `^projector/=2e-5,^vision/=2e-6`. A pattern holds no comma; one that decides no parameter
+    that learns is an error.
     """
     schedule: str
     """Shape of the rate after the warmup."""

@@ -37,7 +37,7 @@ def sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int = Sampli
     parser.add_argument("--top_k", type=int, default=default.top_k, help="draw from the K likeliest; 0, all (0)")
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help=f"longest answer ({max_new_tokens})")
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of the draws (0)")
-    parser.add_argument("--template", help="conversation template; the one the model was trained with, when it says so")
+    parser.add_argument("--template", help="conversation template; that of the model, or v1 where it names none")
 
 
 def sampling_of(args: argparse.Namespace, beams: int = 1) -> Sampling:
