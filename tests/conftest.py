@@ -9,5 +9,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 LONG = ("test_sharding.py", "test_distributed.py", "test_tower.py", "test_benchmark.py", "test_resume.py")
 
 
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A stand-in of the Hub with no repository, which huggingface_hub asks in this process, with an empty cache."""
+    from huggingface_hub import constants  # reads HF_HUB_OFFLINE
+
+    from tests.hub_server import Hub, point, serving
+
+    with serving(Hub()) as served:
+        point(monkeypatch, served.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield served
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)

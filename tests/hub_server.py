@@ -1,4 +1,7 @@
-"""A stand-in of the Hugging Face Hub: enough of its protocol for huggingface_hub to fetch and upload models."""
+"""A stand-in of the Hugging Face Hub: enough of its protocol for huggingface_hub to fetch, and to upload models.
+
+A data set is a repository datasets/OWNER/NAME.
+"""
 
 import base64
 import hashlib
@@ -11,7 +14,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-MODEL = r"(?P<repo>[^/]+/[^/]+)"
+from huggingface_hub import constants
+
+REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+
+
+def point(monkeypatch, endpoint: str) -> None:
+    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 class Hub:
@@ -102,9 +113,9 @@ def respond(hub: Hub, verb: str, path: str, body: bytes, user: str) -> tuple[dic
         return {}, json.dumps({"errors": [], "warnings": []}).encode()
     if path == "/api/repos/create":
         return {}, create(hub, json.loads(body), user)
-    if match := re.fullmatch(rf"/api/models/{MODEL}/(?P<what>preupload|commit)/main", path):
+    if match := re.fullmatch(rf"/api/models/{REPO}/(?P<what>preupload|commit)/main", path):
         return {}, written(hub, match["repo"], match["what"], body, user)
-    if match := re.fullmatch(rf"/api/models/{MODEL}(?:/(?P<what>revision|tree)/(?P<revision>.+))?", path):
+    if match := re.fullmatch(rf"/api/(?:models/)?{REPO}(?:/(?P<what>revision|tree)/(?P<revision>.+))?", path):
         commit = found(hub, match["repo"], match["revision"] or "main", user)
         files = hub.commits[match["repo"]].get(commit, {})
         if match["what"] == "tree":
@@ -112,7 +123,7 @@ def respond(hub: Hub, verb: str, path: str, body: bytes, user: str) -> tuple[dic
             return {}, json.dumps(tree).encode()
         siblings = [{"rfilename": name} for name in files]
         return {}, json.dumps({"id": match["repo"], "sha": commit, "siblings": siblings}).encode()
-    if match := re.fullmatch(rf"/{MODEL}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
+    if match := re.fullmatch(rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
         commit = found(hub, match["repo"], match["revision"], user)
         if match["repo"] in hub.gated and not user:
             raise Answer(401, "GatedRepo", "Access to this model is restricted")

@@ -19,7 +19,7 @@ from llava_jax.weights.hf_export import parameter_pieces
 from llava_jax.weights.original_export import TOWER, write_original
 from llava_jax.weights.source import absolute_folder, local_folder
 from llava_jax.weights.tensors import save_tensors
-from tests.hub_server import Hub, serving
+from tests.hub_server import point
 from tests.tiny_run import change, make_inputs, make_settings
 
 CONFIG, WEIGHTS = {"config.json", "tokenizer.json"}, {"model.safetensors"}
@@ -44,24 +44,6 @@ def inputs(tmp_path_factory) -> pathlib.Path:
     tensors = {name: array[:rows] if "embed" in name or "head" in name else array for name, array in tensors.items()}
     save_tensors(str(folder / "decoder" / "model.safetensors"), tensors)
     return folder
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A stand-in with no repository, which huggingface_hub asks in this process, with an empty cache."""
-    with serving(Hub()) as served:
-        point(monkeypatch, served.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield served
-
-
-def point(monkeypatch, endpoint: str) -> None:
-    """What HF_ENDPOINT does when huggingface_hub is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def answer(model: str) -> list[str]:
@@ -217,7 +199,7 @@ def refused(capsys, *argv: str) -> str:
         ("a/llava@v9", ["a/llava on the Hub has no revision 'v9'"]),
         ("hf:a/card", ["a/card on the Hub (commit ", "has no config.json"]),
         ("a/config", ["a/config on the Hub (commit ", "has no model.safetensors or pytorch_model.bin"]),
-        ("a--b/c", ["a--b/c is no name of a model on the Hub either"]),
+        ("a--b/c", ["a--b/c is no name of a model on the Hub"]),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(server, inputs, capsys, name, words):

@@ -153,7 +153,8 @@ def companion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from llava_jax.weights import convert, hub
+    from llava_jax import hub
+    from llava_jax.weights import convert
 
     source = vars(args)["from"]
     given = dict(dtype=args.dtype, template=args.template, vision=args.vision, base=args.base)

@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from llava_jax.data.sources import TFDS, is_dataset, split_sources
+from llava_jax.data.sources import HUB, TFDS, is_dataset, split_sources
 from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
+from llava_jax.hub import TOWER
 from llava_jax.settings import DTYPES, RANDOM, flatten, read_settings
 from llava_jax.types import InputError, ModelConfig, Settings
 from llava_jax.weights.hf_config import llama_json
 from llava_jax.weights.hf_export import write_llava
-from llava_jax.weights.hub import TOWER
 from llava_jax.weights.load import load_adapters, read_model
 from llava_jax.weights.original_export import write_original, write_projector
 from llava_jax.weights.peft import write_peft
@@ -362,7 +362,7 @@ def _data(annotations: str) -> str:
     named = []
     for path, weight in split_sources(annotations):
         last = path.rstrip("/").split("/")[-2 if is_dataset(path) else -1 :]  # a data set's last folder is its version
-        name = path if path.startswith(TFDS) else "/".join(last)
+        name = path if path.startswith((HUB, TFDS)) else "/".join(last)
         named.append(f"`{name}`" + (f" (weight {weight:g})" if weight is not None else ""))
     return ", ".join(named)
 

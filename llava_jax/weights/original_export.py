@@ -7,11 +7,11 @@ from typing import Any
 
 from llava_jax.data.templates import IM_START_END, TEMPLATES, Template
 from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.hub import TOWER
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_config import write_json
 from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
-from llava_jax.weights.hub import TOWER
 from llava_jax.weights.processor import LlavaExtras, copy_tokenizer, image_settings, own_rows, same_pieces
 from llava_jax.weights.tensors import check_written, enough_room, save_checked, write_shards
 

@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from llava_jax import hub
 from llava_jax.types import InputError
-from llava_jax.weights import hub
 from llava_jax.weights.hf_config import read_json
 
 FORMS = (
@@ -108,7 +108,6 @@ def pinned(source: str, name: str) -> str:
 
 
 NAME = re.compile(rf"{hub.REPOSITORY}(?:@[^\s@]+)?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 # Files of the arguments that take a file as well as a folder: no repository is called so.
 _FILES = (".safetensors", ".bin", ".json")
 
@@ -147,7 +146,7 @@ def absolute_folder(path: str, name: str) -> str:
     if not is_name(path):
         return os.path.abspath(_plain(path)) if path else ""
     repo, revision = repository(path)
-    if COMMIT.fullmatch(revision):
+    if hub.COMMIT.fullmatch(revision):
         return f"{repo}@{revision}"
     return f"{repo}@{os.path.basename(hub.fetch(repo, revision, f'{name}={path}', 'config'))}"
 

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face Hub, owner/name or owner/name@REVISION, as folders of this machine.
+"""Models and data sets of the Hugging Face Hub, as folders of this machine; and the upload of an export.
 
 huggingface_hub fetches, so its variables count (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, proxies), and so do its
 locks: of several processes on a host one fetches a file, and the others wait for it and find it.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from llava_jax.types import InputError
 
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # The folder in an export to the original's layout that holds the vision tower; SGLang looks for `clip` in the name that
 # mm_vision_tower gives.
 TOWER = "clip-vision-tower"
@@ -64,8 +65,8 @@ def fetch(repo: str, revision: str, where: str, need: str) -> str:
     A commit whose files are all here is read without the network. Raises InputError where it cannot be fetched or has
     not what is needed.
     """
-    with _explained(where, repo, revision):
-        folder = _snapshot(repo, revision, (*CONFIGS, _CARD))
+    with _explained(f"{where}: there is no folder of that name, and", repo, revision, "model"):
+        folder = _snapshot(repo, revision, (*CONFIGS, _CARD), "model")
         commit = os.path.basename(folder)
         if need == "config":
             expected, found = "config.json", _holds(folder, CONFIGS)
@@ -84,21 +85,45 @@ def fetch(repo: str, revision: str, where: str, need: str) -> str:
 def _has(repo: str, commit: str, group: Sequence[str]) -> bool:
     """Fetch the files of a group and what lies next to adapters; return whether the repository has any of the group."""
     # Asked for with files that are there: huggingface_hub warns where nothing matches.
-    return _holds(_snapshot(repo, commit, (*CONFIGS, _CARD, *group, _TRAINED)), group)
+    return _holds(_snapshot(repo, commit, (*CONFIGS, _CARD, *group, _TRAINED), "model"), group)
 
 
-def _snapshot(repo: str, revision: str, patterns: Sequence[str]) -> str:
+def _snapshot(repo: str, revision: str, patterns: Sequence[str], kind: str) -> str:
+    """Return the folder of a commit with the files that match; `kind` is model or dataset."""
     # A second of import that only who names a repository should wait for.
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    return snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns))
+    return snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=list(patterns))
 
 
 def _holds(folder: str, patterns: Sequence[str]) -> bool:
     return any(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in patterns)
+
+
+# ---- data sets --------------------------------------------------------------------------------------------------
+
+
+def list_dataset(repo: str, revision: str, where: str) -> tuple[str, list[str]]:
+    """Return (commit, the paths of all files) of a data set; `where` begins messages. Raises InputError.
+
+    A commit that was asked for before is known without the network.
+    """
+    from huggingface_hub import get_cached_repo_tree
+
+    with _explained(f"{where}:", repo, revision, "dataset"):
+        # What it fetches is small and in every repository; that it keeps the list of files is what counts.
+        commit = os.path.basename(_snapshot(repo, revision, (".gitattributes", _CARD), "dataset"))
+        return commit, [file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=commit)]
+
+
+def fetch_dataset(repo: str, commit: str, files: Sequence[str], where: str) -> list[str]:
+    """Return these files of a data set as paths of this machine; what is here already is not fetched."""
+    with _explained(f"{where}:", repo, commit, "dataset"):
+        folder = _snapshot(repo, commit, [glob.escape(file) for file in files], "dataset")
+    return [os.path.join(folder, file) for file in files]
 
 
 # ---- upload -----------------------------------------------------------------------------------------------------
@@ -148,34 +173,35 @@ def _explained_upload(repo: str, then: str) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(where: str, repo: str, revision: str) -> Iterator[None]:
-    """Raise one InputError for whatever the Hub answers, or for no answer."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+def _explained(before: str, repo: str, revision: str, kind: str) -> Iterator[None]:
+    """Raise one InputError, which `before` begins, for whatever the Hub answers, or for no answer."""
+    from huggingface_hub import constants, errors
 
+    absent = (errors.LocalEntryNotFoundError, errors.CachedRepoTreeNotFoundError)
     try:
         yield
-    except (HTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        reason = _reason(error, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
-        raise InputError(f"{where}: there is no folder of that name, and {reason}") from error
+    except (errors.HTTPError, *absent, errors.HFValidationError) as error:
+        reason = _reason(error, repo, revision, kind, constants.ENDPOINT, constants.HF_HUB_CACHE)
+        raise InputError(f"{before} {reason}") from error
 
 
-def _reason(error: Exception, repo: str, revision: str, endpoint: str, cache: str) -> str:
+def _reason(error: Exception, repo: str, revision: str, kind: str, endpoint: str, cache: str) -> str:
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` or HF_TOKEN"
     match error:
         case errors.GatedRepoError():
-            return f"{repo} on the Hub is gated: accept its terms at {endpoint}/{repo}, and {log_in}"
+            page = f"{endpoint}/datasets/{repo}" if kind == "dataset" else f"{endpoint}/{repo}"
+            return f"{repo} on the Hub is gated: accept its terms at {page}, and {log_in}"
         case errors.RepositoryNotFoundError():
-            return f"the Hub ({endpoint}) has no model {repo} that it shows to you: check the name, or {log_in}"
+            return f"the Hub ({endpoint}) has no {kind} {repo} that it shows to you: check the name, or {log_in}"
         case errors.RevisionNotFoundError():
             return f"{repo} on the Hub has no revision {revision!r}: expected a branch, a tag or a commit"
         case errors.HfHubHTTPError():
             said = error.server_message or str(error).splitlines()[0]
             return f"the Hub ({endpoint}) answers {error.response.status_code} for {repo}: {said}"
         case errors.HFValidationError():
-            return f"{repo} is no name of a model on the Hub either: {str(error).splitlines()[0]}"
+            return f"{repo} is no name of a {kind} on the Hub: {str(error).splitlines()[0]}"
     lacks = f"what is needed of it is not in the cache ({cache})"
     if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
         return f"the Hub may not be asked for {repo} (HF_HUB_OFFLINE is set); {lacks}: fetch it once without that"
