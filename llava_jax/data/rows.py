@@ -20,7 +20,7 @@ ROW_KEYS = ("id", "image", "images", "conversations", "system")
 TURN_KEYS = ("from", "value", "weight")
 # What another program would show or train otherwise for such a key.
 MEDIA = ("video", "videos", "audio", "audios")
-TRAINING = ("weight", "train", "tools", "chosen", "rejected")
+TRAINING = ("weight", "train", "tools", "chosen", "rejected", "tool_calls", "function_call", "reasoning_content")
 IMAGE_LIKE = re.compile(r"(?:image|img|picture|pic|photo)s?(?:_?(?:file|path|name|url|list)s?)?")
 SYSTEM_LIKE = re.compile(r"system_?(?:prompt|message|text|instruction)")
 # Where the text shows a video: alone at an end of a line, as LLaVA-NeXT writes it. Elsewhere it may be about HTML.
@@ -46,7 +46,7 @@ def parse_row(row: Any, where: str) -> Record:
     try:
         return _parse(row)
     except InputError as error:
-        name = _row_id(row)
+        name = row_id(row)
         raise InputError(f"{where}{f' (id {name!r})' if name else ''}: {error}") from None
 
 
@@ -55,7 +55,7 @@ def parse_or_reject(row: Any, index: int) -> Record | Rejected:
     try:
         return _parse(row)
     except InputError as error:
-        return Rejected(index, _row_id(row), str(error))
+        return Rejected(index, row_id(row), str(error))
 
 
 def _parse(row: Any) -> Record:
@@ -63,9 +63,9 @@ def _parse(row: Any) -> Record:
         raise row
     if not isinstance(row, dict):
         raise InputError(f"expected an object with id and conversations, found {_kind(row)}")
-    if not isinstance(row.get("id", ""), str | int) and not _row_id(row):
+    if not isinstance(row.get("id", ""), str | int) and not row_id(row):
         raise InputError(f"id is {_kind(row['id'])}, expected text")
-    name = _row_id(row)
+    name = row_id(row)
     check_unicode(name, "id")
     unread = unread_keys(row, ROW_KEYS, TRAINING)
     turns = _parse_turns(row)
@@ -124,7 +124,8 @@ def _unread_of_turn(turn: Mapping[str, Any], index: int) -> tuple[str, ...]:
         raise InputError(f"conversations[{index}]: {error}") from None
 
 
-def _row_id(row: Any) -> str:
+def row_id(row: Any) -> str:
+    """Return the id of a decoded row as text; "" where it has none."""
     name = row.get("id", "") if isinstance(row, dict) else ""
     if isinstance(name, float) and name.is_integer():  # as pandas writes numbers next to missing ones
         name = int(name)
@@ -207,11 +208,14 @@ def _check_path(image: Any, where: str) -> None:
     if isinstance(image, bytes) and image:
         return
     if not isinstance(image, str) or not image.strip():
-        raise InputError(f"{where}: {image!r} is no path; expected one below the images folder")
+        raise InputError(f"{where}: {image!r:.80} is no path; expected one below the images folder")
     if PLAIN_PATH.fullmatch(image):
         return
     check_unicode(image, where, fix="rename the file in UTF-8")
     parts = image.replace("\\", "/").split("/")
+    if "://" in image or image.startswith("data:"):
+        here = "a path below the images folder, or in a message a data: URL"
+        raise InputError(f"{where}: {image!r:.80} is an address; expected {here}")
     absolute = image.startswith(("/", "\\")) or ntpath.splitdrive(image)[0] != ""
     if absolute or ".." in parts or "\0" in image:
         raise InputError(f"{where}: {image!r} leaves the images folder; expected a relative path without ..")
