@@ -338,11 +338,12 @@ class DataSettings:
     """What is trained on, and how rows become batches."""
 
     annotations: str
-    """Rows: a JSON or JSONL file, a folder of `prepare arrayrecord`, or `tfds:NAME`. Several one after another as
+    """Rows: a JSON, JSONL or Parquet file; a folder of Parquet files, of `save_to_disk` or of `prepare arrayrecord`;
+    `hf:USER/NAME[@REVISION][/PATH]` on the Hugging Face Hub; or `tfds:NAME`. Several one after another as
     `a.json,b.json`, mixed by weight as `a.json:0.7,b.json:0.3`.
     """
     images: str
-    """Folder that the image paths of the rows are relative to."""
+    """Folder that the image paths of the rows are relative to; not needed where images come with their rows."""
     template: str
     """How a conversation becomes text, and which part of it is supervised: `plain` (captions), `v1`, `v0`,
     `llava_llama_2`, `mistral_instruct`, `chatml_direct`, `llama_3`, `qwen`, …, or `tokenizer`: the tokenizer's own chat

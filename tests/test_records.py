@@ -117,7 +117,7 @@ def test_file_that_is_no_annotations(tmp_path, content, reason):
 
 
 def test_missing_and_undecodable_file(tmp_path):
-    with pytest.raises(InputError, match="a folder without dataset_info.json; expected .* a folder of a TFDS data set"):
+    with pytest.raises(InputError, match="a folder with neither dataset_info.json, .* nor a Parquet file; expected"):
         load_records(str(tmp_path))
     with pytest.raises(InputError, match="no such annotations file"):
         load_records(str(tmp_path / "none.json"))

@@ -5,13 +5,13 @@ import math
 import os
 
 from llava_jax.cli.flags import announce, check_least
-from llava_jax.data.sources import FORMS, is_dataset
+from llava_jax.data.sources import FORMS
 from llava_jax.settings import CHOICES
 from llava_jax.types import UNPACKED, ClipConfig, DataSettings, InputError, ModelConfig
 
 # The flags that a config answers in their place.
 SINGLE = ("annotations", "images", "tokenizer", "template", "image_position", "max_length", "vision", "patches")
-NEEDED = ("annotations", "images", "tokenizer", "template")
+NEEDED = ("annotations", "tokenizer", "template")
 
 
 def verify_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,8 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
         "                         tokenizer and lengths are then those of that run"
     )
     single = parser.add_argument_group("or, without a config")
-    single.add_argument("--annotations", metavar="FILE", help="LLaVA's JSON, or JSONL")
-    single.add_argument("--images", metavar="DIR", help="folder the rows' images are relative to")
+    single.add_argument("--annotations", metavar="SRC", help="rows, as data.annotations names them")
+    single.add_argument("--images", metavar="DIR", help="folder the rows' image paths are relative to")
     single.add_argument("--tokenizer", metavar="DIR", help="folder of the decoder, or of its tokenizer")
     single.add_argument("--template", help="conversation template: plain, v0, v1, llava_llama_2, …")
     single.add_argument("--image_position", choices=CHOICES["data.image_position"], help="as in training (front)")
@@ -34,6 +34,7 @@ def verify_flags(parser: argparse.ArgumentParser) -> None:
 def verify(args: argparse.Namespace) -> int:
     data, folder, config, patches = model_of_run(args) if args.passed else model_of_flags(args)
     from llava_jax.data import validate
+    from llava_jax.data.records import recognised
     from llava_jax.data.tiles import tiling
     from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 
@@ -52,7 +53,7 @@ def verify(args: argparse.Namespace) -> int:
         dump=args.dump,
     )
     rows, checked = validate.verify(data, tokenizer, patches=patches, tiling=tiles, dump_path=args.dump)
-    print("\n".join(validate.report_lines(checked, data.max_length)))
+    print("\n".join([*recognised(data.annotations, rows), *validate.report_lines(checked, data.max_length)]))
     if checked.rejected:
         count = f"{len(checked.rejected)} of {checked.rows} rows of {data.annotations} cannot be trained"
         more = " (the first of them)" if len(checked.rejected) > 1 else ""
@@ -89,10 +90,7 @@ def model_of_run(args: argparse.Namespace) -> Model:
 
 def model_of_flags(args: argparse.Namespace) -> Model:
     """Return the same of the single flags, which show an image as one square; no model where they name none."""
-    # The rows of a data set bring their images along.
-    brings = args.annotations is not None and is_dataset(args.annotations)
-    needed = [name for name in NEEDED if name != "images" or not brings]
-    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
+    missing = [f"--{name}" for name in NEEDED if getattr(args, name) is None]
     if missing:
         needs = "prepare verify needs --config=FILE[:arg], or else"
         raise InputError(f"{needs} {' and '.join(missing)} next to the others")

@@ -1,7 +1,7 @@
 """The rows that `data.annotations` names, as a sequence whose rows stay on disk until they are asked for.
 
 In memory are numbers only: where each row of a file stands. Rows are counted from 0, as in `Batch.rows_BM`, through all
-sources in their order. A row is parsed and checked (`rows.parse_row`) each time it is read.
+sources in their order. A row is parsed and checked (`forms.parse_any`) each time it is read.
 """
 
 import abc
@@ -15,30 +15,47 @@ from typing import Any
 
 import numpy as np
 
+from llava_jax import hub
 from llava_jax.data import sources
+from llava_jax.data.forms import describe, parse_any
 from llava_jax.data.mixture import Mixture
-from llava_jax.data.rows import Rejected, parse_or_reject
-from llava_jax.data.sources import KEPT_ROWS, Source, code, keep, kept_path, key_of, recall, split_sources, whole
+from llava_jax.data.rows import Rejected
+from llava_jax.data.sources import (
+    KEPT_ROWS,
+    Source,
+    Split,
+    code,
+    keep,
+    kept_path,
+    key_of,
+    recall,
+    split_sources,
+    whole,
+)
 from llava_jax.io import BOM, check_first_line, elements, line_of, unique, utf8_pieces
 from llava_jax.types import ImageBytes, InputError, Record
 
 # Bytes that are read at a time of rows that are read in order, and the most between two of these.
 SEVERAL_ROWS, SEPARATOR = 1 << 18, 16
+# Rows at the beginning of a source that are looked at to name their form.
+DESCRIBED = 100
 ROW = json.JSONDecoder(object_pairs_hook=unique)  # json.loads would make one for every row
 
 
 class Rows(Sequence[Record]):
     """Rows on disk. `rows[i]` reads one and raises InputError where it cannot be used.
 
-    `fingerprint` is a hash of the content of all sources, `mixture` says how they are mixed (None: one after another).
+    `fingerprint` is a hash of the content of all sources, `mixture` says how they are mixed (None: one after another),
+    `format` is that of the files, for a person.
     """
 
     fingerprint: str = ""
+    format: str = ""
     mixture: Mixture | None = None
 
     def entry(self, row: int) -> Record | Rejected:
         """Return the row, or why it cannot be used."""
-        return parse_or_reject(self.decoded(row), row)
+        return parse_any(self.decoded(row), row)
 
     @abc.abstractmethod
     def decoded(self, row: int) -> Any:
@@ -56,8 +73,8 @@ class Rows(Sequence[Record]):
 class FileRows(Rows):
     """Rows of a JSON Lines file of this machine; `places` are (start, length) of each in bytes, int64[A, 2]."""
 
-    def __init__(self, path: str, places: np.ndarray, fingerprint: str):
-        self.path, self.places, self.fingerprint = path, places, fingerprint
+    def __init__(self, path: str, places: np.ndarray, fingerprint: str, format: str):
+        self.path, self.places, self.fingerprint, self.format = path, places, fingerprint, format
         self._file: Any = None
         self._piece, self._end = (0, b""), 0  # where a piece of the file starts, and the piece
 
@@ -89,8 +106,30 @@ class FileRows(Rows):
         return piece[start - first : end - first]
 
 
+class TableRows(Rows):
+    """Rows of Parquet files, or of a data set that `datasets` saved."""
+
+    def __init__(self, split: Split, name: str):
+        # A fifth of a second of import that only such files should pay for.
+        from llava_jax.data.tables import open_groups
+
+        self._groups, self.format = open_groups(split, name), str(split)
+        self.fingerprint = key_of([sources.digest(path) for path in split.files])
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def decoded(self, row: int) -> Any:
+        try:
+            return self._groups.row(row)
+        except InputError as error:
+            return error
+
+
 class DatasetRows(Rows):
     """Rows of a TFDS data set, as `prepare arrayrecord` writes it: images come with the row, as bytes."""
+
+    format = "TFDS"
 
     def __init__(self, name: str):
         self.name = name
@@ -189,19 +228,58 @@ def load_records(annotations: str) -> Rows:
     return JoinedRows(parts, [source.path for source in found], weights if len(weights) == len(found) else None)
 
 
+def recognised(annotations: str, rows: Rows) -> list[str]:
+    """Return a line for each source, for a person: its format, and the form of the rows that it begins with."""
+    parts = [(annotations, rows)]
+    if isinstance(rows, JoinedRows):
+        parts = list(zip(rows.names, rows.parts, strict=True))
+    return [
+        f"{name}: {part.format}, {describe(part.decoded(row) for row in range(min(len(part), DESCRIBED)))}"
+        for name, part in parts
+    ]
+
+
 def _open_source(source: Source) -> Rows:
-    if sources.is_dataset(source.path):
-        return DatasetRows(source.path)
-    path = sources.local_copy(source.path)
+    name = source.path
+    if sources.is_on_hub(name):
+        return _open_hub(name)
+    if sources.is_dataset(name):
+        return DatasetRows(name)
+    path = sources.local_copy(name)
     if os.path.isdir(path):
-        raise InputError(f"{source.path}: a folder without {sources.INFO}; expected {sources.FORMS}")
+        split = sources.split_in(path)
+        if split is None:
+            there = f"neither {sources.INFO}, {sources.STATE} nor a Parquet file"
+            raise InputError(f"{name}: a folder with {there}; expected {sources.FORMS}")
+        return TableRows(split, name)
     if not os.path.isfile(path):
-        raise InputError(f"{source.path}: no such annotations file; expected {sources.FORMS}")
+        raise InputError(f"{name}: no such annotations file; expected {sources.FORMS}")
+    return _open_file(path, name)
+
+
+def _open_hub(name: str) -> Rows:
+    """Return the rows of a name on the Hub, of which only the files that are read are fetched."""
+    where = f"data.annotations={name}"
+    repo, revision, inside = sources.on_hub(name)
+    commit, files = hub.list_dataset(repo, revision, where)
+    if inside in files:
+        (path,) = hub.fetch_dataset(repo, commit, [inside], where)
+        return _open_file(path, name)
+    split = sources.choose_split(files, inside, where)
+    return TableRows(split._replace(files=tuple(hub.fetch_dataset(repo, commit, split.files, where))), name)
+
+
+def _open_file(path: str, name: str) -> Rows:
+    """Return the rows of a file of this machine that has this name among the sources."""
+    if name.lower().endswith(sources.TABLE):
+        return TableRows(Split(sources.PARQUET, (path,)), name)
     content = sources.digest(path)
-    lines = path if source.path.lower().endswith(sources.LINES) else lines_of_list(path, content)
+    has_lines = name.lower().endswith(sources.LINES)
+    lines = path if has_lines else lines_of_list(path, content)
     # In these words, so that a run resumes from checkpoints of before.
-    line = f"{os.path.basename(source.path)} {content}\n"
-    return FileRows(lines, index_lines(lines, content), hashlib.blake2b(line.encode(), digest_size=16).hexdigest())
+    line = f"{os.path.basename(name)} {content}\n"
+    fingerprint = hashlib.blake2b(line.encode(), digest_size=16).hexdigest()
+    return FileRows(lines, index_lines(lines, content), fingerprint, "JSON Lines" if has_lines else "JSON")
 
 
 def _text(value: bytes | str) -> str:

@@ -1,30 +1,44 @@
 """Where rows come from, as `data.annotations` says it, and the folder in which what was read of them is kept.
 
-A source is a JSON or JSONL file, a folder that TFDS reads, or tfds:NAME, a data set among those of TFDS; files and
-folders may lie where etils.epath reaches (gs://…). Several are joined by commas, all with a weight (a.json:0.7) or all
-without.
+A source is a JSON, JSONL or Parquet file, a folder of Parquet files, one that `datasets` saved or that TFDS reads,
+tfds:NAME, a data set among those of TFDS, or hf:USER/NAME, one on the Hugging Face Hub. Files may lie where etils.epath
+reaches (gs://…). Several are joined by commas, all with a weight (a.json:0.7) or all without.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import os
+import posixpath
 import re
 import secrets
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from llava_jax import hub
 from llava_jax.types import InputError
 
-TFDS = "tfds:"
+TFDS, HUB = "tfds:", "hf:"
+# A revision of the Hub has no slash but in refs/convert/parquet, where the Hub keeps data sets of other formats.
+ON_HUB = re.compile(rf"{HUB}({hub.REPOSITORY})(?:@(refs/[^/@]+/[^/@]+|[^/@]+))?(?:/(.+?))?/?")
 INFO = "dataset_info.json"
 LINES = (".jsonl", ".ndjson")
-FORMS = "a JSON or JSONL file, a folder of a TFDS data set or tfds:NAME"
+TABLE = ".parquet"
+PARQUET, SAVED = "Parquet", "Hugging Face data set"
+# What `save_to_disk` writes next to the rows of a data set, and next to the folders of several splits.
+STATE, SPLITS = "state.json", "dataset_dict.json"
+# What a file's name has after that of its split: train-00000-of-00005.parquet, data/train/0000.parquet, train.parquet.
+SHARD = re.compile(r"(?:^|-)\d+(?:-of-\d+)?(?:-[0-9a-f]{16})?$")
+FORMS = (
+    "a JSON, JSONL or Parquet file, a folder of Parquet files, of save_to_disk or of a TFDS data set, tfds:NAME, or "
+    "hf:USER/NAME[@REVISION][/FOLDER, SPLIT or FILE]"
+)
 # Fewer rows than these are read again sooner than what is kept of them.
 KEPT_ROWS = 20_000
 KEPT_DAYS = 90
@@ -74,17 +88,128 @@ def _weighted(part: str) -> Source | None:
 
 
 def absolute(text: str) -> str:
-    """Return `data.annotations` with local paths absolute; empty text stays empty."""
-    if not text:
-        return ""
-    return ",".join(
-        str(
-            source
-            if "://" in source.path or source.path.startswith(TFDS)
-            else source._replace(path=os.path.abspath(source.path))
-        )
-        for source in split_sources(text)
-    )
+    """Return `data.annotations` with local paths absolute and names on the Hub with the commit; "" stays.
+
+    Raises InputError where the Hub does not answer.
+    """
+    return ",".join(str(source._replace(path=_absolute(source.path))) for source in split_sources(text)) if text else ""
+
+
+def _absolute(path: str) -> str:
+    if is_on_hub(path):
+        name = on_hub(path)
+        if hub.COMMIT.fullmatch(name.revision):
+            return str(name)
+        return str(name._replace(revision=hub.list_dataset(name.repo, name.revision, _where(path))[0]))
+    return path if is_remote(path) or path.startswith(TFDS) else os.path.abspath(path)
+
+
+def with_commits(text: str, there: str) -> str:
+    """Return `data.annotations` with the commits of `there`, where both name a data set on the Hub, `text` without."""
+    known = {on_hub(path)._replace(revision=""): path for path, _ in split_sources(there) if is_on_hub(path)}
+    given = [(source, on_hub(source.path) if is_on_hub(source.path) else None) for source in split_sources(text)]
+    return ",".join(str(source._replace(path=known.get(name, source.path))) for source, name in given) if text else ""
+
+
+# ---- names on the Hub -----------------------------------------------------------------------------------------------
+
+
+class OnHub(NamedTuple):
+    """A data set on the Hub: owner/name, revision (may be ""), and the folder, split or file in it (may be "")."""
+
+    repo: str
+    revision: str
+    inside: str
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.repo}{self.revision and '@'}{self.revision}{self.inside and '/'}{self.inside}"
+
+
+def is_on_hub(path: str) -> bool:
+    """Return whether a source is a name on the Hub; a file or folder of that name wins."""
+    return path.startswith(HUB) and not os.path.exists(path)
+
+
+def on_hub(path: str) -> OnHub:
+    """Return what a name on the Hub says. Raises InputError where it is none."""
+    found = ON_HUB.fullmatch(path)
+    if found is None:
+        raise InputError(f"{_where(path)}: expected hf:USER/NAME[@REVISION][/FOLDER, SPLIT or FILE]")
+    return OnHub(*(part or "" for part in found.groups()))
+
+
+def _where(path: str) -> str:
+    return f"data.annotations={path}"
+
+
+# ---- Parquet and Arrow files ----------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """The files of one split: their format (PARQUET or SAVED), their paths in the order of rows, all splits there."""
+
+    format: str
+    files: tuple[str, ...]
+    name: str = ""
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.format + (f", split {self.name} ({_named(self.others)} not read)" if self.others else "")
+
+
+def choose_split(files: Sequence[str], wanted: str, where: str) -> Split:
+    """Return the Parquet files of one split among paths of a folder or repository.
+
+    `wanted` is a folder or a split; "" takes the only split, or the one called train. Raises InputError, which `where`
+    begins, where that leaves none or several.
+    """
+    splits: dict[str, list[str]] = {}
+    for path in sorted(path for path in files if path.endswith(TABLE)):
+        folder, name = posixpath.split(path.removesuffix(TABLE))
+        splits.setdefault(posixpath.join(folder, SHARD.sub("", name)).strip("/"), []).append(path)
+    inside = [name for name in splits if not wanted or f"/{wanted}/" in f"/{name}/"]
+    chosen = inside if len(inside) == 1 else [name for name in inside if name.split("/")[-1] == "train"]
+    if len(chosen) != 1:
+        there = f"splits {_named(inside or splits)}" if splits else "no Parquet file"
+        raise InputError(f"{where}: {there}; expected one split, or one called train: name a folder, split or file")
+    others = tuple(name for name in splits if name != chosen[0])
+    return Split(PARQUET, tuple(splits[chosen[0]]), chosen[0], others)
+
+
+def _named(splits: Iterable[str]) -> str:
+    names = list(splits)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def split_in(folder: str) -> Split | None:
+    """Return what a folder of this machine holds: saved by `datasets`, or in Parquet; None for neither.
+
+    Raises InputError as `choose_split` does.
+    """
+    state, several = os.path.join(folder, STATE), os.path.join(folder, SPLITS)
+    try:
+        if os.path.isfile(state):
+            with open(state, encoding="utf-8") as file:
+                names = [each["filename"] for each in json.load(file)["_data_files"]]
+            return Split(SAVED, tuple(os.path.join(folder, name) for name in names))
+        if os.path.isfile(several):
+            with open(several, encoding="utf-8") as file:
+                splits = json.load(file)["splits"]
+            split = splits[0] if len(splits) == 1 else "train"
+            found = split_in(os.path.join(folder, split)) if split in splits else None
+            if found is None:
+                raise InputError(f"{folder}: splits {_named(splits)}; expected one, or one called train: name a folder")
+            return found._replace(name=split, others=tuple(name for name in splits if name != split))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: no data set as `save_to_disk` writes it ({error!r}); save it again") from error
+    files = glob.glob(os.path.join(glob.escape(folder), "**", f"*{TABLE}"), recursive=True)
+    if not files:
+        return None
+    found = choose_split([os.path.relpath(file, folder).replace(os.sep, "/") for file in files], "", folder)
+    return found._replace(files=tuple(os.path.join(folder, file) for file in found.files))
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def is_remote(path: str) -> bool:
@@ -94,9 +219,12 @@ def is_remote(path: str) -> bool:
 
 def is_dataset(path: str) -> bool:
     """Return whether a source is a TFDS data set rather than a file."""
-    if path.startswith(TFDS) or not is_remote(path):
-        return path.startswith(TFDS) or os.path.isfile(os.path.join(path, INFO))
-    return not path.lower().endswith((".json", *LINES))
+    if path.startswith(TFDS):
+        return True
+    if is_remote(path):
+        return not path.lower().endswith((".json", *LINES, TABLE))
+    # What `save_to_disk` writes has a dataset_info.json, too.
+    return os.path.isfile(os.path.join(path, INFO)) and not os.path.isfile(os.path.join(path, STATE))
 
 
 def digest(path: str) -> str:

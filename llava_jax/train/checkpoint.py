@@ -242,6 +242,9 @@ def with_commits_of(workdir: str, settings: Settings) -> Settings:
         init=dataclasses.replace(
             init, model=_kept(init.model, there.init.model), projector=_kept(init.projector, there.init.projector)
         ),
+        data=dataclasses.replace(
+            settings.data, annotations=sources.with_commits(settings.data.annotations, there.data.annotations)
+        ),
     )
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from llava_jax.data.packing import BatchPlan, BatchShape, steps_for
 from llava_jax.data.pipeline import BatchIterator, make_pipeline
-from llava_jax.data.records import Rows, load_records
+from llava_jax.data.records import Rows, load_records, recognised
 from llava_jax.data.sources import FORMS
 from llava_jax.data.templates import OWN
 from llava_jax.data.tiles import tiling
@@ -57,6 +57,7 @@ def read_records(data: DataSettings, config: ModelConfig, tokenizer: TextTokeniz
     if not data.annotations:
         raise InputError(f"data.annotations is empty: expected {FORMS}")
     records = load_records(data.annotations)
+    say("\n".join(recognised(data.annotations, records)))
     tiles = tiling(config) if config.pinpoints else None
     checked = check_once(records, data, tokenizer, patches=config.vision.patches, tiling=tiles)
     checked.require_clean()
