@@ -134,6 +134,7 @@ def write_lines(path: pathlib.Path, rows: list[dict]) -> str:
 def test_the_same_rows_in_every_form_give_byte_equal_batches(tmp_path):
     rows, images = llava_rows(tmp_path), tmp_path / "images"
     said = [messages(row) for row in rows]
+    sources = [with_sources(row, images) for row in said]
     plain = str(tmp_path / "rows.json")
     pathlib.Path(plain).write_text(json.dumps(rows))
     forms = {write_lines(tmp_path / "llava.jsonl", rows): "JSON Lines, LLaVA conversations with images as paths"}
@@ -141,7 +142,7 @@ def test_the_same_rows_in_every_form_give_byte_equal_batches(tmp_path):
     forms[name] = "JSON Lines, ShareGPT conversations with images as paths"
     name = write_lines(tmp_path / "messages.jsonl", said)
     forms[name] = "JSON Lines, OpenAI messages with images as paths"
-    name = write_lines(tmp_path / "sources.jsonl", [with_sources(row, images) for row in said])
+    name = write_lines(tmp_path / "sources.jsonl", sources)
     forms[name] = "JSON Lines, OpenAI messages with images as paths and bytes"
     name = str(tmp_path / "llava.parquet")
     parquet.write_table(pa.Table.from_pylist(columns(with_bytes(row, images) for row in rows)), name, row_group_size=30)
@@ -154,6 +155,8 @@ def test_the_same_rows_in_every_form_give_byte_equal_batches(tmp_path):
     shown = shown.cast_column("images", datasets.Sequence(datasets.Image()))
     shown.save_to_disk(tmp_path / "saved", num_shards=3)
     forms[str(tmp_path / "saved")] = "Hugging Face data set, OpenAI messages with images as bytes"
+    datasets.Dataset.from_list(columns(map(as_parts, sources))).save_to_disk(tmp_path / "parts")
+    forms[str(tmp_path / "parts")] = "Hugging Face data set, OpenAI messages with images as paths and bytes"
     shown.to_parquet(tmp_path / "hub-00000-of-00001.parquet")
     forms[str(tmp_path / "hub-00000-of-00001.parquet")] = "Parquet, OpenAI messages with images as bytes"
 
@@ -242,6 +245,17 @@ def test_system_weight_and_unread_keys_mean_what_they_mean_in_other_forms():
     assert parse_any({"conversations": lists}, 0).turns == (Turn("human", "Hi"), Turn("gpt", "Yes."))
 
 
+def test_what_a_table_has_of_other_rows_is_nothing(tmp_path):
+    nothing = {"bytes": None, "path": None}
+    part = text("Hi") | {"image": nothing, "image_url": {"url": None, "detail": None}, "index": None}
+    content = {"bytes": b"JFIF", "path": None}
+    rows = [asked(turn(part), image=nothing, source=None), asked(turn(IMAGE | {"text": None}), image=content)]
+    rows = [as_parts(row) for row in rows]
+    parquet.write_table(pa.Table.from_pylist(columns(rows)), tmp_path / "a.parquet")
+    found = load_records(str(tmp_path / "a.parquet"))
+    assert [record.images for record in found] == [(), (b"JFIF",)] and found[0].unread == ()
+
+
 def test_an_image_that_came_with_its_row_keeps_its_name():
     part = {"type": "image", "image": {"bytes": b"JFIF", "path": "cats/1.jpg"}}
     (image,) = parse_any(asked(turn(part)), 0).images
@@ -308,7 +322,7 @@ def test_tables_that_cannot_be_read_are_told_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
     (tmp_path / "a.parquet").write_bytes(b"no Parquet at all")
-    refused("a.parquet", "a.parquet: not Parquet that can be read .*; expected rows with conversations or messages")
+    refused("a.parquet", "a.parquet: no Parquet that can be read .*; expected rows with conversations or messages")
     parquet.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "b.parquet")
     refused("b.parquet", "b.parquet: columns text, label; expected rows with conversations or messages")
     parquet.write_table(pa.table({"messages": pa.array([], pa.list_(pa.string()))}), tmp_path / "c.parquet")
@@ -317,7 +331,7 @@ def test_tables_that_cannot_be_read_are_told_in_one_line(tmp_path):
     saved.save_to_disk(tmp_path / "saved")
     (shard,) = (tmp_path / "saved").glob("*.arrow")
     shard.write_bytes(shard.read_bytes()[:100])
-    refused("saved", "saved: not Hugging Face data set that can be read")
+    refused("saved", "saved: no Hugging Face data set that can be read")
     (tmp_path / "saved" / "state.json").write_text("{}")
     refused("saved", "saved: no data set as `save_to_disk` writes it")
     refused(".", "splits a, b, c; expected one split, or one called train")
@@ -375,7 +389,7 @@ def test_verify_names_the_form_and_a_mixed_up_row(tmp_path, capsys):
 # ---- names on the Hub -------------------------------------------------------------------------------------------
 
 
-def test_a_data_set_by_name(server, tmp_path):
+def test_a_data_set_by_name(server, tmp_path, monkeypatch):
     table = pa.Table.from_pylist([asked(turn("Hi"))])
     parquet.write_table(table, tmp_path / "rows.parquet")
     content = (tmp_path / "rows.parquet").read_bytes()
@@ -407,6 +421,11 @@ def test_a_data_set_by_name(server, tmp_path):
     }.items():
         with pytest.raises(InputError, match=reason):
             load_records(name)
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert len(load_records(f"hf:a/rows@{commit}")) == 1
+        with pytest.raises(InputError, match="may not be asked for a/rows .*HF_HUB_OFFLINE is set"):
+            load_records(f"hf:a/rows@{'0' * 40}")
     server.gated.add("datasets/a/rows")
     with pytest.raises(InputError, match=rf"gated: accept its terms at {server.endpoint}/datasets/a/rows"):
         server.push("datasets/a/rows", files)

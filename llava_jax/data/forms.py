@@ -138,7 +138,7 @@ def _part(part: Any, images: _Images) -> tuple[str | None, Any, dict[str, Any]]:
     """Return (text, None) of a part, or (None, image), and what of it is not read."""
     if not isinstance(part, dict):
         raise InputError(f"is {part!r:.80}; {EXPECTED_PART}")
-    part = {name: value for name, value in part.items() if value is not None}
+    part = {name: value for name, value in part.items() if not is_null(value)}
     what = part.get("type")
     if not isinstance(what, str) or what not in PARTS:
         raise InputError(f"type {what!r} is not read, only text and images are; {EXPECTED_PART}")
@@ -165,6 +165,11 @@ def _part(part: Any, images: _Images) -> tuple[str | None, Any, dict[str, Any]]:
     if not taken:
         raise InputError("an image without a source, and the row names no more images; give its path, or images")
     return None, taken[0], unread
+
+
+def is_null(value: Any) -> bool:
+    """Return whether a value stands for none: tables have every key of a struct in every row."""
+    return value is None or (isinstance(value, dict) and all(map(is_null, value.values())))
 
 
 def image_of(value: Any) -> Any:
@@ -199,7 +204,7 @@ def describe(rows: Iterable[Any]) -> str:
             forms[_form(row)] = None
             images |= {"bytes" if isinstance(image, bytes) else "paths": None for image in found.images}
     if not forms:
-        return "no row that can be used among the first"
+        return "none of its first rows can be used"
     return " and ".join(forms) + (f" with images as {' and '.join(images)}" if images else "")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from llava_jax.data.forms import KEYS, image_of
+from llava_jax.data.forms import KEYS, image_of, is_null
 from llava_jax.data.sources import PARQUET, Split
 from llava_jax.types import InputError
 
@@ -38,8 +38,7 @@ class Groups:
         except UNREADABLE as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"row {row - start} of {self.name(group)} cannot be read ({reason})") from error
-        # A column that a row does not have holds null.
-        found = {name: value for name, value in found.items() if value is not None}
+        found = {name: value for name, value in found.items() if not is_null(value)}
         for key in {"image", "images"} & found.keys():
             images = found[key] if isinstance(found[key], list) else [found[key]]
             found[key] = [image_of(image) if isinstance(image, dict) else image for image in images]
@@ -110,7 +109,7 @@ def open_groups(split: Split, where: str) -> Groups:
         groups = (ParquetGroups if split.format == PARQUET else ArrowGroups)(split.files)
     except UNREADABLE as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{where}: not {split.format} that can be read ({reason}); {expected}") from error
+        raise InputError(f"{where}: no {split.format} that can be read ({reason}); {expected}") from error
     if not len(groups):
         raise InputError(f"{where}: no rows; {expected}")
     if not set(KEYS) & set(groups.columns):
