@@ -137,6 +137,8 @@ def convert_flags(parser: argparse.ArgumentParser) -> None:
     companion_flags(parser)
     tower = "what a written llava:DIR names its tower by; by default the folder written inside it"
     parser.add_argument("--mm_vision_tower", default="", metavar="NAME", help=tower)
+    rows = "a vocabulary of as many rows as the tokenizer has ids, up to the next multiple of N; 1 for not one more"
+    parser.add_argument("--pad_vocab", type=int, default=0, metavar="N", help=rows)
     push = "upload what is written to this repository on the Hub, made private where there is none"
     parser.add_argument("--push", default="", metavar="USER/NAME", help=push)
     force = "write also where the exported tokenizer gives other ids than the model was trained on"
@@ -159,7 +161,7 @@ def convert(args: argparse.Namespace) -> int:
     source = vars(args)["from"]
     given = dict(dtype=args.dtype, template=args.template, vision=args.vision, base=args.base)
     announce("convert", source=source, target=args.to, **given, push=args.push)
-    rest = dict(mm_vision_tower=args.mm_vision_tower, step=args.step, force=args.force)
+    rest = dict(mm_vision_tower=args.mm_vision_tower, step=args.step, pad_vocab=args.pad_vocab, force=args.force)
     if args.push and args.to.startswith("projector:"):
         raise InputError(f"--push={args.push}: uploads a folder and --to={args.to} is a file; use `hf upload`")
     if args.push:

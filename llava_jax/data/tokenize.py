@@ -36,6 +36,9 @@ _NUMBER_MARK = "\ufde0"
 END = "</s>"
 # Chunks without targets that are kept: what stands before the first image is the same in most rows.
 KNOWN = 16
+# Key of an exported tokenizer_config.json, with the `post_processor` that begins texts with BOS: exports leave that to
+# the chat template.
+EXPORT_KEY = "llava_jax"
 # model_type of the original code's folders -> that of the decoder inside.
 ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -74,7 +77,8 @@ class TextTokenizer:
         self._splitter = _make_splitter(self._codec, self._marks, [*own.values()])
         vocabulary = source.get_vocab()
         self.size = max(vocabulary.values()) + 1
-        self.bos_id = source.bos_token_id if source("a").input_ids[:1] == [source.bos_token_id] else None
+        exported = "post_processor" in source.init_kwargs.get(EXPORT_KEY, {})
+        self.bos_id = source.bos_token_id if exported or adds_bos(source) else None
         own = source.eos_token_id
         self.eos_id = own if own is not None else next(iter(ends), None)
         self.ends = tuple(dict.fromkeys([*([] if self.eos_id is None else [self.eos_id]), *ends]))
@@ -220,6 +224,11 @@ def auto_tokenizer(folder: str) -> Any:
     """Return the tokenizer behind `load_tokenizer` as transformers has it; not to be changed."""
     load_tokenizer(folder)
     return _read_folder(folder, _stamp(folder))[1]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether a transformers tokenizer begins a text with its BOS."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _stamp(folder: str) -> tuple[tuple[str, int, int], ...]:

@@ -50,6 +50,7 @@ def convert(
     base: str = "",
     mm_vision_tower: str = "",
     step: int | None = None,
+    pad_vocab: int = 0,
     force: bool = False,
     name: str = "",
 ) -> None:
@@ -58,8 +59,9 @@ def convert(
     A run is written in the dtype it computes in, a folder in the dtype it is stored in (float16 as bfloat16), unless
     `dtype` says another. `template` replaces the one the source names. `vision` and `base` are folders for what an
     original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by. `step` is that of a
-    run's checkpoint, the newest by default. `force` writes also where the export's tokenizer gives other ids than the
-    model was trained on. `name` is what the model card says that the model is loaded by, the folder by default.
+    run's checkpoint, the newest by default. `pad_vocab` gives the vocabulary as many rows as the tokenizer has ids, up
+    to the next multiple of it. `force` writes also where the export's tokenizer gives other ids than the model was
+    trained on. `name` is what the model card says that the model is loaded by, the folder by default.
     """
     source, vision, base = pinned(source, "--from"), pinned(vision, "--vision"), pinned(base, "--base")
     _, folder = parse(source, "--from")
@@ -74,6 +76,8 @@ def convert(
         check_template(template)
     if mm_vision_tower and kind != "llava":
         raise InputError(f"--mm_vision_tower={mm_vision_tower}: goes with --to=llava:DIR, which names a tower")
+    if pad_vocab < 0 or (pad_vocab and kind in ("projector", "peft")):
+        raise InputError(f"--pad_vocab={pad_vocab}: expected 1 or more rows, and --to=hf:DIR, llava:DIR or orbax:DIR")
     if kind == "peft":
         if dtype or template or vision or base:
             raise InputError(
@@ -103,7 +107,15 @@ def convert(
     card = model_card(kind, name or os.path.basename(os.path.abspath(destination)), config, made, rules)
     if kind == "llava":
         exported = write_original(
-            destination, config, params, rules, dtype=config.dtype, tower_name=mm_vision_tower, force=force, card=card
+            destination,
+            config,
+            params,
+            rules,
+            dtype=config.dtype,
+            tower_name=mm_vision_tower,
+            pad_vocab=pad_vocab,
+            force=force,
+            card=card,
         )
         print(
             f"mm_vision_tower is {mm_vision_tower or TOWER!r}; the original code looks for it from where it is "
@@ -112,12 +124,22 @@ def convert(
     else:
         weights = "orbax" if kind == "orbax" else "safetensors"
         exported = write_llava(
-            destination, config, params, rules, dtype=config.dtype, weights=weights, force=force, card=card
+            destination,
+            config,
+            params,
+            rules,
+            dtype=config.dtype,
+            weights=weights,
+            pad_vocab=pad_vocab,
+            force=force,
+            card=card,
         )
     before, after = config.llm.vocab_size, exported.llm.vocab_size
     if after != before:
-        change = "for" if after > before else "without those for"
-        print(f"vocabulary: {before} -> {after} rows, {change} <image> and padding")
+        change = f"{'for' if after > before else 'without those for'} <image> and padding"
+        if pad_vocab:
+            change = f"a multiple of {pad_vocab} for the tokenizer's ids (--pad_vocab)"
+        print(f"vocabulary: {before} -> {after} rows, {change}")
     print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
 
 

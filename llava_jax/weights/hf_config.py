@@ -339,6 +339,7 @@ def llava_json(config: ModelConfig, *, dtype: str, pad_id: int, bos_id: int | No
         **kind,
         ignore_index=-100,
         image_token_index=config.image_token_id,
+        image_token_id=config.image_token_id,
         image_seq_length=config.vision.patches,
         projector_hidden_act={ours: theirs for theirs, ours in _PROJECTORS.items()}[config.projector],
         multimodal_projector_bias=True,

@@ -44,6 +44,7 @@ def write_llava(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     weights: str = "safetensors",
+    pad_vocab: int = 0,
     force: bool = False,
     card: str = "",
 ) -> ModelConfig:
@@ -53,6 +54,8 @@ def write_llava(
     extras   its `vision` is the CLIP or LLaVA folder whose last blocks and post-norm are copied through unchanged;
              none (random towers) writes fresh values there, which no LLaVA ever reads
     weights  safetensors, or orbax: our own parameters, whole in host memory while they are written
+    pad_vocab  rows of the vocabulary: as many as the tokenizer has ids, rounded up to a multiple of this; 0 keeps
+             those there are, and where `<image>` or padding lie outside rounds up to VOCAB_MULTIPLE
     force    write also where whole strings are tokenised otherwise than the model was trained
     card     text of its README.md; empty: none is written
     Everything is written next to `folder`, read back and compared, and then renamed. Raises InputError when
@@ -62,8 +65,9 @@ def write_llava(
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     with finished_folder(folder, card) as partial:
         tokens = write_processor(partial, config, extras)
-        exported = _grown(config, tokens)
-        _write_configs(partial, exported, tokens, dtype, own_rows(extras.tokenizer, config.llm.vocab_size), extras)
+        exported = _grown(config, tokens, pad_vocab)
+        rows = own_rows(extras.tokenizer, config.llm.vocab_size)
+        _write_configs(partial, exported, tokens, dtype, min(rows, exported.llm.vocab_size), extras)
         check_ids(partial, extras, force)
         params = with_vocabulary(params, exported.llm.vocab_size)
         pieces, beyond = all_pieces(exported, params, extras.vision, dtype)
@@ -104,12 +108,14 @@ def finished_folder(folder: str, card: str = "") -> Iterator[str]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _grown(config: ModelConfig, tokens: ExportedTokens) -> ModelConfig:
+def _grown(config: ModelConfig, tokens: ExportedTokens, pad_vocab: int) -> ModelConfig:
     """Return the config with the exported image token, the vocabulary grown where image or pad id lie outside."""
     needed = max(tokens.image_id, tokens.pad_id) + 1
     vocab = config.llm.vocab_size
-    if needed > vocab:
-        vocab = -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if pad_vocab:
+        vocab = round_up(tokens.size, pad_vocab)
+    elif needed > vocab:
+        vocab = round_up(needed, VOCAB_MULTIPLE)
     llm = dataclasses.replace(config.llm, vocab_size=vocab)
     return dataclasses.replace(config, llm=llm, image_token_id=tokens.image_id)
 
@@ -122,6 +128,8 @@ def _write_configs(
     )
     write_json(folder, "config.json", described | {"llava_jax": extras.rules | {"vocab_size": rows}})
     generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokens.stop_strings:
+        generation["stop_strings"] = list(tokens.stop_strings)
     write_json(folder, "generation_config.json", generation)
     read = hf_config.llava_config(read_json(os.path.join(folder, "config.json")), folder, config.dtype)
     # How images become pixels stands in preprocessor_config.json.
@@ -139,6 +147,11 @@ def all_pieces(
     """Return every tensor of the model in hub layout: (our parameters, what LLaVA does not run but readers ask)."""
     beyond = [*identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
     return list(parameter_pieces(params, dtype)), beyond
+
+
+def round_up(rows: int, multiple: int) -> int:
+    """Return the next multiple that is at least `rows`."""
+    return -(-rows // multiple) * multiple
 
 
 def with_vocabulary(params: Params, rows: int) -> Params:

@@ -11,8 +11,8 @@ from llava_jax.hub import TOWER
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_config import write_json
-from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
-from llava_jax.weights.processor import LlavaExtras, copy_tokenizer, image_settings, own_rows, same_pieces
+from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, round_up, with_vocabulary
+from llava_jax.weights.processor import LlavaExtras, image_settings, own_rows, same_pieces, write_original_tokenizer
 from llava_jax.weights.tensors import check_written, enough_room, save_checked, write_shards
 
 Params = dict[str, Any]
@@ -35,6 +35,7 @@ def write_original(
     *,
     dtype: str = "float32",
     tower_name: str = "",
+    pad_vocab: int = 0,
     force: bool = False,
     card: str = "",
 ) -> ModelConfig:
@@ -43,9 +44,9 @@ def write_original(
     Decoder and projector lie in model.safetensors (or shards), the tower in a folder inside; one that was trained lies
     in both, as in v1.6, where `unfreeze_mm_vision_tower` makes the original read it from there. Rows that an export to
     Hugging Face added to the vocabulary are left out again. A LLaVA-NeXT is written as v1.6 is. `tower_name` is what
-    config.json names the tower by; the folder inside by default. `force` writes also where the tokenizer then gives
-    other ids. `card` is the text of README.md, none where it is empty. Raises InputError when `folder` is already
-    there.
+    config.json names the tower by; the folder inside by default. `pad_vocab` is as in `write_llava`, where 0 leaves the
+    rows the decoder came with. `force` writes also where the tokenizer then gives other ids. `card` is the text of
+    README.md, none where it is empty. Raises InputError when `folder` is already there.
     """
     if config.vision.family != "clip" or extras.aspect not in ASPECT_KEYS:
         raise InputError(
@@ -53,9 +54,11 @@ def write_original(
             f"{config.vision.family} and {extras.aspect}; write hf:DIR"
         )
     rows = own_rows(extras.tokenizer, config.llm.vocab_size)
+    if pad_vocab:
+        rows = round_up(load_tokenizer(extras.tokenizer).size, pad_vocab)
     config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
     with finished_folder(folder, card) as partial:
-        copy_tokenizer(extras.tokenizer, partial)
+        write_original_tokenizer(partial, extras)
         tower = os.path.join(partial, TOWER)
         os.mkdir(tower)
         _write_tower_configs(tower, config, dtype)
@@ -127,6 +130,8 @@ def original_name(name: str, projector: str, tuned_tower: bool = False) -> str:
 
 def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
     described = dict(dtype=dtype, torch_dtype=dtype, architectures=["CLIPVisionModel"])
+    # llama.cpp's converter wants both: the first, which no LLaVA uses, is what CLIPVisionConfig falls back to.
+    described |= dict(projection_dim=512, vision_feature_layer=config.feature_layer)
     write_json(folder, "config.json", hf_config.clip_json(config.vision) | described)
     images = dict(image_processor_type="CLIPImageProcessor") | image_settings(config.vision, "crop")
     write_json(folder, "preprocessor_config.json", images)

@@ -2,10 +2,14 @@
 
 LLaVA tokenises the text around an image piece by piece; a folder's users tokenise the whole string. The exported
 tokenizer is chosen so that both give the same ids, and `check_ids` says what differs where none can.
+
+BOS is in the chat template alone. Some programs render a chat and tokenise it with add_special_tokens, some without;
+with a tokenizer that adds none, both get the one of the text.
 """
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -18,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_jax.data.chat_template import ChatTemplate
 from llava_jax.data.templates import OWN, TEMPLATES, Span, Template, find_template, render
-from llava_jax.data.tokenize import TextTokenizer, auto_tokenizer, encode, load_tokenizer
+from llava_jax.data.tokenize import EXPORT_KEY, adds_bos, auto_tokenizer, encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 from llava_jax.weights.hf_config import RESAMPLE, folder_value, read_json, select_strategy, special_tokens, write_json
 
@@ -38,6 +42,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 CHAT_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Keys of tokenizer_config.json that only the machine it was saved on had a use for.
 DROPPED = ("backend", "is_local", "local_files_only")
 # A SentencePiece text begins with ▁, and so does each piece after an image; in one string this rule puts it there.
@@ -71,23 +76,27 @@ class LlavaExtras:
 
 @dataclasses.dataclass(frozen=True)
 class ExportedTokens:
-    """Ids that the exported configs name; `image_id` may differ from the model's when its own was never a token."""
+    """Ids that the exported configs name; `image_id` may differ from the model's when its own was never a token.
+
+    `eos_id` are those that end an answer, a list where there are several, and `stop_strings` the texts that do where
+    the template ends it with no token. `size` is one more than the tokenizer's largest id.
+    """
 
     image_id: int
     pad_id: int
     bos_id: int | None
     eos_id: int | list[int]
+    stop_strings: tuple[str, ...]
+    size: int
 
 
 def write_processor(folder: str, config: ModelConfig, extras: LlavaExtras) -> ExportedTokens:
     """Write tokenizer, image and chat files into `folder`, whose config.json is not there yet."""
-    ours = load_tokenizer(extras.tokenizer)
-    chat = _chat(extras, ours)
-    tokens = _write_tokenizer(folder, extras.tokenizer, chat, ours.eos_id, _processor_class(config))
+    chat = _chat(extras)
+    tokens = _write_tokenizer(folder, extras, chat, _processor_class(config))
     _write_chat(folder, chat)
     _write_images(folder, config, extras.aspect)
-    # One that ends a turn next to the tokenizer's own stays an end; a single one is written as a number.
-    return dataclasses.replace(tokens, eos_id=list(ours.ends)) if len(ours.ends) > 1 else tokens
+    return tokens
 
 
 def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
@@ -165,8 +174,9 @@ def _processor_class(config: ModelConfig) -> str:
     return "LlavaNextProcessor" if config.pinpoints else "LlavaProcessor"
 
 
-def _chat(extras: LlavaExtras, tokenizer: TextTokenizer) -> str:
+def _chat(extras: LlavaExtras) -> str:
     """Return the chat template of an export, a Jinja text."""
+    tokenizer = load_tokenizer(extras.tokenizer)
 
     def spelled(text: str) -> str:
         token = tokenizer.special_id(text)
@@ -175,7 +185,22 @@ def _chat(extras: LlavaExtras, tokenizer: TextTokenizer) -> str:
     rules = tokenizer.template(extras.template)
     if isinstance(rules, ChatTemplate):
         return with_images(rules.source, extras.image_position)
-    return chat_jinja(rules, image_position=extras.image_position, spelled=spelled)
+    return chat_jinja(rules, image_position=extras.image_position, spelled=spelled, after_bos=_after_bos(extras))
+
+
+def _after_bos(extras: LlavaExtras) -> str | None:
+    """Return what a text with BOS has after it, so that the rest is read as in training; None where there is no BOS.
+
+    A SentencePiece text begins with ▁, which some tokenizers leave out after a token: they read a space as it.
+    """
+    tokenizer, theirs = load_tokenizer(extras.tokenizer), auto_tokenizer(extras.tokenizer)
+    rules = tokenizer.template(extras.template)
+    if not rules.bos or tokenizer.bos_id is None:
+        return None
+    first = next(iter(rules.opening), Span(""))
+    text = "" if first.special and tokenizer.special_id(first.text) is not None else first.text[:1]
+    whole = theirs(theirs.bos_token + text, add_special_tokens=False).input_ids
+    return "" if whole == [tokenizer.bos_id, *tokenizer.encode_text(text)] else " "
 
 
 def _write_chat(folder: str, chat: str) -> None:
@@ -188,9 +213,10 @@ def _write_chat(folder: str, chat: str) -> None:
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, processor_class: str) -> ExportedTokens:
-    """Copy the source's files as they are, plus `<image>` and a pad token where absent, minus cutting and filling."""
-    if eos_id is None:
+def _write_tokenizer(folder: str, extras: LlavaExtras, chat: str, processor_class: str) -> ExportedTokens:
+    """Copy the source's files plus `<image>` and a pad token where absent, minus BOS, cutting and filling."""
+    source, ours = extras.tokenizer, load_tokenizer(extras.tokenizer)
+    if ours.eos_id is None:
         raise InputError(f"{source}: the tokenizer has no end-of-text token; name one in its tokenizer_config.json")
     tokenizer = auto_tokenizer(source)
     copy_tokenizer(source, folder)
@@ -203,11 +229,51 @@ def _write_tokenizer(folder: str, source: str, chat: str, eos_id: int | None, pr
     ids = {text: max(vocabulary.values()) + 1 + index for index, text in enumerate(added)}
     path = os.path.join(folder, "tokenizer.json")
     content = read_json(path) if os.path.isfile(path) else json.loads(tokenizer.backend_tokenizer.to_str())
-    if added or not os.path.isfile(path) or _whole_text(content) != content:
-        write_json(folder, "tokenizer.json", _whole_text(_with_tokens(content, ids)))
-    _edit_companions(folder, ids, pad, chat, tokenizer, eos_id, processor_class)
-    known = vocabulary | ids
-    return ExportedTokens(known[IMAGE_PLACEHOLDER], known[pad], tokenizer.bos_token_id, eos_id)
+    written = _whole_text(_with_tokens(content, ids)) if added else _whole_text(content)
+    removed = None
+    if adds_bos(tokenizer):
+        effective = json.loads(tokenizer.backend_tokenizer.to_str())
+        removed = content.get("post_processor") or effective["post_processor"]
+        written |= dict(post_processor=_without_tokens(removed))
+    if not os.path.isfile(path) or written != content:
+        write_json(folder, "tokenizer.json", written)
+    _edit_companions(folder, ids, pad, chat, tokenizer, ours.eos_id, processor_class)
+    if removed:
+        change = {"add_bos_token": False, EXPORT_KEY: dict(post_processor=removed)}
+        write_json(folder, TOKENIZER_CONFIG, read_json(os.path.join(folder, TOKENIZER_CONFIG)) | change)
+    known, rules = vocabulary | ids, ours.template(extras.template)
+    ends = list(dict.fromkeys([*ours.ends, *ours.stop_ids(rules)]))
+    return ExportedTokens(
+        image_id=known[IMAGE_PLACEHOLDER],
+        pad_id=known[pad],
+        bos_id=tokenizer.bos_token_id,
+        eos_id=ends if len(ends) > 1 else ends[0],
+        stop_strings=tuple(text for text in rules.stop if ours.special_id(text) is None),
+        size=max(known.values()) + 1,
+    )
+
+
+def write_original_tokenizer(folder: str, extras: LlavaExtras) -> None:
+    """Copy the tokenizer as the original code reads it, which leaves BOS to the tokenizer, with a chat template."""
+    copy_tokenizer(extras.tokenizer, folder)
+    path = os.path.join(folder, TOKENIZER_CONFIG)
+    config = read_json(path) if os.path.isfile(path) else {}
+    removed = config.pop(EXPORT_KEY, {}).get("post_processor")
+    if removed:
+        config["add_bos_token"] = True
+        content = read_json(os.path.join(folder, "tokenizer.json"))
+        write_json(folder, "tokenizer.json", content | dict(post_processor=removed))
+    chat = _chat(extras)
+    write_json(folder, TOKENIZER_CONFIG, config | dict(chat_template=chat))
+    with open(os.path.join(folder, CHAT_FILE), "w", encoding="utf-8") as file:
+        file.write(chat)
+
+
+def _without_tokens(processor: Json) -> Json | None:
+    """Return a tokenizer.json's post-processor without the parts that add tokens."""
+    if processor["type"] == "Sequence":
+        return processor | dict(processors=[each for each in processor["processors"] if each["type"] == "ByteLevel"])
+    return processor if processor["type"] == "ByteLevel" else None
 
 
 def _whole_text(content: Json) -> Json:
@@ -229,11 +295,14 @@ def _edit_companions(
     folder: str, ids: dict[str, int], pad: str, chat: str, tokenizer: Any, eos_id: int, processor_class: str
 ) -> None:
     """Write the small files next to tokenizer.json, changed only where they must say the same."""
-    path = os.path.join(folder, "tokenizer_config.json")
+    path = os.path.join(folder, TOKENIZER_CONFIG)
     config = read_json(path) if os.path.isfile(path) else {}
     config = {key: value for key, value in config.items() if key not in DROPPED}
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if config["tokenizer_class"] == "PreTrainedTokenizerFast":
+        # Or transformers 4 gives token_type_ids, which no decoder takes.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     ends = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(eos_id)
     for key, token in (("bos_token", tokenizer.bos_token), ("eos_token", ends), ("unk_token", tokenizer.unk_token)):
         if config.get(key) is None:
@@ -241,7 +310,7 @@ def _edit_companions(
     config |= dict(pad_token=pad, processor_class=processor_class, chat_template=chat)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] |= {str(i): _token(text) for text, i in ids.items()}
-    write_json(folder, "tokenizer_config.json", config)
+    write_json(folder, TOKENIZER_CONFIG, config)
     special = os.path.join(folder, "special_tokens_map.json")
     if os.path.isfile(special):
         write_json(folder, "special_tokens_map.json", read_json(special) | {"pad_token": pad})
@@ -260,6 +329,7 @@ _CONVERSATION = (
     Turn("human", "Thanks!"),
 )
 _SAMPLES = (_CONVERSATION, (Turn("human", "<image>And here?"),), (Turn("human", "Look at this.\n<image>"),))
+_CAPTIONED = (Turn("human", "<image>"), Turn("gpt", "A cat."))
 
 
 def check_ids(folder: str, extras: LlavaExtras, force: bool) -> None:
@@ -282,7 +352,7 @@ def check_ids(folder: str, extras: LlavaExtras, force: bool) -> None:
     if problem is None:
         return
     effective = _whole_text(json.loads(auto_tokenizer(extras.tokenizer).backend_tokenizer.to_str()))
-    for content in _variants(first, effective):
+    for content in _variants(first, effective | dict(post_processor=first.get("post_processor"))):
         _write_rules(folder, content)
         if difference() is None:
             return
@@ -295,12 +365,12 @@ def check_ids(folder: str, extras: LlavaExtras, force: bool) -> None:
 def _write_rules(folder: str, content: Json) -> None:
     """Write tokenizer.json, and the same flags of its tokens in tokenizer_config.json, whose word counts."""
     write_json(folder, "tokenizer.json", content)
-    config = read_json(os.path.join(folder, "tokenizer_config.json"))
+    config = read_json(os.path.join(folder, TOKENIZER_CONFIG))
     decoder = config.get("added_tokens_decoder", {})
     for token in content["added_tokens"]:
         if str(token["id"]) in decoder:
             decoder[str(token["id"])] = {key: value for key, value in token.items() if key != "id"}
-    write_json(folder, "tokenizer_config.json", config)
+    write_json(folder, TOKENIZER_CONFIG, config)
 
 
 def same_pieces(folder: str, extras: LlavaExtras) -> bool:
@@ -331,15 +401,18 @@ def _with_rule(content: Json) -> Json:
 def _expected(folder: str, extras: LlavaExtras) -> list[tuple[str, list[int]]]:
     """Return (whole string, ids piece by piece with images as IMAGE_MARK) of the sample conversations that fit."""
     tokenizer = load_tokenizer(folder)
+    after_bos = _after_bos(extras)
+    begin = "" if after_bos is None else auto_tokenizer(folder).bos_token + after_bos
     rules = tokenizer.template(extras.template)
-    samples = _SAMPLES[1:] if rules.caption_only else _SAMPLES
+    samples = (*_SAMPLES[1:], _CAPTIONED) if rules.caption_only else _SAMPLES
     found = []
     for turns in samples:
-        spans = render(turns, rules, image_position=extras.image_position, open_turn=True)
+        asks = turns[-1].speaker == "human"
+        spans = render(turns, rules, image_position=extras.image_position, open_turn=asks)
         words = {text: tokenizer.special_id(text) for text in {span.text for span in spans if span.special}}
         spelled = {t: t if i is None else tokenizer.decode([i], skip_special=False) for t, i in words.items()}
         text = "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
-        found.append((text, encode(spans, tokenizer, bos=rules.bos).tokens.tolist()))
+        found.append((begin + text, encode(spans, tokenizer, bos=rules.bos).tokens.tolist()))
     return found
 
 
@@ -349,10 +422,7 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
     image = tokenizer.get_vocab()[IMAGE_PLACEHOLDER]
     for text, ids in expected:
         wanted = [token for i in ids for token in ([image] * 3 if i == IMAGE_MARK else [i])]
-        # As transformers' processors: a text that begins with BOS gets no second one.
-        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        expanded = text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * 3)
-        given = tokenizer(expanded, add_special_tokens=not begun).input_ids
+        given = tokenizer(text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * 3)).input_ids
         if given != wanted:
             at = next((i for i, pair in enumerate(zip(given, wanted, strict=False)) if pair[0] != pair[1]), -1)
             pieces = [tokenizer.convert_ids_to_tokens(ids[max(at - 2, 0) : at + 3]) for ids in (given, wanted)]
@@ -400,48 +470,97 @@ TEXT
 {%- endfor -%}
 {%- set messages = texts.messages %}
 """
+_SYSTEM = """\
+{%- set message = messages[0] -%}
+TEXT
+{%- set system = ns.text or system -%}
+"""
+_NO_SYSTEM = """\
+{{- raise_exception('the template has no system prompt to replace; remove the system message') -}}
+"""
 _LOOP = """\
-{{- OPENING -}}
-{%- for message in messages -%}
+{%- set turns = messages -%}
+{%- set system = SYSTEM -%}
+{%- if messages[0]['role'] == 'system' -%}
+REPLACE
+{%- set turns = messages[1:] -%}
+{%- endif -%}
+OPENING
+{%- for message in turns -%}
 {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
-{{- raise_exception('messages take turns, user first; there is no system message') -}}
+{{- raise_exception('after a system message, user and assistant take turns, user first') -}}
 {%- endif -%}
 TEXT
 {%- if message['role'] == 'user' -%}
-{{- ('' if loop.first else AGAIN) + QUESTION + ns.text.replace(IMAGE, TAGGED) + AFTER_QUESTION -}}
+PLACE
+{%- if not loop.first -%}
+AGAIN
+{%- endif -%}
+QUESTION
 {%- else -%}
-{{- CUE + BEFORE_ANSWER + ns.text + AFTER_ANSWER + END -}}
+ANSWER
 {%- endif -%}
 {%- endfor -%}
-{{- CUE if add_generation_prompt else CLOSING -}}
+{%- if add_generation_prompt -%}
+CUE
+{%- else -%}
+CLOSING
+{%- endif -%}
 """
+# A Jinja expression, and whether what it writes is trained.
+Part = tuple[str, bool]
 
 
-def chat_jinja(template: Template, *, image_position: str, spelled: Callable[[str], str]) -> str:
-    """Return jinja source that renders `template`; `spelled` gives a special string as the tokenizer writes it."""
+def chat_jinja(template: Template, *, image_position: str, spelled: Callable[[str], str], after_bos: str | None) -> str:
+    """Return jinja source that renders `template`, with what is trained between {% generation %} tags.
 
-    def join(spans: Sequence[Span]) -> str:
-        return "".join(spelled(span.text) if span.special else span.text for span in spans)
+    `spelled` gives a special string as the tokenizer writes it. The text begins with `bos_token` and `after_bos`,
+    unless that is None.
+    """
 
-    place = _CAPTION if template.caption_only else _FRONT if image_position == "front" else ""
-    before, after = template.image_tags
-    literals = dict(
-        OPENING=join(template.opening),
-        AGAIN=join(template.again),
-        QUESTION=join(template.question),
-        AFTER_QUESTION=join(template.after_question),
-        CUE=join(template.cue),
-        BEFORE_ANSWER=template.before_answer,
-        AFTER_ANSWER=template.after_answer,
-        END=join(template.end_of_answer),
-        CLOSING=join(template.closing),
-        TAGGED=before + IMAGE_PLACEHOLDER + after,
-        IMAGE=IMAGE_PLACEHOLDER,
+    def parts(spans: Sequence[Span]) -> list[Part]:
+        return [(_literal(spelled(span.text) if span.special else span.text), span.is_target) for span in spans]
+
+    # Nothing predicts a first token, and for a block that ends with it transformers marks the whole chat.
+    opening: list[Part] = [] if after_bos is None else [("bos_token", False), (_literal(after_bos), False)]
+    for index, span in enumerate(template.opening):
+        if index == 0 and after_bos is None:
+            span = span._replace(is_target=False)
+        if template.system and template.system in span.text:
+            before, after = (span._replace(text=text) for text in span.text.split(template.system))
+            opening += [*parts([before]), ("system", span.is_target), *parts([after])]
+        else:
+            opening += parts([span])
+    tagged = f"ns.text.replace({_literal(IMAGE_PLACEHOLDER)}, {_literal(IMAGE_PLACEHOLDER.join(template.image_tags))})"
+    said = [(_literal(template.before_answer), True), ("ns.text", True), (_literal(template.after_answer), True)]
+    written = dict(
+        SYSTEM=_literal(template.system),
+        IMAGE=_literal(IMAGE_PLACEHOLDER),
+        OPENING=_statements(opening),
+        AGAIN=_statements(parts(template.again)),
+        QUESTION=_statements([*parts(template.question), (tagged, False), *parts(template.after_question)]),
+        ANSWER=_statements([*parts(template.cue), *said, *parts(template.end_of_answer)]),
+        CUE=_statements(parts(template.cue)),
+        CLOSING=_statements(parts(template.closing)),
     )
-    names = re.compile(rf"\b({'|'.join(literals)})\b")
     trim = "{%- set ns.text = ns.text | trim -%}\n" if template.trim else ""
-    source = _LOOP.replace("TEXT\n", _TEXT + place + trim)
-    return names.sub(lambda name: json.dumps(literals[name[0]], ensure_ascii=False), source)
+    place = _CAPTION if template.caption_only else _FRONT if image_position == "front" else ""
+    source = _LOOP.replace("REPLACE\n", _SYSTEM.replace("TEXT\n", _TEXT + trim) if template.system else _NO_SYSTEM)
+    source = source.replace("TEXT\n", _TEXT + trim).replace("PLACE\n", place)
+    return re.sub(rf"\b({'|'.join(written)})\b", lambda name: written[name[0]], source)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _statements(parts: Sequence[Part]) -> str:
+    """Return the statements that write the parts one after another."""
+    lines = []
+    for trained, run in itertools.groupby((part for part in parts if part[0] != '""'), key=lambda part: part[1]):
+        line = "{{- " + " + ".join(expression for expression, _ in run) + " -}}"
+        lines += ["{%- generation -%}", line, "{%- endgeneration -%}"] if trained else [line]
+    return "\n".join(lines)
 
 
 def with_images(source: str, image_position: str) -> str:
@@ -536,5 +655,5 @@ def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
             text = template.render(messages=messages, add_generation_prompt=True, **tokens)
         except (TemplateError, TypeError, ValueError, LookupError):
             continue
-        found |= {text, text.removeprefix(tokens["bos_token"])}
+        found |= {text, text.removeprefix(tokens["bos_token"]), text.removeprefix(tokens["bos_token"]).lstrip(" ")}
     return found
