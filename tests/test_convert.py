@@ -242,6 +242,19 @@ def test_vocabulary_grows_only_when_an_id_lies_outside(tmp_path, sources):
     )
 
 
+@pytest.mark.parametrize("multiple, rows", [(1, 359), (16, 368), (512, 512)])
+def test_a_vocabulary_of_the_tokenizers_ids(tmp_path, sources, multiple, rows):
+    """Rows that no token has are left out on request; the ids that stay have theirs."""
+    write(sources, tmp_path / "out", pad_vocab=multiple)
+    read, params, _ = hf.read_llava(str(tmp_path / "out"))
+    assert read.llm.vocab_size == rows and tokenize.load_tokenizer(str(tmp_path / "out")).size == 359
+    table, given = params["llm"]["embed"]["table"], sources[2]["llm"]["embed"]["table"]
+    assert table[:359].tobytes() == given[:359].tobytes() and table.shape[0] == rows
+    for wrong, to in ((-1, "hf"), (1, "projector")):
+        with pytest.raises(InputError, match=f"--pad_vocab={wrong}: expected 1 or more"):
+            convert.convert(str(tmp_path / "out"), f"{to}:{tmp_path / 'x'}", pad_vocab=wrong)
+
+
 def test_shards(tmp_path, sources):
     write(sources, tmp_path / "out", shard_bytes=4000, dtype="bfloat16")
     files = sorted(name for name in os.listdir(tmp_path / "out") if name.endswith(".safetensors"))
@@ -273,9 +286,14 @@ def test_tokenizer_files_are_copied_and_extended(tmp_path, sources):
     source, copy = (json.load(open(os.path.join(f, "tokenizer.json"))) for f in (sources[1], tmp_path / "out"))
     added = copy.pop("added_tokens")
     assert [token["content"] for token in added[len(source.pop("added_tokens")) :]] == ["<image>", "<pad>"]
-    assert copy == source
+    # BOS is in the chat template, and what added it is kept for us and for the original's layout.
+    kept = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert copy.pop("post_processor") is None and kept["add_bos_token"] is False
+    assert kept["llava_jax"]["post_processor"] == source.pop("post_processor") and copy == source
+    assert kept["model_input_names"] == ["input_ids", "attention_mask"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["image_token_index"] == added[-2]["id"] and config["pad_token_id"] == added[-1]["id"]
+    assert config["image_token_index"] == config["image_token_id"] == added[-2]["id"]
+    assert config["pad_token_id"] == added[-1]["id"]
     text = config["text_config"]
     assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10000.0
 
@@ -374,7 +392,7 @@ BAD_LLAVA = {
     "projector": (dict(projector_hidden_act="relu"), "relu"),
     "bias": (dict(multimodal_projector_bias=False), "multimodal_projector_bias"),
     "quantised": (dict(quantization_config=dict(load_in_4bit=True)), "quantization_config"),
-    "image_id": (dict(image_token_index="<image>"), "image_token_index"),
+    "image_id": (dict(image_token_id="<image>"), "image_token_id or image_token_index) is '<image>'"),
     "ours": (dict(llava_jax=dict(template="v9")), "v9"),
 }
 
@@ -646,7 +664,7 @@ def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, source
     swallowing = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"][-2] | dict(lstrip=True)
     assert swallowing["content"] == "<image>"
     edit(path, lambda value: value["added_tokens"].append(swallowing))
-    with pytest.raises(InputError, match=r"the exported tokenizer reads .A chat .* otherwise than it was.*--force"):
+    with pytest.raises(InputError, match=r"the exported tokenizer reads .<s>A chat .* otherwise than it was.*--force"):
         write(sources, tmp_path / "again")
     assert not (tmp_path / "again").exists()
     convert.convert(str(tmp_path / "out"), f"hf:{tmp_path / 'whole'}")
@@ -654,7 +672,9 @@ def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, source
     with pytest.raises(InputError, match="--force"):
         convert.convert(str(tmp_path / "whole"), f"hf:{tmp_path / 'again'}")
     assert main(["convert", f"--from={tmp_path / 'whole'}", f"--to=hf:{tmp_path / 'again'}", "--force"]) == 0
-    assert re.search(r"warning: the exported tokenizer reads .A chat .* otherwise than it was", capsys.readouterr().out)
+    assert re.search(
+        r"warning: the exported tokenizer reads .<s>A chat .* otherwise than it was", capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("with_image", [False, True])

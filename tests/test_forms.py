@@ -309,7 +309,7 @@ def test_a_tokenizer_with_ids_beyond_the_rows(tmp_path):
 
 def test_a_tokenizer_with_another_image_token(tmp_path):
     folder = hf4(tmp_path)
-    edit(folder / "config.json", lambda value: value.update(image_token_index=356))
+    edit(folder / "config.json", lambda value: value.update(image_token_id=356))
     both_refuse(folder, tmp_path / "out", "<image> is 357 in the tokenizer and 356 in the model .*; copy the tokenizer")
     other_tokenizer(folder, image=False)
     both_refuse(
@@ -321,7 +321,7 @@ def test_rows_beyond_the_tokenizer_are_legal(tmp_path):
     """A padded vocabulary (400 rows, 358 ids), as Qwen's; an image id that neither tokenizer nor embedding has."""
     folder = hf4(tmp_path)
     other_tokenizer(folder, image=False)
-    edit(folder / "config.json", lambda value: value.update(image_token_index=400))
+    edit(folder / "config.json", lambda value: value.update(image_token_id=400))
     assert llava_jax.load(str(folder)).config.image_token_id == 400
 
 

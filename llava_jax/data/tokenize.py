@@ -519,11 +519,11 @@ def check_vocabulary(tokenizer: TextTokenizer, config: ModelConfig, folder: str)
     if image < tokenizer.size and image != config.image_token_id:
         raise InputError(
             f"{folder}: <image> is {image} in the tokenizer and {config.image_token_id} in the model "
-            f"(image_token_index of config.json): expected one id; {fix}"
+            f"(image_token_id or image_token_index of config.json): expected one id; {fix}"
         )
     word = tokenizer.decode([config.image_token_id]) if config.image_token_id < image == tokenizer.size else ""
     if word:
         raise InputError(
-            f"{folder}: the model's image token {config.image_token_id} (image_token_index of config.json) is the text "
-            f"{word!r} in the tokenizer: expected one with <image>; {fix}"
+            f"{folder}: the model's image token {config.image_token_id} (image_token_id or image_token_index of "
+            f"config.json) is the text {word!r} in the tokenizer: expected one with <image>; {fix}"
         )

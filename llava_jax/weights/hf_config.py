@@ -224,7 +224,9 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
         pinpoints=grids,
     )
     if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
-        raise InputError(f"{where}: image_token_index is {result.image_token_id!r}; expected a token id")
+        raise InputError(
+            f"{where}: the image token (image_token_id or image_token_index) is {image_token!r}; expected an id"
+        )
     return result
 
 
