@@ -1,7 +1,8 @@
 """Runs where transformers 4.46.3 is: `python peer_446.py FOLDER …` writes what that version makes of each model folder.
 
 FOLDER/inputs.npz holds input_ids, attention_mask and pixel_values; next to it are written logits_446.npy (float32) and
-ids_446.npy, the processor's ids for FOLDER/prompt.txt with one image. It fails on a tensor missing or unexpected.
+ids_446.npy, the processor's ids for a question about one image. It fails on a tensor missing or unexpected, and where
+ids depend on how a chat is tokenised.
 """
 
 import sys
@@ -22,10 +23,14 @@ def run(folder: str) -> None:
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     np.save(folder + "/logits_446.npy", logits.numpy())
-    with open(folder + "/prompt.txt", encoding="utf-8") as file:
-        prompt = file.read()
     processor = transformers.AutoProcessor.from_pretrained(folder)
     image = Image.new("RGB", (20, 30), (10, 200, 90))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    whole = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert (
+        whole == processor.tokenizer(prompt).input_ids == processor.tokenizer.encode(prompt, add_special_tokens=False)
+    )
     ids = processor(images=image, text=prompt, return_tensors="np")["input_ids"][0]
     np.save(folder + "/ids_446.npy", ids)
 

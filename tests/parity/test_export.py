@@ -16,7 +16,7 @@ import llava_jax
 from llava_jax.api import Processor, question
 from llava_jax.data.images import preprocess
 from llava_jax.data.templates import TEMPLATES, render
-from llava_jax.data.tokenize import encode, load_tokenizer
+from llava_jax.data.tokenize import encode, expand, load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.types import IMAGE_MARK, ClipConfig, LlamaConfig, ModelConfig, Turn
 from llava_jax.weights import hf
@@ -118,7 +118,9 @@ def test_whole_string_ids_equal_ours(tmp_path, style, capsys):
     for asked in ("<image>\nWhat is this?", "<image>And this?", "Say, é: <image>", "no image"):
         spans = render([Turn("human", asked), *TURNS[1:]], TEMPLATES["v1"], image_position="keep", open_turn=True)
         wanted = [image if token == IMAGE_MARK else token for token in encode(spans, ours).tokens.tolist()]
-        assert theirs("".join(span.text for span in spans)).input_ids == wanted
+        text = "".join(span.text for span in spans)
+        assert theirs(f"<s>{' ' if style == 'metaspace' else ''}{text}").input_ids == wanted
+        assert theirs(text).input_ids == wanted[1:]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def test_chat_template_renders_as_ours(tmp_path, folder_with_tokenizer, template
         ]
         open_turn = turns[-1].speaker == "human"
         spans = render(turns, rules, image_position=image_position, open_turn=open_turn)
-        wanted = "".join(span.text for span in spans)
+        wanted = "<s>" + "".join(span.text for span in spans)
         given = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
         assert given == wanted
         parts = [{**message, "content": as_parts(message["content"])} for message in messages]
@@ -168,6 +170,27 @@ def test_processor_gives_our_ids_with_the_tokenizers_own_template(tmp_path, name
     config = dataclasses.replace(CONFIG, image_token_id=tokens.image_id)
     ours = Processor(load_tokenizer(extras.tokenizer), config, "tokenizer", "crop", "front")
     assert np.asarray(given).ravel().tolist() == ours.tokens(question("What is this?", image)).tolist()
+
+
+@pytest.mark.parametrize("style", ["bytes", "metaspace", "prepend"])
+def test_every_way_through_the_processor_gives_the_training_ids(tmp_path, style):
+    """Rendered first or in one, with special tokens and without; the mask of what is trained, images repeated."""
+    folder, config, _ = exported(tmp_path, style=style)
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    encoded = encode(render(TURNS[:4], TEMPLATES["v1"]), load_tokenizer(str(tmp_path / "llama")))
+    ids, targets = expand(encoded.tokens, encoded.targets, processor.image_token_id, config.vision.patches, None)
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn.speaker], "content": as_parts(turn.text)} for turn in TURNS[:4]]
+    text = processor.apply_chat_template(messages)
+    for special in (True, False):
+        given = processor(text=text, images=image, add_special_tokens=special, return_tensors="np")
+        assert given["input_ids"][0].tolist() == ids.tolist()
+    messages[0]["content"][0]["image"] = image
+    given = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert np.ravel(given["input_ids"]).tolist() == ids.tolist()
+    if style == "bytes":  # the others, trained on lines, have a token of the colon and the space after it
+        assert np.ravel(given["assistant_masks"]).tolist() == targets.astype(int).tolist()
 
 
 def as_parts(text):
