@@ -46,7 +46,21 @@ MAY_GAIN = {
     "llava_jax.exif": "an export says how its images were turned (data.exif)",
     "README.md": "an export has a model card",
     "chat_template.jinja": "an export to the original's layout has a chat template, too",
+    "chat_template": "its tokenizer_config.json, too",
+    "image_token_id": "next to image_token_index, for programs that read this one",
+    "model_input_names": "transformers 4 gives token_type_ids without them",
+    "llava_jax": "an exported tokenizer keeps what added BOS",
+    "projection_dim": "a written tower says what llama.cpp's converter asks for",
+    "vision_feature_layer": "a written tower says what llama.cpp's converter asks for",
 }
+# Keys of a tokenizer's files, and files, that may say something else than before, and why.
+MAY_CHANGE = {
+    "chat_template.jinja": "a chat template writes BOS, takes a system message and marks what is trained",
+    "chat_template": "a chat template writes BOS, takes a system message and marks what is trained",
+    "post_processor": "BOS is in the chat template and no longer added by the tokenizer",
+    "add_bos_token": "BOS is in the chat template and no longer added by the tokenizer",
+}
+BY_KEY = ("tokenizer.json", "tokenizer_config.json", "chat_template.json")
 
 # What a case left behind: {"step 3": {"loss": 2.5, …}}, {"question 7": {"text": …}} or {"a.txt": {"sha256": …}}.
 Recording = dict[str, dict]
@@ -295,7 +309,7 @@ def read_answers(path: pathlib.Path) -> Recording:
 def read_files(path: pathlib.Path) -> Recording:
     """Hash every file of an export; of an orbax checkpoint, whose files hold the time, every array.
 
-    A config.json, whose keys have no order, is recorded by its values.
+    A config.json, whose keys have no order, is recorded by its values, a tokenizer's file by a hash of each key.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     weights = path / "weights"
@@ -306,6 +320,9 @@ def read_files(path: pathlib.Path) -> Recording:
 def read_file(file: pathlib.Path) -> dict:
     if file.name == "config.json":
         return dict(leaves(json.loads(file.read_text(encoding="utf-8"))))
+    if file.name in BY_KEY:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {key: hashlib.sha256(json.dumps(value).encode()).hexdigest() for key, value in content.items()}
     return {file.name if file.name in MAY_GAIN else "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
@@ -400,17 +417,25 @@ def export_tree(revision: str, folder: pathlib.Path) -> str:
 # ---- comparing --------------------------------------------------------------------------------------------------
 
 
-def difference(before: Recording, after: Recording, tolerance: float = 0.0, may_gain: Collection[str] = ()) -> str:
+def difference(
+    before: Recording,
+    after: Recording,
+    tolerance: float = 0.0,
+    may_gain: Collection[str] = (),
+    may_change: Collection[str] = (),
+) -> str:
     """Return the first place where two recordings differ with both values, or ''.
 
     Losses may differ by `tolerance` (relative), and gradient norms by a hundred times as much; keys of `may_gain` may
-    be new.
+    be new, those of `may_change` another.
     """
     allowed = {"loss": tolerance, "grad_norm": 100 * tolerance}
     for place in before | after:
         old, new = before.get(place, {}), after.get(place, {})
         for key in old | new:
             if key in may_gain and key not in old:
+                continue
+            if key in may_change and key in old and key in new:
                 continue
             if key not in old or key not in new:
                 return f"{place}: {key} is {new.get(key, 'absent')}, was {old.get(key, 'absent')}"
@@ -427,11 +452,15 @@ def verdict(case: str, before: Recording, after: Recording, tolerance: float) ->
     exact = difference(before, after)
     if not exact:
         return True, f"same       {case} ({len(before)})"
-    if not difference(before, after, may_gain=MAY_GAIN):
-        return True, f"same but   {case} ({len(before)}): {exact} ({'; '.join(MAY_GAIN.values())})"
+    if not difference(before, after, may_gain=MAY_GAIN, may_change=MAY_CHANGE):
+        pairs = [(before.get(place, {}), after[place]) for place in after]
+        moved = sorted({key for old, new in pairs for key in new if old.get(key) != new[key]})
+        reasons = dict.fromkeys((MAY_GAIN | MAY_CHANGE)[key] for key in moved)
+        return True, f"same but   {case} ({len(before)}): {exact} ({'; '.join(reasons)})"
     if case in MAY_MOVE and not difference(before, after, tolerance):
         return True, f"within {tolerance:g} {case}: {exact} ({MAY_MOVE[case]})"
-    return False, f"DIFFERENT  {case}: {difference(before, after, tolerance if case in MAY_MOVE else 0.0, MAY_GAIN)}"
+    remains = difference(before, after, tolerance if case in MAY_MOVE else 0.0, MAY_GAIN, MAY_CHANGE)
+    return False, f"DIFFERENT  {case}: {remains}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

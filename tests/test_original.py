@@ -420,13 +420,20 @@ def test_what_the_original_does_not_know_is_not_written(tmp_path, folders):
 
 
 def test_what_a_written_folder_says(tmp_path, folders):
-    folder, tower = folders
-    convert.convert(folder, f"llava:{tmp_path / 'o'}", vision=tower, dtype="bfloat16", mm_vision_tower="openai/clip")
+    folder, tower_folder = folders
+    convert.convert(
+        folder, f"llava:{tmp_path / 'o'}", vision=tower_folder, dtype="bfloat16", mm_vision_tower="openai/clip"
+    )
     said = json.loads((tmp_path / "o" / "config.json").read_text())
     wanted = described(mm_vision_tower="openai/clip", model_type="llava_llama", torch_dtype="bfloat16", vocab_size=400)
     assert {key: said[key] for key in wanted} == wanted | dict(architectures=["LlavaLlamaForCausalLM"])
     head = load_file(tmp_path / "o" / "model.safetensors")["lm_head.weight"]
     assert_equal({"x": head}, {"x": llava_tensors()["lm_head.weight"].astype(ml_dtypes.bfloat16)})
+    tower = json.loads((tmp_path / "o" / "clip-vision-tower" / "config.json").read_text())
+    assert tower["vision_feature_layer"] == -2 and tower["projection_dim"] > 0  # llama.cpp's converter reads them there
+    assert (tmp_path / "o" / "chat_template.jinja").read_text().startswith("{%")
+    convert.convert(folder, f"llava:{tmp_path / 'cut'}", vision=tower_folder, pad_vocab=1)
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["vocab_size"] == load_tokenizer(folder).size < 400
 
 
 def test_rows_added_by_others_are_taken_off(tmp_path, folders):

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.same_numbers import MAY_GAIN, MAY_MOVE, difference, read_files, verdict
+from tests.same_numbers import MAY_CHANGE, MAY_GAIN, MAY_MOVE, difference, read_files, verdict
 
 STEPS = {"step 0": {"loss": 2.0, "grad_norm": 1.0, "tokens": 7}, "step 1": {"loss": 1.0, "grad_norm": 1.0, "tokens": 7}}
 
@@ -46,3 +46,14 @@ def test_an_exported_config_may_gain_named_keys_and_its_order_is_free(tmp_path):
     (tmp_path / "README.md").unlink()
     for other in (dict(dtype="float32", text_config={"layers": 3}), dict(text_config={"layers": 2})):
         assert not verdict("hf", before, recorded(**other), 0.0)[0]
+
+
+def test_a_tokenizers_file_may_change_in_named_keys_alone(tmp_path):
+    def recorded(**values) -> dict:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        return read_files(tmp_path)
+
+    before, now = (recorded(post_processor=adds, model={"vocab": {"a": 0}}) for adds in ({"type": "Template"}, None))
+    assert "post_processor" in MAY_CHANGE and difference(before, now) and verdict("hf", before, now, 0.0)[0]
+    assert not verdict("hf", before, recorded(model={"vocab": {"a": 0}}), 0.0)[0]
+    assert not verdict("hf", before, recorded(post_processor=None, model={"vocab": {"a": 1}}), 0.0)[0]
