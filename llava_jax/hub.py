@@ -4,6 +4,7 @@ huggingface_hub fetches, so its variables count (HF_HOME, HF_TOKEN, HF_ENDPOINT,
 locks: of several processes on a host one fetches a file, and the others wait for it and find it.
 """
 
+import fnmatch
 import glob
 import os
 import re
@@ -49,7 +50,7 @@ _SAFETENSORS = tuple(
 _TORCH = ("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 _TRAINED = "non_lora_trainables.bin"  # next to the adapters of the original's LoRA runs
 _PROJECTOR = ("mm_projector.bin", _TRAINED)
-_ORBAX = ("weights/*",)
+_ORBAX, _IS_ORBAX = ("weights/*",), "weights/_METADATA"
 
 
 def fetch(repo: str, revision: str, where: str, need: str) -> str:
@@ -70,16 +71,31 @@ def fetch(repo: str, revision: str, where: str, need: str) -> str:
         commit = os.path.basename(folder)
         if need == "config":
             expected, found = "config.json", _holds(folder, CONFIGS)
-        elif need == "projector":
-            expected, found = " or ".join(_PROJECTOR), _has(repo, commit, _PROJECTOR)
         else:
-            is_orbax = _holds(folder, ("weights/_METADATA",))
-            groups = [_ORBAX] if is_orbax else [_SAFETENSORS, _TORCH, _PROJECTOR]
-            expected = "model.safetensors or pytorch_model.bin, whole or in shards"
+            expected, groups = _needs(need, _holds(folder, (_IS_ORBAX,)))
             found = any(_has(repo, commit, group) for group in groups)
     if not found:
         raise InputError(f"{where}: {repo} on the Hub (commit {commit}) has no {expected}")
     return folder
+
+
+def needed(need: str, names: Sequence[str]) -> list[str]:
+    """Return those of all files of a model folder that `fetch` would take with the same `need`."""
+    groups = _needs(need, _IS_ORBAX in names)[1] if need != "config" else ()
+    group = next((group for group in groups if _matching(names, group)), ())
+    return _matching(names, (*CONFIGS, _CARD, *group, *([_TRAINED] if group else [])))
+
+
+def _needs(need: str, is_orbax: bool) -> tuple[str, Sequence[Sequence[str]]]:
+    """Return (what is expected, in words; the groups of files, of which the first that is there is needed)."""
+    if need == "projector":
+        return " or ".join(_PROJECTOR), [_PROJECTOR]
+    groups = [_ORBAX] if is_orbax else [_SAFETENSORS, _TORCH, _PROJECTOR]
+    return "model.safetensors or pytorch_model.bin, whole or in shards", groups
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def _has(repo: str, commit: str, group: Sequence[str]) -> bool:

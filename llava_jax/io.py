@@ -3,15 +3,17 @@
 import codecs
 import contextlib
 import errno
+import io
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import ijson
 from safetensors import SafetensorError
 
+from llava_jax import buckets
 from llava_jax.types import InputError
 
 # A full disk, a quota, a file system that holds no file of that size: so say the libraries that write, too.
@@ -76,16 +78,32 @@ def read_lines(path: str, expected: str) -> Iterator[tuple[str, Any]]:
 
 def read_json(path: str, expected: str) -> Any:
     """Return the content of a JSON file. Raises InputError with the file and what was `expected` where it is none."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; expected {expected}")
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        with opened(path) as file:
+            return json.loads(file.read().decode("utf-8-sig"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise InputError(f"{path}: no such file; expected {expected}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
     except (ValueError, RecursionError) as error:
         why = LFS_POINTER if is_lfs_pointer(path) else f"not JSON ({error})"
         raise InputError(f"{path}: {why}; expected {expected}") from error
+
+
+def opened(path: str) -> BinaryIO:
+    """Open a file to be read, local or in a bucket. Raises OSError as `open` does, InputError for a bucket."""
+    if not buckets.is_bucket(path):
+        return open(path, "rb")
+    content = buckets.read(path)
+    if content is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return io.BytesIO(content)
+
+
+def cache_folder(kind: str) -> str:
+    """Return the folder of that kind in LLAVA_JAX_CACHE, or in llava_jax of the user's cache."""
+    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax")
+    return os.path.join(os.environ.get("LLAVA_JAX_CACHE") or user, kind)
 
 
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> int:
@@ -122,6 +140,11 @@ def replacing(path: str) -> Iterator[TextIO]:
 
     Processes that write to one name do not mix; the last one stays. Raises InputError when it cannot be written.
     """
+    if buckets.is_bucket(path):
+        text = io.StringIO()
+        yield text
+        buckets.write(path, text.getvalue().encode())
+        return
     path = os.path.realpath(path)  # of a link the file behind it is replaced, not the link
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is not a regular file, expected the name of one")
@@ -150,7 +173,7 @@ LFS_POINTER = "is a git-lfs pointer, not the file itself; fetch it with `git lfs
 
 def is_lfs_pointer(path: str) -> bool:
     """Return whether a file is what git keeps in place of one that git-lfs has not fetched."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return file.read(24) == b"version https://git-lfs."
 
 

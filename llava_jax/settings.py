@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
+from llava_jax.buckets import SCHEME
 from llava_jax.io import read_json, write_json
 from llava_jax.types import (
     DECODER_LINEARS,
@@ -67,7 +68,7 @@ EARLIER_RUNS = {
     "train.vision_blocks": 0,
     "lora.vision_targets": "",
 }
-# data.annotations alone may lie elsewhere.
+# Of this machine or in a bucket; data.annotations also where etils.epath and TFDS reach.
 FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images")
 
 
@@ -230,8 +231,8 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 
 
 def _check_value(key: str, value: Any) -> None:
-    if key in FOLDERS and "://" in value:
-        raise InputError(f"config key {key}={value}: buckets are not read; give a folder of this machine")
+    if key in FOLDERS and "://" in value and SCHEME not in value:
+        raise InputError(f"config key {key}={value}: expected a folder of this machine, or one at {SCHEME}…")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"config key {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")
     names = ("minimal", *REMAT_NAMES, *WEIGHT_NAMES)

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from llava_jax.buckets import SCHEME
 from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
 from llava_jax.cli.flags import Named, Parser
 from llava_jax.cli.train import find_config, load_settings
@@ -27,7 +28,8 @@ class Command:
     """One command; `run` gets its flags and the arguments that start with `passes`, and returns the exit code.
 
     `reads` and `writes` are its flags that name a file or folder, and `files` gives (read, written) files that no flag
-    names by itself: none of what is written may be read (`check_paths`).
+    names by itself: none of what is written may be read (`check_paths`). `in_buckets` are those of the flags that take
+    a folder in a bucket as well.
     """
 
     summary: str
@@ -37,6 +39,7 @@ class Command:
     passes: str = ""
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    in_buckets: tuple[str, ...] = ()
     files: Callable[[argparse.Namespace], tuple[list[Named], list[Named]]] = lambda args: ([], [])
 
 
@@ -55,6 +58,7 @@ COMMANDS: dict[str, Command] = {
         train.train,
         passes="--config",
         writes=("workdir",),
+        in_buckets=("workdir",),
     ),
     "configs": Command(
         "list the recipes that come with the package, or copy one to change it",
@@ -79,6 +83,7 @@ COMMANDS: dict[str, Command] = {
         models.generate,
         reads=("model", "vision", "base", "image", "questions", "images"),
         writes=("answers",),
+        in_buckets=("model", "vision", "base"),
     ),
     "chat": Command(
         "talk with a model in the terminal, about an image or without one",
@@ -86,6 +91,7 @@ COMMANDS: dict[str, Command] = {
         models.chat_flags,
         models.chat,
         reads=("model", "vision", "base", "image"),
+        in_buckets=("model", "vision", "base"),
     ),
     "synthesize": Command(
         "write instruction data from captions and boxes with a language-only model",
@@ -106,6 +112,7 @@ COMMANDS: dict[str, Command] = {
         passes="--config",
         reads=("annotations", "images", "tokenizer", "vision"),
         writes=("dump",),
+        in_buckets=("images", "tokenizer", "vision"),
     ),
     "prepare captions": Command(
         "captions of images as rows of stage 1, each with a brief question drawn by the seed",
@@ -154,6 +161,7 @@ COMMANDS: dict[str, Command] = {
         models.convert,
         reads=("from", "vision", "base"),
         writes=("to",),
+        in_buckets=("from", "vision", "base"),
     ),
     "benchmark train": Command(
         "seconds an update of both stages, with --peer next to transformers and PyTorch",
@@ -241,7 +249,7 @@ def run(argv: Sequence[str]) -> int:
     args.settings = functools.cache(lambda: load_settings(passed))  # a config file runs once
     read, written = command.files(args)
     outputs = named(args, command.writes)
-    check_paths(named(args, command.reads) + read, outputs + written, args)
+    check_paths(named(args, command.reads) + read, outputs + written, args, command.in_buckets)
     try:
         return command.run(args)
     except WRITE_ERRORS as error:
@@ -305,16 +313,24 @@ def named(args: argparse.Namespace, flags: Sequence[str]) -> list[Named]:
     return found
 
 
-def check_paths(inputs: Sequence[Named], outputs: Sequence[Named], args: argparse.Namespace) -> None:
-    """Raise InputError for a bucket, and for a file to be written that the command also reads, or writes twice.
+def check_paths(
+    inputs: Sequence[Named], outputs: Sequence[Named], args: argparse.Namespace, in_buckets: Sequence[str] = ()
+) -> None:
+    """Raise InputError for a file to be written that the command also reads, or writes twice, and for a bucket.
+
+    The flags `in_buckets` may name one.
 
     Links are followed, and files that have two names are known by either. Of a folder that is read every file counts
     that is not JSON Lines; what an output folder may hold is the command's own business. The config file and folders
     that the `--config` words of `args` name are inputs as well.
     """
     for path in (*inputs, *outputs):
-        if ADDRESS.fullmatch(path.path) and path.flag != f"--{FROM_ANYWHERE}":
-            raise InputError(f"{path}: buckets are not read or written; give a folder of this machine")
+        if not ADDRESS.fullmatch(path.path) or path.flag == f"--{FROM_ANYWHERE}":
+            continue
+        if path.flag.removeprefix("--") not in in_buckets:
+            raise InputError(f"{path}: buckets are not read or written here; give a folder of this machine")
+        if SCHEME not in path.path:
+            raise InputError(f"{path}: expected a folder of this machine, or one at {SCHEME}…")
     files = [output for output in outputs if not os.path.isdir(output.path)]
     read = [*inputs, *(_files_of_run(args) if files else ())]
     for index, output in enumerate(files):

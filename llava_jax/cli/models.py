@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SOURCE = (
     "hf:DIR (a Hugging Face folder), llava:DIR (an original LLaVA one), orbax:DIR (a workdir of train, or what convert "
-    "wrote so), peft:DIR (adapters, with --base), or just DIR; DIR may be a name on the Hub, owner/name[@REVISION]"
+    "wrote so), peft:DIR (adapters, with --base), or just DIR; DIR may be a name on the Hub, owner/name[@REVISION], or "
+    "gs://BUCKET/DIR"
 )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
+from llava_jax.io import opened
 from llava_jax.types import ImageBytes, InputError, Pixels
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.I
         return _read(io.BytesIO(source), name, use)
     name = name or source
     try:
-        with open(source, "rb") as file:
+        with opened(source) as file:
             return _read(file, name, use)
     except FileNotFoundError:
         raise InputError(f"image {name}: no such file; check the path, or data.images") from None

@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llava_jax import hub
+from llava_jax.io import cache_folder
 from llava_jax.types import InputError
 
 TFDS, HUB = "tfds:", "hf:"
@@ -240,8 +241,7 @@ def digest(path: str) -> str:
 
 def kept_path(name: str, suffix: str) -> str:
     """Return the file for a `key_of` name, in folder rows of LLAVA_JAX_CACHE, or of llava_jax in the user's cache."""
-    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llava_jax")
-    return os.path.join(os.environ.get("LLAVA_JAX_CACHE") or user, "rows", f"{name}{KEPT}{suffix}")
+    return os.path.join(cache_folder("rows"), f"{name}{KEPT}{suffix}")
 
 
 def code() -> str:

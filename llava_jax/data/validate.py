@@ -18,6 +18,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from llava_jax.buckets import is_bucket, listed
 from llava_jax.data.images import check_image
 from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
 from llava_jax.data.records import Rejected, Rows, load_records
@@ -250,7 +251,8 @@ class _Check:
         entries = [records.entry(row) if isinstance(records, Rows) else records[row] for row in rows]
         given = [entry for entry in entries if isinstance(entry, Record)]
         folder = self.settings.images
-        if any(isinstance(image, str) for entry in given for image in entry.images) and not os.path.isdir(folder):
+        by_path = any(isinstance(image, str) for entry in given for image in entry.images)
+        if by_path and not is_bucket(folder) and not os.path.isdir(folder):
             found = f"{folder}: no such folder" if folder else "data.images is empty"
             raise InputError(f"{found}; expected the folder that image paths start from")
         try:
@@ -296,6 +298,19 @@ class _Check:
             raise InputError(self.images[path])
 
 
+def looking_in(folder: str) -> Callable[[str | bytes], None]:
+    """Return what raises InputError for an image file that does not exist; a folder in a bucket is listed once."""
+    if not is_bucket(folder):
+        return require_file
+    names = frozenset(listed(folder))
+
+    def look(image: str | bytes) -> None:
+        if isinstance(image, str) and image.removeprefix(folder).lstrip("/") not in names:
+            raise InputError(f"image {image}: no such object; check the path, or data.images")
+
+    return look
+
+
 # ---- what is kept of it -------------------------------------------------------------------------------------------
 
 
@@ -309,16 +324,19 @@ def check_once(
     kept: how many tokens a row has then depends on the sizes of its images, which may change in their files.
     """
     check_end(tokenizer, tokenizer.template(settings.template))
+    look = looking_in(settings.images)
     if len(records) < KEPT_ROWS or tiling is not None:
-        return check_records(records, settings, tokenizer, patches=patches, tiling=tiling)
+        return check_records(records, settings, tokenizer, patches=patches, tiling=tiling, look=look)
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}
     name = key_of("check", code(), records.fingerprint, tokenizer.fingerprint, patches, facts)
     kept = recall(name)
     if kept is not None:
         images = kept["images"].tobytes().decode().split("\0") if kept["images"].size else []
-        if all(map(os.path.isfile, images)):
+        with contextlib.suppress(InputError):
+            for image in images:
+                look(image)
             return Checked(kept["figures"], (), frozenset(images), json.loads(kept["unread"].tobytes()))
-    checked = check_records(records, settings, tokenizer, patches=patches)
+    checked = check_records(records, settings, tokenizer, patches=patches, look=look)
     if not checked.rejected:
         images = "\0".join(sorted(checked.images)).encode()
         unread = np.frombuffer(json.dumps(checked.unread).encode(), np.uint8)

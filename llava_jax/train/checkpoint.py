@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from llava_jax import buckets
 from llava_jax.data import sources
 from llava_jax.parallel.distributed import check_agreed, check_shared, is_first
 from llava_jax.settings import RANDOM, flatten, read_settings
@@ -45,21 +46,22 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
 
     Raises InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
     """
-    folder = os.path.abspath(os.path.join(workdir, "checkpoints"))
-    manager = ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        item_handlers={
-            "state": ocp.StandardCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "meta": ocp.JsonCheckpointHandler(),
-        },
-    )
+    folder = buckets.absolute(os.path.join(workdir, "checkpoints"))
+    with buckets.reached(folder):
+        manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
     try:
         yield manager
     finally:
         # Without the wait the last asynchronous save is lost even on a normal exit.
-        with enough_room(folder), closing(manager):
+        with enough_room(folder), buckets.reached(folder), closing(manager):
             manager.wait_until_finished()
 
 
@@ -73,7 +75,8 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetI
         data=ocp.args.JsonSave(data.get_state()),
         meta=ocp.args.JsonSave(meta),
     )
-    with enough_room(os.fspath(manager.directory)):  # also where the save before this one finds it full
+    folder = os.fspath(manager.directory)
+    with enough_room(folder), buckets.reached(folder):  # also for what the save before this one met
         if not manager.save(step, args=args):
             raise RuntimeError(f"orbax refused to save step {step} next to steps {manager.all_steps()}")
 
@@ -83,11 +86,13 @@ def restore(
 ) -> tuple[TrainState, dict] | None:
     """Return (state, meta) of the newest readable checkpoint and move `data` to its position; None without checkpoint.
 
-    `state` is a tree of ShapeDtypeStructs with shardings. An unreadable checkpoint is reported, moved away and skipped.
-    Raises an InputError naming the first differences when the checkpoint has another tree, shape or dtype.
+    `state` is a tree of ShapeDtypeStructs with shardings. An unreadable checkpoint is reported, moved away and skipped;
+    one in a bucket is not, since there the network is a likelier cause than damage. Raises an InputError naming the
+    first differences when the checkpoint has another tree, shape or dtype.
     """
     damaged: dict[int, str] = {}
-    steps = sorted(manager.all_steps(), reverse=True)
+    with buckets.reached(workdir):
+        steps = sorted(manager.all_steps(), reverse=True)
     check_agreed({f"the list of checkpoints in {workdir}": repr(steps)})
     for step in steps:
         folder = os.path.join(workdir, "checkpoints", str(step))
@@ -101,8 +106,8 @@ def restore(
             restored = manager.restore(step, args=args)
         except UNREADABLE as error:
             damaged[step] = first_line(error)
-            if jax.process_count() > 1:
-                # The others may be able to read it and would then resume from a different step.
+            if jax.process_count() > 1 or buckets.is_bucket(workdir):
+                # Others, or a later start, may be able to read it and would then resume from a different step.
                 raise InputError(
                     f"{folder} cannot be read by process {jax.process_index()} ({damaged[step]}): restore it from a "
                     "copy, or move it away to resume from the one before"
@@ -168,6 +173,10 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
     anything but this run.
     """
     path = os.path.join(workdir, LOCK)
+    if buckets.is_bucket(workdir):
+        with _hold_bucket(workdir, path, settings):
+            yield
+        return
     if not is_first():
         check_shared(workdir, path)
         yield
@@ -195,13 +204,33 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
                 shutil.rmtree(workdir)
 
 
+@contextmanager
+def _hold_bucket(workdir: str, path: str, settings: Settings) -> Iterator[None]:
+    lock = None
+    if is_first():
+        check_workdir(workdir, settings)
+        with buckets.reached(workdir):
+            lock = buckets.Lock(path)
+            try:
+                lock.take()
+            except InputError as error:
+                raise InputError(f"--workdir={workdir}: {error}: wait for its end or choose another workdir") from None
+    try:
+        check_agreed({"--workdir": workdir})  # the others wait here for the lock
+        yield
+    finally:
+        if lock is not None:
+            with buckets.reached(workdir):
+                lock.release()
+
+
 def check_workdir(workdir: str, settings: Settings) -> None:
     """Raise InputError when a config.json there is not a run's, or its checkpoints are of another config."""
     path = os.path.join(workdir, "config.json")
     if os.path.isfile(workdir):
         raise InputError(f"--workdir={workdir}: is a file, expected a folder or a new path")
     steps = steps_on_disk(workdir)
-    if not steps and not os.path.exists(path):
+    if not steps and not buckets.exists(path):
         return
     try:
         there = absolute_paths(read_settings(path))
@@ -230,7 +259,7 @@ def _split_is_free(settings: Settings) -> bool:
 def with_commits_of(workdir: str, settings: Settings) -> Settings:
     """Return the settings with the commits of the run in `workdir`, where they name its repositories without any."""
     path = os.path.join(workdir, "config.json")
-    if not os.path.isfile(path):
+    if not buckets.exists(path):
         return settings
     there = read_settings(path)
     model, init = settings.model, settings.init
@@ -274,7 +303,7 @@ def absolute_paths(settings: Settings) -> Settings:
         data=dataclasses.replace(
             data,
             annotations=sources.absolute(data.annotations),
-            images=os.path.abspath(data.images) if data.images else "",
+            images=buckets.absolute(data.images) if data.images else "",
         ),
     )
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from llava_jax import buckets
 from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
@@ -42,6 +43,7 @@ from llava_jax.types import InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
 
 STOPPED_EXIT_CODE = 42
+METRICS = "metrics.jsonl"
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
@@ -97,14 +99,22 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)
-        tracing_these = tracing(workdir, todo, train.profile) if train.profile else nullcontext()
-        with open_metrics(workdir, todo, train.log_every) as writer, tracing_these as tracer:
+        mirrored = buckets.mirrored(workdir, METRICS) if is_first() else nullcontext((workdir, lambda: None))
+        with (
+            mirrored as (here, upload),
+            open_metrics(here, todo, train.log_every) as writer,
+            tracing(here, todo, train.profile, workdir) if train.profile else nullcontext() as tracer,
+        ):
 
             def start(*inputs: Any) -> Callable:
                 step, seconds = compile_step(run, *inputs, train.compiler_options)
                 if writer is not None:
                     writer.start_clock(seconds, ideal_seconds(run, batches.shape))
                 return step
+
+            def save(state: TrainState) -> None:
+                upload()  # first, so that no checkpoint is there without the metrics before it
+                checkpoint.save(manager, state, data, meta)
 
             state = run_updates(
                 run,
@@ -116,7 +126,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 save_every=train.checkpoint_every,
                 start=start,
                 log=partial(log_update, writer=writer, records=records),
-                save=partial(checkpoint.save, manager, data=data, meta=meta),
+                save=save,
                 tracer=tracer,
                 should_stop=should_stop,
             )
@@ -246,7 +256,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str, steps: range, log_every: int, screen: TextIO):
-        path = os.path.join(workdir, "metrics.jsonl")
+        path = os.path.join(workdir, METRICS)
         truncate_metrics(path, steps.start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
         self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=steps.start)

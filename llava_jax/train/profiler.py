@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from llava_jax.buckets import absolute
 from llava_jax.parallel.distributed import is_first, say
 
 # The first updates still wait for the data and for the device to warm up.
@@ -13,12 +14,15 @@ SKIPPED = 2
 
 
 class Tracer:
-    """Traces `updates` of the updates `steps` into `folder`, in the first process; the numbers do not change."""
+    """Traces `updates` of the updates `steps` into `folder`, in the first process; the numbers do not change.
 
-    def __init__(self, folder: str, steps: range, updates: int):
+    `shown` is where the folder will be found.
+    """
+
+    def __init__(self, folder: str, shown: str, steps: range, updates: int):
         first = steps.start + min(SKIPPED, max(0, len(steps) - updates))
         self._updates = range(first, min(first + updates, steps.stop)) if is_first() else range(0)
-        self._folder = folder
+        self._folder, self._shown = folder, shown
         self._running = False
 
     def before(self, n: int, state: Any) -> None:
@@ -40,11 +44,12 @@ class Tracer:
             self._running = False
             jax.profiler.stop_trace()
             say(
-                f"profile of updates {self._updates.start} to {self._updates.stop - 1} in {self._folder}: "
-                f"pip install xprof, then xprof --port=8791 --logdir={self._folder} and open http://localhost:8791"
+                f"profile of updates {self._updates.start} to {self._updates.stop - 1} in {self._shown}: "
+                f"pip install xprof, then xprof --port=8791 --logdir={self._shown} and open http://localhost:8791"
             )
 
 
-def tracing(workdir: str, steps: range, updates: int) -> AbstractContextManager[Tracer]:
-    """Return a Tracer into WORKDIR/profile for a `with`."""
-    return closing(Tracer(os.path.join(os.path.abspath(workdir), "profile"), steps, updates))
+def tracing(folder: str, steps: range, updates: int, workdir: str = "") -> AbstractContextManager[Tracer]:
+    """Return a Tracer into FOLDER/profile for a `with`; `workdir` is the one in a bucket that the folder goes to."""
+    into, shown = (os.path.join(absolute(path), "profile") for path in (folder, workdir or folder))
+    return closing(Tracer(into, shown, steps, updates))

@@ -10,10 +10,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from llava_jax import buckets
 from llava_jax.data.sources import HUB, TFDS, is_dataset, split_sources
 from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.hub import TOWER
+from llava_jax.io import opened
 from llava_jax.settings import DTYPES, RANDOM, flatten, read_settings
 from llava_jax.types import InputError, ModelConfig, Settings
 from llava_jax.weights.hf_config import llama_json
@@ -68,7 +70,7 @@ def convert(
     kind, _, destination = target.partition(":")
     if kind not in KINDS or not destination:
         raise InputError(f"--to={target}: cannot be written; expected {TARGETS}")
-    if os.path.abspath(folder) == os.path.abspath(destination):
+    if buckets.absolute(folder) == os.path.abspath(destination):
         raise InputError(f"--to={target}: is the source; choose another folder")
     if dtype and dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
@@ -399,8 +401,8 @@ def _rows(workdir: str, step: int) -> int | None:
 def _logged(workdir: str, step: int) -> dict[str, Any] | None:
     """Return the last whole line of metrics.jsonl up to the checkpoint."""
     path = os.path.join(workdir, "metrics.jsonl")
-    if not os.path.isfile(path):
+    if not buckets.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file if line.endswith("}\n")]
+    with opened(path) as file:
+        lines = [json.loads(line) for line in file if line.endswith(b"}\n")]
     return next((line for line in reversed(lines) if line["step"] < step), None)

@@ -280,7 +280,7 @@ def read_model(
     `check_merge` are `load_trained`'s.
     """
     form, folder = parse(source, name)
-    if folder != split(source)[1]:
+    if is_name(split(source)[1]):
         print(f"{source}: commit {os.path.basename(folder)} of the Hub", flush=True)
     if step is not None and form != "run":
         raise InputError(f"--step={step}: {folder} is no workdir of train, whose checkpoints have steps; leave it out")
@@ -386,13 +386,14 @@ def _cast(tree: Params, dtype: str) -> Params:
 def read_projector(source: str, config: ModelConfig) -> Params:
     """Read the projector (float32 numpy) of a file, a run or an original folder, checked against the config."""
     source = local_folder(source, "init.projector", "projector")
-    if not os.path.exists(source):
+    is_run = is_workdir(source)
+    if not is_run and not os.path.exists(source):
         raise InputError(
             f"init.projector={source}: not found, expected a .safetensors or .bin file or a pretrain workdir"
         )
-    if not os.path.isdir(source):
+    if not is_run and not os.path.isdir(source):
         return hf.read_projector(source, config)
-    if not is_workdir(source):
+    if not is_run:
         files = [os.path.join(source, name) for name in (PROJECTOR, NON_LORA)]
         file = next((path for path in files if os.path.isfile(path)), None)
         if file is None:

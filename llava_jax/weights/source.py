@@ -13,14 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llava_jax import hub
+from llava_jax import buckets, hub
+from llava_jax.io import cache_folder, opened
 from llava_jax.types import InputError
 from llava_jax.weights.hf_config import read_json
 
 FORMS = (
     "hf:DIR (Hugging Face LlavaForConditionalGeneration), llava:DIR (original LLaVA), orbax:DIR (a workdir of train, "
     "or what convert wrote so), peft:DIR (adapters, with --base), or such a DIR alone; DIR may be a name on the Hub, "
-    "owner/name[@REVISION]"
+    "owner/name[@REVISION], or gs://BUCKET/DIR"
 )
 _HOLDS = {
     "run": "a workdir of train",
@@ -39,7 +40,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def is_workdir(folder: str) -> bool:
     """Return whether a folder is the workdir of a training run, by what lies in it."""
-    return os.path.isfile(os.path.join(folder, "config.json")) and os.path.isdir(os.path.join(folder, "checkpoints"))
+    config, checkpoints = os.path.join(folder, "config.json"), os.path.join(folder, "checkpoints")
+    if buckets.is_bucket(folder):
+        return buckets.exists(config) and buckets.exists(checkpoints)
+    return os.path.isfile(config) and os.path.isdir(checkpoints)
 
 
 def is_converted(folder: str) -> bool:
@@ -61,7 +65,7 @@ def is_original(config: Mapping[str, Any]) -> bool:
 def split(source: str) -> tuple[str, str]:
     """Return (form or "", folder) as written, nothing looked up but a folder whose own name has a colon."""
     form, colon, folder = source.partition(":")
-    if not colon or os.path.isdir(source) or os.sep in form:
+    if not colon or os.path.isdir(source) or os.sep in form or buckets.is_bucket(source):
         return "", source
     return form, folder
 
@@ -69,17 +73,18 @@ def split(source: str) -> tuple[str, str]:
 def parse(source: str, name: str = "model", need: str = "config") -> tuple[str, str]:
     """Return (kind, folder) of a SRC that is there; `name` is its flag or key, for errors.
 
-    A name on the Hub is fetched, as `local_folder` does with `need`. The kind is `run` (a workdir of train), `orbax` (a
-    whole model that we wrote so), `peft`, `hf` or `llava`.
+    A name on the Hub is fetched, and a folder in a bucket copied, as `local_folder` does with `need`. The kind is `run`
+    (a workdir of train, which may lie in a bucket), `orbax` (a whole model that we wrote so), `peft`, `hf` or `llava`.
     """
     form, folder = split(source)
     if form not in ("", "hf", "llava", "orbax", "peft"):
         raise InputError(f"{name}={source}: form {form!r} is not read; expected {FORMS}")
     folder = local_folder(folder, name, need)
-    if not os.path.isdir(folder):
+    is_run = is_workdir(folder)
+    if not is_run and not os.path.isdir(folder):
         raise InputError(f"{name}={source}: no folder {folder!r}; expected {FORMS}")
     config = os.path.join(folder, "config.json")
-    if is_workdir(folder):
+    if is_run:
         found = "run"
     elif is_converted(folder) and os.path.isfile(config):
         found = "orbax"
@@ -133,9 +138,15 @@ def local_folder(path: str, name: str, need: str = "config") -> str:
     """Return the path without `hf:`, or the folder of a name on the Hub, fetched as `hub.fetch` does with `need`.
 
     `path` is a path, or owner/name or owner/name@REVISION, `hf:` may stand before it; `name` is its flag or key, for
-    errors. Whether there is anything at a path is not looked up.
+    errors. Of what lies in a bucket it is a copy of the same files, but for a workdir of train, of which only the
+    checkpoint asked for is read, there. Whether there is anything at a path is not looked up.
     """
-    return hub.fetch(*repository(path), f"{name}={path}", need) if is_name(path) else _plain(path)
+    if is_name(path):
+        return hub.fetch(*repository(path), f"{name}={path}", need)
+    path = _plain(path)
+    if not buckets.is_bucket(path) or is_workdir(path):
+        return path
+    return buckets.fetch(path, cache_folder("buckets"), lambda names: hub.needed(need, names))
 
 
 def absolute_folder(path: str, name: str) -> str:
@@ -144,7 +155,7 @@ def absolute_folder(path: str, name: str) -> str:
     That is an absolute path, or owner/name@COMMIT, for which the Hub is asked. `name` is its flag or key, for errors.
     """
     if not is_name(path):
-        return os.path.abspath(_plain(path)) if path else ""
+        return buckets.absolute(_plain(path)) if path else ""
     repo, revision = repository(path)
     if hub.COMMIT.fullmatch(revision):
         return f"{repo}@{revision}"
@@ -172,7 +183,8 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
         raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps)}")
     wanted = steps[0] if step is None else step
     try:
-        return wanted, *_read_params(workdir, wanted, part)
+        with buckets.reached(workdir):
+            return wanted, *_read_params(workdir, wanted, part)
     except UNREADABLE as error:
         older = _whole(workdir, [other for other in steps if other < wanted], part)
         problem = f"{_folder(workdir, wanted)}: the checkpoint cannot be read ({first_line(error)})"
@@ -186,7 +198,7 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
 
 
 def _folder(workdir: str, step: int) -> str:
-    return os.path.abspath(os.path.join(workdir, "checkpoints", str(step)))
+    return buckets.absolute(os.path.join(workdir, "checkpoints", str(step)))
 
 
 def _whole(workdir: str, steps: list[int], part: str | None) -> int | None:
@@ -202,7 +214,7 @@ def _whole(workdir: str, steps: list[int], part: str | None) -> int | None:
 
 def checkpoint_meta(workdir: str, step: int) -> dict:
     """Return what the checkpoint of a step says about itself; raises one of UNREADABLE where it cannot be read."""
-    with open(os.path.join(_folder(workdir, step), "meta", "metadata"), encoding="utf-8") as file:
+    with opened(os.path.join(_folder(workdir, step), "meta", "metadata")) as file:
         return json.load(file)
 
 
@@ -223,15 +235,24 @@ def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]
 def run_fingerprint(workdir: str) -> str:
     """Return hash of the newest checkpoint: its step, its meta, the names and sizes of its files."""
     digest = hashlib.blake2b(digest_size=16)
-    folder = os.path.join(workdir, "checkpoints", str(max(steps_on_disk(workdir), default="none")))
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)):
-        if os.path.isfile(path):
-            digest.update(f"{os.path.relpath(path, os.path.dirname(folder))} {os.path.getsize(path)}\n".encode())
-    meta = os.path.join(folder, "meta", "metadata")
-    if os.path.isfile(meta):
-        with open(meta, "rb") as file:
+    step = str(max(steps_on_disk(workdir), default="none"))
+    folder = os.path.join(workdir, "checkpoints", step)
+    sizes = _sizes(folder)
+    for name in sorted(sizes):
+        digest.update(f"{os.path.join(step, name)} {sizes[name]}\n".encode())
+    meta = os.path.join("meta", "metadata")
+    if meta in sizes:
+        with opened(os.path.join(folder, meta)) as file:
             digest.update(file.read())
     return digest.hexdigest()
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """Return the bytes of each file below a folder, by its name in there."""
+    if buckets.is_bucket(folder):
+        return {name: about["size"] for name, about in buckets.listed(folder).items()}
+    paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    return {os.path.relpath(path, folder): os.path.getsize(path) for path in paths if os.path.isfile(path)}
 
 
 def first_line(error: BaseException) -> str:
@@ -240,4 +261,7 @@ def first_line(error: BaseException) -> str:
 
 def steps_on_disk(workdir: str) -> list[int]:
     folder = os.path.join(workdir, "checkpoints")
+    if buckets.is_bucket(workdir):
+        with buckets.reached(workdir):
+            return ocp.utils.checkpoint_steps(folder)  # whose saves are complete: nothing is renamed there
     return [int(name) for name in os.listdir(folder) if name.isdigit()] if os.path.isdir(folder) else []
