@@ -5,6 +5,7 @@ It answers some requests with 429 and 503 on demand, before or after having done
 """
 
 import json
+import pathlib
 import random
 import re
 import sys
@@ -42,6 +43,12 @@ class Bucket:
         self._uploads: dict[str, tuple[dict, dict, bytearray]] = {}
         self._generation = 1_000
         self._random = random.Random(seed)
+
+    def put_folder(self, name: str, folder: pathlib.Path) -> None:
+        """Write all files below a folder."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{name}/{path.relative_to(folder)}", path.read_bytes())
 
     def put(self, name: str, content: bytes, query: dict[str, str] | None = None) -> dict:
         """Write an object and return its resource. Raises Answer where a precondition does not hold."""
