@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -47,6 +48,7 @@ def _storage() -> Any:
         from fsspec import config
     except ImportError as error:
         raise InputError(f"{SCHEME}… needs the package gcsfs: pip install 'llava-jax[gcs]'") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises as well
     # Other processes write and delete what an earlier listing shows. The same holds for orbax, which comes here through
     # etils.epath.
     config.conf.setdefault("gcs", {})["use_listings_cache"] = False

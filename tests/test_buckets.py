@@ -102,6 +102,14 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, runs, tmp_path):
     assert again.init.model == "hf:gs://bucket/inputs/llava" and again.data.images == "gs://bucket/inputs/images"
 
 
+def test_a_run_resumes_from_its_own_config_in_the_bucket(runs, capsys):
+    assert main(["train", f"--config={RUN}/config.json", f"--workdir={RUN}"]) == 0
+    assert f"resuming at step 6\n6/6 steps done, saved in {RUN}" in capsys.readouterr().out
+    assert "gs://bucket/cfg.py: of a bucket only the config.json" in refused(
+        "train --config=gs://bucket/cfg.py --workdir=w", capsys
+    )
+
+
 def test_generate_and_convert_read_a_run_in_a_bucket(runs, inputs, tmp_path, capsys):
     for source, target in ((RUN, "there"), (str(runs), "here")):
         assert main(["convert", f"--from={source}", f"--to=hf:{tmp_path / target}"]) == 0

@@ -17,7 +17,7 @@ from llava_jax.types import InputError
 from llava_jax.weights import hf
 from llava_jax.weights.hf_export import parameter_pieces
 from llava_jax.weights.original_export import TOWER, write_original
-from llava_jax.weights.source import absolute_folder, local_folder
+from llava_jax.weights.source import absolute_folder, is_name, local_folder
 from llava_jax.weights.tensors import save_tensors
 from tests.hub_server import point
 from tests.tiny_run import change, make_inputs, make_settings
@@ -94,8 +94,9 @@ def test_a_file_or_folder_of_that_name_wins(server, tmp_path, monkeypatch):
     asked = len(server.requests)
     for path in ("a/m", "hf:a/m"):
         assert local_folder(path, "--model") == "a/m" and absolute_folder(path, "--model") == str(tmp_path / "a/m")
-    for path in ("a/b/c", "./a", "/a/b", "../a/b", "m", "", "random:a/b.json", "a/projector.safetensors", "gs://a/b"):
+    for path in ("a/b/c", "./a", "/a/b", "../a/b", "m", "", "random:a/b.json", "a/projector.safetensors"):
         assert local_folder(path, "--model") == path
+    assert not is_name("gs://a/b")
     assert len(server.requests) == asked
 
 

@@ -104,21 +104,22 @@ def test_every_flag_that_is_written_is_guarded():
 @pytest.mark.parametrize(
     "line",
     [
-        "train --config=cfg.py:stage=finetune --workdir=gs://bucket/run",
+        "train --config=cfg.py:stage=finetune --workdir=s3://bucket/run",
         "demo --workdir=gs://bucket/run",
         "configs --copy=tiny --to=gs://bucket/configs",
         "convert --from=m --to=hf:gs://bucket/m",
-        "convert --from=gs://bucket/m --to=hf:m",
+        "convert --from=s3://bucket/m --to=hf:m",
         "generate --model=hf:s3://bucket/m --prompt=x",
         "generate --model=m --questions=q.jsonl --images=images --answers=gs://bucket/a.jsonl",
         "compile --config=cfg.py:stage=finetune --json=gs://bucket/a.json",
         f"{VERIFY} --dump=gs://bucket/dump.jsonl",
-        f"{VERIFY.replace('=images', '=gs://bucket/images')}",
+        f"{VERIFY.replace('=images', '=s3://bucket/images')}",
         "prepare captions --captions=rows.json --output=gs://bucket/rows.json",
         "prepare arrayrecord --annotations=rows.json --images=images --output=gs://bucket/rows",
-        "train --config=cfg.py:stage=finetune --workdir=w --config.model.llm=gs://bucket/llm",
-        "train --config=cfg.py:stage=finetune --workdir=w --config.init.model=hf:gs://bucket/llm",
-        "train --config=cfg.py:stage=finetune --workdir=w --config.data.images=gs://bucket/images",
+        "train --config=cfg.py:stage=finetune --workdir=w --config.model.llm=s3://bucket/llm",
+        "train --config=cfg.py:stage=finetune --workdir=w --config.init.model=hf:s3://bucket/llm",
+        "train --config=cfg.py:stage=finetune --workdir=w --config.data.images=s3://bucket/images",
+        "generate --model=m --image=gs://bucket/a.png --prompt=x",
     ],
 )
 def test_a_bucket_is_refused_by_name(line, files, capsys):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from llava_jax.buckets import SCHEME
 from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
 from llava_jax.cli.flags import Named, Parser
-from llava_jax.cli.train import find_config, load_settings
+from llava_jax.cli.train import find_config, load_settings, split_config
 from llava_jax.data.sources import split_sources
 from llava_jax.io import WRITE_ERRORS, no_room
 from llava_jax.settings import nearest, tower_path
@@ -344,10 +344,10 @@ def _files_of_run(args: argparse.Namespace) -> list[Named]:
     if not args.passed:
         return []
     settings = args.settings()
-    spec = next(word for word in args.passed if word.startswith("--config=")).removeprefix("--config=")
+    spec = next(word for word in args.passed if word.startswith("--config="))
     model, init, data = settings.model, settings.init, settings.data
     named = {
-        "--config": find_config(spec.partition(":")[0]),
+        "--config": find_config(split_config(spec)[0]),
         "model.vision": tower_path(model.vision),
         "model.llm": tower_path(model.llm),
         "init.model": init.model.rpartition(":")[2],

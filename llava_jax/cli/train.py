@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from llava_jax.buckets import is_bucket
 from llava_jax.cli.configs import recipes
 from llava_jax.cli.flags import announce
 from llava_jax.settings import flatten, nearest, read_settings, settings_from_dict
@@ -29,7 +30,11 @@ PARSERS = {
 
 
 def train_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, help="folder of the run: checkpoints, config.json, metrics.jsonl")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        help="folder of the run, local or gs://BUCKET/DIR: checkpoints, config.json, metrics.jsonl",
+    )
     parser.add_argument_group("config").description = (
         "--config=FILE[:arg]      a config file, or the config.json of a run\n"
         "--config=NAME[:arg]      or a recipe that comes with the package, see llava-jax configs; one is required\n"
@@ -50,9 +55,15 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def split_config(word: str) -> tuple[str, str, str]:
+    """Return (name or path, ":" or "", argument) of a `--config=`; an address in a bucket takes no argument."""
+    given = word.removeprefix("--config=")
+    return (given, "", "") if is_bucket(given) else given.partition(":")
+
+
 def find_config(name: str) -> str:
     """Return the file that `--config=` names: one at this path, or else the recipe of this name. Raises InputError."""
-    if os.path.isfile(name):
+    if os.path.isfile(name) or is_bucket(name):
         return name
     known = recipes()
     if name in known:
@@ -72,7 +83,7 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
     if len(files) != 1:
         given = "none" if not files else " and ".join(files)
         raise InputError(f"expected one --config=FILE|NAME[:arg], such as tiny:stage=pretrain; got {given}")
-    name, colon, arg = files[0].removeprefix("--config=").partition(":")
+    name, colon, arg = split_config(files[0])
     path = find_config(name)
     if path.endswith(".json") and colon:
         no = "a config.json takes no argument after the colon"
@@ -92,6 +103,8 @@ def load_config(passed: Sequence[str]) -> ConfigDict:
 
 def run_config(spec: str) -> ConfigDict:
     """Return the config of a file, which runs here once. Raises InputError for what it raises."""
+    if is_bucket(spec) and not spec.endswith(".json"):
+        raise InputError(f"--config={spec}: of a bucket only the config.json of a run is read; copy it here")
     if spec.endswith(".json"):
         return ConfigDict(dataclasses.asdict(read_settings(spec)))
     values, argv = flags.FlagValues(), ["train", f"--config={spec}"]

@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llava_jax import hub
+from llava_jax.buckets import reached
 from llava_jax.io import cache_folder
 from llava_jax.types import InputError
 
@@ -306,14 +307,16 @@ def local_copy(path: str) -> str:
     from etils import epath  # a tenth of a second that no local file asks for
 
     there = epath.Path(path)
-    try:
-        found = there.stat()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be reached ({type(error).__name__}: {error}); expected {FORMS}") from error
-    copy = kept_path(key_of(path, found.length, found.mtime), os.path.splitext(path)[1].lower())
-    if not os.path.isfile(copy):
-        with there.open("rb") as source, whole(copy) as target:
-            while piece := source.read(PIECE):
-                target.write(piece)
+    with reached(path):
+        try:
+            found = there.stat()
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path}: cannot be reached ({said}); expected {FORMS}") from error
+        copy = kept_path(key_of(path, found.length, found.mtime), os.path.splitext(path)[1].lower())
+        if not os.path.isfile(copy):
+            with there.open("rb") as source, whole(copy) as target:
+                while piece := source.read(PIECE):
+                    target.write(piece)
     os.utime(copy)
     return copy
