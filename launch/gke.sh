@@ -3,7 +3,8 @@
 #
 #   export TOPOLOGY=v5e:8x8 IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/llava_jax     an image of launch/Dockerfile
 #   launch/gke.sh render NAME CONFIG WORKDIR [--config.key=value …]     prints the manifest
-#   launch/gke.sh submit NAME CONFIG WORKDIR [--config.key=value …]     kubectl; a volume claim CLAIM is at /data
+#   launch/gke.sh submit NAME CONFIG WORKDIR [--config.key=value …]     kubectl; a volume claim CLAIM is at /data,
+#                                                                       a WORKDIR at gs:// needs none
 #   launch/gke.sh xpk    NAME CONFIG WORKDIR [--config.key=value …]     xpk, on its cluster CLUSTER, with STORAGE
 #   launch/gke.sh logs   NAME                                           follows worker 0 of slice 0
 #   launch/gke.sh status NAME
@@ -39,8 +40,13 @@ render() {
   SPOT_TOLERATION=${SPOT:+$'\n                - key: cloud.google.com/gke-spot\n                  operator: Exists'}
   RESTART_CODES=42$(printf ', %s' {128..255})
   text=$(<launch/jobset.yaml)
+  CACHE=/data/compilation_cache
+  if [[ -z ${CLAIM:=} ]]; then # the workdir is in a bucket
+    text=$(sed -e '/^ *volumeMounts:/,/mountPath:/d' -e '/^ *volumes:/,$d' <<<"$text")
+    CACHE=$(yaml "${2%/}/compilation_cache") || exit
+  fi
   for word in NAME RESTARTS SLICES VMS RESTART_CODES GRACE GKE_ACCELERATOR SHAPE SPOT_SELECTOR SPOT_TOLERATION IMAGE \
-    CHIP CHIPS_PER_VM CLAIM; do
+    CHIP CHIPS_PER_VM CACHE CLAIM; do
     text=${text//"@$word@"/"${!word}"}
   done
   printf '%s\n' "${text//"@ARGS@"/"$args"}" # last: they may hold anything
@@ -91,8 +97,8 @@ case $verb in
     read_topology
     if [[ $verb == xpk ]]; then
       set_or_fail CLUSTER "the cluster that xpk made"
-    else
-      set_or_fail CLAIM "the volume claim with the data, the weights and the workdir, which is mounted at /data"
+    elif [[ $4 != gs://* ]]; then
+      set_or_fail CLAIM "the volume claim with the data, the weights and the workdir, which is mounted at /data; none is needed with a WORKDIR at gs://"
     fi
     "$verb" "${@:3}"
     ;;

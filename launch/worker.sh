@@ -45,7 +45,7 @@ case ${1:---help} in
   install)
     python3 -m pip install --quiet --user uv # the image's Python is older than the 3.11 we need; uv brings one
     python3 -m uv venv --quiet --allow-existing --python 3.11 .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt -e ".[tpu]"
+    python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt -e ".[tpu,gcs]"
     ;;
   start)
     mkdir -p "$RUN"

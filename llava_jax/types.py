@@ -304,13 +304,13 @@ class ModelSettings:
     """The backbones and the projector; not read where `init.model` names a whole model."""
 
     vision: str
-    """CLIP or SigLIP folder of Hugging Face, or `owner/name[@REVISION]` on its Hub; `random:NAME` (`tiny`, `clip-l-14`,
-    `clip-l-14-336`) or `random:FILE.json` (a Hugging Face config) for random weights.
+    """CLIP or SigLIP folder of Hugging Face, also at `gs://`, or `owner/name[@REVISION]` on its Hub; `random:NAME`
+    (`tiny`, `clip-l-14`, `clip-l-14-336`) or `random:FILE.json` (a Hugging Face config) for random weights.
     """
     llm: str
-    """Decoder folder of Hugging Face with its tokenizer, or `owner/name[@REVISION]` on its Hub; `random:NAME` (`tiny`,
-    `vicuna-7b`, `vicuna-13b`) or `random:FILE.json` for random weights, with the demo's tokenizer or the one next to
-    the file.
+    """Decoder folder of Hugging Face with its tokenizer, also at `gs://`, or `owner/name[@REVISION]` on its Hub;
+    `random:NAME` (`tiny`, `vicuna-7b`, `vicuna-13b`) or `random:FILE.json` for random weights, with the demo's
+    tokenizer or the one next to the file.
     """
     projector: str
     """What maps image features to the decoder's width."""
@@ -324,12 +324,12 @@ class InitSettings:
 
     model: str
     """A whole model to start from: `hf:DIR`, `llava:DIR`, `orbax:DIR` or DIR, which may be `owner/name[@REVISION]` on
-    the Hub. It replaces every `model.` key.
+    the Hub, or `gs://BUCKET/DIR`. It replaces every `model.` key.
     """
     projector: str
     """A projector to start from, also in place of the one in `init.model`: the workdir of a pretrain run, a
-    `.safetensors` or `.bin` file, or `owner/name[@REVISION]` on the Hub. Empty: that of `init.model`, or random values
-    without one.
+    `.safetensors` or `.bin` file, both also at `gs://`, or `owner/name[@REVISION]` on the Hub. Empty: that of
+    `init.model`, or random values without one.
     """
 
 
@@ -343,7 +343,9 @@ class DataSettings:
     `a.json,b.json`, mixed by weight as `a.json:0.7,b.json:0.3`.
     """
     images: str
-    """Folder that the image paths of the rows are relative to; not needed where images come with their rows."""
+    """Folder that the image paths of the rows are relative to, also at `gs://`; not needed where images come with their
+    rows.
+    """
     template: str
     """How a conversation becomes text, and which part of it is supervised: `plain` (captions), `v1`, `v0`,
     `llava_llama_2`, `mistral_instruct`, `chatml_direct`, `llama_3`, `qwen`, …, or `tokenizer`: the tokenizer's own chat

@@ -50,9 +50,7 @@ def killed_at_random(bucket: Bucket, config: pathlib.Path, draw: random.Random) 
         if kill == KILLS:
             assert process.wait(timeout=600) == 0, process.stderr.read()
             break
-        time.sleep(
-            draw.uniform(1.0, 30.0)
-        )  # a checkpoint takes about fifteen seconds, most of them waited between tries
+        time.sleep(draw.uniform(1.0, 30.0))  # a checkpoint takes about fifteen, most of them spent between tries
         process.send_signal(signal.SIGKILL)
         process.communicate()
     return f"{KILLS} kills, resumed at updates {resumed}"

@@ -198,6 +198,20 @@ def test_jobset_has_a_process_per_machine(stage, topology, spot):
     assert volumes[mounts["/data"]] == {"persistentVolumeClaim": {"claimName": "data"}}
 
 
+def test_jobset_needs_no_volume_for_a_workdir_in_a_bucket(stage):
+    words = ["launch/gke.sh", "render", "llava", "c.py:a=b", "gs://bucket/a b/"]
+    done = stage.run(*words, **GKE | {"CLAIM": ""})
+    assert done.returncode == 0, done.stderr
+    job = as_job(yaml.safe_load(done.stdout))
+    kubernetes_validate.validate(job, "1.31", strict=True)
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert "volumes" not in pod and "volumeMounts" not in container and "/data" not in done.stdout
+    cache = {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://bucket/a b/compilation_cache"}
+    assert cache in container["env"] and "--workdir=gs://bucket/a b/" in container["args"]
+    assert "claimName: data" in stage.run(*words, **GKE).stdout
+
+
 def test_jobset_starts_again_after_sigterm_and_not_after_an_error(stage):
     [rule] = as_job(render(stage))["spec"]["podFailurePolicy"]["rules"]
     ends = rule["onExitCodes"]
