@@ -214,14 +214,18 @@ class Lock:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
-    def take(self) -> None:
-        """Make the object, once that of a process that is gone has expired. Raises InputError where one is at work."""
+    def take(self) -> Iterator[bool]:
+        """Make the object: yield True once it is ours, False each second until that of a process that is gone expires.
+
+        Raises InputError where another process is at work.
+        """
         found = self._store.read("").result()
         if found.state == "value":
             print(f"{self._path} is there: waiting {EXPIRED:.0f} s for a sign of its owner", flush=True)
         end = time.monotonic() + EXPIRED
         while found.state == "value" and time.monotonic() < end:
             time.sleep(1.0)
+            yield False
             before, found = found, self._store.read("").result()
             if found.state == "value" and found.stamp.generation != before.stamp.generation:
                 raise InputError(f"{self._path} is held by {found.value.decode(errors='replace')}")
@@ -229,6 +233,7 @@ class Lock:
         if not self._generation:
             raise InputError(f"{self._path} was taken by another process at the same time")
         self._thread.start()
+        yield True
 
     def release(self) -> None:
         """Delete the object."""

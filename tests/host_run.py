@@ -13,7 +13,6 @@ from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import read_settings
 from llava_jax.train import loop
 from llava_jax.types import MeshSettings
-from tests.bucket_run import quicken
 
 MESHES = {"fsdp": MeshSettings(1, -1, 1), "mixed": MeshSettings(2, -1, 2), "tensor": MeshSettings(1, 1, -1)}
 
@@ -25,7 +24,6 @@ def slow_update(*args, inner=loop.log_update, **how):
 
 if __name__ == "__main__":
     distributed.HEARTBEAT_SECONDS, distributed.VISIBLE_SECONDS = 10, 2.0
-    quicken()
     loop.log_update = slow_update
     with distributed.connected():
         for config, workdir in zip(sys.argv[1::2], sys.argv[2::2], strict=True):

@@ -210,15 +210,19 @@ def quick(monkeypatch):
     monkeypatch.setattr(buckets, "EXPIRED", 1.5)
 
 
+def take(lock: buckets.Lock) -> None:
+    assert list(lock.take())[-1]
+
+
 def test_a_second_train_is_refused(bucket, quick):
     first = buckets.Lock("gs://bucket/locks/a")
-    first.take()
+    take(first)
     with pytest.raises(InputError, match=f"held by .*process {os.getpid()}"):
-        buckets.Lock("gs://bucket/locks/a").take()
+        take(buckets.Lock("gs://bucket/locks/a"))
     first.release()
     assert "locks/a" not in bucket.blobs
     second = buckets.Lock("gs://bucket/locks/a")
-    second.take()
+    take(second)
     second.release()
 
 
@@ -226,7 +230,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(bucket, quick):
     bucket.put("locks/b", b"another host, process 1")
     lock = buckets.Lock("gs://bucket/locks/b")
     begin = time.monotonic()
-    lock.take()
+    take(lock)
     assert time.monotonic() - begin >= 1.5
     lock.release()
     assert "locks/b" not in bucket.blobs
@@ -236,7 +240,7 @@ def test_who_loses_the_lock_ends(bucket, quick, monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or lock._ended.set())
     lock = buckets.Lock("gs://bucket/locks/c")
-    lock.take()
+    take(lock)
     bucket.put("locks/c", b"another")
     lock._thread.join(5)
     assert ended == [2]
@@ -247,7 +251,7 @@ def test_a_lock_lives_through_requests_that_are_lost(bucket, quick, monkeypatch)
     """Also where a write is carried out and answered by an error: repeated, it is refused for its own first try."""
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("lost"))
     lock = buckets.Lock("gs://bucket/locks/d")
-    lock.take()
+    take(lock)
     bucket.failing, before, seen = 0.5, bucket.failed, {bucket.blobs["locks/d"].generation}
     end = time.monotonic() + 15
     while len(seen) < 5 and time.monotonic() < end:

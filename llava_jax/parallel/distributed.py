@@ -184,6 +184,11 @@ def check_agreed(values: dict[str, str]) -> None:
             raise InputError(f"{name} of process {which} and of process 0 differ: give all the same settings and files")
 
 
+def of_first(flag: bool) -> bool:
+    """Return the first process's flag; every process must call it."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
 def check_shared(workdir: str, path: str) -> None:
     """Raise InputError when a process does not see the file at `path` that the first one writes; all must call it."""
     if jax.process_count() == 1:

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from llava_jax import buckets
 from llava_jax.data import sources
-from llava_jax.parallel.distributed import check_agreed, check_shared, is_first
+from llava_jax.parallel.distributed import check_agreed, check_shared, is_first, of_first
 from llava_jax.settings import RANDOM, flatten, read_settings
 from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
@@ -206,22 +206,27 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _hold_bucket(workdir: str, path: str, settings: Settings) -> Iterator[None]:
-    lock = None
-    if is_first():
-        check_workdir(workdir, settings)
-        with buckets.reached(workdir):
-            lock = buckets.Lock(path)
-            try:
-                lock.take()
-            except InputError as error:
-                raise InputError(f"--workdir={workdir}: {error}: wait for its end or choose another workdir") from None
+    check_agreed({"--workdir": workdir})
+    if not is_first():
+        while not of_first(False):
+            pass
+        yield
+        return
+    check_workdir(workdir, settings)
+    with buckets.reached(workdir):
+        lock = buckets.Lock(path)
+        taken = lock.take()
+        try:
+            # The others are told each time: collectives that wait for one process give up after half a minute.
+            while not of_first(next(taken)):
+                pass
+        except InputError as error:
+            raise InputError(f"--workdir={workdir}: {error}: wait for its end or choose another workdir") from None
     try:
-        check_agreed({"--workdir": workdir})  # the others wait here for the lock
         yield
     finally:
-        if lock is not None:
-            with buckets.reached(workdir):
-                lock.release()
+        with buckets.reached(workdir):
+            lock.release()
 
 
 def check_workdir(workdir: str, settings: Settings) -> None:
