@@ -107,6 +107,15 @@ def listed(folder: str) -> dict[str, dict[str, Any]]:
         return {name[start:]: about for name, about in _storage().find(folder, detail=True).items()}
 
 
+def names(folder: str) -> frozenset[str]:
+    """Return the names of all objects below a folder, of which there may be millions. Raises InputError."""
+    import tensorstore
+
+    with reached(folder):
+        found = tensorstore.KvStore.open(f"{folder.rstrip('/')}/").result().list().result()
+        return frozenset(name.decode() for name in found)
+
+
 def fetch(path: str, into: str, choose: Callable[[list[str]], Sequence[str]]) -> str:
     """Return a copy, in the folder `into`, of the object at `path`, or of a folder with those objects that are chosen.
 
@@ -124,8 +133,8 @@ def fetch(path: str, into: str, choose: Callable[[list[str]], Sequence[str]]) ->
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        names = [""] if is_object else choose(list(found))
-        files = {name: os.path.join(folder, name or os.path.basename(path)) for name in names}
+        chosen = [""] if is_object else choose(list(found))
+        files = {name: os.path.join(folder, name or os.path.basename(path)) for name in chosen}
         missing = [name for name, file in files.items() if not os.path.exists(file)]
         if missing:
             size = sum(found[name]["size"] for name in missing)

@@ -18,7 +18,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from llava_jax.buckets import is_bucket, listed
+from llava_jax.buckets import is_bucket, names
 from llava_jax.data.images import check_image
 from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
 from llava_jax.data.records import Rejected, Rows, load_records
@@ -302,10 +302,10 @@ def looking_in(folder: str) -> Callable[[str | bytes], None]:
     """Return what raises InputError for an image file that does not exist; a folder in a bucket is listed once."""
     if not is_bucket(folder):
         return require_file
-    names = frozenset(listed(folder))
+    there = names(folder)
 
     def look(image: str | bytes) -> None:
-        if isinstance(image, str) and image.removeprefix(folder).lstrip("/") not in names:
+        if isinstance(image, str) and image.removeprefix(folder).lstrip("/") not in there:
             raise InputError(f"image {image}: no such object; check the path, or data.images")
 
     return look
