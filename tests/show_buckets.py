@@ -1,9 +1,9 @@
 """Runs at gs:// that are killed, on a stand-in of Google Cloud Storage that answers one request in ten by 429 or 503.
 
-`python -m tests.show_buckets` takes about eight minutes, most of them spent between tries. Half of the requests that are answered by an error
-are carried out all the same. One run is killed five times (SIGKILL), wherever it is; one of two processes with four
-devices each is killed once. Both end as the same runs on a disk that nobody kills, to the last bit; `generate` and
-`convert` read them in the bucket.
+`python -m tests.show_buckets [SEED]` takes about eight minutes, most of them spent between tries. Half of the requests
+that are answered by an error are carried out all the same. One run is killed five times (SIGKILL), wherever it is; one
+of two processes with four devices each is killed once. Both end as the same runs on a disk that nobody kills, to the
+last bit; `generate` and `convert` read them in the bucket.
 """
 
 import contextlib
