@@ -131,8 +131,8 @@ def original_name(name: str, projector: str, tuned_tower: bool = False) -> str:
 def _write_tower_configs(folder: str, config: ModelConfig, dtype: str) -> None:
     described = dict(dtype=dtype, torch_dtype=dtype, architectures=["CLIPVisionModel"])
     # llama.cpp's converter wants both: the first, which no LLaVA uses, is what CLIPVisionConfig falls back to.
-    described |= dict(projection_dim=512, vision_feature_layer=config.feature_layer)
-    write_json(folder, "config.json", hf_config.clip_json(config.vision) | described)
+    read_elsewhere = dict(projection_dim=512, vision_feature_layer=config.feature_layer)
+    write_json(folder, "config.json", hf_config.clip_json(config.vision) | described | read_elsewhere)
     images = dict(image_processor_type="CLIPImageProcessor") | image_settings(config.vision, "crop")
     write_json(folder, "preprocessor_config.json", images)
 
