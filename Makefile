@@ -1,6 +1,7 @@
 # make demo    the whole story on this machine's CPU, less than ten minutes on two cores
 # make test    the tests, without torch; XLA optimises little, since compiling is most of the time (parity: all of it)
 # make parity  the comparison with torch and transformers, today's and 4.46.3
+# make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
 # make bench   speed and memory beside torch and transformers
 # make docs    the documentation, warnings as errors, its notebooks executed
 # make package wheel and sdist, each installed into an empty environment and used in an empty folder
@@ -10,7 +11,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test parity bench docs package lint types
+.PHONY: demo test parity ecosystem bench docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -27,6 +28,12 @@ test: .venv/.dev
 
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
+
+ecosystem: .venv/.dev .venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready
+	rm -rf build/ecosystem
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.ecosystem.make_export build/ecosystem
+	HF_HUB_OFFLINE=1 .venv-ecosystem-transformers/bin/python tests/ecosystem/check_transformers.py build/ecosystem
+	HF_HUB_OFFLINE=1 .venv-ecosystem-trl/bin/python tests/ecosystem/check_trl.py build/ecosystem
 
 bench: .venv/.runtime .venv-parity/.parity
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark train --peer
@@ -93,4 +100,10 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 .venv-parity-446/.parity: requirements-parity-446.txt .venv-parity-446/.python-$(VERSION)
 	@echo "installing requirements-parity-446.txt into .venv-parity-446 (torch: several minutes the first time)"
 	@$(call install,.venv-parity-446,-r requirements-parity-446.txt)
+	@touch $@
+
+.venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready: .venv-ecosystem-%/.ready: \
+		tests/ecosystem/requirements-%.txt .venv-ecosystem-%/.python-$(VERSION)
+	@echo "installing tests/ecosystem/requirements-$*.txt (torch: several minutes the first time)"
+	@$(call install,.venv-ecosystem-$*,-r tests/ecosystem/requirements-$*.txt)
 	@touch $@
