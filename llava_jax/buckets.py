@@ -31,16 +31,6 @@ UPLOADED = 30.0  # seconds between uploads of a run's small files
 AT_ONCE = 8  # files that are copied at a time
 
 
-def is_bucket(path: str) -> bool:
-    """Return whether a path is an address in a bucket."""
-    return path.startswith(SCHEME)
-
-
-def absolute(path: str) -> str:
-    """Return the path so that it means the same from any folder."""
-    return path.rstrip("/") if is_bucket(path) else os.path.abspath(path)
-
-
 @functools.cache
 def _storage() -> Any:
     try:
@@ -57,10 +47,7 @@ def _storage() -> Any:
 
 @contextlib.contextmanager
 def reached(path: str) -> Iterator[None]:
-    """Raise InputError in place of what the libraries raise over a `path` in a bucket; for a local one errors pass."""
-    if not is_bucket(path):
-        yield
-        return
+    """Raise InputError in place of what the libraries raise over `path`."""
     _storage()
     from aiohttp import ClientError
     from gcsfs.retry import HttpError
@@ -93,9 +80,7 @@ def write(path: str, content: bytes) -> None:
 
 
 def exists(path: str) -> bool:
-    """Return whether there is an object or a folder, in a bucket or on this machine. Raises InputError."""
-    if not is_bucket(path):
-        return os.path.exists(path)
+    """Return whether there is an object or a folder. Raises InputError."""
     with reached(path):
         return _storage().exists(path)
 
@@ -156,14 +141,11 @@ def _copy(path: str, file: str) -> None:
 
 @contextlib.contextmanager
 def mirrored(folder: str, *resumed: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield (a folder to write small files in, a function that uploads what is new there) for a folder in a bucket.
+    """Yield (a folder to write small files in, a function that uploads what is new there).
 
     The folder is one of this machine, with the files `resumed` from before; what is new is uploaded every UPLOADED
-    seconds and at the end as well. In place of a local `folder` there is none: it is yielded itself. Raises InputError.
+    seconds and at the end as well. Raises InputError.
     """
-    if not is_bucket(folder):
-        yield folder, lambda: None
-        return
     with tempfile.TemporaryDirectory() as here:
         sent: dict[str, tuple[int, int]] = {}
         uploading, ended = threading.Lock(), threading.Event()

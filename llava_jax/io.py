@@ -90,9 +90,29 @@ def read_json(path: str, expected: str) -> Any:
         raise InputError(f"{path}: {why}; expected {expected}") from error
 
 
+def is_bucket(path: str) -> bool:
+    """Return whether a path is an address in a bucket."""
+    return path.startswith(buckets.SCHEME)
+
+
+def absolute_path(path: str) -> str:
+    """Return the path so that it means the same from any folder."""
+    return path.rstrip("/") if is_bucket(path) else os.path.abspath(path)
+
+
+def exists(path: str) -> bool:
+    """Return whether there is a file or folder, local or in a bucket. Raises InputError for a bucket."""
+    return buckets.exists(path) if is_bucket(path) else os.path.exists(path)
+
+
+def reached(path: str) -> contextlib.AbstractContextManager[None]:
+    """Return a context that raises InputError for what fails in a bucket; over a local `path` errors pass."""
+    return buckets.reached(path) if is_bucket(path) else contextlib.nullcontext()
+
+
 def opened(path: str) -> BinaryIO:
     """Open a file to be read, local or in a bucket. Raises OSError as `open` does, InputError for a bucket."""
-    if not buckets.is_bucket(path):
+    if not is_bucket(path):
         return open(path, "rb")
     content = buckets.read(path)
     if content is None:
@@ -140,7 +160,7 @@ def replacing(path: str) -> Iterator[TextIO]:
 
     Processes that write to one name do not mix; the last one stays. Raises InputError when it cannot be written.
     """
-    if buckets.is_bucket(path):
+    if is_bucket(path):
         text = io.StringIO()
         yield text
         buckets.write(path, text.getvalue().encode())

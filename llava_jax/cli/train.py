@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from llava_jax.buckets import is_bucket
 from llava_jax.cli.configs import recipes
 from llava_jax.cli.flags import announce
+from llava_jax.io import is_bucket
 from llava_jax.settings import flatten, nearest, read_settings, settings_from_dict
 from llava_jax.types import InputError, Settings
 

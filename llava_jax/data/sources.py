@@ -22,8 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llava_jax import hub
-from llava_jax.buckets import reached
-from llava_jax.io import cache_folder
+from llava_jax.io import cache_folder, reached
 from llava_jax.types import InputError
 
 TFDS, HUB = "tfds:", "hf:"

@@ -18,7 +18,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from llava_jax.buckets import is_bucket, names
+from llava_jax.buckets import names
 from llava_jax.data.images import check_image
 from llava_jax.data.packing import BatchPlan, BatchShape, check_order, plan_batches
 from llava_jax.data.records import Rejected, Rows, load_records
@@ -36,7 +36,7 @@ from llava_jax.data.tokenize import (
     image_sizes,
     require_file,
 )
-from llava_jax.io import replacing
+from llava_jax.io import is_bucket, replacing
 from llava_jax.types import DataSettings, Encoded, InputError, Record
 
 # Settings that say where a row stands or who reads it, not what it becomes.

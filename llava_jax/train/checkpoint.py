@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from llava_jax import buckets
 from llava_jax.data import sources
+from llava_jax.io import absolute_path, exists, is_bucket, reached
 from llava_jax.parallel.distributed import check_agreed, check_shared, is_first, of_first
 from llava_jax.settings import RANDOM, flatten, read_settings
 from llava_jax.train.optim import leaf_path
@@ -46,8 +47,8 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
 
     Raises InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
     """
-    folder = buckets.absolute(os.path.join(workdir, "checkpoints"))
-    with buckets.reached(folder):
+    folder = absolute_path(os.path.join(workdir, "checkpoints"))
+    with reached(folder):
         manager = ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -61,7 +62,7 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
         yield manager
     finally:
         # Without the wait the last asynchronous save is lost even on a normal exit.
-        with enough_room(folder), buckets.reached(folder), closing(manager):
+        with enough_room(folder), reached(folder), closing(manager):
             manager.wait_until_finished()
 
 
@@ -76,7 +77,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetI
         meta=ocp.args.JsonSave(meta),
     )
     folder = os.fspath(manager.directory)
-    with enough_room(folder), buckets.reached(folder):  # also for what the save before this one met
+    with enough_room(folder), reached(folder):  # also for what the save before this one met
         if not manager.save(step, args=args):
             raise RuntimeError(f"orbax refused to save step {step} next to steps {manager.all_steps()}")
 
@@ -91,7 +92,7 @@ def restore(
     first differences when the checkpoint has another tree, shape or dtype.
     """
     damaged: dict[int, str] = {}
-    with buckets.reached(workdir):
+    with reached(workdir):
         steps = sorted(manager.all_steps(), reverse=True)
     check_agreed({f"the list of checkpoints in {workdir}": repr(steps)})
     for step in steps:
@@ -106,7 +107,7 @@ def restore(
             restored = manager.restore(step, args=args)
         except UNREADABLE as error:
             damaged[step] = first_line(error)
-            if jax.process_count() > 1 or buckets.is_bucket(workdir):
+            if jax.process_count() > 1 or is_bucket(workdir):
                 # Others, or a later start, may be able to read it and would then resume from a different step.
                 raise InputError(
                     f"{folder} cannot be read by process {jax.process_index()} ({damaged[step]}): restore it from a "
@@ -173,7 +174,7 @@ def hold_workdir(workdir: str, settings: Settings) -> Iterator[None]:
     anything but this run.
     """
     path = os.path.join(workdir, LOCK)
-    if buckets.is_bucket(workdir):
+    if is_bucket(workdir):
         with _hold_bucket(workdir, path, settings):
             yield
         return
@@ -213,7 +214,7 @@ def _hold_bucket(workdir: str, path: str, settings: Settings) -> Iterator[None]:
         yield
         return
     check_workdir(workdir, settings)
-    with buckets.reached(workdir):
+    with reached(workdir):
         lock = buckets.Lock(path)
         taken = lock.take()
         try:
@@ -225,7 +226,7 @@ def _hold_bucket(workdir: str, path: str, settings: Settings) -> Iterator[None]:
     try:
         yield
     finally:
-        with buckets.reached(workdir):
+        with reached(workdir):
             lock.release()
 
 
@@ -235,7 +236,7 @@ def check_workdir(workdir: str, settings: Settings) -> None:
     if os.path.isfile(workdir):
         raise InputError(f"--workdir={workdir}: is a file, expected a folder or a new path")
     steps = steps_on_disk(workdir)
-    if not steps and not buckets.exists(path):
+    if not steps and not exists(path):
         return
     try:
         there = absolute_paths(read_settings(path))
@@ -264,7 +265,7 @@ def _split_is_free(settings: Settings) -> bool:
 def with_commits_of(workdir: str, settings: Settings) -> Settings:
     """Return the settings with the commits of the run in `workdir`, where they name its repositories without any."""
     path = os.path.join(workdir, "config.json")
-    if not buckets.exists(path):
+    if not exists(path):
         return settings
     there = read_settings(path)
     model, init = settings.model, settings.init
@@ -308,7 +309,7 @@ def absolute_paths(settings: Settings) -> Settings:
         data=dataclasses.replace(
             data,
             annotations=sources.absolute(data.annotations),
-            images=buckets.absolute(data.images) if data.images else "",
+            images=absolute_path(data.images) if data.images else "",
         ),
     )
 

@@ -18,7 +18,7 @@ from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.data.validate import plan_once
-from llava_jax.io import replacing
+from llava_jax.io import is_bucket, replacing
 from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.sharding import global_batch, make_mesh
 from llava_jax.settings import write_settings
@@ -99,7 +99,8 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)
-        mirrored = buckets.mirrored(workdir, METRICS) if is_first() else nullcontext((workdir, lambda: None))
+        in_bucket = is_first() and is_bucket(workdir)
+        mirrored = buckets.mirrored(workdir, METRICS) if in_bucket else nullcontext((workdir, lambda: None))
         with (
             mirrored as (here, upload),
             open_metrics(here, todo, train.log_every) as writer,

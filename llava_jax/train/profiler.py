@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from llava_jax.buckets import absolute
+from llava_jax.io import absolute_path
 from llava_jax.parallel.distributed import is_first, say
 
 # The first updates still wait for the data and for the device to warm up.
@@ -51,5 +51,5 @@ class Tracer:
 
 def tracing(folder: str, steps: range, updates: int, workdir: str = "") -> AbstractContextManager[Tracer]:
     """Return a Tracer into FOLDER/profile for a `with`; `workdir` is the one in a bucket that the folder goes to."""
-    into, shown = (os.path.join(absolute(path), "profile") for path in (folder, workdir or folder))
+    into, shown = (os.path.join(absolute_path(path), "profile") for path in (folder, workdir or folder))
     return closing(Tracer(into, shown, steps, updates))

@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from llava_jax import buckets
 from llava_jax.data.sources import HUB, TFDS, is_dataset, split_sources
 from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.hub import TOWER
-from llava_jax.io import opened
+from llava_jax.io import absolute_path, exists, opened
 from llava_jax.settings import DTYPES, RANDOM, flatten, read_settings
 from llava_jax.types import InputError, ModelConfig, Settings
 from llava_jax.weights.hf_config import llama_json
@@ -66,20 +65,9 @@ def convert(
     trained on. `name` is what the model card says that the model is loaded by, the folder by default.
     """
     source, vision, base = pinned(source, "--from"), pinned(vision, "--vision"), pinned(base, "--base")
-    _, folder = parse(source, "--from")
-    kind, _, destination = target.partition(":")
-    if kind not in KINDS or not destination:
-        raise InputError(f"--to={target}: cannot be written; expected {TARGETS}")
-    if buckets.absolute(folder) == os.path.abspath(destination):
-        raise InputError(f"--to={target}: is the source; choose another folder")
-    if dtype and dtype not in DTYPES:
-        raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
-    if template:
-        check_template(template)
-    if mm_vision_tower and kind != "llava":
-        raise InputError(f"--mm_vision_tower={mm_vision_tower}: goes with --to=llava:DIR, which names a tower")
-    if pad_vocab < 0 or (pad_vocab and kind in ("projector", "peft")):
-        raise InputError(f"--pad_vocab={pad_vocab}: expected 1 or more rows, and --to=hf:DIR, llava:DIR or orbax:DIR")
+    folder = parse(source, "--from")[1]
+    kind, destination = _parse_target(target, folder)
+    _check_options(kind, dtype, template, mm_vision_tower, pad_vocab)
     if kind == "peft":
         if dtype or template or vision or base:
             raise InputError(
@@ -143,6 +131,28 @@ def convert(
             change = f"a multiple of {pad_vocab} for the tokenizer's ids (--pad_vocab)"
         print(f"vocabulary: {before} -> {after} rows, {change}")
     print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
+
+
+def _parse_target(target: str, folder: str) -> tuple[str, str]:
+    """Return kind and path of `--to`, which may not be `folder`, the source. Raises InputError."""
+    kind, _, destination = target.partition(":")
+    if kind not in KINDS or not destination:
+        raise InputError(f"--to={target}: cannot be written; expected {TARGETS}")
+    if absolute_path(folder) == os.path.abspath(destination):
+        raise InputError(f"--to={target}: is the source; choose another folder")
+    return kind, destination
+
+
+def _check_options(kind: str, dtype: str, template: str, mm_vision_tower: str, pad_vocab: int) -> None:
+    """Raise InputError for options that are unknown, or do not go with an export of `kind`."""
+    if dtype and dtype not in DTYPES:
+        raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    if template:
+        check_template(template)
+    if mm_vision_tower and kind != "llava":
+        raise InputError(f"--mm_vision_tower={mm_vision_tower}: goes with --to=llava:DIR, which names a tower")
+    if pad_vocab < 0 or (pad_vocab and kind in ("projector", "peft")):
+        raise InputError(f"--pad_vocab={pad_vocab}: expected 1 or more rows, and --to=hf:DIR, llava:DIR or orbax:DIR")
 
 
 def convert_adapters(source: str, destination: str, step: int | None = None, name: str = "") -> None:
@@ -401,7 +411,7 @@ def _rows(workdir: str, step: int) -> int | None:
 def _logged(workdir: str, step: int) -> dict[str, Any] | None:
     """Return the last whole line of metrics.jsonl up to the checkpoint."""
     path = os.path.join(workdir, "metrics.jsonl")
-    if not buckets.exists(path):
+    if not exists(path):
         return None
     with opened(path) as file:
         lines = [json.loads(line) for line in file if line.endswith(b"}\n")]

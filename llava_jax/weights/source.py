@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax import buckets, hub
-from llava_jax.io import cache_folder, opened
+from llava_jax.io import absolute_path, cache_folder, exists, is_bucket, opened, reached
 from llava_jax.types import InputError
 from llava_jax.weights.hf_config import read_json
 
@@ -41,8 +41,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 def is_workdir(folder: str) -> bool:
     """Return whether a folder is the workdir of a training run, by what lies in it."""
     config, checkpoints = os.path.join(folder, "config.json"), os.path.join(folder, "checkpoints")
-    if buckets.is_bucket(folder):
-        return buckets.exists(config) and buckets.exists(checkpoints)
+    if is_bucket(folder):
+        return exists(config) and exists(checkpoints)
     return os.path.isfile(config) and os.path.isdir(checkpoints)
 
 
@@ -65,7 +65,7 @@ def is_original(config: Mapping[str, Any]) -> bool:
 def split(source: str) -> tuple[str, str]:
     """Return (form or "", folder) as written, nothing looked up but a folder whose own name has a colon."""
     form, colon, folder = source.partition(":")
-    if not colon or os.path.isdir(source) or os.sep in form or buckets.is_bucket(source):
+    if not colon or os.path.isdir(source) or os.sep in form or is_bucket(source):
         return "", source
     return form, folder
 
@@ -144,7 +144,7 @@ def local_folder(path: str, name: str, need: str = "config") -> str:
     if is_name(path):
         return hub.fetch(*repository(path), f"{name}={path}", need)
     path = _plain(path)
-    if not buckets.is_bucket(path) or is_workdir(path):
+    if not is_bucket(path) or is_workdir(path):
         return path
     return buckets.fetch(path, cache_folder("buckets"), lambda names: hub.needed(need, names))
 
@@ -155,7 +155,7 @@ def absolute_folder(path: str, name: str) -> str:
     That is an absolute path, or owner/name@COMMIT, for which the Hub is asked. `name` is its flag or key, for errors.
     """
     if not is_name(path):
-        return buckets.absolute(_plain(path)) if path else ""
+        return absolute_path(_plain(path)) if path else ""
     repo, revision = repository(path)
     if hub.COMMIT.fullmatch(revision):
         return f"{repo}@{revision}"
@@ -183,7 +183,7 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
         raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps)}")
     wanted = steps[0] if step is None else step
     try:
-        with buckets.reached(workdir):
+        with reached(workdir):
             return wanted, *_read_params(workdir, wanted, part)
     except UNREADABLE as error:
         older = _whole(workdir, [other for other in steps if other < wanted], part)
@@ -198,7 +198,7 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
 
 
 def _folder(workdir: str, step: int) -> str:
-    return buckets.absolute(os.path.join(workdir, "checkpoints", str(step)))
+    return absolute_path(os.path.join(workdir, "checkpoints", str(step)))
 
 
 def _whole(workdir: str, steps: list[int], part: str | None) -> int | None:
@@ -249,7 +249,7 @@ def run_fingerprint(workdir: str) -> str:
 
 def _sizes(folder: str) -> dict[str, int]:
     """Return the bytes of each file below a folder, by its name in there."""
-    if buckets.is_bucket(folder):
+    if is_bucket(folder):
         return {name: about["size"] for name, about in buckets.listed(folder).items()}
     paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
     return {os.path.relpath(path, folder): os.path.getsize(path) for path in paths if os.path.isfile(path)}
@@ -261,7 +261,7 @@ def first_line(error: BaseException) -> str:
 
 def steps_on_disk(workdir: str) -> list[int]:
     folder = os.path.join(workdir, "checkpoints")
-    if buckets.is_bucket(workdir):
-        with buckets.reached(workdir):
+    if is_bucket(workdir):
+        with reached(workdir):
             return ocp.utils.checkpoint_steps(folder)  # whose saves are complete: nothing is renamed there
     return [int(name) for name in os.listdir(folder) if name.isdigit()] if os.path.isdir(folder) else []
