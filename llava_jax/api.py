@@ -166,9 +166,7 @@ def _read_message(message: Message, expected: str) -> tuple[Turn, list[ImageLike
     found = text.count(IMAGE_PLACEHOLDER)
     if role != "user" and (found or shown):
         raise InputError("an image in an answer or a system text; only the user's messages may have one")
-    if found == 0:
-        text = (IMAGE_PLACEHOLDER + "\n") * len(shown) + text
-    elif found != len(shown):
+    if found != len(shown):
         raise InputError(f"{found} {IMAGE_PLACEHOLDER} in the text for {len(shown)} images; expected as many")
     if not text.strip():
         raise InputError("is empty; expected text")
@@ -176,23 +174,27 @@ def _read_message(message: Message, expected: str) -> tuple[Turn, list[ImageLike
 
 
 def _read_content(content: Any) -> tuple[str, list[ImageLike]]:
+    """Return the text, with placeholders where parts are images unless the texts have some, and the images."""
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence):
         raise InputError(f"content is {type(content).__name__}, expected text or a list of parts")
-    texts, images = [], []
+    lines, texts, images = [], [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+            lines.append(part["text"])
         elif kind == "image" and isinstance(part.get("image"), IMAGE_TYPES):
             images.append(part["image"])
+            lines.append(IMAGE_PLACEHOLDER)
         else:
             raise InputError(
                 f'a part is {str(part)[:80]}; expected {{"type": "text", "text": …}} or '
                 '{"type": "image", "image": path or PIL image}'
             )
-    return "\n".join(texts), images
+    placed = any(IMAGE_PLACEHOLDER in text for text in texts)
+    return "\n".join(texts if placed else lines), images
 
 
 def question(text: str, images: ImageLike | Sequence[ImageLike] | None) -> list[Message]:

@@ -7,6 +7,8 @@ import jinja2
 import pytest
 import transformers
 
+from llava_jax.api import read_messages
+from llava_jax.data.forms import parse_any
 from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, Turn
@@ -76,6 +78,23 @@ def test_every_way_to_tokenise_a_chat_gives_ids_and_targets_of_training(tmp_path
     spans = render(talks[0], rules)
     assert again.bos_id == ours.bos_id
     assert encode(spans, again).tokens.tolist() == encode(spans, ours).tokens.tolist()
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "Is this"}, {"type": "image"}, {"type": "text", "text": "it?"}]
+
+
+@pytest.mark.parametrize("name, template", [("llama", "v1"), ("qwen_2_5", "tokenizer")])
+def test_images_stand_at_their_parts_in_training_here_and_elsewhere(tmp_path, sources, name, template):
+    """In a row of messages, in a message that is asked, and in the chat template of an export."""
+    theirs, ours = export(tmp_path / "out", sources[name], template), load_tokenizer(sources[name])
+    answer = {"role": "assistant", "content": "Yes."}
+    row = parse_any({"messages": [{"role": "user", "content": PARTS}, answer], "images": ["a", "b"]}, 0)
+    (asked,), _ = read_messages([{"role": "user", "content": [part | {"image": "a"} for part in PARTS]}])
+    assert row.turns[0] == asked == Turn("human", "<image>\nIs this\n<image>\nit?")
+    wanted = encode(render(row.turns, ours.template(template)), ours, bos=ours.template(template).bos)
+    image = theirs.convert_tokens_to_ids("<image>")
+    ids = theirs.apply_chat_template([{"role": "user", "content": PARTS}, answer], return_dict=True)["input_ids"]
+    assert ids == [image if token == IMAGE_MARK else token for token in wanted.tokens.tolist()]
 
 
 def test_a_template_without_a_system_prompt_refuses_one(tmp_path, sources):

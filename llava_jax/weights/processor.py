@@ -435,20 +435,23 @@ def _difference(folder: str, expected: list[tuple[str, list[int]]]) -> str | Non
 
 # ---- chat templates, written ----------------------------------------------------------------------------------------
 
-# Content is text, or parts of type text and image; images without a placeholder in the text stand before it.
+# Content is text, or parts of type text and image; an image stands at its part's place, as in training, unless the
+# texts have placeholders.
 _TEXT = """\
-{%- set ns = namespace(text='', images='') -%}
+{%- set ns = namespace(text='', lines=[]) -%}
 {%- if message['content'] is string -%}
 {%- set ns.text = message['content'] -%}
 {%- else -%}
 {%- set ns.text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] in ['image', 'image_url'] -%}
-{%- set ns.images = ns.images + IMAGE + '\\n' -%}
+{%- if part['type'] == 'text' -%}
+{%- set ns.lines = ns.lines + [part['text']] -%}
+{%- elif part['type'] in ['image', 'image_url'] -%}
+{%- set ns.lines = ns.lines + [IMAGE] -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if IMAGE not in ns.text -%}
-{%- set ns.text = ns.images + ns.text -%}
+{%- set ns.text = ns.lines | join('\\n') -%}
 {%- endif -%}
 {%- endif -%}
 """
