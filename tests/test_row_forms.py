@@ -294,6 +294,11 @@ def test_an_image_that_came_with_its_row_keeps_its_name():
             "expected data:image/TYPE;base64",
         ),
         (asked(turn({"type": "image", "image": "data:image/png;base64,a"})), "data:image/png;base64,…: not base64"),
+        (asked(turn({"type": "image", "image": "data:image/png;base64,é"})), "data:image/png;base64,…: not base64"),
+        (
+            {"id": "m1", "conversations": {"from": ["human", "gpt"], "value": ["Hi"]}},
+            "its lists from, value differ in length",
+        ),
         (asked(turn({"type": "image", "image": "../a.png"})), "'../a.png' leaves the images folder"),
         (asked(turn("Hi"), images=["data:image/png;base64,SkZJRg=="]) | {"messages": None}, "conversations is nothing"),
         (asked(turn("Hi") | {"from": "human"}), "messages[0]: both from and role are given"),

@@ -6,7 +6,6 @@ of its message say with `<image>` where the images stand. One without a source i
 """
 
 import base64
-import binascii
 import dataclasses
 import re
 from collections.abc import Iterable
@@ -51,9 +50,16 @@ def conversation_key(row: dict[str, Any]) -> str:
 
 
 def turns_of(row: dict[str, Any], key: str) -> Any:
-    """Return the conversation; one that is kept as a list for each key, as Hugging Face may do, as a list of turns."""
+    """Return the conversation; one that is kept as a list for each key, as Hugging Face may do, as a list of turns.
+
+    Raises InputError where these lists differ in length.
+    """
     turns = row.get(key)
     if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        if len({len(values) for values in turns.values()}) > 1:
+            raise InputError(
+                f"{key}: its lists {', '.join(map(str, turns))} differ in length; expected one value a turn"
+            )
         return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     return turns
 
@@ -188,7 +194,7 @@ def image_of(value: Any) -> Any:
         raise InputError(f"{value[:40]!r}: expected data:image/TYPE;base64,… with the bytes of a file")
     try:
         return ImageBytes(base64.b64decode(content, validate=True), f"of {head}")
-    except binascii.Error as error:
+    except ValueError as error:
         raise InputError(f"{head},…: not base64 ({error})") from None
 
 
