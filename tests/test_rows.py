@@ -51,6 +51,8 @@ def test_sources_and_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_sources("a.json") == (Source("a.json"),)
     assert split_sources("a.json:0.7, gs://b/c.jsonl:3") == (Source("a.json", 0.7), Source("gs://b/c.jsonl", 3.0))
+    exact = "a.json:0.123456789,b.json:1000000,c.json:1e+30"
+    assert ",".join(map(str, split_sources(exact))) == exact
     assert split_sources("a.json:.") == (Source("a.json:."),) and split_sources("a:1.0.0") == (Source("a:1.0.0"),)
     assert split_sources("tfds:a/1.0.0,gs://b/c") == (Source("tfds:a/1.0.0"), Source("gs://b/c"))
     assert absolute("a.json:0.7,tfds:b:1") == f"{tmp_path}/a.json:0.7,tfds:b:1"

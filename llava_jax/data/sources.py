@@ -48,7 +48,7 @@ KEPT = ".kept"
 # A file's content is read in pieces of so many bytes.
 PIECE = 1 << 24
 OURS = re.compile(rf"[0-9a-f]{{32}}{re.escape(KEPT)}\.[a-z]+(\.[0-9a-f]{{16}}\.tmp)?")
-WEIGHT = re.compile(r"(.+):((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?)", re.IGNORECASE)
+WEIGHT = re.compile(r"(.+):((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)", re.IGNORECASE)
 
 
 class Source(NamedTuple):
@@ -58,7 +58,7 @@ class Source(NamedTuple):
     weight: float | None = None
 
     def __str__(self) -> str:
-        return self.path if self.weight is None else f"{self.path}:{self.weight:g}"
+        return self.path if self.weight is None else f"{self.path}:{str(self.weight).removesuffix('.0')}"
 
 
 def split_sources(text: str) -> tuple[Source, ...]:
