@@ -6,6 +6,7 @@ all, and cannot be appended to.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -47,7 +48,7 @@ def _storage() -> Any:
 
 @contextlib.contextmanager
 def reached(path: str) -> Iterator[None]:
-    """Raise InputError in place of what the libraries raise over `path`."""
+    """Raise InputError in place of what the libraries raise over `path`; a full disk of this machine passes."""
     _storage()
     from aiohttp import ClientError
     from gcsfs.retry import HttpError
@@ -57,6 +58,8 @@ def reached(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ClientError, HttpError, GoogleAPIError, GoogleAuthError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         said = (str(error).strip().splitlines() or [""])[0][:200]
         raise InputError(
             f"{path}: cannot be read or written ({type(error).__name__}: {said}); check its name, your rights to the "
@@ -146,6 +149,7 @@ def mirrored(folder: str, *resumed: str) -> Iterator[tuple[str, Callable[[], Non
     The folder is one of this machine, with the files `resumed` from before; what is new is uploaded every UPLOADED
     seconds and at the end as well. Raises InputError.
     """
+    folder = folder.rstrip("/")
     with tempfile.TemporaryDirectory() as here:
         sent: dict[str, tuple[int, int]] = {}
         uploading, ended = threading.Lock(), threading.Event()
@@ -174,10 +178,12 @@ def mirrored(folder: str, *resumed: str) -> Iterator[tuple[str, Callable[[], Non
         thread.start()
         try:
             yield here, upload
+            upload()
         finally:
             ended.set()
             thread.join()
-            upload()
+            with contextlib.suppress(InputError):  # what ended the run is what is said
+                upload()
 
 
 def _names(folder: str) -> list[str]:

@@ -231,7 +231,7 @@ def nearest(name: str, known: tuple[str, ...]) -> str:
 
 
 def _check_value(key: str, value: Any) -> None:
-    if key in FOLDERS and "://" in value and SCHEME not in value:
+    if key in FOLDERS and "://" in value and (SCHEME not in value or value.startswith(RANDOM)):
         raise InputError(f"config key {key}={value}: expected a folder of this machine, or one at {SCHEME}…")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"config key {key}: expected one of {', '.join(CHOICES[key])}, got {value!r}")

@@ -1,5 +1,6 @@
 """Runs, models and data at gs://, on a stand-in of Google Cloud Storage: as on a disk, also when it loses requests."""
 
+import errno
 import json
 import os
 import pathlib
@@ -143,6 +144,8 @@ def test_a_damaged_checkpoint_in_a_bucket_is_not_skipped(bucket, runs):
     before = set(bucket.blobs)
     with pytest.raises(InputError, match="checkpoints/6 cannot be read"):
         train(read_settings(f"{RUN}/config.json"), RUN)
+    with pytest.raises(InputError, match=r"checkpoints/6: the checkpoint cannot be read"):
+        load_params(RUN)
     assert set(bucket.blobs) == before
     bucket.blobs |= kept
 
@@ -311,6 +314,26 @@ def test_a_bucket_that_is_not_there(bucket, inputs, tmp_path, capsys):
     assert "gs://nowhere/run" in said and "check its name, your rights to the bucket" in said
     said = refused("convert --from=gs://bucket/nothing --to=hf:m", capsys)
     assert "--from=gs://bucket/nothing: no folder" in said and "gs://BUCKET/DIR" in said
+
+
+def test_a_full_disk_of_this_machine_is_not_said_of_the_bucket(bucket):
+    with pytest.raises(OSError, match="No space left"), buckets.reached("gs://bucket/a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_small_files_of_a_run_lie_where_its_checkpoints_do(bucket, monkeypatch):
+    """Also where the workdir is given with a slash; and what ended the run is said, not that the upload failed, too."""
+
+    def lost(path, content):
+        raise InputError(f"{path}: lost")
+
+    with pytest.raises(ZeroDivisionError), buckets.mirrored("gs://bucket/small/", "a") as (here, upload):
+        pathlib.Path(here, "a").write_text("1")
+        upload()
+        pathlib.Path(here, "b").write_text("2")
+        monkeypatch.setattr(buckets, "write", lost)
+        raise ZeroDivisionError
+    assert [name for name in bucket.blobs if name.startswith("small")] == ["small/a"]
 
 
 def test_what_is_missing_is_said_in_a_line(monkeypatch):

@@ -25,6 +25,7 @@ from llava_jax.data.templates import OWN
 from llava_jax.data.tiles import tiling
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.data.validate import Checked, check_once, summary
+from llava_jax.io import reached
 from llava_jax.models import attention
 from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import is_codes, stored_as
@@ -289,7 +290,8 @@ def restore_or_start(
     workdir: str, settings: Settings, spec: ModelSpec, run: Run, manager: Any, data: BatchIterator, meta: dict
 ) -> tuple[TrainState, Any]:
     """Return (state, frozen parameters): the newest readable checkpoint, `data` at its position, or a fresh start."""
-    restored = checkpoint.restore(workdir, manager, run.state, data)
+    with reached(workdir):
+        restored = checkpoint.restore(workdir, manager, run.state, data)
     if restored is not None:
         state, saved = restored
         check_unchanged(workdir, saved, meta)

@@ -182,19 +182,19 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
     if step is not None and step not in steps:
         raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps)}")
     wanted = steps[0] if step is None else step
-    try:
-        with reached(workdir):
+    with reached(workdir):
+        try:
             return wanted, *_read_params(workdir, wanted, part)
-    except UNREADABLE as error:
-        older = _whole(workdir, [other for other in steps if other < wanted], part)
-        problem = f"{_folder(workdir, wanted)}: the checkpoint cannot be read ({first_line(error)})"
-        if older is None:
-            raise InputError(f"{problem}, nor one before it; restore it from a copy") from error
-        raise InputError(
-            f"{problem}; {_folder(workdir, older)} is whole: take that one with --step={older} (Python: step={older}; "
-            f"for init.model or init.projector: llava-jax convert --from={workdir} --step={older} --to=orbax:DIR or "
-            "projector:FILE.safetensors), or restore the damaged one from a copy"
-        ) from error
+        except UNREADABLE as error:
+            older = _whole(workdir, [other for other in steps if other < wanted], part)
+            problem = f"{_folder(workdir, wanted)}: the checkpoint cannot be read ({first_line(error)})"
+            if older is None:
+                raise InputError(f"{problem}, nor one before it; restore it from a copy") from error
+            raise InputError(
+                f"{problem}; {_folder(workdir, older)} is whole: take that one with --step={older} (Python: "
+                f"step={older}; for init.model or init.projector: llava-jax convert --from={workdir} --step={older} "
+                "--to=orbax:DIR or projector:FILE.safetensors), or restore the damaged one from a copy"
+            ) from error
 
 
 def _folder(workdir: str, step: int) -> str:
