@@ -110,6 +110,15 @@ def test_a_block_of_zeros_stays_zero():
     assert not np.any(nf4.dequantise(codes, scale, ("embed", "mlp"), 1, jnp.float32))
 
 
+def test_levels_are_selected_on_a_tpu_and_looked_up_elsewhere():
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    selected = jax.jit(nf4._selected)(codes)
+    assert selected.tobytes() == jax.jit(nf4._looked_up)(codes).tobytes() == np.float32(nf4.LEVELS).tobytes()
+    traced = jax.jit(nf4._level).trace(codes)
+    lowered = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cuda", "cpu")}
+    assert {name: "gather" in text for name, text in lowered.items()} == {"tpu": False, "cuda": True, "cpu": True}
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 Each weight is one of sixteen levels times the largest magnitude of its block of 64 inputs, as in bitsandbytes; that
 magnitude is kept in bfloat16 instead of being quantised a second time (4.25 bits a weight in place of 4.13). Levels are
-chosen by fifteen selects, which a TPU does elementwise next to the matmul; a table of sixteen would be a gather there.
+chosen by fifteen selects on a TPU, elementwise next to the matmul, where a table would be a gather. Elsewhere they come
+from a table: the selects' sixteen constants would lie in memory during the layer loop, each as large as a kernel.
 """
 
 import itertools
@@ -59,6 +60,14 @@ def _blocked(x: jax.Array, at: int, block: int) -> jax.Array:
 
 
 def _level(code: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(code, tpu=_selected, default=_looked_up)
+
+
+def _looked_up(code: jax.Array) -> jax.Array:
+    return jnp.asarray(LEVELS, jnp.float32)[code]
+
+
+def _selected(code: jax.Array) -> jax.Array:
     values: list = list(LEVELS)
     for bit in range(4):
         is_set = (code >> bit) & 1 == 1
