@@ -1,6 +1,7 @@
 """`compile`: what is compiled, what is said of it, and what is refused. Nothing here compiles for more than a chip."""
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ from llava_jax.cli import compile as command
 from llava_jax.cli.compile import unpacked_without_lengths
 from llava_jax.cli.main import main
 from llava_jax.data.packing import BatchShape
-from llava_jax.parallel.chips import CHIPS
+from llava_jax.parallel.chips import CHIP_OF_KIND, CHIPS
 from llava_jax.settings import settings_from_dict
 from llava_jax.types import InputError
 from tests.test_aot_report import LARGE
@@ -60,6 +61,7 @@ def described(monkeypatch):
         ("v5p:4x4x4", ("v5:4x4x4", "megacore", (2, 2, 1), (True, True, True))),
         ("v5p:2x2x1", ("v5:2x2x1", "megacore", (2, 2, 1), (False, False, False))),
         ("v5e:1x1", ("v5e:1x1", "default", (1, 1, 1), (False, False, False))),
+        ("v7x:2x2x1", ("tpu7x:2x2x1", "default", (2, 2, 1), (False, False, False))),
     ],
 )
 def test_how_a_topology_is_described(described, name, says):
@@ -71,10 +73,56 @@ def test_how_a_topology_is_described(described, name, says):
     assert (found.chip, found.hbm_bytes) == (chip, chip.hbm_bytes)
 
 
-@pytest.mark.parametrize("name, says", [("v7:8x8", "v5e, v5p, v6e"), ("v5p:8x8", "3 sizes"), ("v5e:8", "2 sizes")])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("v8:8x8", "v5e, v5p, v6e, v7x, a100-40g, .*h100"),
+        ("v5p:8x8", "3 sizes"),
+        ("v7x:8x8", "3 sizes for v7x, such as v7x:4x4x4"),
+        ("v5e:8", "2 sizes"),
+        ("h100:0", "1 to 8 GPUs, or a multiple of 8, such as h100:8"),
+        ("h100:12", "a multiple of 8"),
+        ("l40s:2x2", "1 to 8 GPUs"),
+        ("h100", "1 to 8 GPUs"),
+    ],
+)
 def test_a_topology_that_is_none(name, says):
     with pytest.raises(InputError, match=says):
         target.named_target(name)
+
+
+@pytest.mark.parametrize("name, nodes", [("h100:1", "1x1x1"), ("a100-80g:6", "1x1x6"), ("rtx4090:24", "1x3x8")])
+def test_how_gpus_are_described(described, monkeypatch, name, nodes):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)  # cuDNN is not here
+    found = target.named_target(name)
+    chip = CHIPS[name.split(":")[0]]
+    assert (described["platform"], described["topology"]) == ("cuda", nodes)
+    assert (found.chip, found.hbm_bytes, found.layout, found.absent_gpu) == (chip, 0.92 * chip.hbm_bytes, None, True)
+    assert f"device_memory_size: {int(chip.hbm_bytes)}" in described["target_config"]
+
+
+def test_a_card_is_called_as_jax_calls_it_and_fills_its_memory():
+    assert {kind: CHIP_OF_KIND[gpu.name] for kind, gpu in target.GPUS.items()} == {
+        kind: CHIPS[kind] for kind in target.GPUS
+    }
+
+
+def test_gpus_have_no_slices():
+    with pytest.raises(InputError, match="--slices=2: only TPUs have slices; --topology=h100:16 is all GPUs"):
+        target.named_target("h100:8", slices=2)
+
+
+@pytest.mark.parametrize(
+    "missing", [NotImplementedError("topology not implemented for cuda"), OSError("libcudnn.so.9")]
+)
+def test_without_the_cuda_plugin_the_answer_says_what_to_install(monkeypatch, missing):
+    def absent(**_):
+        raise missing
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    says = r'h100:1 needs the CUDA plugin of jax and cuDNN, no GPU: pip install -e "\.\[cuda\]" \('
+    with pytest.raises(InputError, match=says):
+        target.named_target("h100:1")
 
 
 def test_without_libtpu_the_answer_says_what_to_install(monkeypatch):
@@ -205,6 +253,25 @@ def test_figures_hold_the_contract(written):
     assert figures["state_bytes"] == 12 * figures["trainable"] + 3 * 4
 
 
+def test_an_absent_gpu_is_compiled_without_trying_kernels_and_with_room_for_cudnn(local, monkeypatch):
+    config = dataclasses.replace(local.run.config, attention="cudnn")
+    gpu = dataclasses.replace(local.target, absent_gpu=True, hbm_bytes=GIB)
+    absent = dataclasses.replace(local, target=gpu, run=local.run._replace(config=config))
+    given = []
+
+    def compile_lowered(lowered, spec, kind, defaults):
+        given.append(defaults)
+        return lowered.compile()
+
+    monkeypatch.setattr(ahead, "compile_lowered", compile_lowered)
+    figures, here = (ahead.compile_plan(lowered)[0] for lowered in (absent, local))
+    assert given == [{"xla_gpu_enable_triton_gemm": False}, None]
+    # 2 rows of 64 tokens, 4 heads of 16: the queries' gradient in float32.
+    assert figures["workspace_bytes"] == 4 * 2 * 64 * 4 * 16 == figures["peak_bytes"] - here["peak_bytes"]
+    assert here["workspace_bytes"] == 0 and not here["absent_gpu"]
+    assert figures["fits"] and "XLA_PYTHON_CLIENT_MEM_FRACTION" in report.report(figures)
+
+
 def test_the_hash_is_of_the_program(local):
     again = ahead.lower(local.settings, local.target)
     other = ahead.lower(dataclasses.replace(local.settings, stage="pretrain"), local.target)
@@ -310,7 +377,7 @@ def test_larger_batches_are_not_tried_where_a_smaller_one_does_not_fit(monkeypat
 
 def test_the_command_says_what_it_compiles_and_what_it_does_not_know(written):
     said = written[0]
-    for part in ("attention xla", "temporaries", "unknown (cpu: memory", "`train` measures it here", "steps of"):
+    for part in ("attention xla", "temporaries", "unknown (cpu: memory", "`train` measures it", "steps of"):
         assert part in said
 
 
@@ -318,7 +385,7 @@ def test_the_sweep_of_local_devices(tmp_path, capsys):
     mesh = f"--sweep_mesh=1x{len(jax.devices())}x1"
     assert run("--sweep", "--sweep_rows=1", "--sweep_remat=none", mesh, f"--json={tmp_path}/sweep.json") == 0
     said = capsys.readouterr().out
-    assert "1 program, a minute" in said and "no time is known here" in said
+    assert "1 program, a minute" in said and "no time is known here, so none is called the best" in said
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert [(plan["remat"], plan["rows"], plan["fits"]) for plan in written["plans"]] == [
         ("none", len(jax.devices()), None)

@@ -38,6 +38,7 @@ FIGURES = {
     "breakdown": dict.fromkeys(report.PARTS, 2.0 / 6),
     "communication_seconds": 1.0,
     "network_bytes": 0,
+    "absent_gpu": False,
     "unknown": {},
 }
 LARGE = {**FIGURES, "fits": False, "peak_bytes": 20 * GIB, "over_bytes": 4 * GIB}
@@ -109,3 +110,9 @@ def test_the_best_plan_fits_and_is_the_fastest():
     hours = report.data_set(fast, rows=665_298, epochs=1.0, steps=0)
     end = report.sweep_end([fast], fast | hours | {"pack": True})
     assert "--config.data.pack_length=2048" in end and "173 minutes" in end
+
+
+def test_a_sweep_without_times_says_how_many_fit():
+    untimed = [{**FIGURES, "step_seconds": None, "fits": fits} for fits in (True, False, True)]
+    assert report.sweep_end(untimed, None) == "2 of 3 fit; no time is known here, so none is called the best"
+    assert report.sweep_end(untimed[1:2], None) == "none fits"

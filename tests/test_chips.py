@@ -1,8 +1,11 @@
 """The chips' figures, and the names jax calls them by."""
 
+import os
+
 import pytest
 
-from llava_jax.parallel.chips import CHIP_OF_KIND, CHIPS
+from llava_jax.cli.main import main
+from llava_jax.parallel.chips import CHIP_OF_KIND, CHIPS, GPU_FRACTION
 from llava_jax.train.setup import compiler_options
 
 
@@ -12,7 +15,8 @@ def test_every_kind_is_a_chip():
 
 
 @pytest.mark.parametrize(
-    "kind, name", [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("NVIDIA H200", "h200")]
+    "kind, name",
+    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "v7x"), ("NVIDIA H200", "h200")],
 )
 def test_chip_of_a_device(kind, name):
     assert CHIP_OF_KIND[kind] is CHIPS[name]
@@ -22,6 +26,16 @@ def test_chip_of_a_device(kind, name):
 def test_an_unknown_device_has_no_chip(kind):
     assert kind not in CHIP_OF_KIND
     assert compiler_options("tuned", kind) == {}
+
+
+def test_every_command_leaves_xla_the_share_of_a_gpu_that_compile_counts_on(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    main(["train"])
+    assert float(os.environ[name]) == GPU_FRACTION
+    monkeypatch.setenv(name, "0.5")
+    main(["train"])
+    assert os.environ[name] == "0.5"
 
 
 def test_clocks_and_peaks_agree():

@@ -316,7 +316,7 @@ def test_every_topology_has_its_environment():
 def test_no_compile_option_stands_in_an_environment_as_well(chip):
     flags = " ".join(variables(chip).get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     given = {flag.removeprefix("--").partition("=")[0] for flag in flags.split()}
-    tuned = [TUNED.get(name, {}) for name in (["a100", "h100", "h200"] if chip == "gpu" else [chip])]
+    tuned = [TUNED.get(name, {}) for name in (["a100-80g", "h100", "h200"] if chip == "gpu" else [chip])]
     assert bool(given) == (chip == "gpu") and not given & {option for options in tuned for option in options}
 
 

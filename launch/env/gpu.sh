@@ -6,9 +6,6 @@
 # No GPU is an error, not a run on the CPU; the CPU stays there for what the host computes. Documented by jax.
 export JAX_PLATFORMS=cuda,cpu
 
-# XLA takes 75 % of the memory by default; the rest of ours is for NCCL and cuDNN. Lower it when NCCL runs out.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-
 flags=(
   # Collectives start early and end late, so that they overlap with the computation.
   --xla_gpu_enable_latency_hiding_scheduler=true

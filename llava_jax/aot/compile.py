@@ -1,6 +1,7 @@
 """Compile the step of `train` ahead of time: does it fit, and how long does it take, before the chips are rented.
 
-libtpu compiles for a named topology without a TPU; without a topology the local devices are compiled for.
+libtpu compiles for a named topology without a TPU, XLA's CUDA plugin for named GPUs without a GPU; without a topology
+the local devices are compiled for.
 """
 
 import dataclasses
@@ -33,6 +34,9 @@ from llava_jax.weights.source import local_folder
 
 STEPS = 1000  # of the schedule, whose length changes constants only
 METRIC_BYTES = 2**16  # outputs that replace no input: metrics, and the table of outputs
+
+# Triton's kernels have no tile sizes where none can be tried: cuBLAS takes every matmul.
+ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 # Share of real tokens in packed rows, for lengths like those of the published data (96.5 to 98.8 %).
 FILLED = 0.985
@@ -168,7 +172,8 @@ def compile_plan(lowered: Lowered) -> tuple[dict[str, Any], str]:
     start = time.monotonic()
     kind = lowered.target.devices[0].device_kind
     try:
-        compiled = compile_lowered(lowered.lowered, lowered.settings.train.compiler_options, kind)
+        defaults = ABSENT_GPU if lowered.target.absent_gpu else None
+        compiled = compile_lowered(lowered.lowered, lowered.settings.train.compiler_options, kind, defaults)
     except jax.errors.JaxRuntimeError as error:
         refused = refusal(str(error), figures["state_bytes"] + figures["frozen_bytes"])
         if refused is None:
@@ -214,6 +219,7 @@ def describe(lowered: Lowered) -> dict[str, Any]:
         "over_bytes": None,
         "model_flops": flops / chips,
         **dict.fromkeys(("flops", "step_seconds", "mfu", "breakdown")),
+        "absent_gpu": target.absent_gpu,
         "unknown": unknown_reasons(target),
         "lower_seconds": lowered.seconds,
         "program_sha256": lowered.hash,
@@ -227,7 +233,7 @@ def unknown_reasons(target: Target) -> dict[str, str]:
     if target.hbm_bytes is None:
         reasons["hbm_bytes"] = f"{target.devices[0].device_kind}: memory is not a fixed figure; fits is not decided"
     if target.layout is None:
-        reasons["step_seconds"] = "time is estimated from TPU programs only; `train` measures it here"
+        reasons["step_seconds"] = "time is estimated for v5e, v5p and v6e only; `train` measures it"
     return reasons
 
 
@@ -268,11 +274,14 @@ def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str,
     """Return bytes per chip: arguments, temporaries, and the sum of all that must be in memory at once."""
     memory: Any = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    workspace = workspace_bytes(lowered)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + new
+    peak += workspace
     limit = lowered.target.hbm_bytes
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "workspace_bytes": workspace,
         "code_bytes": memory.generated_code_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
@@ -281,6 +290,18 @@ def memory_figures(compiled: jax.stages.Compiled, lowered: Lowered) -> dict[str,
         "fits": None if limit is None else peak <= limit,
         "over_bytes": None if limit is None else max(0, int(peak - limit)),
     }
+
+
+def workspace_bytes(lowered: Lowered) -> int:
+    """Return what cuDNN asks for when it runs, of which a GPU's program says nothing before it has seen one.
+
+    It is the float32 gradient of a layer's queries, which the backward pass sums in memory.
+    """
+    if lowered.run.config.attention != "cudnn" or not lowered.target.absent_gpu:
+        return 0
+    config, mesh = lowered.run.config.llm, lowered.run.mesh
+    rows = lowered.shape.rows // batch_ranks(mesh) // lowered.settings.train.accumulate
+    return 4 * rows * lowered.shape.length * -(-config.heads // mesh.shape["tensor"]) * config.head_dim
 
 
 def time_figures(text: str, figures: dict[str, Any], lowered: Lowered) -> dict[str, Any]:

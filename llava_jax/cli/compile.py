@@ -26,7 +26,7 @@ ENVIRONMENT = {
 
 
 def compile_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topology", metavar="CHIP:SIZES", help="v5e:8x8, v5p:4x4x4, v6e:4x4, …; else what is here")
+    parser.add_argument("--topology", metavar="CHIP:SIZES", help="v5e:8x8, v7x:2x2x1, h100:8, …; else what is here")
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by the network (1)")
     parser.add_argument("--json", metavar="FILE", help="written: all figures")
     parser.add_argument("--hlo", metavar="FILE", help="written: the compiled program")

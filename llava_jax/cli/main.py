@@ -19,6 +19,7 @@ from llava_jax.cli.flags import Named, Parser
 from llava_jax.cli.train import find_config, load_settings, split_config
 from llava_jax.data.sources import split_sources
 from llava_jax.io import WRITE_ERRORS, no_room
+from llava_jax.parallel.chips import GPU_FRACTION
 from llava_jax.settings import nearest, tower_path
 from llava_jax.types import InputError
 
@@ -273,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # transformers warns on stderr that there is no torch; we use its tokenizers only, and stderr is for our one line.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Read when jax first meets a GPU; it takes 75 % otherwise, and what `compile` finds to fit would not.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
     take_any_text()
     try:
         return run(sys.argv[1:] if argv is None else argv)

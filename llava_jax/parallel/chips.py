@@ -4,14 +4,19 @@ import dataclasses
 
 GIB = 2**30
 
+# Of a GPU's memory, what XLA takes (XLA_PYTHON_CLIENT_MEM_FRACTION). The rest is for CUDA's context and for NCCL; lower
+# the variable where NCCL runs out.
+GPU_FRACTION = 0.92
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One accelerator. Peaks are of dense bfloat16 matmuls; bytes are what XLA can use, not what the label says.
 
-    `link_bytes_per_second` is one way over one of `links` torus axes (all of NVLink on a GPU). The rest is 0 where
-    `compile` prices no program: `clock` in Hz; `vector_overpricing`, the factor by which the compiler overestimates
-    elementwise operations; the fraction of the peak that splash attention reaches on the causal half of its FLOPs.
+    Those of a GPU are all that CUDA reports, of which XLA takes GPU_FRACTION. `link_bytes_per_second` is one way over
+    one of `links` torus axes (all of NVLink or PCIe on a GPU). The rest is 0 where `compile` prices no program: `clock`
+    in Hz; `vector_overpricing`, the factor by which the compiler overestimates elementwise operations; the fraction of
+    the peak that splash attention reaches on the causal half of its FLOPs.
     """
 
     name: str
@@ -32,10 +37,14 @@ CHIPS: dict[str, Chip] = {
         Chip("v5e", 197e12, 15.75 * GIB, 8.2e11, 45e9, 2, 1.5e9, 2.635, 0.47, 0.55),
         Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 90e9, 3, 1.75e9, 3.485, 0.40, 0.50),
         Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 90e9, 2, 1.75e9, 3.57, 0.16, 0.25),
-        Chip("a100-40gb", 312e12, 40 * GIB, 1.555e12, 300e9, 1),
-        Chip("a100", 312e12, 80 * GIB, 2.039e12, 300e9, 1),
-        Chip("h100", 989e12, 80 * GIB, 3.35e12, 450e9, 1),
-        Chip("h200", 989e12, 140 * GIB, 4.8e12, 450e9, 1),
+        # A chip of two TensorCores; each is a device of jax, and these are its figures.
+        Chip("v7x", 1153.5e12, 94.75 * GIB, 3.69e12, 100e9, 3),
+        Chip("a100-40g", 312e12, 39.4 * GIB, 1.555e12, 300e9, 1),
+        Chip("a100-80g", 312e12, 79.1 * GIB, 2.039e12, 300e9, 1),
+        Chip("h100", 989e12, 79.1 * GIB, 3.35e12, 450e9, 1),
+        Chip("h200", 989e12, 139.8 * GIB, 4.8e12, 450e9, 1),
+        Chip("l40s", 362e12, 44.4 * GIB, 8.64e11, 32e9, 1),
+        Chip("rtx4090", 165e12, 23.5 * GIB, 1.008e12, 32e9, 1),
     )
 }
 
@@ -47,10 +56,13 @@ CHIP_OF_KIND = {
     "TPU v5p": CHIPS["v5p"],
     "TPU v6 lite": CHIPS["v6e"],
     "TPU v6e": CHIPS["v6e"],
-    "NVIDIA A100-SXM4-40GB": CHIPS["a100-40gb"],
-    "NVIDIA A100-SXM4-80GB": CHIPS["a100"],
+    "TPU7x": CHIPS["v7x"],
+    "NVIDIA A100-SXM4-40GB": CHIPS["a100-40g"],
+    "NVIDIA A100-SXM4-80GB": CHIPS["a100-80g"],
     "NVIDIA H100 80GB HBM3": CHIPS["h100"],
     "NVIDIA H200": CHIPS["h200"],
+    "NVIDIA L40S": CHIPS["l40s"],
+    "NVIDIA GeForce RTX 4090": CHIPS["rtx4090"],
 }
 
 # `train.compiler_options=tuned`: more VMEM for the operands of a matmul; gradients are summed during the matmuls, by

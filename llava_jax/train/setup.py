@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -245,9 +245,14 @@ def compiler_options(spec: str, device_kind: str) -> dict[str, str | bool]:
     return options
 
 
-def compile_lowered(lowered: jax.stages.Lowered, spec: str, device_kind: str) -> jax.stages.Compiled:
-    """Compile with the options of `train.compiler_options`; raise InputError for one that the compiler refuses."""
-    options = compiler_options(spec, device_kind)
+def compile_lowered(
+    lowered: jax.stages.Lowered, spec: str, device_kind: str, defaults: Mapping[str, str | bool] | None = None
+) -> jax.stages.Compiled:
+    """Compile with the options of `train.compiler_options`; raise InputError for one that the compiler refuses.
+
+    Options of `defaults` hold where the spec does not name them.
+    """
+    options = {**(defaults or {}), **compiler_options(spec, device_kind)}
     try:
         return lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
