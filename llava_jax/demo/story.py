@@ -200,8 +200,12 @@ class Story:
     def command(self, *words: str) -> None:
         """Run one of our commands in a process of its own, so that its memory is released."""
         print_command(*words)
-        # The second one silences transformers, which reports at every start that there is no torch.
-        environment = {"JAX_PLATFORMS": "cpu", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **os.environ}
+        defaults = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),  # five of the commands run the same program
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # it reports at every start that there is no torch
+        }
+        environment = {**defaults, **os.environ}
         code = subprocess.run([sys.executable, "-m", "llava_jax", *words], env=environment).returncode
         if code:
             raise InputError(f"demo: `llava-jax {words[0]}` ended with exit code {code}; see what it says above")
