@@ -119,6 +119,7 @@ def test_every_flag_that_is_written_is_guarded():
         "train --config=cfg.py:stage=finetune --workdir=w --config.model.llm=s3://bucket/llm",
         "train --config=cfg.py:stage=finetune --workdir=w --config.init.model=hf:s3://bucket/llm",
         "train --config=cfg.py:stage=finetune --workdir=w --config.data.images=s3://bucket/images",
+        "train --config=cfg.py:stage=finetune --workdir=w --config.model.vision=random:gs://bucket/clip.json",
         "generate --model=m --image=gs://bucket/a.png --prompt=x",
     ],
 )
