@@ -20,6 +20,15 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # mm_vision_tower gives.
 TOWER = "clip-vision-tower"
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # What is read of a model apart from its weights.
 CONFIGS = (
     "config.json",
@@ -29,13 +38,7 @@ CONFIGS = (
     "processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *TOKENIZER_FILES,
     "weights/_METADATA",
     f"{TOWER}/config.json",
     f"{TOWER}/preprocessor_config.json",

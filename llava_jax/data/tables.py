@@ -3,6 +3,7 @@
 In memory are, of Parquet, the number of rows in each row group and one row group a thread; Arrow's files are mapped.
 """
 
+import abc
 import os
 import threading
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from llava_jax.types import InputError
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 
-class Groups:
+class Groups(abc.ABC):
     """Rows that stand in groups; `ends` int64[G] counts them up to the end of each."""
 
     def __init__(self, sizes: Sequence[int]):
@@ -44,13 +45,13 @@ class Groups:
             found[key] = [image_of(image) if isinstance(image, dict) else image for image in images]
         return found
 
+    @abc.abstractmethod
     def read(self, group: int) -> pa.Table | pa.RecordBatch:
         """Return a group."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def name(self, group: int) -> str:
         """Return what messages call a group."""
-        raise NotImplementedError
 
 
 class ParquetGroups(Groups):

@@ -27,6 +27,7 @@ from llava_jax.weights.processor import (
     LlavaExtras,
     check_ids,
     own_rows,
+    round_up,
     write_processor,
 )
 from llava_jax.weights.source import is_original
@@ -147,11 +148,6 @@ def all_pieces(
     """Return every tensor of the model in hub layout: (our parameters, what LLaVA does not run but readers ask)."""
     beyond = [*identity(config, dtype), *_beyond_features(config, source_vision_folder, dtype)]
     return list(parameter_pieces(params, dtype)), beyond
-
-
-def round_up(rows: int, multiple: int) -> int:
-    """Return the next multiple that is at least `rows`."""
-    return -(-rows // multiple) * multiple
 
 
 def with_vocabulary(params: Params, rows: int) -> Params:

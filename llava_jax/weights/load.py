@@ -11,6 +11,7 @@ import numpy as np
 
 from llava_jax.data.templates import TEMPLATES, check_template
 from llava_jax.data.tokenize import load_tokenizer
+from llava_jax.hub import TOKENIZER_FILES
 from llava_jax.models.layers import stored_as
 from llava_jax.models.llava import ADAPTERS, build, init, partition, split_parts
 from llava_jax.parallel.sharding import place
@@ -31,7 +32,7 @@ from llava_jax.weights.adapters import merge_adapters, merge_difference, merge_t
 from llava_jax.weights.hf import read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
-from llava_jax.weights.processor import TOKENIZER_FILES, LlavaExtras, default_template
+from llava_jax.weights.processor import LlavaExtras, default_template
 from llava_jax.weights.source import is_name, is_workdir, load_params, local_folder, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
 

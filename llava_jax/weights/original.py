@@ -11,10 +11,10 @@ from typing import Any
 
 from llava_jax.data.templates import IM_START_END, TEMPLATES, Template
 from llava_jax.data.tokenize import ORIGINAL_DECODERS, load_tokenizer
+from llava_jax.hub import TOKENIZER_FILES
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, peft
 from llava_jax.weights.hf_config import read_json, with_pixels
-from llava_jax.weights.processor import TOKENIZER_FILES
 from llava_jax.weights.source import ADAPTER_CONFIG
 from llava_jax.weights.tensors import Tensors, open_file, open_folder, weight_files
 

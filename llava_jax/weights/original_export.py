@@ -11,8 +11,15 @@ from llava_jax.hub import TOWER
 from llava_jax.types import InputError, ModelConfig
 from llava_jax.weights import hf_config, name_table, original
 from llava_jax.weights.hf_config import write_json
-from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, round_up, with_vocabulary
-from llava_jax.weights.processor import LlavaExtras, image_settings, own_rows, same_pieces, write_original_tokenizer
+from llava_jax.weights.hf_export import all_pieces, finished_folder, parameter_pieces, with_vocabulary
+from llava_jax.weights.processor import (
+    LlavaExtras,
+    image_settings,
+    own_rows,
+    round_up,
+    same_pieces,
+    write_original_tokenizer,
+)
 from llava_jax.weights.tensors import check_written, enough_room, save_checked, write_shards
 
 Params = dict[str, Any]

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llava_jax.data.chat_template import ChatTemplate
 from llava_jax.data.templates import OWN, TEMPLATES, Span, Template, find_template, render
 from llava_jax.data.tokenize import EXPORT_KEY, adds_bos, auto_tokenizer, encode, load_tokenizer
+from llava_jax.hub import TOKENIZER_FILES
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, ClipConfig, InputError, ModelConfig, Turn
 from llava_jax.weights.hf_config import RESAMPLE, folder_value, read_json, select_strategy, special_tokens, write_json
 
@@ -32,15 +33,6 @@ VICUNA = ("v1", "llava_v1")
 PAD = "<pad>"
 # Grown vocabularies are rounded up to this, as the published LLaVA-1.5 folders are (32,000 + 2 -> 32,064).
 VOCAB_MULTIPLE = 64
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 CHAT_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Keys of tokenizer_config.json that only the machine it was saved on had a use for.
@@ -113,8 +105,13 @@ def own_rows(tokenizer_folder: str, vocab_size: int) -> int:
     added = {vocabulary[text] for text in (IMAGE_PLACEHOLDER, PAD) if text in vocabulary}
     own = 1 + max(set(vocabulary.values()) - added)
     whole = not added or min(added) < own
-    grown = -(-(max(added, default=0) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    grown = round_up(max(added, default=0) + 1, VOCAB_MULTIPLE)
     return vocab_size if whole or vocab_size != grown else own
+
+
+def round_up(rows: int, multiple: int) -> int:
+    """Return the next multiple that is at least `rows`."""
+    return -(-rows // multiple) * multiple
 
 
 # ---- images and chat --------------------------------------------------------------------------------------------
