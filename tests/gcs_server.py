@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from tests.local_server import listening
 
 API = "/storage/v1"
 
@@ -155,16 +157,8 @@ def serving(bucket: Bucket, port: int = 0) -> Iterator[Bucket]:
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = handle_one
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # a client that was killed, or that closes its connection
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    bucket.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with listening(Handler, port) as bucket.endpoint:
         yield bucket
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def environment(bucket: Bucket) -> dict[str, str]:

@@ -8,13 +8,14 @@ import hashlib
 import json
 import pathlib
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
+
+from tests.local_server import listening
 
 REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
 
@@ -97,14 +98,8 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with listening(Handler) as hub.endpoint:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def respond(hub: Hub, verb: str, path: str, body: bytes, user: str) -> tuple[dict[str, str], bytes]:
