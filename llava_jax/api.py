@@ -21,6 +21,7 @@ from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
 from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, question_message, row_bucket, stream_ids
 from llava_jax.infer.sample import StreamDecoder, stop_table, stripped
+from llava_jax.models.layers import merge_heads
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import make_mesh, place, replicated
 from llava_jax.settings import DTYPES
@@ -416,6 +417,7 @@ def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
         return place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
 
     cast = jax.tree.map(put, params)
+    cast["llm"] = merge_heads(cast["llm"])
     engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):

@@ -13,6 +13,7 @@ from flax import nnx
 from llava_jax.models import clip, llama
 from llava_jax.models.attention import angles, rotate
 from llava_jax.models.flops import step_flops
+from llava_jax.models.layers import merge_heads
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import name_table
@@ -131,7 +132,24 @@ def test_heads_are_normalised_before_they_turn():
     rope = angles(jnp.arange(3)[None], config.rope, config.head_dim)
     q = np.einsum("btd,dnh->btnh", x, params["q"]["kernel"][0])
     q = q / np.sqrt((q**2).mean(-1, keepdims=True) + config.norm_eps) * params["q_norm"]["scale"][0]
-    np.testing.assert_allclose(attn.qkv(jnp.asarray(x), rope)[0], rotate(jnp.asarray(q), *rope), atol=1e-5)
+    turned = attn.heads(attn.project(jnp.asarray(x)), rope)[0]
+    np.testing.assert_allclose(turned, rotate(jnp.asarray(q), *rope), atol=1e-5)
+
+
+@pytest.mark.parametrize("family, bias", [("llama", False), ("qwen2", True), ("qwen3", False)])
+def test_merged_heads_change_no_number(family, bias):
+    config = dataclasses.replace(LLAMA, family=family, attention_bias=bias)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(jnp.asarray, random_params(ModelConfig(CLIP, config))["llm"])
+    merged = merge_heads(params)
+    attn = merged["layers"]["attn"]
+    shapes = [attn[name]["kernel"].shape[1:] for name in ("q", "k", "v", "o")]
+    width, heads, kv_heads, head_dim = config.width, config.heads, config.kv_heads, config.head_dim
+    assert shapes == [(width, heads * head_dim), *[(width, kv_heads * head_dim)] * 2, (heads, head_dim, width)]
+    x, positions = jax.random.normal(jax.random.key(0), (2, 5, config.width)), jnp.arange(5)[None]
+    want = nnx.merge(graphdef, params)(x, positions)
+    np.testing.assert_array_equal(nnx.merge(graphdef, merged)(x, positions), want)
+    assert jax.tree.map(jnp.shape, merge_heads(merged)) == jax.tree.map(jnp.shape, merged)
 
 
 def test_a_window_holds_in_prefill_and_in_decode():

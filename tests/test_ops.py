@@ -7,7 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from llava_jax.demo.backbones import masked_nll_rows
-from llava_jax.models.attention import angles, attention, choose, inverse_frequencies, rotate
+from llava_jax.models.attention import angles, attend_to_cache, attention, choose, inverse_frequencies, rotate
 from llava_jax.train.step import chunk_length, next_token, weighted_nll
 from llava_jax.types import InputError, RopeConfig
 
@@ -145,11 +145,13 @@ def test_neighbouring_segments_have_no_influence_at_all():
 
 
 def test_hidden_cache_slots_are_not_read():
-    q, k, v = heads(0, 2, 1, 2, 8), heads(1, 2, 5, 2, 8), heads(2, 2, 5, 2, 8)
+    q, k, v = heads(0, 2, 1, 4, 8), heads(1, 2, 5, 2, 8), heads(2, 2, 5, 2, 8)
     seen = jnp.arange(5) < jnp.array([[3], [5]])
-    out = attention(q, k, v, key_mask_BS=seen)
+    k_BKSH, v_BKSH = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    out = attend_to_cache(q, k_BKSH, v_BKSH, seen)
     np.testing.assert_allclose(out, reference_attention(q, k, v, seen[:, None, :]), atol=1e-6)
-    np.testing.assert_array_equal(out[0], attention(q, k.at[0, 3:].set(9), v.at[0, 3:].set(9), key_mask_BS=seen)[0])
+    hidden = attend_to_cache(q, k_BKSH.at[0, :, 3:].set(9), v_BKSH.at[0, :, 3:].set(9), seen)
+    np.testing.assert_array_equal(out[0], hidden[0])
 
 
 def test_rotation_depends_on_distance_only_and_keeps_length():

@@ -69,7 +69,8 @@ EIGHT_DEVICES = textwrap.dedent("""
     import dataclasses
     import jax, numpy as np
     from flax import nnx
-    from llava_jax.models import llava
+    from llava_jax.models import llama, llava
+    from llava_jax.models.layers import merge_heads
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.settings import STAGES
     from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads
@@ -166,6 +167,23 @@ EIGHT_DEVICES = textwrap.dedent("""
             placed = jax.device_put(params, param_shardings(llava.logical_axes(config), abstract, mesh))
             close(both(placed, jax.device_put(data, batch_sharding(mesh)), stage, ranks=4, **plain), want)
         print("equal", case)
+
+    # Heads that are one dimension are split as heads are, in the pass over whole rows and in a step of decoding.
+    def last_logits(params, tokens, positions):
+        model = nnx.merge(graphdef, params)
+        x, ones = model.llm.embed(tokens), np.ones(tokens.shape, np.int32)
+        _, cache = model.llm.prefill(x[:, :8], positions, ones[:, :8], llama.empty_cache(TINY.llm, B, 16, "float32"))
+        return model.llm.logits(model.llm.decode(x[:, 8:9], cache)[0])
+
+    params = llava.init(TINY, 0)
+    asked = tokens[:, :9].clip(0, 59), positions[:, :8].astype(np.int32)
+    want = jax.jit(last_logits)(params, *asked)
+    mesh = make_mesh(MeshSettings(2, 2, 2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), llava.build(TINY)[1], mesh))
+        merged = placed | {"llm": jax.jit(merge_heads)(placed["llm"])}
+        close(jax.jit(last_logits)(merged, *asked), want)
+    print("equal merged heads")
 """)
 
 
@@ -176,4 +194,4 @@ def test_sharded_loss_and_gradient_equal_the_single_device_ones():
     env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("equal") == len(PRESETS) + 6
+    assert done.stdout.count("equal") == len(PRESETS) + 7

@@ -24,7 +24,7 @@ from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.validate import check_records
 from llava_jax.infer.generate import Engine, Prompt, generate_ids
 from llava_jax.models.flops import step_flops
-from llava_jax.models.layers import stored_as
+from llava_jax.models.layers import merge_heads, stored_as
 from llava_jax.models.llava import build, init, overlaid
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import settings_from_dict, trainable_pattern
@@ -130,6 +130,7 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         params = jax.device_put(hf.read_llava(work["model"], dtype=work["dtype"])[1])
     else:
         params = init(config, 0, stored_as(build(config)[1], work["dtype"]))
+    params["llm"] = merge_heads(params["llm"])
     # An automaton that never reaches its last state: no id ends an answer.
     never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
     engine = Engine(build(config)[0], params, config, never)

@@ -45,7 +45,7 @@ def _begin(logits_BV: jax.Array, cache: Cache, limit_B: jax.Array, beams: int, s
     """Start all beams of a row from its prompt, with only the first one possible, so that they differ afterwards."""
     B, W = logits_BV.shape[0], beams
     ids_BWM = jnp.full((B, W, size), -1, jnp.int32)
-    k, v = (jnp.repeat(x, W, axis=1) for x in (cache.k_LBSKH, cache.v_LBSKH))
+    k, v = (jnp.repeat(x, W, axis=1) for x in (cache.k_LBKSH, cache.v_LBKSH))
     return Beams(
         step=jnp.int32(0),
         running_BWM=ids_BWM,
@@ -126,7 +126,7 @@ def beam_search(
     def grow(state: Beams) -> Beams:
         state, token_BW, parent_BW = _advance(state, limit_B, stops_QV, keep)
         rows_R = (jnp.arange(B)[:, None] * W + parent_BW).reshape(-1)
-        k, v = (x[:, rows_R] for x in (state.cache.k_LBSKH, state.cache.v_LBSKH))
+        k, v = (x[:, rows_R] for x in (state.cache.k_LBKSH, state.cache.v_LBKSH))
         logits_RV, cache = step(model, token_BW.reshape(-1), Cache(k, v, state.cache.length_B))
         return state._replace(logits_RV=logits_RV, cache=cache)
 

@@ -60,7 +60,6 @@ def attention(
     *,
     causal: bool = False,
     segment_ids_BT: jax.Array | None = None,
-    key_mask_BS: jax.Array | None = None,
     implementation: str = "xla",
     block: int = 512,
     window: int = 0,
@@ -71,7 +70,6 @@ def attention(
       q_BTNH, k_BSKH, v_BSKH: queries, keys and values; N is a multiple of K.
       causal: whether a position sees only itself and those before it.
       segment_ids_BT: int32; a position sees only its own segment (T == S).
-      key_mask_BS: bool; hides cache slots that hold nothing (xla only).
       implementation: what `choose` returns.
       block: the tile of splash along T.
       window: how many positions a position sees, itself the last of them (Mistral, arXiv 2310.06825); 0 is no limit.
@@ -81,20 +79,17 @@ def attention(
       [B, T, N, H] in the dtype of q.
     """
     window = window if window < q_BTNH.shape[1] else 0
-    if implementation != "xla" and (not causal or key_mask_BS is not None):
-        raise ValueError(f"{implementation} does causal attention without a key mask")
+    if implementation != "xla" and not causal:
+        raise ValueError(f"{implementation} does causal attention")
     if implementation == "splash":
         return _splash(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, block, window)
-    if implementation == "xla" and causal and key_mask_BS is None:
+    if implementation == "xla" and causal:
         return checkpoint_name(_in_blocks(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window), RESIDUALS)
     if window:
         raise ValueError(f"{implementation} does no window, or not in this call")
     mask = None
     if segment_ids_BT is not None:
         mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    if key_mask_BS is not None:
-        key_mask = key_mask_BS[:, None, None, :]
-        mask = key_mask if mask is None else mask & key_mask
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=mask, is_causal=causal, implementation=implementation
     )
@@ -138,6 +133,19 @@ def _attend(
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
     if ids_BQ is not None and ids_BS is not None:
         seen = seen & (ids_BQ[:, None, None, :, None] == ids_BS[:, None, None, None, :])
+    return _weighted(q_BKGQH, k_BKSH, v_BKSH, seen)
+
+
+def attend_to_cache(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BS: jax.Array) -> jax.Array:
+    """Let one position a row attend to the cache slots that `seen_BS` says it sees; return [B, 1, N, H]."""
+    B, _, N, H = q_B1NH.shape
+    K = k_BKSH.shape[1]
+    q_BKG1H = (q_B1NH * H**-0.5).reshape(B, K, N // K, 1, H)
+    return _weighted(q_BKG1H, k_BKSH, v_BKSH, seen_BS[:, None, None, None]).reshape(B, 1, N, H)
+
+
+def _weighted(q_BKGQH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen: jax.Array) -> jax.Array:
+    """Return the mean of the values that are `seen` (broadcast to [B, K, G, Q, S]), weighted by the softmax."""
     scores = jnp.einsum("BKGQH,BKSH->BKGQS", q_BKGQH, k_BKSH, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(v_BKSH.dtype)
     return jnp.einsum("BKGQS,BKSH->BKGQH", weights, v_BKSH)

@@ -66,7 +66,9 @@ class Linear(nnx.Module):
         self.bias = param(rngs, bias_init, out_shape, out_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight(x.dtype), self.axes, self.in_dims, self.name)
+        kernel = self.weight(x.dtype)
+        # A kernel whose last dimensions are merged (`merge_heads`) is split as the first of them.
+        y = matmul(x, kernel, self.axes[: kernel.ndim], self.in_dims, self.name)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
@@ -131,3 +133,18 @@ def stored_as(tree: Any, dtype: str) -> Any:
         return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
 
     return jax.tree.map(lambda x: x if is_codes(x) else cast(x), tree)
+
+
+def merge_heads(params: dict[str, Any]) -> dict[str, Any]:
+    """Return a decoder's parameters with the kernels of queries, keys and values as matrices [L, D, N * H].
+
+    A TPU decodes with these as they lie in memory; one of [L, D, N, H] it would copy. Merged ones stay as they are.
+    """
+    layers, attn = params["layers"], params["layers"]["attn"]
+    kept = {"kernel": 2, "bias": 1}
+
+    def merge(leaf: str, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[: kept[leaf]], math.prod(x.shape[kept[leaf] :]))
+
+    merged = {name: {leaf: merge(leaf, x) for leaf, x in attn[name].items()} for name in ("q", "k", "v")}
+    return params | {"layers": layers | {"attn": attn | merged}}

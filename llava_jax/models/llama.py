@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import angles, attention, rotate
+from llava_jax.models.attention import angles, attend_to_cache, attention, rotate
 from llava_jax.models.layers import Linear, RMSNorm, normal, param, remat_policy
 from llava_jax.parallel.sharding import constrain, unshard
 from llava_jax.types import LlamaConfig
@@ -18,15 +18,18 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, and how many slots of each row are filled."""
+    """Keys and values of every layer, and how many slots of each row are filled.
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    A head's slots are adjacent: the products of a step read them so, and in another order they would first be copied.
+    """
+
+    k_LBKSH: jax.Array
+    v_LBKSH: jax.Array
     length_B: jax.Array
 
 
 def empty_cache(config: LlamaConfig, batch: int, size: int, dtype: str | jnp.dtype) -> Cache:
-    shape = (config.layers, batch, size, config.kv_heads, config.head_dim)
+    shape = (config.layers, batch, config.kv_heads, size, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
@@ -37,7 +40,7 @@ class Attention(nnx.Module):
         D, H = config.width, config.head_dim
         heads, kv_heads = (config.heads, H), (config.kv_heads, H)
         bias, out_bias = config.attention_bias, config.output_bias
-        self.implementation, self.block, self.window = implementation, block, config.window
+        self.implementation, self.block, self.window, self.head_dim = implementation, block, config.window, H
         self.q = Linear((D,), heads, ("embed",), ("heads", "head_dim"), bias=bias, name="q", rngs=rngs)
         self.k = Linear((D,), kv_heads, ("embed",), ("kv_heads", "head_dim"), bias=bias, name="k", rngs=rngs)
         self.v = Linear((D,), kv_heads, ("embed",), ("kv_heads", "head_dim"), bias=bias, name="v", rngs=rngs)
@@ -45,9 +48,13 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(H, config.norm_eps, rngs=rngs) if config.qk_norm else None
         self.k_norm = RMSNorm(H, config.norm_eps, rngs=rngs) if config.qk_norm else None
 
-    def qkv(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the products with the kernels of queries, keys and values, as `heads` takes them."""
+        return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+
+    def heads(self, projected: tuple[jax.Array, jax.Array, jax.Array], rope: Rope) -> tuple[jax.Array, ...]:
+        """Return queries [B, T, N, H], keys and values [B, T, K, H], of merged heads too; queries and keys rotated."""
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = constrain(rotate(q_BTNH, *rope), "batch", "length", "heads", "head_dim")
@@ -57,7 +64,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
         """Attend within each segment; return [B, T, D] and this layer's keys and values."""
-        q, k, v = self.qkv(x_BTD, rope)
+        q, k, v = self.heads(self.project(x_BTD), rope)
         out_BTNH = attention(
             q,
             k,
@@ -107,12 +114,13 @@ class Block(nnx.Module):
         self, x_B1D: jax.Array, rope: Rope, cache: Cache, layer: jax.Array, seen_BS: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """Run one token a row: write its key and value to slot length_B of `layer` and attend to the slots it sees."""
-        q, k, v = self.attn.qkv(self.attn_norm(x_B1D), rope)
-        rows = jnp.arange(x_B1D.shape[0])
-        k_LBSKH = cache.k_LBSKH.at[layer, rows, cache.length_B].set(k[:, 0])
-        v_LBSKH = cache.v_LBSKH.at[layer, rows, cache.length_B].set(v[:, 0])
-        x_B1D = x_B1D + self.attn.o(attention(q, k_LBSKH[layer], v_LBSKH[layer], key_mask_BS=seen_BS))
-        return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBSKH, v_LBSKH, cache.length_B)
+        # The barrier keeps the order of heads in memory from spreading to the weights, all of which would be copied.
+        projected = jax.lax.optimization_barrier(self.attn.project(self.attn_norm(x_B1D)))
+        q, k, v = self.attn.heads(projected, rope)
+        slot = layer, jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[2]), cache.length_B[:, None]
+        k_LBKSH, v_LBKSH = cache.k_LBKSH.at[slot].set(k[:, 0]), cache.v_LBKSH.at[slot].set(v[:, 0])
+        x_B1D = x_B1D + self.attn.o(attend_to_cache(q, k_LBKSH[layer], v_LBKSH[layer], seen_BS))
+        return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBKSH, v_LBKSH, cache.length_B)
 
 
 class Embed(nnx.Module):
@@ -190,16 +198,16 @@ class Llama(nnx.Module):
         """Run right-padded rows (segment 0 is padding) as `__call__`; return hidden states and the filled cache."""
         hidden_BTD, (k_LBTKH, v_LBTKH) = self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=True)
         length_B = (segment_ids_BT > 0).sum(-1, dtype=jnp.int32)
-        k_LBSKH, v_LBSKH = (
-            jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0,) * 5)
-            for old, new in ((cache.k_LBSKH, k_LBTKH), (cache.v_LBSKH, v_LBTKH))
+        k_LBKSH, v_LBKSH = (
+            jax.lax.dynamic_update_slice(old, new.swapaxes(2, 3).astype(old.dtype), (0,) * 5)
+            for old, new in ((cache.k_LBKSH, k_LBTKH), (cache.v_LBKSH, v_LBTKH))
         )
-        return hidden_BTD, Cache(k_LBSKH, v_LBSKH, length_B)
+        return hidden_BTD, Cache(k_LBKSH, v_LBKSH, length_B)
 
     def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Run one more token a row at position length_B; return hidden [B, 1, D] and the cache with length_B + 1."""
         rope = angles(cache.length_B[:, None], self.config.rope, self.config.head_dim)
-        slots = jnp.arange(cache.k_LBSKH.shape[2])
+        slots = jnp.arange(cache.k_LBKSH.shape[3])
         seen_BS = slots <= cache.length_B[:, None]
         if self.config.window:
             seen_BS &= slots > cache.length_B[:, None] - self.config.window
