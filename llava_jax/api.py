@@ -416,8 +416,7 @@ def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
     def put(x: Any) -> jax.Array:
         return place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
 
-    cast = jax.tree.map(put, params)
-    cast["llm"] = merge_heads(cast["llm"])
+    cast = jax.tree.map(put, params | {"llm": merge_heads(params["llm"])})
     engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):

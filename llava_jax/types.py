@@ -137,6 +137,10 @@ class LazyTensor:
             array[...] = self.one(0)
         return array
 
+    def reshape(self, *shape: int) -> "LazyTensor":
+        """Return the parameter in another shape, of as many layers where it is stacked, still in its file."""
+        return dataclasses.replace(self, shape=shape, one=lambda layer: self.one(layer).reshape(shape[self.stacked :]))
+
 
 # ---- models -----------------------------------------------------------------------------------------------------
 
