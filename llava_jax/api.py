@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from llava_jax.data.rows import check_text, check_unicode, unread_keys
 from llava_jax.data.templates import Template, check_template, render
 from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
-from llava_jax.infer.generate import Engine, Prompt, bucket, generate_ids, question_message, row_bucket, stream_ids
-from llava_jax.infer.sample import StreamDecoder, stop_table, stripped
+from llava_jax.infer.engine import Engine
+from llava_jax.infer.generate import PlacedModel, Prompt, question_message, row_bucket
+from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.models.layers import merge_heads
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import make_mesh, place, replicated
@@ -101,17 +103,12 @@ class Processor:
 
     def text(self, ids: Iterable[int]) -> str:
         """Return the answer that ids spell: up to the template's first stop, without white space at its ends."""
-        return "".join(self.pieces(ids))
+        decoder = self.decoder()
+        return "".join(decoder.push(token) for token in ids) + decoder.finish()
 
-    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the same answer in pieces, each as soon as no later id can change it."""
-        return stripped(self._decoded(ids))
-
-    def _decoded(self, ids: Iterable[int]) -> Iterator[str]:
-        decoder = StreamDecoder(self.tokenizer, self.rules.stop)
-        for token in ids:
-            yield decoder.push(token)
-        yield decoder.finish()
+    def decoder(self, stop: Sequence[str] = ()) -> AnswerDecoder:
+        """Return what makes this text of ids as they come; it ends at the strings `stop`, too."""
+        return AnswerDecoder(self.tokenizer, (*self.rules.stop, *stop))
 
     def stop_table(self) -> np.ndarray:
         """Return `sample.stop_table` of the template: ids where a stop is a token, automaton where it is plain text."""
@@ -216,18 +213,19 @@ class Llava:
     """
 
     name: str
-    engine: Engine
+    placed: PlacedModel
     processor: Processor
     weights: str
     template_assumed: bool = False
+    _engines: list[Engine] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def params(self) -> dict[str, Any]:
-        return self.engine.params
+        return self.placed.params
 
     @property
     def config(self) -> ModelConfig:
-        return self.engine.config
+        return self.placed.config
 
     @property
     def about(self) -> dict[str, Any]:
@@ -273,16 +271,11 @@ class Llava:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected 1 or more")
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, beams, seed)
+        check_sampling(sampling)
         # A list of lists for one prompt is refused where its entries are opened.
-        ready = [self.prompt(question(text, given)) for text, given in zip(asked, shown, strict=True)]  # ty: ignore
-        order = sorted(range(len(ready)), key=lambda i: (len(ready[i].pixels), bucket(len(ready[i].tokens))))
-        answers = [""] * len(ready)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            texts = self.answer([ready[index] for index in batch], sampling, self.rows(row_bucket(len(batch))))
-            for index, text in zip(batch, texts, strict=True):
-                answers[index] = text
-        return answers
+        ready = (self.prompt(question(text, given)) for text, given in zip(asked, shown, strict=True))  # ty: ignore
+        answers = sorted(self.engine(row_bucket(min(batch_size, len(asked)))).answers(ready, sampling))
+        return [answer.text for answer in answers]
 
     def stream(
         self,
@@ -297,7 +290,13 @@ class Llava:
     ) -> Iterator[str]:
         """Yield the answer to a conversation (see `read_messages`) as it comes; joined it is the whole text."""
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, beams, seed)
-        return self.processor.pieces(stream_ids(self.engine, self.prompt(messages), sampling))
+        return self.engine(1).stream(self.prompt(messages), sampling)
+
+    def engine(self, slots: int) -> Engine:
+        """Return the engine that answers for this process, with at least as many slots."""
+        if not self._engines or self._engines[-1].slots < slots:
+            self._engines[:] = [Engine(self, slots=slots, waiting=sys.maxsize)]
+        return self._engines[-1]
 
     def logits(
         self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None, image_sizes: Any = None
@@ -314,15 +313,10 @@ class Llava:
             pixels_BNXYC, feature_index_BT = rows_of_tiles(tokens_BT, pixels_BCHW, image_sizes, self.config)
         else:
             pixels_BNXYC, feature_index_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
-        graphdef = self.engine.graphdef
+        graphdef = self.placed.graphdef
         return np.asarray(_logits(graphdef, self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT))
 
-    # What infer/batch_generate.py and infer/chat.py ask for.
-
-    def rows(self, batch_size: int) -> int:
-        """Return `batch_size` rounded up to a multiple of the devices."""
-        devices = 1 if self.engine.mesh is None else self.engine.mesh.size
-        return -(-batch_size // devices) * devices
+    # What infer/ asks for.
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         return self.processor.prompt(messages)
@@ -331,9 +325,8 @@ class Llava:
         """Count the tokens of a prompt, its images without reading them."""
         return int(self.processor.tokens(messages).size)
 
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]:
-        """Answer one batch of at most `rows` prompts."""
-        return [self.processor.text(ids) for ids in generate_ids(self.engine, prompts, sampling, rows)]
+    def decoder(self, stop: Sequence[str] = ()) -> AnswerDecoder:
+        return self.processor.decoder(stop)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -417,8 +410,8 @@ def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
         return place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
 
     cast = jax.tree.map(put, params | {"llm": merge_heads(params["llm"])})
-    engine = Engine(build(config)[0], cast, config, jnp.asarray(processor.stop_table()), mesh)
+    placed = PlacedModel(build(config)[0], cast, config, jax.device_put(processor.stop_table(), at), mesh)
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)
-    return Llava(name, engine, processor, f"{checksum:08x}")
+    return Llava(name, placed, processor, f"{checksum:08x}")

@@ -22,7 +22,8 @@ from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.rows import parse_row
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.validate import check_records
-from llava_jax.infer.generate import Engine, Prompt, generate_ids
+from llava_jax.infer.engine import Engine, IdModel
+from llava_jax.infer.generate import PlacedModel, Prompt
 from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import merge_heads, stored_as
 from llava_jax.models.llava import build, init, overlaid
@@ -133,17 +134,19 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     params["llm"] = merge_heads(params["llm"])
     # An automaton that never reaches its last state: no id ends an answer.
     never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
-    engine = Engine(build(config)[0], params, config, never)
+    placed = PlacedModel(build(config)[0], params, config, never)
     batch = read_batch(work)
     prompts = [
         Prompt(tokens_T, normalised(pixels_NXYC, config.vision.pixels))
         for tokens_T, pixels_NXYC in zip(batch.tokens_BT, batch.pixels_BNXYC, strict=True)
     ]
+    longest = max(len(prompt.tokens) for prompt in prompts) + work["new_tokens"]
+    engine = Engine(IdModel(placed), slots=len(prompts), max_length=longest)
     seconds = clock(jax.default_backend())
 
     def answer(count: int) -> tuple[float, list[list[int]]]:
         began = seconds()
-        ids = generate_ids(engine, prompts, Sampling(max_new_tokens=count), len(prompts))
+        ids = [answer.ids for answer in sorted(engine.answers(prompts, Sampling(max_new_tokens=count)))]
         return seconds() - began, ids
 
     def turn() -> dict[str, float]:

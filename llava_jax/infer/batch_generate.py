@@ -1,4 +1,4 @@
-"""A file of questions to a file of answers, in batches of one shape, resumed where it stopped.
+"""A file of questions to a file of answers, many at a time, resumed where it stopped.
 
 The fields are LLaVA's: question_id, image, text → question_id, prompt, text, answer_id, model_id, metadata.
 """
@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO, TypeVar
 
 from llava_jax.data.rows import check_text, check_unicode, parse_images, parse_system, unread_keys, unread_line
-from llava_jax.infer.generate import Model, Prompt, bucket, question_message
+from llava_jax.infer.engine import Model
+from llava_jax.infer.generate import bucket, question_message
 from llava_jax.io import read_lines, replacing
 from llava_jax.types import InputError, Sampling
 
@@ -155,9 +155,9 @@ def answer_file(
 ) -> int:
     """Answer every question of the file `questions` that `answers` does not hold yet; return how many that were.
 
-    Questions of similar length are batched together, every batch has the same number of rows (the last one is filled
-    up), and each is appended and flushed as it comes, in file order; when all are answered the file is put in the
-    questions' order. Raises InputError for questions or an answers file that cannot be used.
+    `batch_size` of them are answered at a time, those of similar length together; each answer is appended and flushed
+    as it comes; when all are answered the file is put in the questions' order. Raises InputError for questions or an
+    answers file that cannot be used.
     """
     asked = read_questions(questions, images)
     metadata = {**model.about, **dataclasses.asdict(sampling)}
@@ -168,41 +168,22 @@ def answer_file(
             done[question.key] -= 1
         else:
             left.append(question)
-    rows = model.rows(batch_size)
-    batches = _batches(model, left, rows)
+    left.sort(key=lambda question: (len(question.images), bucket(_asked(question, model.length))))
     already = len(asked) - len(left)
     unread = Counter(key for question in asked for key in question.unread)
     if unread:
         print(unread_line(unread, "questions"), file=progress)
-    print(f"{len(asked)} questions, {already} answered already, {len(batches)} batches of {rows}", file=progress)
-    start, answered = time.monotonic(), 0
-    with open(answers, "a", encoding="utf-8") as file, ThreadPoolExecutor(1) as reader:
-        # Images of the next batch are read while the device answers this one.
-        ahead = deque(reader.submit(_prompts, model, batch) for batch in batches[:1])
-        for index, batch in enumerate(batches):
-            prompts = ahead.popleft().result()
-            ahead.extend(reader.submit(_prompts, model, batch) for batch in batches[index + 1 : index + 2])
-            texts = model.answer(prompts, sampling, rows)
-            for question, text in zip(batch, texts, strict=True):
-                file.write(_line(_answer(question, text, model.name, metadata)))
+    print(f"{len(asked)} questions, {already} answered already, {batch_size} at a time", file=progress)
+    start = time.monotonic()
+    with open(answers, "a", encoding="utf-8") as file:
+        ready = (_asked(question, model.prompt) for question in left)
+        for answered, answer in enumerate(model.engine(batch_size).answers(ready, sampling), 1):
+            file.write(_line(_answer(left[answer.index], answer.text, model.name, metadata)))
             file.flush()
-            answered += len(batch)
-            _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
+            if answered % batch_size == 0 or answered == len(left):
+                _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
     _sort_answers(answers, asked)
-    return answered
-
-
-def _batches(model: Model, questions: Sequence[Question], rows: int) -> list[list[Question]]:
-    """Return batches of `rows` questions, those of one padded length together, each batch in file order."""
-    lengths = [_asked(question, model.length) for question in questions]
-    sizes = [(len(question.images), bucket(length)) for question, length in zip(questions, lengths, strict=True)]
-    order = sorted(range(len(questions)), key=lambda index: sizes[index])
-    cuts = range(0, len(order), rows)
-    return [[questions[index] for index in sorted(order[cut : cut + rows])] for cut in cuts]
-
-
-def _prompts(model: Model, batch: Sequence[Question]) -> list[Prompt]:
-    return [_asked(question, model.prompt) for question in batch]
+    return len(left)
 
 
 def _asked(question: Question, of: Callable[[list[dict[str, Any]]], Result]) -> Result:

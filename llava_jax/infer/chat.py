@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, TextIO
 
-from llava_jax.infer.generate import Model, question_message
+from llava_jax.infer.engine import Model
+from llava_jax.infer.generate import question_message
 from llava_jax.types import InputError, Sampling
 
 HELP = """\

@@ -1,10 +1,9 @@
-"""Answers as token ids: prefill a batch of prompts, then decode it on the device until every row has stopped."""
+"""What the device runs to answer: prompts into slots, the next ids of all slots, and beam search from one prefill."""
 
 import dataclasses
 import functools
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,11 @@ import numpy as np
 from flax import nnx
 
 from llava_jax.infer.beam import beam_search
-from llava_jax.infer.sample import Draw, check_sampling, draw_of, mode_of, next_token
+from llava_jax.infer.sample import Draw, next_token
 from llava_jax.models.llama import Cache, empty_cache
 from llava_jax.models.llava import Llava
-from llava_jax.parallel.sharding import batch_sharding, replicated
-from llava_jax.types import InputError, ModelConfig, Sampling
+from llava_jax.parallel.sharding import RULES, batch_sharding, constrain, replicated
+from llava_jax.types import ModelConfig
 
 
 class Prompt(NamedTuple):
@@ -30,61 +29,34 @@ class Prompt(NamedTuple):
     feature_index: np.ndarray | None = None
 
 
-class Model(Protocol):
-    """What chat and batch_generate need of `llava_jax.Llava`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def about(self) -> dict[str, Any]: ...
-    @property
-    def stream(self) -> Callable[..., Iterator[str]]: ...
-    def rows(self, batch_size: int) -> int: ...
-    def length(self, messages: Sequence[dict[str, Any]]) -> int: ...
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt: ...
-    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> list[str]: ...
-
-
-def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
-    """Return the user's message that shows images and asks."""
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-
-
-class Inputs(NamedTuple):
-    """A padded batch of prompts; a row with `length_B` 0 is filling and draws nothing."""
-
-    tokens_BT: Any
-    length_B: Any
-    pixels_BNXYC: Any
-    image_mask_BN: Any
-    hash_B: Any
-    feature_index_BT: Any = None
-
-
-class Decoding(NamedTuple):
-    """A batch being answered: `out_BM` holds the ids so far (-1 after the end), `step` how many of them were drawn."""
-
-    out_BM: jax.Array
-    step: jax.Array
-    last_B: jax.Array
-    stop_B: jax.Array
-    done_B: jax.Array
-    limit_B: jax.Array
-    keys_B: jax.Array
-    cache: Cache
-
-
 @dataclasses.dataclass(frozen=True)
-class Engine:
-    """A model that answers: graph, weights, the automaton of its stops (`sample.stop_table`) and, over several
-    devices, the mesh its batches are split over."""
+class PlacedModel:
+    """A model on its devices: graph, weights, the automaton of its stops (`sample.stop_table`) and, over several
+    devices, their mesh."""
 
     graphdef: nnx.GraphDef
     params: dict[str, Any]
     config: ModelConfig
     stops_QV: jax.Array
     mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def row_multiple(self) -> int:
+        """Return over how many devices the rows of a batch are split."""
+        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in RULES["batch"] or ()]))
+
+    def place(self, tree: Any) -> Any:
+        """Place arrays of rows: split over the devices where they divide evenly, else on each."""
+        if self.mesh is None:
+            return tree
+        even = all(leaf.shape[0] % self.row_multiple == 0 for leaf in jax.tree.leaves(tree))
+        return jax.device_put(tree, batch_sharding(self.mesh) if even else replicated(self.mesh))
+
+
+def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
+    """Return the user's message that shows images and asks."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 def bucket(length: int) -> int:
@@ -94,49 +66,70 @@ def bucket(length: int) -> int:
 
 
 def row_bucket(rows: int) -> int:
-    """Return the padded size for `rows` rows or images: the next power of two."""
+    """Return the next power of two."""
     return 1 << max(0, rows - 1).bit_length()
 
 
-def collate(prompts: Sequence[Prompt], rows: int) -> Inputs:
-    """Return the right-padded numpy batch of `rows` rows; filling rows have length 0."""
-    tokens_BT = np.zeros((rows, bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
-    length_B, hash_B = np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
-    images = max(len(prompt.pixels) for prompt in prompts)
-    shape = (rows, row_bucket(images), *prompts[0].pixels.shape[1:])
-    pixels_BNXYC = np.zeros(shape, np.float32) if images else None
-    image_mask_BN = np.zeros(shape[:2], bool) if images else None
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="pool_CPD")
+def encode_images(
+    params: dict[str, Any], pool_CPD: jax.Array, pixels_NXYC: Any, entry_N: Any, *, graphdef: nnx.GraphDef
+) -> jax.Array:
+    """Write the features of images into entries of the pool."""
+    features_NPD = nnx.merge(graphdef, params).image_features(pixels_NXYC[:, None])
+    return constrain(pool_CPD.at[entry_N].set(features_NPD.astype(pool_CPD.dtype)), *("activation",) * 3)
+
+
+# ---- prefill --------------------------------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """Right-padded prompts; `entry_BN` are the entries of each row's images in the pool of features."""
+
+    tokens_BT: Any
+    length_B: Any
+    entry_BN: Any = None
+    feature_index_BT: Any = None
+
+
+def collate(prompts: Sequence[Prompt], entries: Sequence[Sequence[int]]) -> Inputs:
+    """Return the padded numpy arrays of prompts whose images have these entries in the pool."""
+    tokens_BT = np.zeros((len(prompts), bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
     feature_index_BT = None if prompts[0].feature_index is None else np.zeros_like(tokens_BT)
-    for row, prompt in enumerate(prompts):
+    entry_BN = np.zeros((len(prompts), row_bucket(max(map(len, entries)))), np.int32)
+    for row, (prompt, shown) in enumerate(zip(prompts, entries, strict=True)):
         tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
-        length_B[row] = len(prompt.tokens)
         if feature_index_BT is not None:
             feature_index_BT[row, : len(prompt.tokens)] = prompt.feature_index
-        hash_B[row] = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
-        if pixels_BNXYC is not None and image_mask_BN is not None:
-            pixels_BNXYC[row, : len(prompt.pixels)] = prompt.pixels
-            image_mask_BN[row, : len(prompt.pixels)] = True
-    return Inputs(tokens_BT, length_B, pixels_BNXYC, image_mask_BN, hash_B, feature_index_BT)
+        entry_BN[row, : len(shown)] = shown
+    length_B = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+    return Inputs(tokens_BT, length_B, entry_BN if any(map(len, entries)) else None, feature_index_BT)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "size"))
 def prefill(
-    params: dict[str, Any], inputs: Inputs, *, graphdef: nnx.GraphDef, config: ModelConfig, size: int
+    params: dict[str, Any],
+    inputs: Inputs,
+    pool_CPD: jax.Array | None,
+    *,
+    graphdef: nnx.GraphDef,
+    config: ModelConfig,
+    size: int,
 ) -> tuple[jax.Array, Cache]:
     """Return logits float32[B, V] after each row's last token, and a cache with `size` slots a row."""
     model: Llava = nnx.merge(graphdef, params)
     B, T = inputs.tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    # A filling row counts as one token long: attention over nothing would be NaN.
-    length_B = jnp.maximum(inputs.length_B, 1)
-    segment_ids_BT = (positions_BT < length_B[:, None]).astype(jnp.int32)
+    segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
     features_BPD = None
-    if inputs.pixels_BNXYC is not None:
-        features_BPD = model.image_features(inputs.pixels_BNXYC, inputs.image_mask_BN)
+    if inputs.entry_BN is not None and pool_CPD is not None:
+        features_BPD = pool_CPD[inputs.entry_BN].reshape(B, -1, pool_CPD.shape[-1])
     x_BTD = model.embed_and_merge(inputs.tokens_BT, features_BPD, inputs.feature_index_BT)
     cache = empty_cache(config.llm, B, size, config.dtype)
     hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, cache)
-    last_B1D = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)
+    last_B1D = jnp.take_along_axis(hidden_BTD, inputs.length_B[:, None, None] - 1, axis=1)
     return model.llm.logits(last_B1D)[:, 0], cache
 
 
@@ -146,130 +139,187 @@ def decode_step(model: Llava, token_B: jax.Array, cache: Cache) -> tuple[jax.Arr
     return model.llm.logits(hidden_B1D)[:, 0], cache
 
 
-def _advance(state: Decoding, logits_BV: jax.Array, stops_QV: jax.Array, draw: Draw, mode: str) -> Decoding:
-    token_B = next_token(logits_BV, state.keys_B, state.step, draw, mode)
-    out_BM = state.out_BM.at[:, state.step].set(jnp.where(state.done_B, -1, token_B))
-    stop_B = jnp.where(state.done_B, state.stop_B, stops_QV[state.stop_B, token_B].astype(jnp.int32))
-    step = state.step + 1
-    done_B = state.done_B | (stop_B == stops_QV.shape[0] - 1) | (step >= state.limit_B)
-    return state._replace(out_BM=out_BM, step=step, last_B=token_B, stop_B=stop_B, done_B=done_B)
+# ---- slots ----------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "size"))
-def begin(
-    logits_BV: jax.Array,
-    cache: Cache,
-    limit_B: jax.Array,
-    hash_B: jax.Array,
-    seed: jax.Array,
-    stops_QV: jax.Array,
-    draw: Draw,
-    *,
-    mode: str,
-    size: int,
-) -> Decoding:
-    """Return the state after the first token; it holds `size` ids, and a row with limit 0 is done from the start."""
-    B = logits_BV.shape[0]
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), hash_B)
-    zeros_B = jnp.zeros(B, jnp.int32)
-    out_BM = jnp.full((B, size), -1, jnp.int32)
-    state = Decoding(out_BM, jnp.int32(0), zeros_B, zeros_B, limit_B == 0, limit_B, keys_B, cache)
-    return _advance(state, logits_BV, stops_QV, draw, mode)
+class Slots(NamedTuple):
+    """The answers under way, a row each: `step_B` ids are drawn, of at most `limit_B`; the last one, `last_B`, is not
+    in the cache yet. A row that is done, or was never used, draws nothing."""
+
+    cache: Cache
+    last_B: Any
+    step_B: Any
+    limit_B: Any
+    stop_B: Any
+    done_B: Any
+    draw: Draw
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mode"), donate_argnames="state")
-def decode(
+class Drawn(NamedTuple):
+    """What a call drew for each row: ids (-1: none), and where they are asked for the logarithm of each id's
+    probability, and the likeliest ids with theirs."""
+
+    ids_BM: Any
+    logprob_BM: Any = None
+    top_BMN: Any = None
+    top_logprob_BMN: Any = None
+
+
+def _pinned(slots: Slots) -> Slots:
+    """Keep the layout over the mesh from call to call."""
+    heads = "batch", "kv_heads", "length", "head_dim"
+    return jax.tree.map(lambda x: constrain(x, *heads[: 1 if x.ndim == 1 else None]), slots)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "size"))
+def empty_slots(*, config: ModelConfig, rows: int, size: int) -> Slots:
+    """Return `rows` slots for `size` tokens each, none of them in use."""
+    cache = empty_cache(config.llm, rows, size, config.dtype)
+    zeros_B, reals_B, bits_B = (jnp.zeros(rows, dtype) for dtype in (jnp.int32, jnp.float32, jnp.uint32))
+    draw = Draw(reals_B, zeros_B, reals_B, bits_B, bits_B)
+    return _pinned(Slots(cache, zeros_B, zeros_B, zeros_B, zeros_B, jnp.ones(rows, bool), draw))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def resized(slots: Slots, *, size: int) -> Slots:
+    """Return the slots with room for more tokens each."""
+    more = size - slots.cache.k_LBKSH.shape[3]
+    k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, more), (0, 0))) for x in slots.cache[:2])
+    return _pinned(slots._replace(cache=Cache(k, v, slots.cache.length_B)))
+
+
+def _advance(slots: Slots, logits_BV: jax.Array, stops_QV: jax.Array, top: int) -> tuple[Slots, Drawn]:
+    """Draw one id for each row that is not done; the ids drawn are [B] here."""
+    token_B = next_token(logits_BV, slots.step_B, slots.draw, ~slots.done_B)
+    drawn = Drawn(jnp.where(slots.done_B, -1, token_B))
+    if top:
+        logprob_BV = jax.nn.log_softmax(logits_BV)
+        values_BN, ids_BN = jax.lax.top_k(logprob_BV, min(top, logits_BV.shape[-1]))
+        drawn = Drawn(drawn.ids_BM, jnp.take_along_axis(logprob_BV, token_B[:, None], axis=1)[:, 0], ids_BN, values_BN)
+    stop_B = jnp.where(slots.done_B, slots.stop_B, stops_QV[slots.stop_B, token_B].astype(jnp.int32))
+    step_B = slots.step_B + ~slots.done_B
+    done_B = slots.done_B | (stop_B == stops_QV.shape[0] - 1) | (step_B >= slots.limit_B)
+    return slots._replace(last_B=token_B, step_B=step_B, stop_B=stop_B, done_B=done_B), drawn
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "top"), donate_argnames="slots")
+def admit(
     params: dict[str, Any],
-    state: Decoding,
-    stops_QV: jax.Array,
+    slots: Slots,
+    pool_CPD: jax.Array | None,
+    inputs: Inputs,
+    limit_R: Any,
     draw: Draw,
-    until: jax.Array,
+    slot_R: Any,
+    stops_QV: jax.Array,
     *,
     graphdef: nnx.GraphDef,
-    mode: str,
-) -> Decoding:
-    """Decode until every row is done or `until` ids are drawn, without leaving the device."""
-    model: Llava = nnx.merge(graphdef, params)
+    config: ModelConfig,
+    top: int,
+) -> tuple[Slots, Drawn, jax.Array]:
+    """Prefill R prompts into the slots `slot_R`, and draw the first id of each.
 
-    def more(state: Decoding) -> jax.Array:
-        return ~jnp.all(state.done_B) & (state.step < until)
+    Args:
+        params: of the model.
+        slots: all slots; donated.
+        pool_CPD: features of images, for `inputs.entry_BN`.
+        inputs: the prompts.
+        limit_R: int32, the most ids each may be answered with.
+        draw: how each row draws.
+        slot_R: int32, where each goes.
+        stops_QV: the automaton of the stops.
+        graphdef, config: of the model.
+        top: how many of the likeliest ids are returned with each; 0: no probabilities.
 
-    def body(state: Decoding) -> Decoding:
-        logits_BV, cache = decode_step(model, state.last_B, state.cache)
-        return _advance(state._replace(cache=cache), logits_BV, stops_QV, draw, mode)
-
-    return jax.lax.while_loop(more, body, state)
-
-
-def _place(engine: Engine, tree: Any) -> Any:
-    """Place rows over the devices of the mesh where they divide evenly; without a mesh, on the default device."""
-    if engine.mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
-    even = all(leaf.shape[0] % engine.mesh.size == 0 for leaf in jax.tree.leaves(tree))
-    return jax.device_put(tree, batch_sharding(engine.mesh) if even else replicated(engine.mesh))
-
-
-def _prefilled(
-    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int
-) -> tuple[jax.Array, Cache, jax.Array, jax.Array, int]:
-    """Return (logits [B, V], cache, limit_B, hash_B, slots for ids) of a batch before its first id."""
-    inputs, slots = collate(prompts, rows), bucket(sampling.max_new_tokens)
-    left_B = engine.config.llm.max_positions - inputs.length_B
-    if np.any(left_B < 1):
-        raise InputError(
-            f"prompt of {int(inputs.length_B.max())} tokens (image tokens included), but this model holds "
-            f"{engine.config.llm.max_positions} with room for an answer: shorten the text or give fewer images"
-        )
-    # A filling row draws nothing.
-    limit_B = np.where(inputs.length_B > 0, np.minimum(sampling.max_new_tokens, left_B), 0).astype(np.int32)
-    inputs, limit_B = _place(engine, (inputs, limit_B))
-    size = inputs.tokens_BT.shape[1] + slots
-    logits_BV, cache = prefill(engine.params, inputs, graphdef=engine.graphdef, config=engine.config, size=size)
-    return logits_BV, cache, limit_B, inputs.hash_B, slots
-
-
-def _begin(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int) -> tuple[Decoding, Draw, str]:
-    logits_BV, cache, limit_B, hash_B, slots = _prefilled(engine, prompts, sampling, rows)
-    draw, mode, seed = draw_of(sampling), mode_of(sampling), jnp.uint32(sampling.seed)
-    state = begin(logits_BV, cache, limit_B, hash_B, seed, engine.stops_QV, draw, mode=mode, size=slots)
-    return state, draw, mode
-
-
-def generate_ids(
-    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, rows: int | None = None
-) -> list[list[int]]:
-    """Return the ids each prompt is answered with, the id that ended the answer included.
-
-    A row's answer is a function of its prompt and `sampling` alone: neighbours, batch size and padding leave it as
-    it is, also when drawing (the key is `seed` folded with a hash of the prompt). `rows` fixes the batch shape.
-    Raises InputError for a sampling nothing can be drawn with and for a prompt that leaves no position for an answer.
+    Returns:
+        The slots, what was drawn (M is 1), and whether each row has reached a stop, bool[R].
     """
-    check_sampling(sampling)
-    rows = row_bucket(len(prompts)) if rows is None else rows
-    params, graphdef, stops_QV, beams = engine.params, engine.graphdef, engine.stops_QV, sampling.beams
-    if beams > 1:
-        logits_BV, cache, limit_B, _, slots = _prefilled(engine, prompts, sampling, rows)
-        out_BM = beam_search(
-            params, logits_BV, cache, limit_B, stops_QV, graphdef=graphdef, step=decode_step, beams=beams, size=slots
-        )
-    else:
-        state, draw, mode = _begin(engine, prompts, sampling, rows)
-        until = jnp.int32(sampling.max_new_tokens)
-        out_BM = decode(params, state, stops_QV, draw, until, graphdef=graphdef, mode=mode).out_BM
-    return [[int(token) for token in row if token >= 0] for row in np.asarray(out_BM)[: len(prompts)]]
+    T = inputs.tokens_BT.shape[1]
+    logits_RV, cache = prefill(params, inputs, pool_CPD, graphdef=graphdef, config=config, size=T)
+    zeros_R = jnp.zeros_like(limit_R)
+    rows = Slots(cache, zeros_R, zeros_R, limit_R, zeros_R, zeros_R > 0, draw)
+    rows, drawn = _advance(rows, logits_RV, stops_QV, top)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slot_R].set(new) if old.ndim == 1 else old.at[:, slot_R, :, :T].set(new)
+
+    merged = _pinned(jax.tree.map(put, slots, rows))
+    return merged, jax.tree.map(lambda x: x[:, None], drawn), rows.stop_B == stops_QV.shape[0] - 1
 
 
-def stream_ids(engine: Engine, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
-    """Yield the ids of one answer, each as soon as it is drawn: those of `generate_ids` for the same prompt."""
-    check_sampling(sampling)
-    if sampling.beams > 1:
-        raise InputError("beam search knows its answer only at the end and cannot be streamed: set beams to 1")
-    state, draw, mode = _begin(engine, [prompt], sampling, rows=1)
-    step, done = 1, False
-    while not done:
-        drawn, finished = jax.device_get((state.last_B, state.done_B))
-        yield int(drawn[0])
-        step, done = step + 1, bool(finished[0])
-        if not done:
-            until = jnp.int32(step)
-            state = decode(engine.params, state, engine.stops_QV, draw, until, graphdef=engine.graphdef, mode=mode)
+@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "top"), donate_argnames="slots")
+def decode(
+    params: dict[str, Any],
+    slots: Slots,
+    stops_QV: jax.Array,
+    keep_B: Any,
+    enough: Any,
+    *,
+    graphdef: nnx.GraphDef,
+    steps: int,
+    top: int,
+) -> tuple[Slots, Drawn, jax.Array]:
+    """Draw up to `steps` more ids for every slot that is not done, without leaving the device.
+
+    Args:
+        params: of the model.
+        slots: all slots; donated.
+        stops_QV: the automaton of the stops.
+        keep_B: bool, False for slots that draw no more.
+        enough: int32, ends the call once no more than so many slots draw.
+        graphdef: of the model.
+        steps: ids a slot.
+        top: as in `admit`.
+
+    Returns:
+        The slots, what was drawn, and whether each slot has reached a stop, bool[B].
+    """
+    model: Llava = nnx.merge(graphdef, params)
+    slots = slots._replace(done_B=slots.done_B | ~keep_B)
+    B, like = slots.last_B.shape[0], jax.eval_shape(lambda: _advance(slots, _no_logits(slots, stops_QV), stops_QV, top))
+    out = jax.tree.map(lambda x: jnp.full((B, steps, *x.shape[1:]), -1, x.dtype), like[1])
+
+    def more(carry: tuple[Slots, Drawn, jax.Array]) -> jax.Array:
+        slots, _, step = carry
+        drawing = jnp.sum(~slots.done_B)
+        # One step at least: all slots are taken or nobody waits.
+        return (step < steps) & (drawing > jnp.where(step == 0, 0, enough))
+
+    def body(carry: tuple[Slots, Drawn, jax.Array]) -> tuple[Slots, Drawn, jax.Array]:
+        slots, out, step = carry
+        logits_BV, cache = decode_step(model, slots.last_B, slots.cache)
+        # A slot that is done stays as long as it is.
+        length_B = jnp.where(slots.done_B, slots.cache.length_B, cache.length_B)
+        slots, drawn = _advance(slots._replace(cache=cache._replace(length_B=length_B)), logits_BV, stops_QV, top)
+        return slots, jax.tree.map(lambda all, new: all.at[:, step].set(new), out, drawn), step + 1
+
+    slots, out, _ = jax.lax.while_loop(more, body, (slots, out, jnp.int32(0)))
+    return _pinned(slots), out, slots.stop_B == stops_QV.shape[0] - 1
+
+
+def _no_logits(slots: Slots, stops_QV: jax.Array) -> jax.Array:
+    return jnp.zeros((slots.last_B.shape[0], stops_QV.shape[1]), jnp.float32)
+
+
+# ---- beam search ----------------------------------------------------------------------------------------------------
+
+
+def beam_ids(
+    placed: PlacedModel, inputs: Inputs, pool_CPD: jax.Array | None, limit_B: np.ndarray, beams: int
+) -> list[list[int]]:
+    """Return the ids that beam search answers each prompt with, at most `limit_B` of them."""
+    graphdef, size = placed.graphdef, bucket(int(limit_B.max()))
+    total = inputs.tokens_BT.shape[1] + size
+    logits_BV, cache = prefill(placed.params, inputs, pool_CPD, graphdef=graphdef, config=placed.config, size=total)
+    out_BM = beam_search(
+        placed.params,
+        logits_BV,
+        cache,
+        placed.place(limit_B),
+        placed.stops_QV,
+        graphdef=graphdef,
+        step=decode_step,
+        beams=beams,
+        size=size,
+    )
+    return [[int(token) for token in row if token >= 0] for row in np.asarray(out_BM)]

@@ -1,7 +1,7 @@
 """Choosing the next token, and knowing on the device when an answer has reached a stop string."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ from llava_jax.types import InputError, Sampling
 
 
 class Draw(NamedTuple):
-    """The numbers of a draw as arrays, so that changing them compiles nothing."""
+    """How each row draws: greedily at temperature 0; `hash_B` is of its prompt."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    seed_B: Any
+    hash_B: Any
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -35,44 +37,58 @@ def check_sampling(sampling: Sampling) -> None:
             raise InputError(f"sampling: {message}, got {sampling}")
 
 
-def mode_of(sampling: Sampling) -> str:
-    """Return `greedy`, `sample`, or `filter` where top-k or top-p need the logits sorted: one compiled decode each."""
-    if sampling.temperature == 0:
-        return "greedy"
-    return "filter" if sampling.top_k > 0 or sampling.top_p < 1 else "sample"
+def draw_of(samplings: Sequence[Sampling], hashes: Sequence[int]) -> Draw:
+    """Return how rows draw; `hashes` of their prompts keep the noise of one from that of another."""
+    return Draw(
+        np.array([sampling.temperature for sampling in samplings], np.float32),
+        np.array([sampling.top_k for sampling in samplings], np.int32),
+        np.array([sampling.top_p for sampling in samplings], np.float32),
+        np.array([sampling.seed for sampling in samplings], np.uint32),
+        np.array(hashes, np.uint32),
+    )
 
 
-def draw_of(sampling: Sampling) -> Draw:
-    return Draw(jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
-
-
-def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return -inf for tokens outside the `top_k` most likely (0: all), then outside the smallest set of mass `top_p`.
+def filter_logits(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """Return -inf for tokens outside the `top_k_B` likeliest (0: all), then outside the smallest set of mass `top_p_B`.
 
     The order and the rules are transformers' (TopK, then TopP renormalised over what is left); equal logits stay
     together, so that the kept set does not depend on how they happen to sort.
     """
     V = logits_BV.shape[-1]
     sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-    kept = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-    sorted_BV = jnp.where(sorted_BV >= sorted_BV[:, kept - 1, None], sorted_BV, -jnp.inf)
+    kept_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)
+    last_B1 = jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=-1)
+    sorted_BV = jnp.where(sorted_BV >= last_B1, sorted_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     above_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     # The most likely token always stays; at top_p 1 nothing goes, whatever the sum rounds to.
-    inside_BV = (above_BV < top_p) | (top_p >= 1)
+    inside_BV = (above_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
     floor_B1 = jnp.min(jnp.where(inside_BV & jnp.isfinite(sorted_BV), sorted_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
 
 
-def next_token(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, draw: Draw, mode: str) -> jax.Array:
-    """Draw token ids int32[B]; a row's noise comes from its own key and `step`, never from its neighbours."""
-    if mode == "greedy":
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / draw.temperature
-    if mode == "filter":
-        logits_BV = filter_logits(logits_BV, draw.top_k, draw.top_p)
-    step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV).astype(jnp.int32)
+def next_token(logits_BV: jax.Array, step_B: jax.Array, draw: Draw, is_open_B: jax.Array) -> jax.Array:
+    """Draw token ids int32[B]; a row's noise comes from its seed, prompt and step, never from its neighbours.
+
+    Nothing is sorted or drawn where no row that `is_open_B` needs it.
+    """
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    draws_B = is_open_B & (draw.temperature_B > 0)
+    filters_B = draws_B & ((draw.top_k_B > 0) | (draw.top_p_B < 1))
+
+    def key(seed: jax.Array, prompt: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), step)
+
+    def drawn() -> jax.Array:
+        warm_BV = logits_BV / jnp.where(draws_B, draw.temperature_B, 1)[:, None]
+        kept_BV = jax.lax.cond(
+            jnp.any(filters_B), lambda: filter_logits(warm_BV, draw.top_k_B, draw.top_p_B), lambda: warm_BV
+        )
+        keys_B = jax.vmap(key)(draw.seed_B, draw.hash_B, step_B)
+        token_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
+        return jnp.where(draws_B, token_B, greedy_B)
+
+    return jax.lax.cond(jnp.any(draws_B), drawn, lambda: greedy_B)
 
 
 def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[str]) -> np.ndarray:
@@ -103,18 +119,6 @@ def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[s
     table_QV[:, [token for token in stop_ids if token < len(pieces)]] = accept
     table_QV[accept] = accept
     return table_QV
-
-
-def stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the pieces of a text without the white space at its two ends."""
-    held, begun = "", False
-    for piece in pieces:
-        text = held + (piece if begun else piece.lstrip())
-        body = text.rstrip()
-        held = text[len(body) :]
-        if body:
-            begun = True
-            yield body
 
 
 # ---- text of an answer while its ids arrive ----
@@ -167,6 +171,26 @@ class StreamDecoder:
         cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
+
+
+class AnswerDecoder(StreamDecoder):
+    """The same, without the white space at the two ends of the answer."""
+
+    _begun, _space = False, ""
+
+    def push(self, token: int) -> str:
+        """Take one id; return new text, often empty."""
+        return self._stripped(super().push(token))
+
+    def finish(self) -> str:
+        """Return what was held back, but for white space."""
+        return self._stripped(super().finish())
+
+    def _stripped(self, text: str) -> str:
+        text = self._space + (text if self._begun else text.lstrip())
+        body = text.rstrip()
+        self._space, self._begun = text[len(body) :], self._begun or bool(body)
+        return body
 
 
 def _overlap(text: str, stop: str) -> int:
