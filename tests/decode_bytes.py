@@ -46,31 +46,20 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
     from jax.sharding import SingleDeviceSharding
 
     from llava_jax.aot.target import named_target
-    from llava_jax.infer.generate import Decoding, decode
-    from llava_jax.infer.sample import Draw
+    from llava_jax.infer.engine import STEPS
+    from llava_jax.infer.generate import decode, empty_slots
     from llava_jax.models.layers import merge_heads, stored_as
-    from llava_jax.models.llama import empty_cache
     from llava_jax.models.llava import build
     from llava_jax.types import ModelConfig
     from llava_jax.weights.load import CLIPS
 
-    graphdef, params = build(ModelConfig(CLIPS["tiny"], llm, dtype="bfloat16"))
+    config = ModelConfig(CLIPS["tiny"], llm, dtype="bfloat16")
+    graphdef, params = build(config)
     params = stored_as(params, "bfloat16")
 
     def arguments() -> tuple[Any, ...]:
-        int_B, scalar = jnp.zeros(batch, jnp.int32), jnp.int32(0)
-        state = Decoding(
-            out_BM=jnp.zeros((batch, 64), jnp.int32),
-            step=scalar,
-            last_B=int_B,
-            stop_B=int_B,
-            done_B=int_B > 0,
-            limit_B=int_B,
-            keys_B=jax.random.split(jax.random.key(0), batch),
-            cache=empty_cache(llm, batch, slots, "bfloat16"),
-        )
-        stops_QV, draw = jnp.zeros((2, llm.vocab_size), jnp.int16), Draw(jnp.float32(0), scalar, jnp.float32(1))
-        return state, stops_QV, draw, scalar
+        stops_QV = jnp.zeros((2, llm.vocab_size), jnp.int16)
+        return empty_slots(config=config, rows=batch, size=slots), stops_QV, jnp.zeros(batch, bool), jnp.int32(0)
 
     at = SingleDeviceSharding(named_target(topology).devices[0])
     llm_params = jax.eval_shape(merge_heads, params["llm"])
@@ -78,7 +67,7 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
     given = jax.tree.map(lambda x: x.update(sharding=at), (params | {"llm": llm_params}, state, *others))
     read = llm_params if llm.tied else {name: tree for name, tree in llm_params.items() if name != "embed"}
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((read, state.cache)))
-    whole = decode.lower(*given, graphdef=graphdef, mode="greedy").compile()
+    whole = decode.lower(*given, graphdef=graphdef, steps=STEPS, top=0).compile()
     layers = jax.jit(lambda params, x, cache: nnx.merge(graphdef, params).llm.decode(x, cache), donate_argnums=2)
     x_B1D = jax.ShapeDtypeStruct((batch, 1, llm.width), jnp.bfloat16, sharding=at)
     return whole, layers.lower(given[0], x_B1D, given[1].cache).compile(), held

@@ -16,7 +16,6 @@ from llava_jax import api
 from llava_jax.data.images import preprocess
 from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode
-from llava_jax.infer.generate import stream_ids
 from llava_jax.train.loop import train
 from llava_jax.types import IMAGE_MARK, InputError, Sampling, Turn
 from llava_jax.weights import hf
@@ -101,7 +100,7 @@ def test_an_answer_ends_at_the_first_stop_string(tiny, monkeypatch):
     assert stopped.generate("Who are you?", max_new_tokens=12) == [free[: free.find(stop)].strip()]
     assert "".join(stopped.stream(asked, max_new_tokens=12)) == free[: free.find(stop)].strip()
     # The device stopped there: nothing was drawn in vain.
-    ids = list(stream_ids(stopped.engine, stopped.prompt(asked), Sampling(max_new_tokens=12)))
+    ids = next(stopped.engine(1).answers([stopped.prompt(asked)], Sampling(max_new_tokens=12))).ids
     assert tiny.processor.tokenizer.decode(ids).strip() == free[: free.find(stop) + 2]
 
 
@@ -146,7 +145,7 @@ def test_logits_of_either_padding_equal_the_model_on_each_row(tiny, shown):
     for prompt in prompts:
         images = prompt.pixels.transpose(0, 3, 1, 2) if len(prompt.pixels) else None
         singles.append(tiny.logits(prompt.tokens[None], images)[0])
-    direct = nnx.merge(tiny.engine.graphdef, tiny.params)(prompts[1].tokens[None], prompts[1].pixels[None])[0]
+    direct = nnx.merge(tiny.placed.graphdef, tiny.params)(prompts[1].tokens[None], prompts[1].pixels[None])[0]
     np.testing.assert_allclose(singles[1], direct, atol=1e-5 * np.abs(direct).max())
     for side in ("left", "right"):
         tokens, mask = (np.zeros((3, longest), np.int64) for _ in range(2))

@@ -81,44 +81,25 @@ def test_a_half_written_file_is_resumed(tiny, asked, monkeypatch):
     assert count == 0 and (asked / "half.jsonl").read_bytes() == whole
 
 
-def test_what_is_answered_is_on_disk_before_the_next_batch(tiny, asked):
+def test_what_is_answered_is_on_disk_before_the_next_one_is_asked(tiny, asked):
     class Killed(Exception):
         pass
 
     class Dying:
-        def __init__(self):
-            self.batches = 0
-
         def __getattr__(self, name):
             return getattr(tiny, name)
 
-        def answer(self, prompts, sampling, rows):
-            self.batches += 1
-            if self.batches == 3:
+        def prompt(self, messages):
+            if len(lines(asked / "a.jsonl")) == 3:
                 raise Killed
-            return tiny.answer(prompts, sampling, rows)
+            return tiny.prompt(messages)
 
     with pytest.raises(Killed):
         run(Dying(), asked)
-    assert len(lines(asked / "a.jsonl")) == 4
-    count, _ = run(tiny, asked)
+    count, progress = run(tiny, asked)
     run(tiny, asked, "straight.jsonl")
-    assert count == 3 and (asked / "a.jsonl").read_bytes() == (asked / "straight.jsonl").read_bytes()
-
-
-def test_every_batch_has_one_shape(tiny, asked):
-    shapes = []
-
-    class Watched:
-        def __getattr__(self, name):
-            return getattr(tiny, name)
-
-        def answer(self, prompts, sampling, rows):
-            shapes.append((len(prompts), rows))
-            return tiny.answer(prompts, sampling, rows)
-
-    run(Watched(), asked)
-    assert shapes == [(2, 2), (2, 2), (2, 2), (1, 2)]
+    assert count == 4 and "3 answered already" in progress
+    assert (asked / "a.jsonl").read_bytes() == (asked / "straight.jsonl").read_bytes()
 
 
 def test_an_answers_file_of_something_else_is_left_alone(tiny, asked):

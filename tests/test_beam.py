@@ -9,15 +9,16 @@ import pytest
 from flax import nnx
 
 from llava_jax.infer import beam
-from llava_jax.infer.generate import Prompt, generate_ids, stream_ids
+from llava_jax.infer.engine import Engine, IdModel
+from llava_jax.infer.generate import Prompt
 from llava_jax.types import InputError, Sampling
-from tests.test_generate import PROMPTS, engine
+from tests.test_generate import PROMPTS, SHORT, ids_of, placed
 
 
 @functools.cache
 def next_log_probabilities() -> callable:
     """log p [n, V] after each of n sequences of one length."""
-    graphdef = engine().graphdef
+    graphdef = placed().graphdef
 
     @jax.jit
     def run(params, tokens_BT, pixels_BNXYC, last):
@@ -31,7 +32,7 @@ def next_log_probabilities() -> callable:
         pixels = np.zeros((4, 1, 16, 16, 3), np.float32)
         pixels[:, : len(given.pixels)] = given.pixels
         last = len(given.tokens) + len(answers[0]) - 1
-        return np.asarray(run(engine().params, tokens, pixels, last))[: len(answers)]
+        return np.asarray(run(placed().params, tokens, pixels, last))[: len(answers)]
 
     return after
 
@@ -59,16 +60,15 @@ def reference(given: Prompt, beams: int, stops: tuple[int, ...], limit: int) -> 
     return [int(token) for token in finished[0][1]]
 
 
-SHORT = [PROMPTS[0], PROMPTS[1], PROMPTS[3], PROMPTS[4]]
 
 
 @functools.cache
 def stops() -> tuple[int, ...]:
     """Two tokens that end some of the answers early, and not all at one length."""
     sampling = Sampling(max_new_tokens=10, beams=2)
-    tokens = sorted({token for ids in generate_ids(engine(), SHORT, sampling, rows=4) for token in ids})
+    tokens = sorted({token for ids in ids_of(placed(), SHORT, sampling, slots=4) for token in ids})
     for pair in itertools.combinations(tokens, 2):
-        lengths = {len(ids) for ids in generate_ids(engine(pair), SHORT, sampling, rows=4)}
+        lengths = {len(ids) for ids in ids_of(placed(pair), SHORT, sampling, slots=4)}
         if len(lengths) > 2:
             return pair
     raise AssertionError("no two tokens end these answers at different lengths")
@@ -78,7 +78,7 @@ def stops() -> tuple[int, ...]:
 @pytest.mark.parametrize("ending", [False, True])
 def test_beams_equal_the_reference(beams, ending):
     stop_ids = stops() if ending else ()
-    found = generate_ids(engine(stop_ids), SHORT, Sampling(max_new_tokens=10, beams=beams), rows=4)
+    found = ids_of(placed(stop_ids), SHORT, Sampling(max_new_tokens=10, beams=beams), slots=4)
     assert found == [reference(given, beams, stop_ids, 10) for given in SHORT]
     if ending and beams == 2:
         assert len({len(ids) for ids in found}) > 2
@@ -88,26 +88,26 @@ def test_beams_find_likelier_answers_than_greedy():
     def score(given: Prompt, ids: list[int]) -> float:
         return sum(next_log_probabilities()(given, [ids[:n]])[0, token] for n, token in enumerate(ids))
 
-    greedy = generate_ids(engine(), SHORT, Sampling(max_new_tokens=8), rows=4)
-    wide = generate_ids(engine(), SHORT, Sampling(max_new_tokens=8, beams=4), rows=4)
+    greedy = ids_of(placed(), SHORT, Sampling(max_new_tokens=8), slots=4)
+    wide = ids_of(placed(), SHORT, Sampling(max_new_tokens=8, beams=4), slots=4)
     gains = [score(given, ids) - score(given, plain) for given, ids, plain in zip(SHORT, wide, greedy, strict=True)]
     assert max(gains) > 0.1
 
 
 def test_batched_beams_equal_single_ones():
     sampling = Sampling(max_new_tokens=10, beams=2)
-    together = generate_ids(engine(stops()), SHORT, sampling, rows=4)
-    assert [generate_ids(engine(stops()), [given], sampling, rows=4)[0] for given in SHORT] == together
-    assert generate_ids(engine(stops()), SHORT[:1], sampling) == together[:1]
+    together = ids_of(placed(stops()), SHORT, sampling, slots=4)
+    assert [ids_of(placed(stops()), [given], sampling, slots=4)[0] for given in SHORT] == together
+    assert ids_of(placed(stops()), SHORT[:1], sampling, slots=1) == together[:1]
 
 
 def test_one_compilation_for_all_limits():
-    generate_ids(engine(), SHORT, Sampling(max_new_tokens=5, beams=2), rows=4)
+    ids_of(placed(), SHORT, Sampling(max_new_tokens=5, beams=2), slots=4)
     before = beam.beam_search._cache_size()
-    generate_ids(engine(), SHORT[::-1], Sampling(max_new_tokens=9, beams=2), rows=4)
+    ids_of(placed(), SHORT[::-1], Sampling(max_new_tokens=9, beams=2), slots=4)
     assert beam.beam_search._cache_size() == before
 
 
 def test_beams_cannot_be_streamed():
     with pytest.raises(InputError, match="cannot be streamed"):
-        list(stream_ids(engine(), PROMPTS[0], Sampling(beams=2)))
+        Engine(IdModel(placed())).stream(PROMPTS[0], Sampling(beams=2))

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from llava_jax.infer import generate, sample
-from llava_jax.infer.generate import Engine, Prompt, bucket, collate, decode_step, generate_ids, prefill, stream_ids
+from llava_jax.infer.engine import Engine, IdModel
+from llava_jax.infer.generate import PlacedModel, Prompt, bucket, collate, decode_step, encode_images, prefill
 from llava_jax.models import llava
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import VOCAB, config, sharp_params
@@ -25,10 +26,14 @@ DRAWS = {
 
 
 @functools.cache
-def engine(stop_ids: tuple[int, ...] = ()) -> Engine:
+def placed(stop_ids: tuple[int, ...] = ()) -> PlacedModel:
     params = jax.tree.map(jnp.asarray, sharp_params(CONFIG))
     stops = sample.stop_table([], stop_ids, [""] * VOCAB)
-    return Engine(llava.build(CONFIG)[0], params, CONFIG, jnp.asarray(stops))
+    return PlacedModel(llava.build(CONFIG)[0], params, CONFIG, jnp.asarray(stops))
+
+
+def ids_of(model: PlacedModel, prompts: list[Prompt], sampling: Sampling, slots: int = 8) -> list[list[int]]:
+    return [answer.ids for answer in sorted(Engine(IdModel(model), slots=slots).answers(prompts, sampling))]
 
 
 def prompt(seed: int, text: int, images: int = 0) -> Prompt:
@@ -39,12 +44,13 @@ def prompt(seed: int, text: int, images: int = 0) -> Prompt:
 
 
 PROMPTS = [prompt(0, 9, 1), prompt(1, 30), prompt(2, 70, 2), prompt(3, 12, 1), prompt(4, 5)]
+SHORT = [PROMPTS[0], PROMPTS[1], PROMPTS[3], PROMPTS[4]]  # of one padded length
 
 
 @functools.cache
 def full_logits() -> callable:
     """Logits [1, T, V] of a whole sequence, padded to one length so that it compiles once."""
-    graphdef = engine().graphdef
+    graphdef = placed().graphdef
 
     @jax.jit
     def run(params, tokens_BT, pixels_BNXYC):
@@ -55,7 +61,7 @@ def full_logits() -> callable:
         padded[0, : len(tokens)] = tokens
         images = np.zeros((1, 2, 16, 16, 3), np.float32)
         images[0, : len(pixels)] = pixels
-        return np.asarray(run(engine().params, padded, images))[0, : len(tokens)]
+        return np.asarray(run(placed().params, padded, images))[0, : len(tokens)]
 
     return logits
 
@@ -63,16 +69,17 @@ def full_logits() -> callable:
 def test_cached_decode_gives_the_logits_of_the_full_forward():
     rng, steps = np.random.default_rng(9), 12
     forced = rng.integers(3, VOCAB, (len(PROMPTS), steps)).astype(np.int32)
-    inputs = collate(PROMPTS, rows=8)
-    logits, cache = prefill(
-        engine().params, inputs, graphdef=engine().graphdef, config=CONFIG, size=inputs.tokens_BT.shape[1] + steps
-    )
-    step = jax.jit(lambda params, token, cache: decode_step(nnx.merge(engine().graphdef, params), token, cache))
+    images = np.concatenate([given.pixels for given in PROMPTS])
+    ends = np.cumsum([len(given.pixels) for given in PROMPTS])
+    entries = [range(end - len(given.pixels), end) for end, given in zip(ends, PROMPTS, strict=True)]
+    inputs, pool = collate(PROMPTS, entries, CONFIG), jnp.zeros((len(images), PATCHES, CONFIG.llm.width))
+    pool = encode_images(placed().params, pool, images, np.arange(len(images)), graphdef=placed().graphdef)
+    size = inputs.tokens_BT.shape[1] + steps
+    logits, cache = prefill(placed().params, inputs, pool, graphdef=placed().graphdef, config=CONFIG, size=size)
+    step = jax.jit(lambda params, token, cache: decode_step(nnx.merge(placed().graphdef, params), token, cache))
     seen = [np.asarray(logits)]
-    for column in forced.T:
-        token_B = np.zeros(8, np.int32)
-        token_B[: len(PROMPTS)] = column
-        logits, cache = step(engine().params, token_B, cache)
+    for token_B in forced.T:
+        logits, cache = step(placed().params, token_B, cache)
         seen.append(np.asarray(logits))
     for row, given in enumerate(PROMPTS):
         whole = full_logits()([*given.tokens, *forced[row]], given.pixels)[len(given.tokens) - 1 :]
@@ -82,35 +89,33 @@ def test_cached_decode_gives_the_logits_of_the_full_forward():
 
 def test_greedy_takes_the_argmax_of_the_full_forward():
     given = PROMPTS[0]
-    ids = generate_ids(engine(), [given], Sampling(max_new_tokens=16))[0]
+    ids = ids_of(placed(), [given], Sampling(max_new_tokens=16))[0]
     assert len(ids) == 16 and len(set(ids)) > 3
     whole = full_logits()([*given.tokens, *ids], given.pixels)
     assert ids == list(whole[len(given.tokens) - 1 : -1].argmax(-1))
 
 
 @pytest.mark.parametrize("sampling", DRAWS.values(), ids=DRAWS.keys())
-def test_batched_equals_single_equals_streamed(sampling):
-    together = generate_ids(engine(), PROMPTS, sampling, rows=8)
-    assert generate_ids(engine(), PROMPTS[::-1], sampling, rows=8) == together[::-1]
-    assert [generate_ids(engine(), [given], sampling, rows=8)[0] for given in PROMPTS] == together
-    # A batch of one has other shapes throughout.
-    assert generate_ids(engine(), PROMPTS[:1], sampling) == together[:1]
-    assert list(stream_ids(engine(), PROMPTS[0], sampling)) == together[0]
+def test_an_answer_does_not_depend_on_its_neighbours(sampling):
+    together = ids_of(placed(), PROMPTS, sampling)
+    assert ids_of(placed(), PROMPTS[::-1], sampling) == together[::-1]
+    # Slots are taken again while others still draw.
+    assert ids_of(placed(), PROMPTS, sampling, slots=2) == together
     assert len({tuple(ids) for ids in together}) == len(PROMPTS)
 
 
 def test_the_seed_decides_a_draw():
     draw = DRAWS["sample"]
-    first, again = (generate_ids(engine(), PROMPTS, draw, rows=8) for _ in range(2))
-    other = generate_ids(engine(), PROMPTS, dataclasses.replace(draw, seed=6), rows=8)
+    first, again = (ids_of(placed(), PROMPTS, draw) for _ in range(2))
+    other = ids_of(placed(), PROMPTS, dataclasses.replace(draw, seed=6))
     assert first == again
     assert all(one != two for one, two in zip(first, other, strict=True))
 
 
-def test_a_row_ends_with_its_stop_and_its_neighbours_go_on():
-    free = generate_ids(engine(), PROMPTS, DRAWS["greedy"], rows=8)
+def test_a_row_ends_with_its_stop_and_its_neighbours_continue():
+    free = ids_of(placed(), PROMPTS, DRAWS["greedy"])
     stop = free[0][5]
-    ended = generate_ids(engine((stop,)), PROMPTS, DRAWS["greedy"], rows=8)
+    ended = ids_of(placed((stop,)), PROMPTS, DRAWS["greedy"])
     for before, after in zip(free, ended, strict=True):
         assert after == (before[: before.index(stop) + 1] if stop in before else before)
     assert len(ended[0]) < 24 == max(len(ids) for ids in ended)
@@ -118,22 +123,22 @@ def test_a_row_ends_with_its_stop_and_its_neighbours_go_on():
 
 def test_answers_end_where_the_positions_do():
     few = dataclasses.replace(CONFIG.llm, max_positions=len(PROMPTS[1].tokens) + 5)
-    close = dataclasses.replace(engine(), config=dataclasses.replace(CONFIG, llm=few))
-    free = generate_ids(engine(), PROMPTS, DRAWS["greedy"], rows=8)
-    ended = generate_ids(close, [*PROMPTS[:2], *PROMPTS[3:]], DRAWS["greedy"], rows=8)
+    close = dataclasses.replace(placed(), config=dataclasses.replace(CONFIG, llm=few))
+    free = ids_of(placed(), PROMPTS, DRAWS["greedy"])
+    ended = ids_of(close, [*PROMPTS[:2], *PROMPTS[3:]], DRAWS["greedy"])
     assert ended[1] == free[1][:5] and ended[0] == free[0][:22] and ended[3] == free[4]
     with pytest.raises(InputError, match="prompt of 79 tokens .* holds 36 "):
-        generate_ids(close, [PROMPTS[2]], DRAWS["greedy"])
+        ids_of(close, [PROMPTS[2]], DRAWS["greedy"])
 
 
 def test_compilations_are_bounded():
-    generate_ids(engine(), PROMPTS, DRAWS["sample"], rows=8)
-    before = [function._cache_size() for function in (generate.prefill, generate.begin, generate.decode)]
-    for seed, length in ((1, 64), (2, 3)):
-        others = [prompt(seed, length, 2), prompt(seed + 10, length, 1)]
-        sampling = Sampling(max_new_tokens=10 + seed, temperature=0.5 + seed, seed=seed)
-        generate_ids(engine(), [*others, PROMPTS[2]], sampling, rows=8)
-    assert [function._cache_size() for function in (generate.prefill, generate.begin, generate.decode)] == before
+    ids_of(placed(), SHORT, DRAWS["sample"])
+    before = [function._cache_size() for function in (generate.admit, generate.decode)]
+    for seed, length in ((1, 50), (2, 3)):
+        others = [prompt(seed, length, 2), prompt(seed + 10, length, 1), *SHORT[:2]]
+        sampling = Sampling(max_new_tokens=10 + seed, temperature=0.5 + seed, top_k=seed, seed=seed)
+        ids_of(placed(), others, sampling)
+    assert [function._cache_size() for function in (generate.admit, generate.decode)] == before
 
 
 def test_buckets():
@@ -155,7 +160,7 @@ def test_buckets():
 )
 def test_impossible_sampling_is_refused(changes):
     with pytest.raises(InputError, match="sampling: "):
-        generate_ids(engine(), PROMPTS[:1], Sampling(**changes))
+        ids_of(placed(), PROMPTS[:1], Sampling(**changes))
 
 
 # ---- sample.py --------------------------------------------------------------------------------------------------
@@ -176,20 +181,26 @@ def kept_by_hand(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (1, 1.0), (7, 1.0), (0, 0.3), (0, 0.95), (9, 0.6), (500, 1e-6)])
 def test_filter_keeps_what_the_rules_say(top_k, top_p):
     logits = np.random.default_rng(top_k).normal(size=(4, 60)).astype(np.float32) * 2
-    kept = np.isfinite(sample.filter_logits(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
-    assert [set(np.flatnonzero(row)) for row in kept] == [kept_by_hand(row, top_k, top_p) for row in logits]
+    # The last row is not filtered.
+    rows = np.array([top_k] * 3 + [0]), np.array([top_p] * 3 + [1.0], np.float32)
+    kept = np.isfinite(sample.filter_logits(jnp.asarray(logits), *map(jnp.asarray, rows)))
+    expected = [kept_by_hand(row, top_k, top_p) for row in logits[:3]]
+    assert [set(np.flatnonzero(row)) for row in kept] == [*expected, set(range(60))]
 
 
 def test_draws_follow_the_distribution():
     logits = jnp.tile(jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125])), (4000, 1))
-    keys = jax.vmap(jax.random.key)(jnp.arange(4000, dtype=jnp.uint32))
-    sampling = Sampling(temperature=1.0)
-    tokens = sample.next_token(logits, keys, jnp.int32(0), sample.draw_of(sampling), sample.mode_of(sampling))
-    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, [0.5, 0.25, 0.125, 0.125], atol=0.03)
-    cold = dataclasses.replace(sampling, temperature=0.5)
-    tokens = sample.next_token(logits, keys, jnp.int32(0), sample.draw_of(cold), sample.mode_of(cold))
+    zeros, true = np.zeros(4000, np.int32), np.ones(4000, bool)
+
+    def drawn(temperature: float) -> np.ndarray:
+        samplings = [Sampling(temperature=temperature, seed=seed) for seed in range(4000)]
+        tokens = sample.next_token(logits, zeros, sample.draw_of(samplings, zeros), true)
+        return np.bincount(tokens, minlength=4) / 4000
+
+    np.testing.assert_allclose(drawn(1.0), [0.5, 0.25, 0.125, 0.125], atol=0.03)
     squared = np.array([0.25, 0.0625, 0.015625, 0.015625])
-    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, squared / squared.sum(), atol=0.03)
+    np.testing.assert_allclose(drawn(0.5), squared / squared.sum(), atol=0.03)
+    assert list(drawn(0.0)) == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("stops", [["###"], ["aab", "b#"], ["\n"], ["ab", "abc", "#a#a"]])
@@ -212,6 +223,11 @@ def test_the_automaton_finds_what_a_text_search_finds(stops):
 
 
 def test_stripped_pieces_join_to_the_stripped_text():
-    pieces = ["", " \n", " a", " ", "", "b ", "\n", " c", "  "]
-    assert list(sample.stripped(pieces)) == ["a", " b", " \n c"]
-    assert list(sample.stripped([" ", "\n"])) == []
+    class Characters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    for text in ("\n  a b\n c  ", " \n"):
+        decoder = sample.AnswerDecoder(Characters())
+        found = [decoder.push(ord(character)) for character in text] + [decoder.finish()]
+        assert "".join(found) == text.strip() and not any(piece.endswith((" ", "\n")) for piece in found)

@@ -168,7 +168,7 @@ class Ticket:
         self.images = [hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest() for x in prompt.pixels]
         self.hash = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
         # Requests of one kind are prefilled together.
-        self.kind = bucket(len(prompt.tokens)), row_bucket(len(self.images)) if self.images else 0, sampling.beams
+        self.kind = bucket(len(prompt.tokens)), sampling.beams
         self.limit, self.drawn, self.cancelled = sampling.max_new_tokens, 0, False
 
     def cancel(self) -> None:
@@ -436,7 +436,7 @@ class Engine:
 
     def _inputs(self, tickets: Sequence[Ticket]) -> Inputs:
         entries = self._features.entries(tickets)
-        return self.placed.place(collate([ticket.prompt for ticket in tickets], entries))
+        return self.placed.place(collate([ticket.prompt for ticket in tickets], entries, self.placed.config))
 
     def _prefill(self, group: dict[int, Ticket]) -> Call:
         placed, tickets = self.placed, list(group.values())

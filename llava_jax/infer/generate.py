@@ -13,7 +13,7 @@ from flax import nnx
 from llava_jax.infer.beam import beam_search
 from llava_jax.infer.sample import Draw, next_token
 from llava_jax.models.llama import Cache, empty_cache
-from llava_jax.models.llava import Llava
+from llava_jax.models.llava import Llava, merge
 from llava_jax.parallel.sharding import RULES, batch_sharding, constrain, replicated
 from llava_jax.types import ModelConfig
 
@@ -86,26 +86,27 @@ def encode_images(
 
 
 class Inputs(NamedTuple):
-    """Right-padded prompts; `entry_BN` are the entries of each row's images in the pool of features."""
+    """Right-padded prompts; `feature_BT` is the row of all features in the pool that an image token takes, -1 for
+    image_newline (None: no image in any prompt)."""
 
     tokens_BT: Any
     length_B: Any
-    entry_BN: Any = None
-    feature_index_BT: Any = None
+    feature_BT: Any = None
 
 
-def collate(prompts: Sequence[Prompt], entries: Sequence[Sequence[int]]) -> Inputs:
-    """Return the padded numpy arrays of prompts whose images have these entries in the pool."""
+def collate(prompts: Sequence[Prompt], entries: Sequence[Sequence[int]], config: ModelConfig) -> Inputs:
+    """Return the padded numpy arrays of prompts whose images (or tiles) have these entries in the pool."""
     tokens_BT = np.zeros((len(prompts), bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
-    feature_index_BT = None if prompts[0].feature_index is None else np.zeros_like(tokens_BT)
-    entry_BN = np.zeros((len(prompts), row_bucket(max(map(len, entries)))), np.int32)
+    feature_BT = np.zeros_like(tokens_BT)
     for row, (prompt, shown) in enumerate(zip(prompts, entries, strict=True)):
         tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
-        if feature_index_BT is not None:
-            feature_index_BT[row, : len(prompt.tokens)] = prompt.feature_index
-        entry_BN[row, : len(shown)] = shown
+        is_image_T = prompt.tokens == config.image_token_id
+        P = config.vision.patches
+        rows = np.concatenate([[-1], *(entry * P + np.arange(P) for entry in shown)])
+        index = np.arange(is_image_T.sum()) if prompt.feature_index is None else prompt.feature_index[is_image_T]
+        feature_BT[row, : len(prompt.tokens)][is_image_T] = rows[index + 1]
     length_B = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
-    return Inputs(tokens_BT, length_B, entry_BN if any(map(len, entries)) else None, feature_index_BT)
+    return Inputs(tokens_BT, length_B, feature_BT if any(map(len, entries)) else None)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "size"))
@@ -123,10 +124,12 @@ def prefill(
     B, T = inputs.tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
-    features_BPD = None
-    if inputs.entry_BN is not None and pool_CPD is not None:
-        features_BPD = pool_CPD[inputs.entry_BN].reshape(B, -1, pool_CPD.shape[-1])
-    x_BTD = model.embed_and_merge(inputs.tokens_BT, features_BPD, inputs.feature_index_BT)
+    x_BTD = model.llm.embed(inputs.tokens_BT)
+    if inputs.feature_BT is not None and pool_CPD is not None:
+        taken_BTD = pool_CPD.reshape(-1, pool_CPD.shape[-1])[jnp.maximum(inputs.feature_BT, 0)]
+        newline_D = model.projector.image_newline[...] if config.pinpoints else None
+        index_BT = jnp.where(inputs.feature_BT < 0, -1, positions_BT)
+        x_BTD = merge(x_BTD, taken_BTD, inputs.tokens_BT == config.image_token_id, index_BT, newline_D)
     cache = empty_cache(config.llm, B, size, config.dtype)
     hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, cache)
     last_B1D = jnp.take_along_axis(hidden_BTD, inputs.length_B[:, None, None] - 1, axis=1)
