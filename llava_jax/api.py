@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import sys
 import zlib
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from PIL import Image
 
 from llava_jax.data.images import image_size, load_tiles, normalised
@@ -23,9 +24,9 @@ from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, exp
 from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import PlacedModel, Prompt, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
-from llava_jax.models.layers import merge_heads
-from llava_jax.models.llava import build
-from llava_jax.parallel.sharding import make_mesh, place, replicated
+from llava_jax.models.layers import merge_head_axes, merge_heads
+from llava_jax.models.llava import build, logical_axes
+from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated
 from llava_jax.settings import DTYPES
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, LazyTensor, MeshSettings, ModelConfig, Sampling, Turn
 from llava_jax.weights.load import read_model
@@ -372,6 +373,7 @@ def load(
     vision: str = "",
     base: str = "",
     step: int | None = None,
+    tensor: int = 0,
 ) -> Llava:
     """Load the model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
 
@@ -380,8 +382,9 @@ def load(
     `template` replaces the conversation template the source names; `dtype` (float32, bfloat16) is the dtype of the
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
     `vision` and `base` are the folders of the tower and of an adapter's base where an original LLaVA folder names ones
-    that are not here; `step` is the checkpoint of a workdir of train, by default the newest. Over several devices the
-    weights are on each and batches are split. Raises InputError for anything else.
+    that are not here; `step` is the checkpoint of a workdir of train, by default the newest. Over several devices
+    batches are split, and the weights over `tensor` of them (0: as few as can hold them). Raises InputError for
+    anything else.
     """
     source = os.fspath(source)
     if dtype not in (None, *DTYPES):
@@ -396,22 +399,49 @@ def load(
     )
     folder = split(source)[1]
     name = repository(folder)[0] if is_name(folder) else os.path.abspath(folder)
-    model = assemble(os.path.basename(name), params, processor)
+    model = assemble(os.path.basename(name), params, processor, tensor)
     return dataclasses.replace(model, template_assumed=template is None and extras.template_assumed)
 
 
-def assemble(name: str, params: dict[str, Any], processor: Processor) -> Llava:
-    """Return the model of parameters (numpy, jax or `LazyTensor`), placed on the devices in the dtype of its config."""
-    config = processor.config
-    mesh = make_mesh(MeshSettings(-1, 1, 1)) if len(jax.devices()) > 1 else None
-    at = SingleDeviceSharding(jax.devices()[0]) if mesh is None else replicated(mesh)
+def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: int = 0) -> Llava:
+    """Return the model of parameters (numpy, jax or `LazyTensor`), placed on the devices in the dtype of its config.
 
-    def put(x: Any) -> jax.Array:
+    `tensor` is as in `load`.
+    """
+    config = processor.config
+    graphdef, abstract = build(config)
+    abstract = abstract | {"llm": jax.eval_shape(merge_heads, abstract["llm"])}
+    mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: at, abstract)
+    else:
+        axes = logical_axes(config)
+        shardings = param_shardings(axes | {"llm": merge_head_axes(axes["llm"])}, abstract, mesh)
+
+    def put(x: Any, at: jax.sharding.Sharding) -> jax.Array:
         return place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
 
-    cast = jax.tree.map(put, params | {"llm": merge_heads(params["llm"])})
-    placed = PlacedModel(build(config)[0], cast, config, jax.device_put(processor.stop_table(), at), mesh)
+    cast = jax.tree.map(put, params | {"llm": merge_heads(params["llm"])}, shardings)
+    stops_QV = jax.device_put(processor.stop_table(), at if mesh is None else replicated(mesh))
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)
-    return Llava(name, placed, processor, f"{checksum:08x}")
+    return Llava(name, PlacedModel(graphdef, cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
+
+
+def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:
+    """Return the mesh over all devices, None for one: batches over some, each model split over `tensor` of them.
+
+    Raises InputError for a `tensor` that does not divide devices or heads.
+    """
+    devices, heads = jax.devices(), math.gcd(config.llm.heads, config.llm.kv_heads)
+    held = sum(leaf.size for leaf in jax.tree.leaves(abstract)) * jnp.dtype(config.dtype).itemsize
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    ways = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and heads % n == 0]
+    if tensor and tensor not in ways:
+        raise InputError(
+            f"tensor={tensor}: expected one of {ways}, which divide {len(devices)} devices and {heads} attention heads"
+        )
+    # A third of the memory is left to the cache.
+    fitting = [n for n in ways if held / n <= memory * 2 / 3]
+    return make_mesh(MeshSettings(-1, 1, tensor or min(fitting, default=ways[-1]))) if len(devices) > 1 else None

@@ -60,8 +60,6 @@ def reference(given: Prompt, beams: int, stops: tuple[int, ...], limit: int) -> 
     return [int(token) for token in finished[0][1]]
 
 
-
-
 @functools.cache
 def stops() -> tuple[int, ...]:
     """Two tokens that end some of the answers early, and not all at one length."""

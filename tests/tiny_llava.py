@@ -70,9 +70,12 @@ def write_tokenizer(folder: str) -> str:
 @functools.cache
 def model(folder: str, template: str = "v1", aspect: str = "pad") -> Llava:
     """The random model with the tokenizer written to `folder`."""
-    tiny = config()
+    return assembled(folder, config(), template=template, aspect=aspect)
+
+
+def assembled(folder: str, config: ModelConfig, tensor: int = 0, template: str = "v1", aspect: str = "pad") -> Llava:
     tokenizer = load_tokenizer(write_tokenizer(os.path.join(folder, "tokenizer")))
-    return assemble("tiny", sharp_params(tiny), Processor(tokenizer, tiny, template, aspect, "front"))
+    return assemble("tiny", sharp_params(config), Processor(tokenizer, config, template, aspect, "front"), tensor)
 
 
 def draw_image(seed: int) -> Image.Image:

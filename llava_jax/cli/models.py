@@ -39,6 +39,8 @@ def sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int = Sampli
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help=f"longest answer ({max_new_tokens})")
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of the draws (0)")
     parser.add_argument("--template", help="conversation template; that of the model, or v1 where it names none")
+    tensor = "devices that each copy of the model is split over; 0, as few as can hold it (0)"
+    parser.add_argument("--tensor", type=int, default=0, metavar="N", help=tensor)
 
 
 def sampling_of(args: argparse.Namespace, beams: int = 1) -> Sampling:
@@ -176,8 +178,11 @@ def convert(args: argparse.Namespace) -> int:
 def load(args: argparse.Namespace) -> "Llava":
     """Read the model of the flags, and say what it is asked with."""
     import llava_jax.api as api
+    from llava_jax.parallel.sharding import mesh_sizes
 
-    model = api.load(args.model, template=args.template, vision=args.vision, base=args.base, step=args.step)
+    model = api.load(
+        args.model, template=args.template, vision=args.vision, base=args.base, step=args.step, tensor=args.tensor
+    )
     about = model.about
     announce(
         f"model {model.name}",
@@ -186,6 +191,7 @@ def load(args: argparse.Namespace) -> "Llava":
         image_position=about["image_position"],
         exif=about["exif"] + (" (images are turned upright)" if about["exif"] == "apply" else " (images as stored)"),
         dtype=about["dtype"],
+        devices=model.placed.mesh and "{data} times {tensor}".format(**mesh_sizes(model.placed.mesh)),
     )
     if model.processor.rules.caption_only:
         print(f"template {about['template']} writes captions: the prompt is not used, only its image\n", flush=True)

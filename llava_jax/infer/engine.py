@@ -207,15 +207,16 @@ class Features:
         shape, dtype = (config.vision.patches, config.llm.width), jnp.dtype(config.dtype)
         if needed > self._size:
             self._size = max(needed, min(POOL_IMAGES, POOL_BYTES // (shape[0] * shape[1] * dtype.itemsize)))
-            self.pool_CPD = jnp.zeros((self._size, *shape), dtype)
+            self.pool_CPD = self._placed.replicate(jnp.zeros((self._size, *shape), dtype))
             self._entries.clear()
 
     def _encode(self, pixels: dict[bytes, np.ndarray]) -> None:
         for name in pixels:
             used = len(self._entries)
             self._entries[name] = self._entries.popitem(last=False)[1] if used == self._size else used
-        entry_N = np.array([self._entries[name] for name in pixels], np.int32)
-        given = self._placed.place((np.stack(list(pixels.values())), entry_N))
+        fill = self._placed.rows(len(pixels)) - len(pixels)
+        entry_N = np.array([self._entries[name] for name in pixels] + [self._size] * fill, np.int32)
+        given = self._placed.place((np.stack([*pixels.values(), *[next(iter(pixels.values()))] * fill]), entry_N))
         self.pool_CPD = encode_images(self._placed.params, self.pool_CPD, *given, graphdef=self._placed.graphdef)
 
 
@@ -233,7 +234,7 @@ class Engine:
           waiting: most requests in the queue.
         """
         self.model, self.placed = model, model.placed
-        self.slots = -(-slots // self.placed.row_multiple) * self.placed.row_multiple
+        self.slots = self.placed.rows(slots)
         positions = self.placed.config.llm.max_positions
         self.max_length = min(positions, max_length or positions)
         self._reserved = 0 if max_length is None else self.max_length
@@ -434,22 +435,29 @@ class Engine:
             self._queue = deque(ticket for ticket in self._queue if ticket not in group)
             return dict(zip(free, group, strict=False))
 
-    def _inputs(self, tickets: Sequence[Ticket]) -> Inputs:
-        entries = self._features.entries(tickets)
-        return self.placed.place(collate([ticket.prompt for ticket in tickets], entries, self.placed.config))
+    def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Inputs, np.ndarray]:
+        """Return what is prefilled, and the most ids of each row."""
+        entries, rows = self._features.entries(tickets), self.placed.rows(len(tickets))
+        inputs = collate([ticket.prompt for ticket in tickets], entries, self.placed.config, rows)
+        limit_R = np.zeros(rows, np.int32)
+        limit_R[: len(tickets)] = [ticket.limit for ticket in tickets]
+        return self.placed.place((inputs, limit_R))
 
     def _prefill(self, group: dict[int, Ticket]) -> Call:
         placed, tickets = self.placed, list(group.values())
         self._make_room(tickets)
-        inputs = self._inputs(tickets)
+        inputs, limit_R = self._inputs(tickets)
+        fill = len(limit_R) - len(tickets)
+        samplings, hashes = [*(ticket.sampling for ticket in tickets), *[Sampling()] * fill], [0] * fill
+        draw = draw_of(samplings, [*(ticket.hash for ticket in tickets), *hashes])
+        slot_R = np.array([*group, *[self.slots] * fill], np.int32)
         self._state, drawn, stopped_R = admit(
             placed.params,
             self._state,
             self._features.pool_CPD,
             inputs,
-            np.array([ticket.limit for ticket in tickets], np.int32),
-            draw_of([ticket.sampling for ticket in tickets], [ticket.hash for ticket in tickets]),
-            np.array(list(group), np.int32),
+            limit_R,
+            *placed.place((draw, slot_R)),
             placed.stops_QV,
             graphdef=placed.graphdef,
             config=placed.config,
@@ -465,22 +473,22 @@ class Engine:
         if len(self._running) == len(tickets) and size != held:
             self._state = None
         if self._state is None:
-            self._state = empty_slots(config=self.placed.config, rows=self.slots, size=size)
+            empty = empty_slots(config=self.placed.config, rows=self.slots, size=size)
+            self._state = empty if self.placed.mesh else self.placed.replicate(empty)
         elif size > held:
             self._state = resized(self._state, size=size)
 
     def _search(self, group: dict[int, Ticket]) -> None:
         """Answer requests by beam search."""
         tickets = list(group.values())
-        limit_B = np.array([ticket.limit for ticket in tickets], np.int32)
-        inputs = self._inputs(tickets)
+        inputs, limit_B = self._inputs(tickets)
         answers = beam_ids(self.placed, inputs, self._features.pool_CPD, limit_B, tickets[0].sampling.beams)
-        for (slot, ticket), ids in zip(group.items(), answers, strict=True):
+        for (slot, ticket), ids in zip(group.items(), answers, strict=False):
             self._extend(slot, ticket, Drawn(np.array(ids)), is_stopped=len(ids) < ticket.limit)
 
     def _decode(self) -> Call:
         placed, tickets = self.placed, list(self._running.values())
-        keep_B = np.isin(np.arange(self.slots), list(self._running))
+        keep_B = placed.place(np.isin(np.arange(self.slots), list(self._running)))
         # Where others wait, a call ends once a quarter of the slots is free.
         enough = self.slots - max(1, self.slots // 4) if self._queue else 0
         self._state, drawn, stopped_B = decode(

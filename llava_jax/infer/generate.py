@@ -45,12 +45,18 @@ class PlacedModel:
         """Return over how many devices the rows of a batch are split."""
         return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in RULES["batch"] or ()]))
 
+    def rows(self, count: int) -> int:
+        """Return `count` rounded up to what divides over the devices."""
+        return -(-count // self.row_multiple) * self.row_multiple
+
     def place(self, tree: Any) -> Any:
-        """Place arrays of rows: split over the devices where they divide evenly, else on each."""
-        if self.mesh is None:
-            return tree
-        even = all(leaf.shape[0] % self.row_multiple == 0 for leaf in jax.tree.leaves(tree))
-        return jax.device_put(tree, batch_sharding(self.mesh) if even else replicated(self.mesh))
+        """Place arrays of rows: split over the devices of a mesh."""
+        return tree if self.mesh is None else jax.device_put(tree, batch_sharding(self.mesh))
+
+    def replicate(self, tree: Any) -> Any:
+        """Place arrays where the weights are: on every device of a mesh."""
+        at = self.stops_QV.sharding if self.mesh is None else replicated(self.mesh)
+        return jax.device_put(tree, at)
 
 
 def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
@@ -60,8 +66,11 @@ def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
 
 
 def bucket(length: int) -> int:
-    """Pad `length` tokens to a size: multiples of 64 up to 512, then of 256, which bounds the compilations."""
-    unit = 64 if length <= 512 else 256
+    """Pad `length` tokens to a size: a multiple of 16, or of an eighth of the next power of two.
+
+    It bounds the compilations: four sizes for twice the length.
+    """
+    unit = max(16, row_bucket(length) // 8)
     return max(1, -(-length // unit)) * unit
 
 
@@ -77,7 +86,7 @@ def row_bucket(rows: int) -> int:
 def encode_images(
     params: dict[str, Any], pool_CPD: jax.Array, pixels_NXYC: Any, entry_N: Any, *, graphdef: nnx.GraphDef
 ) -> jax.Array:
-    """Write the features of images into entries of the pool."""
+    """Write the features of images into entries of the pool; an entry that it does not have is dropped."""
     features_NPD = nnx.merge(graphdef, params).image_features(pixels_NXYC[:, None])
     return constrain(pool_CPD.at[entry_N].set(features_NPD.astype(pool_CPD.dtype)), *("activation",) * 3)
 
@@ -86,26 +95,28 @@ def encode_images(
 
 
 class Inputs(NamedTuple):
-    """Right-padded prompts; `feature_BT` is the row of all features in the pool that an image token takes, -1 for
-    image_newline (None: no image in any prompt)."""
+    """Right-padded prompts, filling rows one token long.
+
+    `feature_BT` is the row of all features in the pool that an image token takes, -1 for image_newline (None: no image
+    in any prompt).
+    """
 
     tokens_BT: Any
     length_B: Any
     feature_BT: Any = None
 
 
-def collate(prompts: Sequence[Prompt], entries: Sequence[Sequence[int]], config: ModelConfig) -> Inputs:
+def collate(prompts: Sequence[Prompt], entries: Sequence[Sequence[int]], config: ModelConfig, rows: int) -> Inputs:
     """Return the padded numpy arrays of prompts whose images (or tiles) have these entries in the pool."""
-    tokens_BT = np.zeros((len(prompts), bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
-    feature_BT = np.zeros_like(tokens_BT)
+    tokens_BT = np.zeros((rows, bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
+    feature_BT, length_B = np.zeros_like(tokens_BT), np.ones(rows, np.int32)
     for row, (prompt, shown) in enumerate(zip(prompts, entries, strict=True)):
         tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
         is_image_T = prompt.tokens == config.image_token_id
-        P = config.vision.patches
-        rows = np.concatenate([[-1], *(entry * P + np.arange(P) for entry in shown)])
+        length_B[row], P = len(prompt.tokens), config.vision.patches
+        features = np.concatenate([[-1], *(entry * P + np.arange(P) for entry in shown)])
         index = np.arange(is_image_T.sum()) if prompt.feature_index is None else prompt.feature_index[is_image_T]
-        feature_BT[row, : len(prompt.tokens)][is_image_T] = rows[index + 1]
-    length_B = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+        feature_BT[row, : len(prompt.tokens)][is_image_T] = features[index + 1]
     return Inputs(tokens_BT, length_B, feature_BT if any(map(len, entries)) else None)
 
 
@@ -229,7 +240,7 @@ def admit(
         inputs: the prompts.
         limit_R: int32, the most ids each may be answered with.
         draw: how each row draws.
-        slot_R: int32, where each goes.
+        slot_R: int32, where each goes; a row for a slot that there is not is dropped.
         stops_QV: the automaton of the stops.
         graphdef, config: of the model.
         top: how many of the likeliest ids are returned with each; 0: no probabilities.
@@ -308,17 +319,17 @@ def _no_logits(slots: Slots, stops_QV: jax.Array) -> jax.Array:
 
 
 def beam_ids(
-    placed: PlacedModel, inputs: Inputs, pool_CPD: jax.Array | None, limit_B: np.ndarray, beams: int
+    placed: PlacedModel, inputs: Inputs, pool_CPD: jax.Array | None, limit_B: Any, beams: int
 ) -> list[list[int]]:
-    """Return the ids that beam search answers each prompt with, at most `limit_B` of them."""
-    graphdef, size = placed.graphdef, bucket(int(limit_B.max()))
+    """Return the ids that beam search answers each row with, at most `limit_B` of them."""
+    graphdef, size = placed.graphdef, bucket(int(np.max(limit_B)))
     total = inputs.tokens_BT.shape[1] + size
     logits_BV, cache = prefill(placed.params, inputs, pool_CPD, graphdef=graphdef, config=placed.config, size=total)
     out_BM = beam_search(
         placed.params,
         logits_BV,
         cache,
-        placed.place(limit_B),
+        limit_B,
         placed.stops_QV,
         graphdef=graphdef,
         step=decode_step,

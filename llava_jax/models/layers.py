@@ -140,11 +140,17 @@ def merge_heads(params: dict[str, Any]) -> dict[str, Any]:
 
     A TPU decodes with these as they lie in memory; one of [L, D, N, H] it would copy. Merged ones stay as they are.
     """
-    layers, attn = params["layers"], params["layers"]["attn"]
+    return _over_heads(params, lambda x, kept: x.reshape(*x.shape[:kept], math.prod(x.shape[kept:])))
+
+
+def merge_head_axes(axes: dict[str, Any]) -> dict[str, Any]:
+    """Return the logical axes of a decoder's parameters after `merge_heads`."""
+    return _over_heads(axes, lambda names, kept: names[:kept])
+
+
+def _over_heads(tree: dict[str, Any], merge: Callable[[Any, int], Any]) -> dict[str, Any]:
+    """Apply `merge` to what belongs to queries, keys and values, with how many dimensions come before the heads'."""
+    layers, attn = tree["layers"], tree["layers"]["attn"]
     kept = {"kernel": 2, "bias": 1}
-
-    def merge(leaf: str, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[: kept[leaf]], math.prod(x.shape[kept[leaf] :]))
-
-    merged = {name: {leaf: merge(leaf, x) for leaf, x in attn[name].items()} for name in ("q", "k", "v")}
-    return params | {"layers": layers | {"attn": attn | merged}}
+    merged = {name: {leaf: merge(x, kept[leaf]) for leaf, x in attn[name].items()} for name in ("q", "k", "v")}
+    return tree | {"layers": layers | {"attn": attn | merged}}

@@ -1,0 +1,221 @@
+"""Requests that come and go: streaming, cancelling, stop strings, probabilities, the queue, errors, devices."""
+
+import dataclasses
+import os
+import queue
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax import api
+from llava_jax.infer import engine as engines
+from llava_jax.infer.engine import Closed, End, Engine, Failed, Full, Piece
+from llava_jax.types import InputError, Sampling
+from tests.tiny_llava import assembled, config, draw_image, model
+
+GREEDY = Sampling(max_new_tokens=24)
+QUESTIONS = ["What is this?", "Who are you?", "Tell me about it.", "Where is it?"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return model(str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    shown = [draw_image(0), None, [draw_image(0), draw_image(1)], draw_image(2)]
+    return [tiny.prompt(api.question(text, images)) for text, images in zip(QUESTIONS, shown, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, prompts) -> list[str]:
+    return [answer.text for answer in sorted(Engine(tiny, slots=4).answers(prompts, GREEDY))]
+
+
+class Reader:
+    """What a client is given."""
+
+    def __init__(self):
+        self.events, self._queue = [], queue.SimpleQueue()
+
+    def emit(self, event):
+        self._queue.put(event)
+
+    def next(self):
+        self.events.append(self._queue.get(timeout=60))
+        return self.events[-1]
+
+    def all(self) -> "Reader":
+        while not isinstance(self.next(), End | Failed):
+            pass
+        return self
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Piece))
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for event in self.events if isinstance(event, Piece) for token in event.ids]
+
+
+def ask(engine, prompt, sampling=GREEDY, **how) -> tuple[Reader, engines.Ticket]:
+    reader = Reader()
+    return reader, engine.submit(prompt, sampling, reader.emit, **how)
+
+
+def test_clients_that_stream_at_once_get_their_own_answers(tiny, prompts, whole):
+    engine, texts = Engine(tiny, slots=4), {}
+
+    def client(number: int) -> None:
+        texts[number] = "".join(engine.stream(prompts[number % 4], GREEDY))
+
+    threads = [threading.Thread(target=client, args=[number]) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [texts[number] for number in range(12)] == whole * 3
+    assert engine.running == engine.queued == 0 and engine.alive
+
+
+def test_pieces_and_their_end(tiny, prompts, whole):
+    reader = ask(Engine(tiny, slots=4), prompts[0])[0].all()
+    assert reader.text == whole[0] and len(reader.events[0].ids) == 1 and len(reader.events) > 4
+    assert reader.events[-1] == End("length", len(prompts[0].tokens), 24)
+
+
+def test_stop_strings_of_a_request(tiny, prompts, whole):
+    stop, engine = whole[0][3:5], Engine(tiny, slots=4)
+    (stopped, _), (other, _) = ask(engine, prompts[0], stop=[stop]), ask(engine, prompts[3])
+    assert stopped.all().text == whole[0][: whole[0].find(stop)].rstrip() and other.all().text == whole[3]
+    assert stopped.events[-1].reason == "stop" and stopped.events[-1].completion_tokens == len(stopped.ids) < 24
+    with pytest.raises(InputError, match="stop: a string is empty"):
+        ask(engine, prompts[0], stop=[""])
+
+
+def test_a_cancelled_answer_frees_its_slot(tiny, prompts, whole):
+    engine = Engine(tiny, slots=1)
+    # Its first id holds the engine until the others are there.
+    ready, long = threading.Event(), Reader()
+    ticket = engine.submit(prompts[0], Sampling(max_new_tokens=300), lambda event: (ready.wait(60), long.emit(event)))
+    waiting, dropped = ask(engine, prompts[1])[0], ask(engine, prompts[2])
+    dropped[1].cancel()
+    ticket.cancel()
+    ready.set()
+    assert long.all().events[-1].reason == "cancelled" and len(long.ids) < 20
+    assert waiting.all().text == whole[1] and dropped[0].all().events == [End("cancelled", len(prompts[2].tokens), 0)]
+
+
+def test_a_full_queue_and_a_closed_engine(tiny, prompts, whole):
+    engine, ready = Engine(tiny, slots=1, waiting=1), threading.Event()
+    reader = Reader()
+    engine.submit(prompts[0], GREEDY, lambda event: (ready.wait(60), reader.emit(event)))
+    while engine.queued:
+        pass
+    second = ask(engine, prompts[1])[0]
+    with pytest.raises(Full, match="1 requests wait already"):
+        ask(engine, prompts[2])
+    ready.set()
+    engine.close(60)
+    assert reader.all().text == whole[0] and second.all().text == whole[1] and not engine.alive
+    with pytest.raises(Closed):
+        ask(engine, prompts[0])
+
+
+def test_closing_cancels_what_takes_too_long(tiny, prompts):
+    engine = Engine(tiny, slots=1)
+    reader = ask(engine, prompts[0], Sampling(max_new_tokens=300))[0]
+    reader.next()
+    engine.close(0)
+    assert reader.all().events[-1].reason == "cancelled"
+
+
+def test_probabilities_are_those_of_the_whole_forward(tiny, prompts):
+    engine, warm = Engine(tiny, slots=4), dataclasses.replace(GREEDY, temperature=0.9, max_new_tokens=6, seed=3)
+    (asked, _), (other, _) = ask(engine, prompts[0], warm, logprobs=3), ask(engine, prompts[3])
+    ids = asked.all().ids
+    images = prompts[0].pixels.transpose(0, 3, 1, 2)
+    logits = tiny.logits(np.concatenate([prompts[0].tokens, ids])[None], images)[0, len(prompts[0].tokens) - 1 : -1]
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    found = [entry for event in asked.events[:-1] for entry in event.logprobs]
+    assert [entry.id for entry in found] == ids
+    np.testing.assert_allclose([entry.logprob for entry in found], expected[np.arange(6), ids], atol=1e-4)
+    for entry, row in zip(found, expected, strict=True):
+        assert [token for token, _ in entry.top] == list(np.argsort(-row)[:3])
+        np.testing.assert_allclose([logprob for _, logprob in entry.top], np.sort(row)[::-1][:3], atol=1e-4)
+    assert not any(event.logprobs for event in other.all().events[:-1])
+    with pytest.raises(InputError, match="logprobs is 21; expected 0 to 20"):
+        ask(engine, prompts[0], logprobs=21)
+
+
+def test_an_error_of_the_device_ends_what_it_concerns_and_the_engine_survives(tiny, prompts, whole, monkeypatch):
+    engine, failing = Engine(tiny, slots=4), [True]
+
+    def admit(*args, **how):
+        if failing.pop() if failing else False:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return admitted(*args, **how)
+
+    admitted = engines.admit
+    monkeypatch.setattr(engines, "admit", admit)
+    assert "out of memory" in str(ask(engine, prompts[0])[0].all().events[-1].error)
+    assert engine.alive and ask(engine, prompts[1])[0].all().text == whole[1]
+
+
+def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, monkeypatch):
+    encoded, encode = [], engines.encode_images
+    monkeypatch.setattr(engines, "POOL_IMAGES", 2)
+
+    def counted(params, pool, pixels, entries, **how):
+        encoded.append(len(pixels))
+        return encode(params, pool, pixels, entries, **how)
+
+    monkeypatch.setattr(engines, "encode_images", counted)
+    engine = Engine(tiny, slots=1)
+    for index in (0, 0, 2, 0):
+        assert "".join(engine.stream(prompts[index], GREEDY)) == whole[index]
+    assert encoded == [1, 1]
+    assert "".join(engine.stream(prompts[3], GREEDY)) == whole[3]  # in place of image 1, used longest ago
+    assert "".join(engine.stream(prompts[0], GREEDY)) == whole[0] and encoded == [1, 1, 1]
+    assert "".join(engine.stream(prompts[2], GREEDY)) == whole[2] and encoded == [1, 1, 1, 1]
+
+
+# ---- several devices -------------------------------------------------------------------------------------------------
+
+WIDE = config(heads=8, kv_heads=4, head_dim=8)
+
+
+def test_eight_devices_give_the_answers_of_one(tmp_path):
+    """Data parallel, tensor-parallel, both: a process with eight devices, asked for what this one answers."""
+    code = f"""
+from tests import test_engine
+test_engine.answer_on_devices({str(tmp_path)!r})
+"""
+    cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def answer_on_devices(folder: str) -> None:
+    """Compare meshes with the first device alone."""
+    shown = [draw_image(0), None, [draw_image(0), draw_image(1)]]
+    how, expected, devices = dict(max_new_tokens=8), None, jax.devices()
+    for count, tensor in ((1, 1), (8, 1), (8, 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "devices", lambda *_, count=count: devices[:count])
+            asked = assembled(folder, WIDE, tensor)
+        found = [asked.generate(QUESTIONS[:3], shown, temperature=warmth, **how) for warmth in (0, 0.8)]
+        assert len(set(found[0])) == 3
+        expected = expected or found
+        assert found == expected, (count, tensor)
+        kernel = asked.params["llm"]["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.size * tensor == kernel.size
+    with pytest.raises(InputError, match=r"tensor=8: expected one of \[1, 2, 4\], .* 8 devices and 4 attention heads"):
+        assembled(folder, WIDE, 8)
