@@ -21,14 +21,24 @@ from llava_jax.data.rows import check_text, check_unicode, unread_keys
 from llava_jax.data.templates import Template, check_template, render
 from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
+from llava_jax.infer.conversation import Conversation
 from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import PlacedModel, Prompt, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
-from llava_jax.models.layers import merge_head_axes, merge_heads
+from llava_jax.models.layers import merge_head_axes, merge_heads, quantise
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated
 from llava_jax.settings import DTYPES
-from llava_jax.types import IMAGE_PLACEHOLDER, InputError, LazyTensor, MeshSettings, ModelConfig, Sampling, Turn
+from llava_jax.types import (
+    DECODER_LINEARS,
+    IMAGE_PLACEHOLDER,
+    InputError,
+    LazyTensor,
+    MeshSettings,
+    ModelConfig,
+    Sampling,
+    Turn,
+)
 from llava_jax.weights.load import read_model
 from llava_jax.weights.source import is_name, repository, split
 
@@ -232,7 +242,8 @@ class Llava:
     def about(self) -> dict[str, Any]:
         """Return what an answer depends on next to the weights and the sampling."""
         rules = {key: getattr(self.processor, key) for key in ("template", "aspect", "image_position", "exif")}
-        return rules | {"dtype": self.config.dtype, "weights": self.weights}
+        dtype = f"{self.config.dtype}, int8 weights" if self.config.int8 else self.config.dtype
+        return rules | {"dtype": dtype, "weights": self.weights}
 
     def generate(
         self,
@@ -292,6 +303,21 @@ class Llava:
         """Yield the answer to a conversation (see `read_messages`) as it comes; joined it is the whole text."""
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, beams, seed)
         return self.engine(1).stream(self.prompt(messages), sampling)
+
+    def chat(
+        self,
+        system: str = "",
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        seed: int = Sampling.seed,
+    ) -> Conversation:
+        """Return a new conversation: `.ask(text, *images)` answers and remembers; a notebook shows it."""
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed=seed)
+        check_sampling(sampling)
+        return Conversation(self, system, sampling)
 
     def engine(self, slots: int) -> Engine:
         """Return the engine that answers for this process, with at least as many slots."""
@@ -374,6 +400,7 @@ def load(
     base: str = "",
     step: int | None = None,
     tensor: int = 0,
+    weights: str = "",
 ) -> Llava:
     """Load the model at `source`: hf:DIR, llava:DIR, orbax:DIR, or a DIR that is recognised by the files in it.
 
@@ -383,16 +410,21 @@ def load(
     weights and the computation, by default the one the source was trained or stored in (float16 becomes bfloat16).
     `vision` and `base` are the folders of the tower and of an adapter's base where an original LLaVA folder names ones
     that are not here; `step` is the checkpoint of a workdir of train, by default the newest. Over several devices
-    batches are split, and the weights over `tensor` of them (0: as few as can hold them). Raises InputError for
-    anything else.
+    batches are split, and the weights over `tensor` of them (0: as few as can hold them). `weights` int8
+    keeps the kernels of the decoder's blocks in eight bits. Raises InputError for anything else.
     """
     source = os.fspath(source)
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype {dtype!r} is not known; expected {' or '.join(DTYPES)}")
+    if weights not in ("", "int8"):
+        raise InputError(f"weights {weights!r} is not known; expected int8, or none for those of the dtype")
     if template is not None:
         check_template(template)
     config, params, extras = read_model(source, "model", dtype=dtype or "", vision=vision, base=base, step=step)
-    config, tokenizer = dataclasses.replace(config, remat="none"), load_tokenizer(extras.tokenizer)
+    config, tokenizer = (
+        dataclasses.replace(config, remat="none", int8=weights == "int8"),
+        load_tokenizer(extras.tokenizer),
+    )
     check_vocabulary(tokenizer, config, extras.tokenizer)
     processor = Processor(
         tokenizer, config, template or extras.template, extras.aspect, extras.image_position, extras.exif
@@ -409,24 +441,37 @@ def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: in
     `tensor` is as in `load`.
     """
     config = processor.config
-    graphdef, abstract = build(config)
+    dense = dataclasses.replace(config, int8=False)
+    abstract = build(dense)[1]
     abstract = abstract | {"llm": jax.eval_shape(merge_heads, abstract["llm"])}
     mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
     if mesh is None:
         shardings = jax.tree.map(lambda _: at, abstract)
     else:
-        axes = logical_axes(config)
+        axes = logical_axes(dense)
         shardings = param_shardings(axes | {"llm": merge_head_axes(axes["llm"])}, abstract, mesh)
 
-    def put(x: Any, at: jax.sharding.Sharding) -> jax.Array:
-        return place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
+    def put(path: tuple, x: Any, at: jax.sharding.Sharding) -> Any:
+        whole = (
+            place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
+        )
+        name = "/".join(key.key for key in path[2:-1])
+        if not config.int8 or path[0].key != "llm" or name not in DECODER_LINEARS or path[-1].key != "kernel":
+            return whole
+        codes, scale = _quantise(whole, 2 if name == "attn/o" else 1)
+        return {"codes": codes, "scale": scale}
 
-    cast = jax.tree.map(put, params | {"llm": merge_heads(params["llm"])}, shardings)
+    cast = jax.tree_util.tree_map_with_path(put, params | {"llm": merge_heads(params["llm"])}, shardings)
     stops_QV = jax.device_put(processor.stop_table(), at if mesh is None else replicated(mesh))
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)
-    return Llava(name, PlacedModel(graphdef, cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
+    return Llava(name, PlacedModel(build(config)[0], cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantise(kernel: jax.Array, in_dims: int) -> tuple[jax.Array, jax.Array]:
+    return jax.vmap(lambda x: quantise(x, in_dims))(kernel)
 
 
 def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:

@@ -258,7 +258,8 @@ class ModelConfig:
     models.layers.remat_policy's; `attention` (of the decoder) names an implementation of models.attention, with tiles
     of `attention_block` for splash. `lora`, `nf4` (kernels of the decoder's blocks in four bits) and `learning_blocks`
     (the tower's last blocks, a stack of their own where only they learn; 0: one stack) are a training step's.
-    `pinpoints`, (height, width) each, make it a LLaVA-NeXT (data.tiles).
+    `pinpoints`, (height, width) each, make it a LLaVA-NeXT (data.tiles). `int8` (those kernels in eight bits) is for
+    inference.
     """
 
     vision: ClipConfig
@@ -272,6 +273,7 @@ class ModelConfig:
     attention_block: int = 512
     lora: LoraConfig | None = None
     nf4: bool = False
+    int8: bool = False
     learning_blocks: int = 0
     pinpoints: tuple[tuple[int, int], ...] = ()
 

@@ -167,6 +167,22 @@ def test_logits_refuse_images_that_do_not_fit(tiny):
         tiny.logits(tokens[:, :8], np.zeros((2, 16, 16, 3)))
 
 
+def test_weights_of_eight_bits(tiny, shown):
+    small = api.assemble(
+        "small", tiny.params, dataclasses.replace(tiny.processor, config=dataclasses.replace(tiny.config, int8=True))
+    )
+    prompt = tiny.prompt(api.question(QUESTIONS[0], shown[0]))
+    images = prompt.pixels.transpose(0, 3, 1, 2)
+    whole, rounded = (model.logits(prompt.tokens[None], images)[0] for model in (tiny, small))
+    error = np.sqrt(np.mean((whole - rounded) ** 2)) / whole.std()
+    assert 1e-4 < error < 0.05 and small.about["dtype"] == "float32, int8 weights"
+    assert small.generate(QUESTIONS, shown, max_new_tokens=4)
+    up = small.params["llm"]["layers"]["mlp"]["up"]["kernel"]
+    assert up["codes"].dtype == jnp.int8 and np.abs(up["codes"]).max() == 127
+    kernel = tiny.params["llm"]["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(up["codes"] * up["scale"][:, None], kernel, atol=np.max(up["scale"]) / 2 + 1e-6)
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 

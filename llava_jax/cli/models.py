@@ -40,6 +40,8 @@ def sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int = Sampli
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of the draws (0)")
     parser.add_argument("--template", help="conversation template; that of the model, or v1 where it names none")
     tensor = "devices that each copy of the model is split over; 0, as few as can hold it (0)"
+    weights = "int8: the kernels of the decoder's blocks in eight bits; in the model's dtype by default"
+    parser.add_argument("--weights", default="", metavar="int8", help=weights)
     parser.add_argument("--tensor", type=int, default=0, metavar="N", help=tensor)
 
 
@@ -180,9 +182,8 @@ def load(args: argparse.Namespace) -> "Llava":
     import llava_jax.api as api
     from llava_jax.parallel.sharding import mesh_sizes
 
-    model = api.load(
-        args.model, template=args.template, vision=args.vision, base=args.base, step=args.step, tensor=args.tensor
-    )
+    companions = dict(vision=args.vision, base=args.base, step=args.step)
+    model = api.load(args.model, args.template, **companions, tensor=args.tensor, weights=args.weights)
     about = model.about
     announce(
         f"model {model.name}",

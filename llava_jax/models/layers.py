@@ -76,6 +76,35 @@ class Linear(nnx.Module):
         return self.kernel.astype(dtype)
 
 
+class Int8(nnx.Module):
+    """A kernel in eight bits with a scale for each output, for inference: codes int8 [*in, *out], scale [*out]."""
+
+    def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int):
+        codes, scale = quantise(kernel, in_dims)
+        self.codes, self.scale = nnx.Variable(codes, axes=axes), nnx.Variable(scale, axes=axes[in_dims:])
+
+
+class Int8Linear(Linear):
+    """A linear layer with a kernel of eight bits: the product reads them widened, and is scaled."""
+
+    def __init__(self, linear: Linear, kernel: Int8):
+        self.in_dims, self.axes, self.name = linear.in_dims, linear.axes, linear.name
+        self.kernel, self.bias = kernel, linear.bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        codes = self.kernel.codes[...].astype(x.dtype)
+        y = matmul(x, codes, self.axes[: codes.ndim], self.in_dims, self.name) * self.kernel.scale[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+
+def quantise(kernel: jax.Array, in_dims: int) -> tuple[jax.Array, jax.Array]:
+    """Return (codes int8, scale float32) of a kernel [*in, *out]: the largest magnitude of an output is 127 steps."""
+    inputs = tuple(range(in_dims))
+    kernel = kernel.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(kernel), axis=inputs) / 127
+    return jnp.round(kernel / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
+
+
 class LayerNorm(nnx.Module):
     """Normalisation of the last dimension in float32; the result has the dtype of x."""
 

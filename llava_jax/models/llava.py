@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.clip import Clip
-from llava_jax.models.layers import Linear, param, torch_uniform
+from llava_jax.models.layers import Int8, Int8Linear, Linear, param, torch_uniform
 from llava_jax.models.llama import Llama
-from llava_jax.models.lora import adapt_decoder, adapt_tower
+from llava_jax.models.lora import adapt_decoder, adapt_tower, linears
 from llava_jax.parallel.sharding import constrain
 from llava_jax.types import ModelConfig
 
@@ -82,6 +82,11 @@ class Llava(nnx.Module):
         )
         if config.lora is not None or config.nf4:
             adapt_decoder(self.llm.layers, config.lora, config.nf4, rngs=rngs)
+        if config.int8:
+            for name, linear in linears(self.llm.layers):
+                kernel = jax.vmap(lambda x, linear=linear: Int8(x, linear.axes, linear.in_dims))(linear.kernel[...])
+                module, layer = name.split("/")
+                setattr(getattr(self.llm.layers, module), layer, Int8Linear(linear, kernel))
         if config.lora is not None and config.lora.vision_targets:
             adapt_tower(self.vision.layers, config.lora, rngs=rngs)
 
