@@ -73,7 +73,7 @@ def test_generate_equals_single_questions_and_streams(tiny, shown):
     for text, images, answer in zip(QUESTIONS, shown, together, strict=True):
         assert tiny.generate(text, images, max_new_tokens=12) == [answer]
         pieces = list(tiny.stream(api.question(text, images), max_new_tokens=12))
-        assert "".join(pieces) == answer and len(pieces) > 3
+        assert "".join(pieces) == answer and len(pieces) > 2
     assert tiny.generate(QUESTIONS, shown, max_new_tokens=12, batch_size=2) == together
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from llava_jax.infer import generate, sample
 from llava_jax.infer.engine import Engine, IdModel
-from llava_jax.infer.generate import PlacedModel, Prompt, bucket, collate, decode_step, encode_images, prefill
+from llava_jax.infer.generate import PlacedModel, Prompt, Row, bucket, collate, decode_step, encode_images, prefill
 from llava_jax.models import llava
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import VOCAB, config, sharp_params
@@ -72,7 +72,10 @@ def test_cached_decode_gives_the_logits_of_the_full_forward():
     images = np.concatenate([given.pixels for given in PROMPTS])
     ends = np.cumsum([len(given.pixels) for given in PROMPTS])
     entries = [range(end - len(given.pixels), end) for end, given in zip(ends, PROMPTS, strict=True)]
-    inputs, pool = collate(PROMPTS, entries, CONFIG, len(PROMPTS)), jnp.zeros((len(images), PATCHES, CONFIG.llm.width))
+    inputs, pool = (
+        collate([Row(*pair) for pair in zip(PROMPTS, entries, strict=True)], CONFIG, len(PROMPTS)),
+        jnp.zeros((len(images), PATCHES, CONFIG.llm.width)),
+    )
     pool = encode_images(placed().params, pool, images, np.arange(len(images)), graphdef=placed().graphdef)
     size = inputs.tokens_BT.shape[1] + steps
     logits, cache = prefill(placed().params, inputs, pool, graphdef=placed().graphdef, config=CONFIG, size=size)

@@ -145,11 +145,11 @@ def test_neighbouring_segments_have_no_influence_at_all():
 
 
 def test_hidden_cache_slots_are_not_read():
-    q, k, v = heads(0, 2, 1, 4, 8), heads(1, 2, 5, 2, 8), heads(2, 2, 5, 2, 8)
-    seen = jnp.arange(5) < jnp.array([[3], [5]])
+    q, k, v = heads(0, 2, 2, 4, 8), heads(1, 2, 5, 2, 8), heads(2, 2, 5, 2, 8)
+    seen = jnp.arange(5) < jnp.array([[2, 3], [4, 5]])[:, :, None]
     k_BKSH, v_BKSH = k.swapaxes(1, 2), v.swapaxes(1, 2)
     out = attend_to_cache(q, k_BKSH, v_BKSH, seen)
-    np.testing.assert_allclose(out, reference_attention(q, k, v, seen[:, None, :]), atol=1e-6)
+    np.testing.assert_allclose(out, reference_attention(q, k, v, seen), atol=1e-6)
     hidden = attend_to_cache(q, k_BKSH.at[0, :, 3:].set(9), v_BKSH.at[0, :, 3:].set(9), seen)
     np.testing.assert_array_equal(out[0], hidden[0])
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO, TypeVar
 
 from llava_jax.data.rows import check_text, check_unicode, parse_images, parse_system, unread_keys, unread_line
 from llava_jax.infer.engine import Model
-from llava_jax.infer.generate import bucket, question_message
+from llava_jax.infer.generate import question_message
 from llava_jax.io import read_lines, replacing
 from llava_jax.types import InputError, Sampling
 
@@ -155,9 +155,8 @@ def answer_file(
 ) -> int:
     """Answer every question of the file `questions` that `answers` does not hold yet; return how many that were.
 
-    `batch_size` of them are answered at a time, those of similar length together; each answer is appended and flushed
-    as it comes; when all are answered the file is put in the questions' order. Raises InputError for questions or an
-    answers file that cannot be used.
+    `batch_size` of them are answered at a time; each answer is appended and flushed as it comes, and when all are there
+    the file is put in the questions' order. Raises InputError for questions or an answers file that cannot be used.
     """
     asked = read_questions(questions, images)
     metadata = {**model.about, **dataclasses.asdict(sampling)}
@@ -168,7 +167,8 @@ def answer_file(
             done[question.key] -= 1
         else:
             left.append(question)
-    left.sort(key=lambda question: (len(question.images), bucket(_asked(question, model.length))))
+    for question in left:
+        _asked(question, model.length)  # before hours of work, not after them
     already = len(asked) - len(left)
     unread = Counter(key for question in asked for key in question.unread)
     if unread:

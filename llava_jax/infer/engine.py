@@ -1,8 +1,9 @@
 """Many answers at a time: requests come and go from any thread, one thread of the engine's own drives the device.
 
 The device holds a fixed number of slots. A request waits in a queue, is prefilled into a free slot (several that are
-alike at once) and decoded with all others, a few ids a call, until it ends or is cancelled. An answer is a function of
-its prompt and sampling alone.
+alike at once) and decoded with all others, a few ids a call, until it ends or is cancelled. A prompt that begins as one
+whose keys and values a slot still holds (the same system text, the same image, the same conversation) starts from
+these. An answer is a function of its prompt and sampling alone.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from llava_jax.infer.generate import (
     Inputs,
     PlacedModel,
     Prompt,
+    Row,
     Slots,
     admit,
     beam_ids,
@@ -33,14 +35,17 @@ from llava_jax.infer.generate import (
     decode,
     empty_slots,
     encode_images,
+    image_index,
     resized,
     row_bucket,
 )
 from llava_jax.infer.sample import check_sampling, draw_of
-from llava_jax.types import InputError, Sampling
+from llava_jax.types import InputError, ModelConfig, Sampling
 
 STEPS = 4  # ids a slot between two looks at what came in
 MIN_SIZE = 128  # tokens a slot
+CHUNK = 8  # tokens; prompts share whole ones
+WORTH_WAITING = 4  # chunks that another prompt of the same call would have ready
 LOGPROBS = 20  # the most of the likeliest ids that a request may ask for
 # The pool of image features: bytes on the device and images, whichever is less.
 POOL_BYTES, POOL_IMAGES = 256 * 2**20, 512
@@ -167,9 +172,14 @@ class Ticket:
         self.prompt, self.sampling, self.emit, self.decoder, self.top = prompt, sampling, emit, decoder, top
         self.images = [hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest() for x in prompt.pixels]
         self.hash = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
-        # Requests of one kind are prefilled together.
-        self.kind = bucket(len(prompt.tokens)), sampling.beams
+        self.chunks: list[bytes] = []
+        self.start = self.source = 0
         self.limit, self.drawn, self.cancelled = sampling.max_new_tokens, 0, False
+
+    @property
+    def kind(self) -> tuple[int, bool, int]:
+        """Return what is the same for requests that are prefilled together."""
+        return bucket(len(self.prompt.tokens) - self.start), self.start > 0, self.sampling.beams
 
     def cancel(self) -> None:
         """End the answer; its slot is free at the next call of the device. Nothing happens where it has ended."""
@@ -177,6 +187,21 @@ class Ticket:
 
     def end(self, reason: str) -> None:
         self.emit(End(reason, len(self.prompt.tokens), self.drawn))
+
+
+def _chunks(ticket: Ticket, config: ModelConfig) -> list[bytes]:
+    """Return a digest of the prompt up to the end of each of its chunks, images by their content; the last token of a
+    prompt is in none, as it must be run."""
+    index_T, P = image_index(ticket.prompt, config), config.vision.patches
+    images = np.array([int.from_bytes(name[:8], "little", signed=True) for name in ticket.images] or [0], np.int64)
+    content_T2 = np.stack(
+        [ticket.prompt.tokens, index_T, np.where(index_T < 0, 0, images[index_T.clip(0) // P])], axis=1
+    )
+    digest, chunks = hashlib.blake2b(digest_size=16), []
+    for end in range(CHUNK, len(content_T2), CHUNK):
+        digest.update(content_T2[end - CHUNK : end].tobytes())
+        chunks.append(digest.digest())
+    return chunks
 
 
 class Features:
@@ -189,8 +214,14 @@ class Features:
         self._size = 0
 
     def entries(self, tickets: Sequence[Ticket]) -> list[list[int]]:
-        """Return where the features of each ticket's images are, after those that are missing were computed."""
-        pixels = {name: x for ticket in tickets for name, x in zip(ticket.images, ticket.prompt.pixels, strict=True)}
+        """Return where the features of each ticket's images are, after those that are missing were computed.
+
+        None for a ticket that has its images behind it.
+        """
+        token = self._placed.config.image_token_id
+        needing = [token in ticket.prompt.tokens[ticket.start :] for ticket in tickets]
+        asked = [ticket for ticket, needs in zip(tickets, needing, strict=True) if needs]
+        pixels = {name: x for ticket in asked for name, x in zip(ticket.images, ticket.prompt.pixels, strict=True)}
         self._make_pool(len(pixels))
         for name in pixels.keys() & self._entries.keys():
             self._entries.move_to_end(name)
@@ -200,7 +231,10 @@ class Features:
             count = row_bucket(len(missing) + 1) // 2
             self._encode({name: pixels[name] for name in missing[:count]})
             missing = missing[count:]
-        return [[self._entries[name] for name in ticket.images] for ticket in tickets]
+        return [
+            [self._entries[name] for name in ticket.images] if needs else []
+            for ticket, needs in zip(tickets, needing, strict=True)
+        ]
 
     def _make_pool(self, needed: int) -> None:
         config = self._placed.config
@@ -244,6 +278,9 @@ class Engine:
         self._lock = threading.Lock()
         self._queue: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
+        # The chunks that each slot's cache begins with, slots filled longest ago first, and a slot for each chunk.
+        self._held: dict[int, list[bytes]] = {slot: [] for slot in range(self.slots)}
+        self._slot_of: dict[bytes, int] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -297,7 +334,7 @@ class Engine:
                 f"{self.max_length} with room for an answer: shorten the text or give fewer images"
             )
         ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs)
-        ticket.limit = min(ticket.limit, left)
+        ticket.limit, ticket.chunks = min(ticket.limit, left), _chunks(ticket, self.placed.config)
         with self._lock:
             if self._closed:
                 raise Closed("the engine takes no more requests")
@@ -389,6 +426,8 @@ class Engine:
                 self._deliver(call)
         except jax.errors.JaxRuntimeError as error:
             self._state = None
+            for slot in range(self.slots):
+                self._hold(slot, [])
             self._fail(dict(self._running), error)
         with self._lock:
             if self._running or self._queue:
@@ -427,21 +466,54 @@ class Engine:
         return calls
 
     def _next_group(self) -> dict[int, Ticket]:
-        """Take the request that waits longest, and others of its kind, for slots that are free: a power of two."""
+        """Take the request that waits longest, and others of its kind, for slots that are free: a power of two.
+
+        What would find more of its prompt ready after this call waits for it.
+        """
         with self._lock:
-            free = [slot for slot in range(self.slots) if slot not in self._running]
-            alike = [ticket for ticket in self._queue if ticket.kind == self._queue[0].kind][: len(free)]
-            group = alike[: row_bucket(len(alike) + 1) // 2]
+            free = [slot for slot in self._held if slot not in self._running]
+            group, chunks = [], set()
+            for ticket in itertools.islice(self._queue, 2 * self.slots if free else 0):
+                self._find_prefix(ticket)
+                ready = ticket.start // CHUNK + WORTH_WAITING
+                if not group or (
+                    len(group) < len(free)
+                    and ticket.kind == group[0].kind
+                    and chunks.isdisjoint(ticket.chunks[ready - 1 : ready])
+                ):
+                    group.append(ticket)
+                    chunks.update(ticket.chunks)
+            group = group[: row_bucket(len(group) + 1) // 2]
             self._queue = deque(ticket for ticket in self._queue if ticket not in group)
             return dict(zip(free, group, strict=False))
+
+    def _find_prefix(self, ticket: Ticket) -> None:
+        """Find the slot that holds most of the prompt's beginning."""
+        ticket.start = ticket.source = 0
+        if ticket.sampling.beams == 1:
+            for count in range(len(ticket.chunks), 0, -1):
+                if ticket.chunks[count - 1] in self._slot_of:
+                    ticket.start, ticket.source = count * CHUNK, self._slot_of[ticket.chunks[count - 1]]
+                    return
+
+    def _hold(self, slot: int, chunks: list[bytes]) -> None:
+        """Note what the cache of a slot begins with."""
+        for chunk in self._held.pop(slot):
+            if self._slot_of.get(chunk) == slot:
+                del self._slot_of[chunk]
+        self._held[slot] = chunks
+        self._slot_of |= dict.fromkeys(chunks, slot)
 
     def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Inputs, np.ndarray]:
         """Return what is prefilled, and the most ids of each row."""
         entries, rows = self._features.entries(tickets), self.placed.rows(len(tickets))
-        inputs = collate([ticket.prompt for ticket in tickets], entries, self.placed.config, rows)
+        given = [
+            Row(ticket.prompt, shown, ticket.start, ticket.source)
+            for ticket, shown in zip(tickets, entries, strict=True)
+        ]
         limit_R = np.zeros(rows, np.int32)
         limit_R[: len(tickets)] = [ticket.limit for ticket in tickets]
-        return self.placed.place((inputs, limit_R))
+        return self.placed.place((collate(given, self.placed.config, rows), limit_R))
 
     def _prefill(self, group: dict[int, Ticket]) -> Call:
         placed, tickets = self.placed, list(group.values())
@@ -463,19 +535,18 @@ class Engine:
             config=placed.config,
             top=_top(tickets),
         )
+        for slot, ticket in group.items():
+            self._hold(slot, ticket.chunks)
         return Call(list(enumerate(group)), tickets, drawn, stopped_R)
 
     def _make_room(self, tickets: Sequence[Ticket]) -> None:
         """Give every slot room for the longest of these answers: powers of two, each a compilation."""
         needed = self._reserved or max(len(ticket.prompt.tokens) + ticket.limit for ticket in tickets)
         size = min(bucket(self.max_length), row_bucket(max(MIN_SIZE, needed)))
-        held = 0 if self._state is None else self._state.cache.k_LBKSH.shape[3]
-        if len(self._running) == len(tickets) and size != held:
-            self._state = None
         if self._state is None:
             empty = empty_slots(config=self.placed.config, rows=self.slots, size=size)
             self._state = empty if self.placed.mesh else self.placed.replicate(empty)
-        elif size > held:
+        elif size > self._state.cache.k_LBKSH.shape[3]:
             self._state = resized(self._state, size=size)
 
     def _search(self, group: dict[int, Ticket]) -> None:

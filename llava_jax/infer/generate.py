@@ -95,29 +95,56 @@ def encode_images(
 
 
 class Inputs(NamedTuple):
-    """Right-padded prompts, filling rows one token long.
+    """Right-padded prompts, or what of them follows a prefix that is in the cache; filling rows are one token long.
 
     `feature_BT` is the row of all features in the pool that an image token takes, -1 for image_newline (None: no image
-    in any prompt).
+    in any row). `start_B` tokens of each row come first, in the slot `source_B` (None: nothing does).
     """
 
     tokens_BT: Any
     length_B: Any
     feature_BT: Any = None
+    start_B: Any = None
+    source_B: Any = None
 
 
-def collate(prompts: Sequence[Prompt], entries: Sequence[Sequence[int]], config: ModelConfig, rows: int) -> Inputs:
-    """Return the padded numpy arrays of prompts whose images (or tiles) have these entries in the pool."""
-    tokens_BT = np.zeros((rows, bucket(max(len(prompt.tokens) for prompt in prompts))), np.int32)
+class Row(NamedTuple):
+    """A prompt to be run from token `start` on, the entries of its images (or tiles) in the pool, if it needs them,
+    and the slot that has what is before."""
+
+    prompt: Prompt
+    entries: Sequence[int] = ()
+    start: int = 0
+    source: int = 0
+
+
+def collate(given: Sequence[Row], config: ModelConfig, rows: int) -> Inputs:
+    """Return the padded numpy arrays of `rows` rows, filling ones included."""
+    tokens_BT = np.zeros((rows, bucket(max(len(row.prompt.tokens) - row.start for row in given))), np.int32)
     feature_BT, length_B = np.zeros_like(tokens_BT), np.ones(rows, np.int32)
-    for row, (prompt, shown) in enumerate(zip(prompts, entries, strict=True)):
-        tokens_BT[row, : len(prompt.tokens)] = prompt.tokens
-        is_image_T = prompt.tokens == config.image_token_id
-        length_B[row], P = len(prompt.tokens), config.vision.patches
-        features = np.concatenate([[-1], *(entry * P + np.arange(P) for entry in shown)])
-        index = np.arange(is_image_T.sum()) if prompt.feature_index is None else prompt.feature_index[is_image_T]
-        feature_BT[row, : len(prompt.tokens)][is_image_T] = features[index + 1]
-    return Inputs(tokens_BT, length_B, feature_BT if any(map(len, entries)) else None)
+    start_B, source_B = np.zeros((2, rows), np.int32)
+    for index, row in enumerate(given):
+        tokens = row.prompt.tokens[row.start :]
+        tokens_BT[index, : len(tokens)], length_B[index] = tokens, len(tokens)
+        start_B[index], source_B[index] = row.start, row.source
+        if row.entries:
+            feature_BT[index, : len(tokens)] = _features(row, config)[row.start :]
+    has_images, follows = any(row.entries for row in given), any(row.start for row in given)
+    inputs = Inputs(tokens_BT, length_B, feature_BT if has_images else None)
+    return inputs._replace(start_B=start_B, source_B=source_B) if follows else inputs
+
+
+def image_index(prompt: Prompt, config: ModelConfig) -> np.ndarray:
+    """Return which feature of the prompt's images (image * P + patch) each token takes: -1 for image_newline, -2 for
+    a token of text."""
+    is_image_T = prompt.tokens == config.image_token_id
+    in_order = np.cumsum(is_image_T) - 1 if prompt.feature_index is None else prompt.feature_index
+    return np.where(is_image_T, in_order, -2)
+
+
+def _features(row: Row, config: ModelConfig) -> np.ndarray:
+    index_T, P = image_index(row.prompt, config), config.vision.patches
+    return np.where(index_T < 0, index_T.clip(-1), np.array(row.entries)[index_T.clip(0) // P] * P + index_T % P)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "size"))
@@ -125,24 +152,30 @@ def prefill(
     params: dict[str, Any],
     inputs: Inputs,
     pool_CPD: jax.Array | None,
+    prefix: Cache | None = None,
     *,
     graphdef: nnx.GraphDef,
     config: ModelConfig,
-    size: int,
+    size: int = 0,
 ) -> tuple[jax.Array, Cache]:
-    """Return logits float32[B, V] after each row's last token, and a cache with `size` slots a row."""
+    """Return logits float32[B, V] after each row's last token, and its cache: `prefix` with the row, else `size` slots
+    with the row alone."""
     model: Llava = nnx.merge(graphdef, params)
     B, T = inputs.tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
     x_BTD = model.llm.embed(inputs.tokens_BT)
     if inputs.feature_BT is not None and pool_CPD is not None:
         taken_BTD = pool_CPD.reshape(-1, pool_CPD.shape[-1])[jnp.maximum(inputs.feature_BT, 0)]
         newline_D = model.projector.image_newline[...] if config.pinpoints else None
         index_BT = jnp.where(inputs.feature_BT < 0, -1, positions_BT)
         x_BTD = merge(x_BTD, taken_BTD, inputs.tokens_BT == config.image_token_id, index_BT, newline_D)
-    cache = empty_cache(config.llm, B, size, config.dtype)
-    hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, cache)
+    if prefix is None:
+        segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
+        empty = empty_cache(config.llm, B, size, config.dtype)
+        hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, empty)
+    else:
+        hidden_BTD, cache = model.llm.extend(x_BTD, prefix)
+        cache = cache._replace(length_B=prefix.length_B + inputs.length_B)
     last_B1D = jnp.take_along_axis(hidden_BTD, inputs.length_B[:, None, None] - 1, axis=1)
     return model.llm.logits(last_B1D)[:, 0], cache
 
@@ -248,14 +281,17 @@ def admit(
     Returns:
         The slots, what was drawn (M is 1), and whether each row has reached a stop, bool[R].
     """
-    T = inputs.tokens_BT.shape[1]
-    logits_RV, cache = prefill(params, inputs, pool_CPD, graphdef=graphdef, config=config, size=T)
+    prefix, size = None, inputs.tokens_BT.shape[1]
+    if inputs.start_B is not None:
+        k, v = (x[:, inputs.source_B] for x in slots.cache[:2])
+        prefix, size = Cache(k, v, inputs.start_B), k.shape[3]
+    logits_RV, cache = prefill(params, inputs, pool_CPD, prefix, graphdef=graphdef, config=config, size=size)
     zeros_R = jnp.zeros_like(limit_R)
     rows = Slots(cache, zeros_R, zeros_R, limit_R, zeros_R, zeros_R > 0, draw)
     rows, drawn = _advance(rows, logits_RV, stops_QV, top)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot_R].set(new) if old.ndim == 1 else old.at[:, slot_R, :, :T].set(new)
+        return old.at[slot_R].set(new) if old.ndim == 1 else old.at[:, slot_R, :, :size].set(new)
 
     merged = _pinned(jax.tree.map(put, slots, rows))
     return merged, jax.tree.map(lambda x: x[:, None], drawn), rows.stop_B == stops_QV.shape[0] - 1

@@ -136,12 +136,13 @@ def _attend(
     return _weighted(q_BKGQH, k_BKSH, v_BKSH, seen)
 
 
-def attend_to_cache(q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BS: jax.Array) -> jax.Array:
-    """Let one position a row attend to the cache slots that `seen_BS` says it sees; return [B, 1, N, H]."""
-    B, _, N, H = q_B1NH.shape
+def attend_to_cache(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    """Let T positions a row attend to the cache slots that `seen_BTS` says each sees; return [B, T, N, H]."""
+    B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
-    q_BKG1H = (q_B1NH * H**-0.5).reshape(B, K, N // K, 1, H)
-    return _weighted(q_BKG1H, k_BKSH, v_BKSH, seen_BS[:, None, None, None]).reshape(B, 1, N, H)
+    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    out_BKGTH = _weighted(q_BKGTH, k_BKSH, v_BKSH, seen_BTS[:, None, None])
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _weighted(q_BKGQH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen: jax.Array) -> jax.Array:

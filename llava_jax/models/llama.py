@@ -119,8 +119,19 @@ class Block(nnx.Module):
         q, k, v = self.attn.heads(projected, rope)
         slot = layer, jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[2]), cache.length_B[:, None]
         k_LBKSH, v_LBKSH = cache.k_LBKSH.at[slot].set(k[:, 0]), cache.v_LBKSH.at[slot].set(v[:, 0])
-        x_B1D = x_B1D + self.attn.o(attend_to_cache(q, k_LBKSH[layer], v_LBKSH[layer], seen_BS))
+        x_B1D = x_B1D + self.attn.o(attend_to_cache(q, k_LBKSH[layer], v_LBKSH[layer], seen_BS[:, None]))
         return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBKSH, v_LBKSH, cache.length_B)
+
+    def extend(
+        self, x_BTD: jax.Array, rope: Rope, kv: KeysValues, length_B: jax.Array, seen_BTS: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Run T tokens a row after the length_B of this layer's cache; return [B, T, D] and the cache with them."""
+        q, k, v = self.attn.heads(self.attn.project(self.attn_norm(x_BTD)), rope)
+        slots_BT = length_B[:, None] + jnp.arange(k.shape[1])
+        slot = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None], slots_BT[:, None]
+        k_BKSH, v_BKSH = (old.at[slot].set(new.swapaxes(1, 2)) for old, new in zip(kv, (k, v), strict=True))
+        x_BTD = x_BTD + self.attn.o(attend_to_cache(q, k_BKSH, v_BKSH, seen_BTS))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), (k_BKSH, v_BKSH)
 
 
 class Embed(nnx.Module):
@@ -204,13 +215,34 @@ class Llama(nnx.Module):
         )
         return hidden_BTD, Cache(k_LBKSH, v_LBKSH, length_B)
 
+    def extend(self, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Run T more tokens a row at the positions from length_B on; return hidden states and the cache with them.
+
+        Rows of fewer tokens are right-padded: whoever calls says how long they are now.
+        """
+        positions_BT = cache.length_B[:, None] + jnp.arange(x_BTD.shape[1])
+        rope = angles(positions_BT, self.config.rope, self.config.head_dim)
+        seen_BTS = self._seen(positions_BT, cache)
+
+        def body(x_BTD: jax.Array, layer: tuple[Block, KeysValues]):
+            block, kv = layer
+            return block.extend(x_BTD, rope, kv, cache.length_B, seen_BTS)
+
+        x_BTD, kv = jax.lax.scan(body, x_BTD, (self.layers, (cache.k_LBKSH, cache.v_LBKSH)))
+        return self.norm(x_BTD), Cache(*kv, cache.length_B)
+
+    def _seen(self, positions_BT: jax.Array, cache: Cache) -> jax.Array:
+        """Return bool [B, T, S]: the slots that a token at a position sees."""
+        slots = jnp.arange(cache.k_LBKSH.shape[3])
+        seen_BTS = slots <= positions_BT[:, :, None]
+        if self.config.window:
+            seen_BTS &= slots > positions_BT[:, :, None] - self.config.window
+        return seen_BTS
+
     def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Run one more token a row at position length_B; return hidden [B, 1, D] and the cache with length_B + 1."""
         rope = angles(cache.length_B[:, None], self.config.rope, self.config.head_dim)
-        slots = jnp.arange(cache.k_LBKSH.shape[3])
-        seen_BS = slots <= cache.length_B[:, None]
-        if self.config.window:
-            seen_BS &= slots > cache.length_B[:, None] - self.config.window
+        seen_BS = self._seen(cache.length_B[:, None], cache)[:, 0]
 
         def body(carry: tuple[jax.Array, Cache], layer: tuple[Block, jax.Array]):
             block, index = layer

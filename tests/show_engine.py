@@ -1,0 +1,126 @@
+"""What answering many at a time gains, on a demo's model: a file of questions, and clients that stream.
+
+`python -m tests.show_engine --demo=DIR [--questions=2000] [--clients=64]` on a workdir of `llava-jax demo` prints
+
+- seconds a question of a file, one `generate` after the other, each with its image read and encoded anew, and through
+  `answer_file`, killed in the middle and resumed; and whether the answers are the same;
+- seconds a request of clients that stream at once, and of the same requests one after the other on one slot.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from llava_jax import api
+from llava_jax.infer.batch_generate import answer_file, read_questions
+from llava_jax.infer.engine import Engine
+from llava_jax.types import Sampling
+
+SHORT, LONG = Sampling(max_new_tokens=12), Sampling(max_new_tokens=64)
+SAMPLE = 200  # questions that are asked one at a time
+
+
+def answered(model, path: str, images: str, answers: str, slots: int) -> None:
+    answer_file(model, path, images, answers, SHORT, batch_size=slots, progress=io.StringIO())
+
+
+def show_file(model, folder: str, count: int, slots: int, source: str) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        path, images = os.path.join(work, "q.jsonl"), os.path.join(folder, "images")
+        with open(os.path.join(folder, "questions.jsonl"), encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        rows = [json.loads(line) | {"question_id": n} for n, line in zip(range(count), itertools.cycle(lines))]
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        asked = read_questions(path, images)
+        single = []
+        for question in asked[: SAMPLE + 20]:
+            if len(single) == 20:
+                began = time.monotonic()
+            # An engine of its own: nothing is known from the question before.
+            engine = Engine(model, slots=1)
+            single += [answer.text for answer in engine.answers([model.prompt(question.messages)], SHORT)]
+        alone = (time.monotonic() - began) / SAMPLE
+        answered(model, path, images, os.path.join(work, "warm.jsonl"), slots)
+        began = time.monotonic()
+        answered(model, path, images, os.path.join(work, "a.jsonl"), slots)
+        together = (time.monotonic() - began) / count
+        with open(os.path.join(work, "a.jsonl"), encoding="utf-8") as file:
+            whole = file.read()
+        same = [json.loads(line)["text"] for line in whole.splitlines()][: len(single)] == single
+        print(
+            f"a question of {count}: {alone * 1e3:.2f} ms alone, {together * 1e3:.2f} ms of a file with {slots} slots,"
+        )
+        print(f"  {alone / together:.2f} times faster, same answers: {same}")
+        flags = [f"--model={source}", f"--questions={path}", f"--images={images}", f"--answers={work}/killed.jsonl"]
+        flags += ["--max_new_tokens=12", f"--batch_size={slots}"]
+        command = [sys.executable, "-m", "llava_jax", "generate", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while not os.path.exists(f"{work}/killed.jsonl") or os.path.getsize(f"{work}/killed.jsonl") < len(whole) / 3:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        with open(f"{work}/killed.jsonl", encoding="utf-8") as file:
+            print(f"  killed in the middle and resumed, same file: {file.read() == whole}")
+
+
+def show_clients(model, folder: str, count: int, slots: int) -> None:
+    images = os.path.join(folder, "images")
+    names = sorted(os.listdir(images))[:count]
+    ask = "Describe the image in detail."
+    prompts = [model.prompt(api.question(ask, os.path.join(images, name))) for name in names]
+    alone, engine = [], Engine(model, slots=1)
+    for prompt in (prompts[0], *prompts):
+        if len(alone) == 1:
+            began = time.monotonic()
+        alone.append("".join(engine.stream(prompt, LONG)))
+    one = (time.monotonic() - began) / count
+    together, first = [""] * count, [0.0] * count
+    engine = Engine(model, slots=slots)
+
+    def client(number: int) -> None:
+        start = time.monotonic()
+        for piece in engine.stream(prompts[number], LONG):
+            first[number] = first[number] or time.monotonic() - start
+            together[number] += piece
+
+    for _ in range(2):
+        together, first = [""] * count, [0.0] * count
+        threads = [threading.Thread(target=client, args=[number]) for number in range(count)]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        many = (time.monotonic() - began) / count
+    print(
+        f"a request: {one * 1e3:.2f} ms one after the other, {many * 1e3:.2f} ms of {count} clients on {slots} slots,"
+    )
+    print(f"  {one / many:.2f} times the throughput, same answers: {together == alone[1:]},")
+    print(f"  first text after {sorted(first)[int(0.95 * count)]:.3f} s (95 %)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", required=True, help="workdir of a demo")
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--slots", type=int, nargs="+", default=[32])
+    args = parser.parse_args()
+    source, folder = os.path.join(args.demo, "finetune"), os.path.join(args.demo, "world", "held_out")
+    model = api.load(source)
+    for slots in args.slots:
+        show_file(model, folder, args.questions, slots, source)
+        show_clients(model, folder, args.clients, slots)
+
+
+if __name__ == "__main__":
+    main()
