@@ -33,6 +33,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.pack_length = 0  # tokens in a packed row; 0: what leaves the least padding
     c.data.pack_images = 0  # images in a packed row; 0: what is needed
     c.data.workers = 0  # threads that make batches; 0: one
+    c.data.eval = ""  # rows held out, of which the loss is measured
+    c.data.eval_images = ""  # their images; empty: data.images
 
     c.optim = ml_collections.ConfigDict()
     c.optim.lr = 2e-5
@@ -68,6 +70,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.log_every = 1
     c.train.checkpoint_every = 500  # 0: only the last step
     c.train.keep = 2
+    c.train.eval_every = 0  # updates between passes over data.eval; 0: one, at the end
     c.train.trainable = ""  # "projector|llm|vision/layers": what learns, by path; empty: what the stage says
     c.train.vision_blocks = 0  # only so many of the tower's last blocks may learn; 0: all
     c.train.loss_norm = "global_token"  # rank_mean: mean of per-device means, as the original

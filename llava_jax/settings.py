@@ -48,7 +48,14 @@ CHOICES = {
 }
 
 FROM_0 = ("data.pack_length", "data.pack_images", "data.workers", "optim.weight_decay", "optim.clip_norm")
-FROM_0 += ("train.steps", "train.epochs", "train.profile", "train.checkpoint_every", "train.vision_blocks")
+FROM_0 += (
+    "train.steps",
+    "train.epochs",
+    "train.profile",
+    "train.checkpoint_every",
+    "train.vision_blocks",
+    "train.eval_every",
+)
 FROM_1 = ("lora.rank", "train.batch_size", "train.accumulate", "train.log_every", "train.keep", "mesh.fsdp_inner")
 # key -> (smallest, largest, is the smallest allowed, is the largest allowed)
 RANGES = {
@@ -66,10 +73,13 @@ EARLIER_RUNS = {
     "mesh.fsdp_inner": 1,
     "train.trainable": "",
     "train.vision_blocks": 0,
+    "data.eval": "",
+    "data.eval_images": "",
+    "train.eval_every": 0,
     "lora.vision_targets": "",
 }
 # Of this machine or in a bucket; data.annotations also where etils.epath and TFDS reach.
-FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images")
+FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images", "data.eval_images")
 
 
 def settings_from_dict(values: dict) -> Settings:
@@ -81,6 +91,11 @@ def settings_from_dict(values: dict) -> Settings:
     train = settings.train
     if train.steps == train.epochs == 0:
         raise InputError("train.steps and train.epochs are both 0: set one of them")
+    if not settings.data.eval and (settings.data.eval_images or train.eval_every):
+        raise InputError(
+            f"data.eval_images={settings.data.eval_images} and train.eval_every={train.eval_every} are about the rows "
+            "of data.eval, which is empty: name them, or leave both out"
+        )
     _check_order(settings.data)
     if settings.data.pack and train.loss_norm == "rank_mean":
         raise InputError(

@@ -379,6 +379,10 @@ class DataSettings:
     """Threads that read rows, decode images and make batches; 0 and 1 both mean one."""
     exif: str
     """`apply` turns an image as its EXIF orientation says; `ignore` takes the pixels as stored, as the original."""
+    eval: str = ""
+    """Rows held out from training, in any form of `data.annotations`, each of which counts once; empty: none."""
+    eval_images: str = ""
+    """Folder that their image paths are relative to; empty: `data.images`."""
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.
@@ -479,6 +483,8 @@ class TrainSettings:
     """Which parameters learn, as a regular expression found in their paths: `projector|llm|vision/layers`. Empty: what
     the stage says. An alternative that finds no parameter is an error.
     """
+    eval_every: int = 0
+    """Updates between passes over the rows of `data.eval`; 0: one, after the last update."""
     vision_blocks: int = 0
     """Of the tower only its last so many blocks that run may learn (`model.feature_layer` -2 leaves the very last one
     out); 0: every block and the embeddings, as far as `train.trainable` says.

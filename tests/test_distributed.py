@@ -62,7 +62,8 @@ def inputs(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
     small = dict(train__batch_size=8, data__max_length=48, mesh__tensor=2)
-    long = make_settings(folder, "finetune", train__steps=STEPS, train__checkpoint_every=2, **small)
+    held_out = dict(data__eval=f"{folder}/captions.json", train__eval_every=3)
+    long = make_settings(folder, "finetune", train__steps=STEPS, train__checkpoint_every=2, **held_out, **small)
     ranks = make_settings(folder, "pretrain", train__steps=2, train__loss_norm="rank_mean", **small)
     write_settings(str(folder / "global_token.json"), long)
     write_settings(str(folder / "rank_mean.json"), ranks)
@@ -102,7 +103,8 @@ def close(a: list[dict], b: list[dict], within: float) -> None:
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for ours, theirs in zip(a, b, strict=True):
         assert (ours["targets"], ours["tokens"], ours["lr"]) == (theirs["targets"], theirs["tokens"], theirs["lr"])
-        for name in ("loss", "grad_norm"):
+        # A pass over held-out rows may have been cut short by SIGTERM.
+        for name in ("loss", "grad_norm", *({"eval_loss"} & ours.keys() & theirs.keys())):
             assert ours[name] == pytest.approx(theirs[name], abs=within), (name, ours["step"])
 
 
@@ -110,6 +112,7 @@ def test_two_processes_give_the_numbers_of_one(ran, inputs):
     assert [code for code, *_ in ran["two"] + ran["one"]] == [0, 0, 0], ran
     whole = read_metrics(inputs / "one")
     assert len(whole) == STEPS
+    assert [row["step"] for row in whole if "eval_loss" in row] == [2, 5, 7]
     close(read_metrics(inputs / "two"), whole, 1e-6)
     close(read_metrics(inputs / "two_ranks"), read_metrics(inputs / "one_ranks"), 1e-6)
 

@@ -162,6 +162,7 @@ def _set_aside(workdir: str, step: int) -> None:
 LOCK = ".lock"
 # What may change when a run is resumed: none of it enters the numbers.
 FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
+FREE_KEYS += ("data.eval", "data.eval_images", "train.eval_every")
 # Nor does the way a batch is split, where neither the loss nor the order of rows nor dropout depends on it.
 MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")
 
@@ -310,6 +311,8 @@ def absolute_paths(settings: Settings) -> Settings:
             data,
             annotations=sources.absolute(data.annotations),
             images=absolute_path(data.images) if data.images else "",
+            eval=sources.absolute(data.eval) if data.eval else "",
+            eval_images=absolute_path(data.eval_images) if data.eval_images else "",
         ),
     )
 

@@ -38,7 +38,8 @@ from llava_jax.train.setup import (
     restore_or_start,
     total_steps,
 )
-from llava_jax.train.step import TrainState, batch_ranks
+from llava_jax.train.step import Metrics, TrainState, batch_ranks
+from llava_jax.train.validation import Evaluated, evaluate, open_held_out
 from llava_jax.types import InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
 
@@ -95,6 +96,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         stop_signal() as should_stop,
     ):
         say(opening(settings, spec, run, len(records), batches))
+        held_out = open_held_out(settings, spec.stage_config, tokenizer, run) if settings.data.eval else None
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
@@ -102,6 +104,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         in_bucket = is_first() and is_bucket(workdir)
         mirrored = buckets.mirrored(workdir, METRICS) if in_bucket else nullcontext((workdir, lambda: None))
         with (
+            nullcontext() if held_out is None else closing(held_out.data),
             mirrored as (here, upload),
             open_metrics(here, todo, train.log_every) as writer,
             tracing(here, todo, train.profile, workdir) if train.profile else nullcontext() as tracer,
@@ -112,6 +115,17 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 if writer is not None:
                     writer.start_clock(seconds, ideal_seconds(run, batches.shape))
                 return step
+
+            def validate(n: int, state: TrainState, values: Metrics) -> Evaluated:
+                due = n + 1 == steps or (train.eval_every and (n + 1) % train.eval_every == 0)
+                if held_out is None or not due:
+                    return {}
+                jax.block_until_ready(values)
+                began = time.monotonic()
+                found = evaluate(held_out, state.params, frozen, lambda: should_stop(n + 1))
+                if writer is not None:
+                    writer.stop_clock(time.monotonic() - began)
+                return found
 
             def save(state: TrainState) -> None:
                 upload()  # first, so that no checkpoint is there without the metrics before it
@@ -126,6 +140,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 rows=batches.shape.rows,
                 save_every=train.checkpoint_every,
                 start=start,
+                validate=validate,
                 log=partial(log_update, writer=writer, records=records),
                 save=save,
                 tracer=tracer,
@@ -147,6 +162,7 @@ def run_updates(
     rows: int,
     save_every: int,
     start: Callable[..., Callable],
+    validate: Callable[[int, TrainState, Metrics], Evaluated],
     log: Callable[..., None],
     save: Callable[[TrainState], None],
     tracer: Tracer | None,
@@ -179,9 +195,9 @@ def run_updates(
         state, values = step(state, frozen, arrays)
         if pending is not None:
             log(*pending)
-        pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited)
         if tracer is not None:
             tracer.after(n, state)
+        pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited, validate(n, state, values))
         stopped = should_stop(n + 1)
         if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
             log(*pending)
@@ -198,11 +214,12 @@ def log_update(
     rows: np.ndarray,
     slots: int,
     waited: float,
+    evaluated: Evaluated,
     *,
     writer: "MetricsWriter | None",
     records: Sequence[Record],
 ) -> None:
-    """Write the metrics of update `n`; `rows` are those that this process read.
+    """Write the metrics of update `n`, and what held-out rows gave after it; `rows` are those that this process read.
 
     Raises InputError when the update had no targets or was not finite; a non-finite one was not applied.
     """
@@ -219,7 +236,7 @@ def log_update(
             "not applied and nothing was saved since: lower optim.lr, set optim.clip_norm, or check these rows"
         )
     if writer is not None:
-        writer.write(n, values, slots, waited)
+        writer.write(n, values, slots, waited, evaluated)
 
 
 # ---- metrics.jsonl, TensorBoard events, the status line --------------------------------------------------------------
@@ -253,7 +270,8 @@ class MetricsWriter:
 
     `mfu` is the time that the update's model FLOPs take at the chips' peak over the time it took (null where the peak
     is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
-    line after a start and null in the others.
+    line after a start and null in the others. After a pass over held-out rows the line also has `eval_loss`, the mean
+    over their supervised tokens, and `eval_targets`, the number of these.
     """
 
     def __init__(self, workdir: str, steps: range, log_every: int, screen: TextIO):
@@ -273,13 +291,22 @@ class MetricsWriter:
         self._start = self._last = time.monotonic()
         self._compile_seconds, self._ideal_seconds = compile_seconds, ideal_seconds
 
-    def write(self, step: int, values: dict[str, Any], slots: int, data_wait: float = 0.0) -> None:
-        """Record update `step` (0 is the first): its metrics, the batch's size B * T, the seconds it waited for it."""
+    def stop_clock(self, seconds: float) -> None:
+        """Leave out `seconds` that were spent on something else than updates."""
+        self._start, self._last = self._start + seconds, self._last + seconds
+
+    def write(
+        self, step: int, values: Metrics, slots: int, data_wait: float = 0.0, evaluated: Evaluated | None = None
+    ) -> None:
+        """Record update `step` (0 is the first): its metrics, the batch's size B * T, the seconds it waited for it.
+
+        A line with `evaluated` is always written.
+        """
         self._pending_steps += 1
         self._pending_tokens += int(values["tokens"])
         self._pending_wait += data_wait
         last = step == self._steps.stop - 1
-        if step % self._log_every and not last:
+        if step % self._log_every and not last and not evaluated:
             return
         now = time.monotonic()
         seconds = (now - self._last) / self._pending_steps
@@ -292,6 +319,7 @@ class MetricsWriter:
             "mfu": None if self._ideal_seconds is None else self._ideal_seconds / max(seconds, 1e-9),
             "data_wait": self._pending_wait / self._pending_steps,
             "compile_seconds": self._compile_seconds,
+            **(evaluated or {}),
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -300,24 +328,25 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
         self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
         self._compile_seconds = None
-        self._show(row, slots, last)
+        self._show(row, slots, last or bool(evaluated))
 
-    def _show(self, row: dict[str, Any], slots: int, last: bool) -> None:
+    def _show(self, row: dict[str, Any], slots: int, stays: bool) -> None:
         now = time.monotonic()
         tty = self._screen.isatty()
-        if not tty and now - self._last_line < QUIET_SECONDS and not last:
+        if not tty and now - self._last_line < QUIET_SECONDS and not stays:
             return
         self._last_line = now
         done, total = row["step"] + 1, self._steps.stop
         left = (now - self._start) / max(1, done - self._steps.start) * (total - done)
         mfu = "" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%  "
+        held_out = f"eval loss {row['eval_loss']:.4f}  " if "eval_loss" in row else ""
         line = (
-            f"step {done}/{total} ({100 * done / total:.0f}%)  loss {row['loss']:.4f}  "
+            f"step {done}/{total} ({100 * done / total:.0f}%)  loss {row['loss']:.4f}  {held_out}"
             f"grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  {row['tokens_per_second']:,.0f} tokens/s  "
             f"{mfu}supervised {100 * row['targets'] / row['tokens']:.0f}%  filled {100 * row['tokens'] / slots:.0f}%  "
             f"ETA {duration(left)}"
         )
-        self._screen.write(f"\r\x1b[2K{line}" + ("\n" if last else "") if tty else line + "\n")
+        self._screen.write(f"\r\x1b[2K{line}" + ("\n" if stays else "") if tty else line + "\n")
         self._screen.flush()
 
     def close(self) -> None:

@@ -1,0 +1,118 @@
+"""Rows held out from training: their loss is the model's own, and measuring it changes no number of the training."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax import api
+from llava_jax.data.records import load_records
+from llava_jax.data.tokenize import encode_record, load_tokenizer
+from llava_jax.train import loop, validation
+from llava_jax.types import InputError
+from tests.tiny_run import make_inputs, make_settings, read_metrics
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unpacked", "packed"])
+def runs(request, inputs, tmp_path_factory):
+    """(settings with held-out rows, workdir of that run, workdir of the same run without them)."""
+    how = dict(train__steps=STEPS, train__checkpoint_every=0, data__max_length=96, data__pack=request.param)
+    plain = make_settings(inputs, "finetune", **how)
+    # Seven rows in batches of four: the last one is not full.
+    measured = make_settings(inputs, "finetune", data__eval=f"{inputs}/captions.json", train__eval_every=5, **how)
+    folders = [tmp_path_factory.mktemp("run") for _ in range(2)]
+    for settings, folder in zip((measured, plain), folders, strict=True):
+        loop.train(settings, str(folder))
+    return measured, *folders
+
+
+def without(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith("eval")} for row in rows]
+
+
+def test_training_is_the_same_to_the_last_bit(runs):
+    _, measured, plain = runs
+    rows = read_metrics(measured)
+    assert [row["step"] for row in rows if "eval_loss" in row] == list(range(4, STEPS, 5))
+    assert without(rows) == read_metrics(plain) and len(rows) == STEPS
+    ours, theirs = (api.load(f"orbax:{folder}").params for folder in (measured, plain))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_loss_is_that_of_the_models_logits_on_each_row_once(runs, inputs):
+    """Derived row by row from the logits of the saved model."""
+    settings, measured, _ = runs
+    model, tokenizer = api.load(f"orbax:{measured}"), load_tokenizer(str(inputs / "llm"))
+    total, count = 0.0, 0
+    for record in load_records(f"{inputs}/captions.json"):
+        patches = model.config.vision.patches
+        tokens, targets = encode_record(record, settings.data, tokenizer, model.config.image_token_id, patches)
+        shown = model.processor.prompt(
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": f"{inputs}/images/{record.images[0]}"},
+                        {"type": "text", "text": "?"},
+                    ],
+                }
+            ]
+        ).pixels
+        logits_TV = model.logits(tokens[None], shown.transpose(0, 3, 1, 2))[0].astype(np.float64)
+        logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        places = np.flatnonzero(targets[1:])
+        total -= logprobs_TV[places, tokens[places + 1]].sum()
+        count += len(places)
+    last = read_metrics(measured)[-1]
+    assert last["eval_targets"] == count
+    assert last["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_signal_cuts_a_pass_short():
+    class Endless:
+        data = batches = None
+
+    class Data:
+        def set_state(self, state):
+            self.state = state
+
+    held_out = validation.HeldOut(None, type("Plan", (), {"steps": 3}), Data(), None)
+    assert validation.evaluate(held_out, {}, {}, lambda: True) == {}
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(train__eval_every=5), "data.eval, which is empty"),
+        (dict(data__eval_images="somewhere"), "data.eval, which is empty"),
+        (dict(data__eval="nowhere.json"), "nowhere.json"),
+        (dict(data__eval="{0}/captions.json:0.5,{0}/rows.json:0.5"), "each held-out row counts once"),
+        (dict(data__eval="{0}/broken.json"), "broken.json: 1 of 1 rows cannot be trained"),
+    ],
+)
+def test_bad_held_out_rows_are_one_line_before_the_first_update(inputs, tmp_path, changes, says):
+    (inputs / "broken.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": "a",
+                    "image": "no.png",
+                    "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}],
+                }
+            ]
+        )
+    )
+    changes = {key: value.format(inputs) if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(InputError, match=says):
+        loop.train(make_settings(inputs, "finetune", **changes), str(tmp_path / "run"))
