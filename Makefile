@@ -29,11 +29,14 @@ test: .venv/.dev
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
 
-ecosystem: .venv/.dev .venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready
+ecosystem: .venv/.dev .venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready .venv-ecosystem-lmms-eval/.ready
 	rm -rf build/ecosystem
 	JAX_PLATFORMS=cpu .venv/bin/python -m tests.ecosystem.make_export build/ecosystem
 	HF_HUB_OFFLINE=1 .venv-ecosystem-transformers/bin/python tests/ecosystem/check_transformers.py build/ecosystem
 	HF_HUB_OFFLINE=1 .venv-ecosystem-trl/bin/python tests/ecosystem/check_trl.py build/ecosystem
+	$(call install,.venv-ecosystem-lmms-eval,--no-deps -e .)
+	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu .venv-ecosystem-lmms-eval/bin/python tests/ecosystem/check_lmms_eval.py \
+		build/ecosystem
 
 bench: .venv/.runtime .venv-parity/.parity
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark train --peer
@@ -102,7 +105,8 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 	@$(call install,.venv-parity-446,-r requirements-parity-446.txt)
 	@touch $@
 
-.venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready: .venv-ecosystem-%/.ready: \
+.venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready .venv-ecosystem-lmms-eval/.ready: \
+		.venv-ecosystem-%/.ready: \
 		tests/ecosystem/requirements-%.txt .venv-ecosystem-%/.python-$(VERSION)
 	@echo "installing tests/ecosystem/requirements-$*.txt (torch: several minutes the first time)"
 	@$(call install,.venv-ecosystem-$*,-r tests/ecosystem/requirements-$*.txt)

@@ -23,7 +23,7 @@ from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
 from llava_jax.infer.conversation import Conversation
 from llava_jax.infer.engine import Engine
-from llava_jax.infer.generate import PlacedModel, Prompt, question_message, row_bucket
+from llava_jax.infer.generate import PlacedModel, Prompt, bucket, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.models.layers import merge_head_axes, merge_heads, quantise
 from llava_jax.models.llava import build, logical_axes
@@ -75,13 +75,25 @@ class Processor:
     def tokens(self, messages: Sequence[Message]) -> np.ndarray:
         """Return int32[t] of a conversation that the assistant is to continue, each image as its image tokens."""
         turns, images = read_messages(messages)
-        return self._tokens(turns, self._sizes(images))
+        return self._tokens(turns, self._sizes(images))[0]
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """Return these tokens and the pixels of the images (a LLaVA-NeXT's: of their tiles), in order."""
         turns, images = read_messages(messages)
+        tokens, _ = self._tokens(turns, self._sizes(images))
+        return self._with_pixels(tokens, images)
+
+    def answered(self, messages: Sequence[Message], answer: str) -> tuple[Prompt, np.ndarray]:
+        """Return the same with an answer, and bool[t]: which tokens are the answer and what ends it, as in training."""
+        check_text(answer, "the answer")
+        turns, images = read_messages(messages)
+        before = [turn._replace(target=False) for turn in turns]
+        tokens, targets = self._tokens((*before, Turn("gpt", answer)), self._sizes(images), open_turn=False)
+        return self._with_pixels(tokens, images), targets
+
+    def _with_pixels(self, tokens: np.ndarray, images: Sequence[ImageLike]) -> Prompt:
         sizes, tiles, how = self._sizes(images), self.tiling, self.config.vision.pixels
-        tokens, size = self._tokens(turns, sizes), self.config.vision.image_size
+        size = self.config.vision.image_size
         arrays = [np.zeros((0, size, size, 3), np.float32)]
         for image in images:
             image = image if isinstance(image, Image.Image) else os.fspath(image)
@@ -91,20 +103,22 @@ class Processor:
         feature_index = spread(tokens, self.config.image_token_id, tiles.feature_index(sizes))
         return Prompt(tokens, np.concatenate(arrays), feature_index)
 
-    def _tokens(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    def _tokens(
+        self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], open_turn: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         rules = self.rules
-        spans = render(turns, rules, image_position=self.image_position, open_turn=True)
+        spans = render(turns, rules, image_position=self.image_position, open_turn=open_turn)
         encoded = encode(spans, self.tokenizer, bos=rules.bos)
         tiles = self.tiling
         counts = self.config.vision.patches if tiles is None else tiles.tokens(sizes)
-        tokens, _ = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
+        tokens, targets = expand(encoded.tokens, encoded.targets, self.config.image_token_id, counts, max_length=None)
         positions = self.config.llm.max_positions
         if tokens.size >= positions:
             raise InputError(
                 f"prompt of {tokens.size} tokens (image tokens included), but the model holds {positions} with its "
                 "answer: shorten the text or give fewer images"
             )
-        return tokens.astype(np.int32)
+        return tokens.astype(np.int32), targets
 
     def _sizes(self, images: Sequence[ImageLike]) -> list[tuple[int, int]]:
         """Return the (width, height) of each image, from a file's header; none where images are not tiled."""
@@ -342,6 +356,26 @@ class Llava:
             pixels_BNXYC, feature_index_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
         graphdef = self.placed.graphdef
         return np.asarray(_logits(graphdef, self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT))
+
+    def score(self, messages: Sequence[Message], answer: str) -> tuple[float, bool]:
+        """Return the log-probability of an answer to a conversation, and whether greedy decoding would give it.
+
+        The token that ends an answer counts as part of it, as it is trained.
+        """
+        prompt, targets = self.processor.answered(messages, answer)
+        padding = bucket(len(prompt.tokens)) - len(prompt.tokens)
+        images = len(prompt.pixels)
+        pixels = np.pad(prompt.pixels, [(0, row_bucket(images) - images), (0, 0), (0, 0), (0, 0)]) if images else None
+        index_BT = None if prompt.feature_index is None else np.pad(prompt.feature_index, (0, padding))[None]
+        tokens_BT = np.pad(prompt.tokens, (0, padding))[None]
+        mask_BT = np.pad(np.ones_like(prompt.tokens), (0, padding))[None]
+        shown = None if pixels is None else pixels[None]
+        logits_BTV = _logits(self.placed.graphdef, self.params, tokens_BT, shown, mask_BT, index_BT)
+        places = np.flatnonzero(targets)
+        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_BTV[0, places - 1]))
+        wanted = prompt.tokens[places]
+        given = logprobs_TV[np.arange(len(wanted)), wanted]
+        return float(given.sum()), bool((logprobs_TV.argmax(-1) == wanted).all())
 
     # What infer/ asks for.
 

@@ -159,6 +159,24 @@ def test_logits_of_either_padding_equal_the_model_on_each_row(tiny, shown):
             np.testing.assert_allclose(logits[row][mask[row] == 1], whole, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_the_score_of_an_answer_is_that_of_its_ids_and_what_ends_it(tiny, shown, images):
+    """Derived token by token, each after a prompt that ends before it; an earlier answer does not count."""
+    talk = [*api.question("Who?", list(map(draw_image, range(images)))), {"role": "assistant", "content": "I am."}]
+    talk += api.question("What is this?", None)
+    start, ids = tiny.prompt(talk), tiny.processor.tokenizer.encode_text("A red dog.")
+    ids.append(tiny.processor.tokenizer.special_id("</s>"))
+    total, tokens, greedy = 0.0, list(start.tokens), True
+    for token in ids:
+        shown_BCHW = start.pixels.transpose(0, 3, 1, 2) if images else None
+        logits_V = tiny.logits([tokens], shown_BCHW)[0, -1].astype(np.float64)
+        total += logits_V[token] - np.log(np.exp(logits_V).sum())
+        greedy &= logits_V.argmax() == token
+        tokens.append(token)
+    logprob, is_greedy = tiny.score(talk, "A red dog.")
+    assert logprob == pytest.approx(total, abs=1e-3) and is_greedy == greedy
+
+
 def test_logits_refuse_images_that_do_not_fit(tiny):
     tokens = np.full((1, 9), VOCAB)
     with pytest.raises(InputError, match=r"image tokens \(id 400\) a row are \[9\] for 2 images; expected 4"):
