@@ -224,7 +224,7 @@ def _dry_run(args: Namespace, job: "Job", settings: dict[str, Any], prices: "Pri
     shown: set[str] = set()
     for task in job.tasks(settings):
         if args.limit or task.kind not in shown:
-            print(f"---- {task.kind}, {task.context.id}{f': not asked, {task.problem}' if task.problem else ''}")
+            print(f"---- {task.kind}, {task.id}{f': not asked, {task.problem}' if task.problem else ''}")
             for message in task.messages:
                 print(f"[{message['role']}]\n{message['content']}\n")
         shown.add(task.kind)
@@ -240,7 +240,7 @@ def _write_batch(args: Namespace, job: "Job", settings: dict, answers: "Journal"
     print("\n".join(write.estimate(job, settings, answers).lines(prices)), flush=True)
     limit = budget.Budget(args.budget_tokens, args.budget_usd, prices, answers.tokens_in, answers.tokens_out)
     count, files, stopped = batch.write_input(
-        args.batch_input, job.tasks(settings), answers, settings, limit, args.attempts, args.seed
+        args.batch_input, job.tasks(settings), answers, settings, limit, args.attempts
     )
     if not count and not stopped:
         print("no request is open; --batch_output is not needed: the same command without it writes the rows")

@@ -45,7 +45,6 @@ def write_input(
     settings: Mapping[str, Any],
     budget: Budget,
     attempts: int,
-    seed: int,
 ) -> tuple[int, list[str], str]:
     """Write a request for every task that the journal does not settle, as far as the budget allows.
 
@@ -60,7 +59,7 @@ def write_input(
     with contextlib.ExitStack() as stack:
         for task in tasks:
             replies = journal.replies(task.key)
-            if task.problem or judge(task, replies, seed).settled(attempts):
+            if task.problem or judge(task, replies).settled(attempts):
                 continue
             try:
                 budget.reserve(task.messages, settings, wait=False)
@@ -86,7 +85,7 @@ def join_output(paths: Sequence[str], tasks: Iterable[Task], journal: Journal, m
 
     Joining a file twice adds nothing. Raises InputError for a line that is not of a batch's output.
     """
-    asked = {task.key: (task.context.id, task.kind, estimate_messages(task.messages)) for task in tasks}
+    asked = {task.key: (task.id, task.kind, estimate_messages(task.messages)) for task in tasks}
     answers = known = foreign = 0
     failed: collections.Counter[str] = collections.Counter()
     for path in paths:

@@ -46,13 +46,13 @@ class Tally:
         self.bad_replies.update(verdict.reasons)
         if problem:
             self.set_aside[problem] += 1
-        elif verdict.turns is None:
+        elif verdict.result is None:
             self.unanswered += 1
         else:
             self.rows += 1
-            self.turns += len(verdict.turns)
-            self.image_first += verdict.turns[0].text.startswith(IMAGE_PLACEHOLDER)
-            for turn in verdict.turns:
+            self.turns += len(verdict.result)
+            self.image_first += verdict.result[0].text.startswith(IMAGE_PLACEHOLDER)
+            for turn in verdict.result:
                 words = turn.text.replace(IMAGE_PLACEHOLDER, " ").split()
                 human = turn.speaker == "human"
                 (self.question_words if human else self.answer_words)[len(words)] += 1

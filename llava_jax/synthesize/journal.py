@@ -36,6 +36,7 @@ class Journal:
     def __init__(self, path: str | None):
         self.path = path
         self.tokens_in = self.tokens_out = self._answers = 0
+        self.latest = ""  # when the newest answer came
         self._lock = threading.Lock()
         self._places: dict[str, list[tuple[int, int]]] = {}
         self._file = tempfile.TemporaryFile() if path is None else _open(path)  # noqa: SIM115, held with the journal
@@ -102,6 +103,7 @@ class Journal:
     def _count(self, key: str, row: dict, at: int, size: int) -> None:
         self._places.setdefault(key, []).append((at, size))
         self._answers += 1
+        self.latest = max(self.latest, row.get("at", ""))
         self.tokens_in += row["tokens_in"]
         self.tokens_out += row["tokens_out"]
 

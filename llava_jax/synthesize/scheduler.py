@@ -1,12 +1,13 @@
-"""Ask the teacher about every image that is still open, several at a time; every answer is saved before it counts."""
+"""Ask a model everything that is still open, several requests at a time; every answer is saved before it counts."""
 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llava_jax.data.rows import Rejected, parse_or_reject
 from llava_jax.synthesize.budget import Budget, BudgetSpent, metered
@@ -19,29 +20,35 @@ from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
 FAILURES_IN_A_ROW = 20  # after so many the fault is not in the requests
 SECONDS_BETWEEN_REPORTS = 10.0
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """One image and one kind: what is sent, the key of its answers, or the `problem` for which nothing is asked."""
+class Task(Generic[Result]):
+    """One request: what is sent, the key of its answers, or the `problem` for which nothing is asked.
 
-    context: Context
+    `read` makes the result of an answer, or raises RejectedReply; `image` is that of instruction data.
+    """
+
+    id: str
     kind: str
     messages: list[Message]
     key: str
+    read: Callable[[Reply], Result]
     problem: str = ""
+    image: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """The result of a task's answers: its turns, or None, and for each rejected answer the reason."""
+class Verdict(Generic[Result]):
+    """The result of a task's answers, or None, and for each rejected answer the reason."""
 
-    turns: tuple[Turn, ...] | None
+    result: Result | None
     replies: tuple[Reply, ...]
     reasons: tuple[str, ...]
 
     def settled(self, attempts: int) -> bool:
-        return self.turns is not None or len(self.replies) >= attempts
+        return self.result is not None or len(self.replies) >= attempts
 
 
 @dataclasses.dataclass
@@ -67,9 +74,16 @@ class Asked:
 
 
 def tasks_of(
-    contexts: Iterable[Context], prompts: Mapping[str, list[Message]], settings: Mapping[str, Any], limit: int
-) -> Iterator[Task]:
-    """Yield a task for each kind of `prompts` and each of the first `limit` contexts (0: all), kind by kind."""
+    contexts: Iterable[Context],
+    prompts: Mapping[str, list[Message]],
+    settings: Mapping[str, Any],
+    limit: int,
+    seed: int,
+) -> Iterator[Task[tuple[Turn, ...]]]:
+    """Yield a task for each kind of `prompts` and each of the first `limit` contexts (0: all), kind by kind.
+
+    `seed` is that of `turns_of`.
+    """
     for kind, examples in prompts.items():
         seen: set[str] = set()
         for number, context in enumerate(contexts):
@@ -78,7 +92,9 @@ def tasks_of(
             messages = messages_for(context, kind, examples)
             problem = _problem(context, messages[-1]["content"], seen)
             seen.add(context.id)
-            yield Task(context, kind, messages, key_of(context.id, kind, settings, messages), problem)
+            key = key_of(context.id, kind, settings, messages)
+            read = functools.partial(turns_of, context=context, kind=kind, seed=seed)
+            yield Task(context.id, kind, messages, key, read, problem, context.image)
 
 
 def _problem(context: Context, text: str, seen: Container[str]) -> str:
@@ -92,26 +108,24 @@ def _problem(context: Context, text: str, seen: Container[str]) -> str:
     return f"its row: {row.reason}" if isinstance(row, Rejected) else ""
 
 
-def judge(task: Task, replies: Iterable[Reply], seed: int) -> Verdict:
-    """Return the turns of the first answer that can be used, and why those before it cannot."""
+def judge(task: Task[Result], replies: Iterable[Reply]) -> Verdict[Result]:
+    """Return the result of the first answer that can be used, and why those before it cannot."""
     read, reasons = [], []
     for reply in replies:
         read.append(reply)
         try:
-            return Verdict(turns_of(reply, task.context, task.kind, seed), tuple(read), tuple(reasons))
+            return Verdict(task.read(reply), tuple(read), tuple(reasons))
         except RejectedReply as reason:
             reasons.append(str(reason))
     return Verdict(None, tuple(read), tuple(reasons))
 
 
-def ask(
-    task: Task, teacher: Teacher, journal: Journal, budget: Budget, attempts: int, seed: int, stop: threading.Event
-) -> None:
+def ask(task: Task, teacher: Teacher, journal: Journal, budget: Budget, attempts: int, stop: threading.Event) -> None:
     """Ask until an answer can be used or `attempts` of them are there; each is saved and charged to the budget.
 
     Raises what the teacher and the budget do, and RequestFailed once `stop` is set.
     """
-    while not judge(task, journal.replies(task.key), seed).settled(attempts):
+    while not judge(task, journal.replies(task.key)).settled(attempts):
         reserved = budget.reserve(task.messages, teacher.settings)
         reply = Reply("")
         try:
@@ -120,7 +134,7 @@ def ask(
             reply = metered(teacher.answer(task.messages), estimate_messages(task.messages))
         finally:
             budget.settle(reserved, reply.tokens_in, reply.tokens_out)
-        journal.append(task.key, task.context.id, task.kind, teacher.name, reply)
+        journal.append(task.key, task.id, task.kind, teacher.name, reply)
 
 
 def ask_all(
@@ -131,7 +145,6 @@ def ask_all(
     *,
     attempts: int,
     concurrency: int,
-    seed: int,
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> Asked:
@@ -145,7 +158,6 @@ def ask_all(
       teacher, journal, budget: what is asked, where its answers are saved, and what they may cost.
       attempts: answers to one request until one can be used.
       concurrency: requests in flight.
-      seed: of `turns_of`.
       stop: ends the waiting between tries.
       say: prints the progress.
     """
@@ -159,9 +171,9 @@ def ask_all(
                 task = next(coming, None)
                 if task is None:
                     break
-                if task.problem or judge(task, journal.replies(task.key), seed).settled(attempts):
+                if task.problem or judge(task, journal.replies(task.key)).settled(attempts):
                     continue
-                in_flight.add(pool.submit(ask, task, teacher, journal, budget, attempts, seed, stop))
+                in_flight.add(pool.submit(ask, task, teacher, journal, budget, attempts, stop))
             if not in_flight:
                 return asked
             done, in_flight = concurrent.futures.wait(

@@ -39,7 +39,7 @@ class Job:
     attempts: int = 3
 
     def tasks(self, settings: Mapping[str, Any]) -> Iterator[Task]:
-        return tasks_of(self.contexts, self.prompts, settings, self.limit)
+        return tasks_of(self.contexts, self.prompts, settings, self.limit, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,6 @@ def synthesize(
         budget,
         attempts=job.attempts,
         concurrency=concurrency,
-        seed=job.seed,
         stop=stop or threading.Event(),
         say=say,
     )
@@ -153,19 +152,19 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of each task that has one; `card` counts every task, `rejected` gets those set aside."""
     for task in job.tasks(settings):
-        verdict = judge(task, journal.replies(task.key) if not task.problem else (), job.seed)
+        verdict = judge(task, journal.replies(task.key) if not task.problem else ())
         problem = task.problem
-        if not problem and verdict.turns is None and verdict.settled(job.attempts):
+        if not problem and verdict.result is None and verdict.settled(job.attempts):
             problem = verdict.reasons[-1]
         card.tallies[task.kind].add(verdict, problem)
         if problem:
             pairs = zip(verdict.reasons, verdict.replies, strict=False)
             replies = [{"reason": reason, "text": reply.text} for reason, reply in pairs]
-            line = {"id": task.context.id, "kind": task.kind, "reason": problem, "replies": replies}
+            line = {"id": task.id, "kind": task.kind, "reason": problem, "replies": replies}
             rejected.write(json.dumps(line) + "\n")
-        elif verdict.turns is not None:
-            turns = [{"from": turn.speaker, "value": turn.text} for turn in verdict.turns]
-            yield {"id": task.context.id, "image": task.context.image, "conversations": turns}
+        elif verdict.result is not None:
+            turns = [{"from": turn.speaker, "value": turn.text} for turn in verdict.result]
+            yield {"id": task.id, "image": task.image, "conversations": turns}
     if card.rows:
         return
     replies = sum(tally.replies for tally in card.tallies.values())
@@ -212,7 +211,7 @@ def estimate(job: Job, settings: Mapping[str, Any], journal: Journal) -> Estimat
         typical[kind] = min(limit, estimate_messages(examples) // len(examples)) if examples else limit
     requests = settled = tokens_in = tokens_out = 0
     for task in job.tasks(settings):
-        if task.problem or judge(task, journal.replies(task.key), job.seed).settled(job.attempts):
+        if task.problem or judge(task, journal.replies(task.key)).settled(job.attempts):
             settled += 1
             continue
         requests += 1
