@@ -1,4 +1,4 @@
-"""The commands that hold no model: prepare verify, evaluate exact_match."""
+"""The command prepare verify."""
 
 import argparse
 import math
@@ -120,17 +120,3 @@ def model_of(folder: str, vision: ClipConfig) -> ModelConfig | None:
         return None
     llm = llm_config(folder)
     return ModelConfig(vision, llm, image_token_id=load_tokenizer(folder).image_token_id(llm.vocab_size))
-
-
-def exact_match_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", required=True, metavar="FILE.jsonl", help="question_id, category, answer a line")
-    parser.add_argument("--answers", required=True, metavar="FILE.jsonl", help="as `generate` writes them")
-    parser.add_argument("--json", metavar="FILE", help="written: all figures")
-
-
-def exact_match(args: argparse.Namespace) -> int:
-    from llava_jax.evaluate import exact_match as benchmark
-
-    announce("evaluate exact_match", questions=args.questions, answers=args.answers, json=args.json)
-    benchmark.evaluate(args.questions, args.answers, args.json)
-    return 0

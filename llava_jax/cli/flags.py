@@ -1,8 +1,9 @@
 """What every command shares: flags whose complaints are InputErrors, nearest names, the lines said before a start."""
 
 import argparse
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from llava_jax.settings import nearest
@@ -75,3 +76,23 @@ class Named(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.flag}={self.path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command; `run` gets its flags and the arguments that start with `passes`, and returns the exit code.
+
+    `reads` and `writes` are its flags that name a file or folder, and `files` gives (read, written) files that no flag
+    names by itself: none of what is written may be read (`check_paths`). `in_buckets` are those of the flags that take
+    a folder in a bucket as well.
+    """
+
+    summary: str
+    example: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    passes: str = ""
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    in_buckets: tuple[str, ...] = ()
+    files: Callable[[argparse.Namespace], tuple[list[Named], list[Named]]] = lambda args: ([], [])

@@ -5,44 +5,22 @@ answers at once.
 """
 
 import argparse
-import dataclasses
 import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from llava_jax.buckets import SCHEME
-from llava_jax.cli import benchmark, compile, configs, data, models, prepare, synthesize, train
-from llava_jax.cli.flags import Named, Parser
+from llava_jax.cli import benchmark, compile, configs, data, evaluate, models, prepare, synthesize, train
+from llava_jax.cli.flags import Command, Named, Parser
 from llava_jax.cli.train import find_config, load_settings, split_config
 from llava_jax.data.sources import split_sources
 from llava_jax.io import WRITE_ERRORS, no_room
 from llava_jax.parallel.chips import GPU_FRACTION
 from llava_jax.settings import nearest, tower_path
 from llava_jax.types import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One command; `run` gets its flags and the arguments that start with `passes`, and returns the exit code.
-
-    `reads` and `writes` are its flags that name a file or folder, and `files` gives (read, written) files that no flag
-    names by itself: none of what is written may be read (`check_paths`). `in_buckets` are those of the flags that take
-    a folder in a bucket as well.
-    """
-
-    summary: str
-    example: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    passes: str = ""
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    in_buckets: tuple[str, ...] = ()
-    files: Callable[[argparse.Namespace], tuple[list[Named], list[Named]]] = lambda args: ([], [])
-
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
@@ -147,14 +125,7 @@ COMMANDS: dict[str, Command] = {
         reads=("annotations", "images"),
         writes=("output",),
     ),
-    "evaluate exact_match": Command(
-        "score a file of answers by exact match, for each type of question and over all",
-        "llava-jax evaluate exact_match --questions=questions.jsonl --answers=answers.jsonl --json=figures.json",
-        data.exact_match_flags,
-        data.exact_match,
-        reads=("questions", "answers"),
-        writes=("json",),
-    ),
+    **evaluate.COMMANDS,
     "convert": Command(
         "write a model, whatever its form, as a Hugging Face or original LLaVA folder, or its projector alone",
         "llava-jax convert --from=orbax:runs/finetune --to=hf:my-llava",
@@ -307,10 +278,11 @@ FROM_ANYWHERE = "annotations"
 
 
 def named(args: argparse.Namespace, flags: Sequence[str]) -> list[Named]:
-    """Return the paths of those flags that are given, the several of `--annotations` apart."""
+    """Return the paths of those flags that are given, the several of `--annotations` and of a repeated flag apart."""
     found = []
     for flag in flags:
-        if path := getattr(args, flag):
+        given = getattr(args, flag)
+        for path in given if isinstance(given, list) else filter(None, [given]):
             paths = [source.path for source in split_sources(path)] if flag == FROM_ANYWHERE else [path]
             found += [Named(f"--{flag}", path) for path in paths]
     return found

@@ -1,13 +1,12 @@
 """The command synthesize: flags, the teacher they name, the dry run, batch mode."""
 
 import json
-import math
 import os
 import threading
-import urllib.parse
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
+from llava_jax.cli.endpoint import ENDPOINT, check_costs, check_endpoint, endpoint_flags, open_endpoint
 from llava_jax.cli.flags import Named, announce, check_least, check_output
 from llava_jax.types import InputError
 
@@ -18,11 +17,8 @@ if TYPE_CHECKING:
     from llava_jax.synthesize.write import Job, Written
 
 EMBEDDED = "embedded"
-KEY = "OPENAI_API_KEY"
 # Next to the output, in place of its suffix.
 JOURNAL = ".journal.jsonl"
-# What a request may not be given: it is ours, or answers of it could not be read.
-OURS = ("messages", "model", "stream", "n")
 
 
 def synthesize_flags(parser: ArgumentParser) -> None:
@@ -36,15 +32,8 @@ def synthesize_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print requests (of --limit, else the first) and cost")
     teacher = parser.add_argument_group("the teacher")
     teacher.add_argument("--teacher", default=EMBEDDED, metavar="NAME", help="embedded, or a model of the endpoint")
-    teacher.add_argument("--endpoint", metavar="URL", help=f"OpenAI-compatible, ends in /v1; its key stands in {KEY}")
-    request = '{"max_tokens": 2048}'
-    teacher.add_argument("--request", default=request, metavar="JSON", help=f"sent besides ({request})")
-    teacher.add_argument("--concurrency", type=int, default=8, help="requests under way at a time (8)")
-    teacher.add_argument("--attempts", type=int, default=3, help="answers to a request until one can be used (3)")
-    cost = parser.add_argument_group("cost")
-    cost.add_argument("--price", metavar="IN,OUT", help="USD for a million tokens asked, and answered")
-    cost.add_argument("--budget_usd", type=float, default=0.0, help="stop before all answers cost more; 0, never (0)")
-    cost.add_argument("--budget_tokens", type=int, default=0, help="the same in tokens, asked and answered (0)")
+    teacher.add_argument("--endpoint", metavar="URL", help=ENDPOINT)
+    endpoint_flags(parser, teacher, request='{"max_tokens": 2048}', attempts=3)
     batch = parser.add_argument_group("batch mode: the requests as a file, and the file of their answers")
     batch.add_argument("--batch_input", metavar="FILE.jsonl", help="written: the open requests; nothing is asked")
     batch.add_argument("--batch_output", metavar="FILE.jsonl,…", help="joined by id, then the rows are written")
@@ -102,10 +91,8 @@ def synthesize(args: Namespace) -> int:
 
 def _check(args: Namespace) -> "tuple[dict[str, Any], Prices | None]":
     """Return (what a request holds besides messages, prices). Raises InputError for flags that do not go together."""
-    check_least(args, 0, "limit", "seed", "budget_usd", "budget_tokens")
-    for name, most in (("concurrency", 1024), ("attempts", 100)):
-        if not 1 <= getattr(args, name) <= most:
-            raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
+    check_least(args, 0, "limit", "seed")
+    check_costs(args)
     check_output("--output", args.output)
     check_output("--batch_input", args.batch_input)
     batch = args.batch_input or args.batch_output
@@ -120,49 +107,7 @@ def _check(args: Namespace) -> "tuple[dict[str, Any], Prices | None]":
         return {"model": EMBEDDED, "seed": args.seed}, None
     if not args.endpoint and not batch and not args.dry_run:
         raise InputError(f"--teacher={args.teacher} needs --endpoint=URL, as http://localhost:8000/v1")
-    if args.endpoint:
-        _check_address(args.endpoint)
-    if args.budget_usd and not args.price:
-        raise InputError("--budget_usd needs --price=IN,OUT, USD for a million tokens asked and answered")
-    return {"model": args.teacher, **_request(args.request)}, _prices(args.price)
-
-
-def _check_address(endpoint: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(endpoint)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        whole = False
-    if not whole:
-        raise InputError(f"--endpoint={endpoint}: no address, expected one such as http://localhost:8000/v1")
-
-
-def _request(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise InputError(f'--request={text!r:.60}: not JSON ({error}), as {{"max_tokens": 2048}}') from error
-    if not isinstance(fields, dict) or set(OURS) & fields.keys():
-        raise InputError(f"--request={text!r:.60}: expected a JSON object without {', '.join(OURS)}")
-    for name in ("max_tokens", "max_completion_tokens"):
-        value = fields.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"--request: {name} is {value!r}, expected 1 or more")
-    return fields
-
-
-def _prices(text: str | None) -> "Prices | None":
-    from llava_jax.synthesize.budget import Prices
-
-    if text is None:
-        return None
-    try:
-        tokens_in, tokens_out = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--price={text}: expected IN,OUT, as 2.50,10") from error
-    if not (0 <= tokens_in < math.inf and 0 <= tokens_out < math.inf):
-        raise InputError(f"--price={text}: expected two prices of 0 or more")
-    return Prices(tokens_in, tokens_out)
+    return check_endpoint(args, args.teacher)
 
 
 def _teacher(args: Namespace, settings: dict[str, Any], stop: threading.Event) -> "Teacher":
@@ -170,18 +115,7 @@ def _teacher(args: Namespace, settings: dict[str, Any], stop: threading.Event) -
         from llava_jax.demo.teacher import EmbeddedTeacher
 
         return EmbeddedTeacher(args.kind, args.seed)
-    try:
-        from llava_jax.synthesize.endpoint import EndpointTeacher
-    except ImportError as error:
-        needs = 'is not installed, which asks endpoints: pip install "llava-jax[teacher]"'
-        raise InputError(f"{error.name} {needs}") from error
-    key = os.environ.get(KEY, "").strip()
-    if not key and "api.openai.com" in args.endpoint:
-        raise InputError(f"{args.endpoint} needs a key: put it in the environment as {KEY}")
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(f"the key in {KEY} holds a letter that no key has; copy it again")
-    # Servers of one's own take any key, but the client sends no request without one.
-    return EndpointTeacher(args.endpoint, key or "none", settings, stop)
+    return open_endpoint(args.endpoint, settings, stop)
 
 
 def _ask(args: Namespace, job: "Job", settings: dict, answers: "Journal", prices: "Prices | None") -> "Written":

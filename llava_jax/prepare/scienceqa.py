@@ -9,13 +9,12 @@ the words "Question: " and "Answer: " go wherever they stand once they stand in 
 import os
 from typing import Any
 
-from llava_jax.data.rows import check_unicode, single_turn
-from llava_jax.io import read_json
-from llava_jax.settings import nearest
+from llava_jax.data.rows import single_turn
+from llava_jax.evaluate.prompts import LETTERS
+from llava_jax.evaluate.scienceqa import load_split
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError
 
 FILES = ("pid_splits.json", "problems.json")
-LETTERS = "ABCDE"
 BECAUSE = "BECAUSE:"
 
 INPUTS = {
@@ -49,7 +48,7 @@ def convert(folder: str, split: str, prompt_format: str, *, subset: str = "all",
     solution: kept, or written as backslash and n. Images are named ID/image.png, as ScienceQA's folders have them.
     """
     question, answer = formats(prompt_format)
-    problems = load_split(folder, split)
+    problems = load_split(*(os.path.join(folder, name) for name in FILES), split)
     wanted = {"all": (True, False), "image": (True,), "text": (False,)}[subset]
     kept = [(name, problem) for name, problem in problems if bool(problem.get("image")) in wanted]
     if not kept:
@@ -66,51 +65,6 @@ def formats(prompt_format: str) -> tuple[str, str]:
             f"{', '.join(OUTPUTS)}"
         )
     return INPUTS[given], OUTPUTS[asked]
-
-
-def load_split(folder: str, split: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return (id, entry) of the problems that pid_splits.json names under `split`: train, val, test, minival, …"""
-    lists, by_id = (os.path.join(folder, name) for name in FILES)
-    splits = read_json(lists, "ScienceQA's lists of ids by split")
-    problems = read_json(by_id, "ScienceQA's problems by id")
-    for path, content in ((lists, splits), (by_id, problems)):
-        if not isinstance(content, dict):
-            raise InputError(f"{path}: a {type(content).__name__}, expected a JSON object")
-    if split not in splits:
-        raise InputError(f"--split={split}: not in {lists}{nearest(split, (*splits,))}")
-    if not isinstance(splits[split], list) or not all(isinstance(name, str) for name in splits[split]):
-        raise InputError(f"{lists}: {split} is {splits[split]!r:.60}, expected a list of ids")
-    missing = [name for name in splits[split] if name not in problems]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} ids of split {split} are not in problems.json, the first {missing[0]!r}: "
-            "expected both files of one release"
-        )
-    for name in splits[split]:
-        check_problem(name, problems[name])
-    return [(name, problems[name]) for name in splits[split]]
-
-
-def check_problem(name: str, given: Any) -> None:
-    """Raise InputError for an entry of problems.json, naming it and the field that is wrong."""
-    where = f"problem {name!r}"
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: a {type(given).__name__}, expected an object")
-    texts = ("question", "hint", "lecture", "solution")
-    for key in texts:
-        if not isinstance(given.get(key), str):
-            raise InputError(f"{where}: {key} is {given.get(key)!r}, expected text")
-    choices, answer, image = given.get("choices"), given.get("answer"), given.get("image")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise InputError(f"{where}: choices is {choices!r}, expected a list of texts")
-    if len(choices) > len(LETTERS):
-        raise InputError(f"{where}: {len(choices)} choices, expected at most {len(LETTERS)} ({LETTERS})")
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(f"{where}: answer is {answer!r}, expected the index of one of {len(choices)} choices")
-    if image is not None and not isinstance(image, str):
-        raise InputError(f"{where}: image is {image!r}, expected a file name or nothing")
-    for text in (name, *(given[key] for key in texts), *choices, image or ""):
-        check_unicode(text, where)
 
 
 def row_of(name: str, problem: dict[str, Any], question: str, answer: str, newlines: str) -> dict:
