@@ -5,6 +5,7 @@ import os
 
 from llava_jax.cli.flags import Named, announce, check_least, check_output
 from llava_jax.io import write_json, write_rows
+from llava_jax.types import InputError
 
 
 def captions_flags(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +83,9 @@ def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, metavar="DIR", help="folder of problems.json and pid_splits.json")
     parser.add_argument("--split", required=True, help="a split of pid_splits.json: train, val, test, minival, …")
     parser.add_argument("--output", required=True, metavar="FILE", help="written: rows that `train` takes")
-    parser.add_argument("--format", default="QCM-LEA", help="prompt format: QCM-LEA, QCM-LEPA, CQM-A, … (QCM-LEA)")
+    parser.add_argument("--format", help="prompt format: QCM-LEA, QCM-LEPA, CQM-A, … (QCM-LEA)")
+    as_questions = "written rows are questions for `generate`, as LLaVA-1.5 is asked them (CQM-A and a letter)"
+    parser.add_argument("--questions", action="store_true", help=as_questions)
     subset, newlines = "problems with an image, or without (all)", "of lecture and solution; escape: as \\n (keep)"
     parser.add_argument("--subset", choices=("all", "image", "text"), default="all", help=subset)
     parser.add_argument("--newlines", choices=("keep", "escape"), default="keep", help=newlines)
@@ -95,13 +98,22 @@ def scienceqa_files(args: argparse.Namespace) -> tuple[list[Named], list[Named]]
 
 
 def scienceqa(args: argparse.Namespace) -> int:
+    from llava_jax.prepare.questions import scienceqa_questions
     from llava_jax.prepare.scienceqa import convert, formats
 
     check_output("--output", args.output)
-    formats(args.format)
-    given = dict(source=args.source, split=f"{args.split}, {args.subset}", format=args.format, newlines=args.newlines)
-    announce("prepare scienceqa", **given, output=args.output)
-    rows = convert(args.source, args.split, args.format, subset=args.subset, newlines=args.newlines)
+    if args.questions and args.format:
+        raise InputError(f"--questions and --format={args.format}: questions have a format of their own; give one")
+    prompt_format = args.format or "QCM-LEA"
+    formats(prompt_format)
+    split, shown = f"{args.split}, {args.subset}", "questions" if args.questions else prompt_format
+    announce(
+        "prepare scienceqa", source=args.source, split=split, format=shown, newlines=args.newlines, output=args.output
+    )
+    if args.questions:
+        rows = list(scienceqa_questions(args.source, args.split, args.subset))
+    else:
+        rows = convert(args.source, args.split, prompt_format, subset=args.subset, newlines=args.newlines)
     write_rows(args.output, rows)
     print(f"{len(rows):,} rows, {sum('image' in row for row in rows):,} with an image: {args.output}")
     return 0

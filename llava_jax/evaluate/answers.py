@@ -12,7 +12,6 @@ from llava_jax.data.rows import check_unicode
 from llava_jax.io import read_lines
 from llava_jax.types import InputError
 
-Key = str | tuple[str, str]  # a question's id; with its text where several questions share an id
 Figures = dict[str, Any]
 REFUSE, WRONG = "refuse", "wrong"  # what to do with questions that have no answer
 SCORES = "scores"
@@ -29,47 +28,51 @@ def field(row: Any, name: str, kind: Any, where: str) -> Any:
     return value
 
 
-def by_id(row: Mapping[str, Any], where: str) -> Key:
+def by_id(row: Mapping[str, Any], where: str) -> str:
     """Return a row's question_id as text: some files write a number where others quote it."""
     return str(field(row, "question_id", str | int, where))
 
 
-def by_prompt(row: Mapping[str, Any], where: str) -> Key:
-    """Return (question_id, text of the question), which an answer has as `prompt`."""
-    name = "prompt" if "prompt" in row else "text"
-    return str(field(row, "question_id", str | int, where)), field(row, name, str, where).strip()
+def by_prompt(row: Mapping[str, Any], where: str) -> str:
+    """Return an answer's question_id and `prompt`, the text of the question: several can share an id."""
+    return with_text(by_id(row, where), field(row, "prompt", str, where).strip())
 
 
-def name_of(key: Key) -> str:
-    """Return a question's key as messages and `scores` name it."""
-    return key if isinstance(key, str) else f"{key[0]} | {key[1]}"
+def by_text(row: Mapping[str, Any], where: str) -> str:
+    """Return the same of a question."""
+    return with_text(by_id(row, where), field(row, "text", str, where).strip())
 
 
-def read_rows(path: str, texts: tuple[str, ...], key: Callable[..., Key] = by_id) -> dict[Key, dict[str, Any]]:
+def with_text(question_id: str, text: str) -> str:
+    """Return the key of a question that shares its id with others."""
+    return f"{question_id} | {text}"
+
+
+def read_rows(path: str, texts: tuple[str, ...], key: Callable[..., str] = by_id) -> dict[str, dict[str, Any]]:
     """Return the rows of a JSONL file by their key; each holds the fields `texts`, all of them strings.
 
     Raises InputError where a row is anything else, or has the key of an earlier one.
     """
-    rows: dict[Key, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for where, row in read_lines(path, f"an object with question_id, {', '.join(texts)}"):
         found = key(row, where)
         for name in texts:
             field(row, name, str, where)
         if found in rows:
-            raise InputError(f"{where}: question {name_of(found)} is there twice, expected each once")
+            raise InputError(f"{where}: question {found} is there twice, expected each once")
         rows[found] = row
     return rows
 
 
 def match(
     answers_path: str,
-    asked: Collection[Key],
+    asked: Collection[str],
     asked_in: str,
     *,
     missing: str = REFUSE,
-    key: Callable[..., Key] = by_id,
-    elsewhere: Mapping[Key, str] | None = None,
-) -> dict[Key, str]:
+    key: Callable[..., str] = by_id,
+    elsewhere: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Return the text of each answer in an answers file, which answers the questions `asked` and no others.
 
     Args:
@@ -87,14 +90,14 @@ def match(
     if strangers:
         known = (elsewhere or {}).get(strangers[0])
         raise InputError(
-            f"{answers_path}: answers question {name_of(strangers[0])}, which {asked_in} does not ask"
+            f"{answers_path}: answers question {strangers[0]}, which {asked_in} does not ask"
             f"{f' ({known})' if known else ''} ({len(strangers)} such); give the answers to these questions"
         )
     open_ones = [one for one in asked if one not in answers]
     if open_ones and missing == REFUSE:
         raise InputError(
             f"{answers_path}: {len(open_ones)} of {len(asked)} questions of {asked_in} have no answer, the first "
-            f"{name_of(open_ones[0])}; answer them (`generate` resumes the file), or give --missing=wrong"
+            f"{open_ones[0]}; answer them (`generate` resumes the file), or give --missing=wrong"
         )
     return {found: row["text"] for found, row in answers.items()}
 

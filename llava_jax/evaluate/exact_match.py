@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.data.rows import check_unicode
-from llava_jax.io import read_lines, write_json
-from llava_jax.types import InputError
+from llava_jax.evaluate.answers import WRONG, match, read_rows
+from llava_jax.io import write_json
 
 
 def normalise(text: str) -> str:
@@ -20,21 +19,15 @@ def score(questions_path: str, answers_path: str) -> dict[str, Any]:
     without an answer counts as wrong. Returns `asked`, `right`, `missing` (counts), `accuracy` (percent) and
     `categories`, which holds the same figures for each category. Raises InputError.
     """
-    questions = _read(questions_path, ("answer", "category"))
-    answers = _read(answers_path, ("text",))
-    strangers = [key for key in answers if key not in questions]
-    if strangers:
-        raise InputError(
-            f"{answers_path}: answers question {strangers[0]!r}, which {questions_path} does not ask "
-            f"({len(strangers)} such); give the answers to these questions"
-        )
+    questions = read_rows(questions_path, ("answer", "category"))
+    answers = match(answers_path, questions, questions_path, missing=WRONG)
     categories: dict[str, dict[str, Any]] = {}
     for key, question in questions.items():
         figures = categories.setdefault(question["category"], {"asked": 0, "right": 0, "missing": 0})
         figures["asked"] += 1
         if key not in answers:
             figures["missing"] += 1
-        elif normalise(answers[key]["text"]) == normalise(question["answer"]):
+        elif normalise(answers[key]) == normalise(question["answer"]):
             figures["right"] += 1
     total = {name: sum(figures[name] for figures in categories.values()) for name in ("asked", "right", "missing")}
     return {**_with_accuracy(total), "categories": {name: _with_accuracy(item) for name, item in categories.items()}}
@@ -70,20 +63,3 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _with_accuracy(figures: dict[str, int]) -> dict[str, Any]:
     return {**figures, "accuracy": 100.0 * figures["right"] / figures["asked"]}
-
-
-def _read(path: str, texts: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
-    """Return the rows by question_id; each holds the fields `texts`, all of them strings."""
-    rows: dict[Any, dict[str, Any]] = {}
-    for where, row in read_lines(path, f"an object with question_id, {', '.join(texts)}"):
-        if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):
-            raise InputError(f"{where}: no question_id, expected an object with question_id, {', '.join(texts)}")
-        for name in texts:
-            if not isinstance(row.get(name), str):
-                raise InputError(f"{where}: {name} is {row.get(name)!r:.60}, expected a text")
-        for name in ("question_id", *texts):
-            check_unicode(str(row[name]), f"{where}: {name}")
-        if row["question_id"] in rows:
-            raise InputError(f"{where}: question {row['question_id']!r} is there twice, expected each once")
-        rows[row["question_id"]] = row
-    return rows

@@ -75,6 +75,7 @@ def ask(tasks: Sequence[Task[Result]], who: Judge, output: str, prompt: Any) -> 
     return Judged(verdicts, about, "; ".join([*asked.failed, *filter(None, [asked.stopped])]))
 
 
-def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
-    """Return the mean of a figure's repeats, and their standard deviation where there are several."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+def mean_and_sd(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return the mean of a figure's repeats that have it, and their standard deviation where there are several."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None

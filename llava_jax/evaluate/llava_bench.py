@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_jax.evaluate import reviews
-from llava_jax.evaluate.answers import Figures, Key, field, match, name_of, read_rows
+from llava_jax.evaluate.answers import Figures, field, match, read_rows
 from llava_jax.evaluate.judge import Judge, ask
 from llava_jax.io import read_json, read_lines, write_rows
 from llava_jax.synthesize.journal import key_of
@@ -99,10 +99,10 @@ def scores_of(reply: Reply, swapped: bool = False) -> tuple[float, float]:
 
 
 def _judgings(
-    questions: Mapping[Key, Mapping[str, Any]],
+    questions: Mapping[str, Mapping[str, Any]],
     contexts: Mapping[str, tuple[str, bool]],
     rules: Any,
-    both: Sequence[Mapping[Key, str]],
+    both: Sequence[Mapping[str, str]],
     settings: Mapping[str, Any],
     swap: bool,
     repeats: int,
@@ -112,22 +112,22 @@ def _judgings(
     for key, question in questions.items():
         if question["image"] not in contexts:
             raise InputError(
-                f"{context_path}: no context of image {question['image']!r}, which question {name_of(key)} is about"
+                f"{context_path}: no context of image {question['image']!r}, which question {key} is about"
             )
         context, wild = contexts[question["image"]]
         category = IN_THE_WILD + question["category"] if wild else question["category"]
-        rule = rules.get(category) if isinstance(rules, dict) else None
+        rule = field(rules, category, dict, f"the rules, for question {key}")
         for name in ("role", "prompt"):
-            field(rule, name, str, f"rule {category!r} of question {name_of(key)}")
+            field(rule, name, str, f"rule {category!r}")
         for repeat in range(repeats):
             for swapped in (False, True) if swap else (False,):
                 pair = [texts[key] for texts in (reversed(both) if swapped else both)]
                 content = content_of(context, question["text"], pair, rule)
                 messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
                 kind = f"review {repeat}{' swapped' if swapped else ''}"
-                row = {"question_id": name_of(key), "category": category, "repeat": repeat, "swapped": swapped}
+                row = {"question_id": key, "category": category, "repeat": repeat, "swapped": swapped}
                 read = functools.partial(scores_of, swapped=swapped)
-                yield row, Task(name_of(key), kind, messages, key_of(name_of(key), kind, settings, messages), read)
+                yield row, Task(key, kind, messages, key_of(key, kind, settings, messages), read)
 
 
 def _contexts(path: str) -> dict[str, tuple[str, bool]]:
@@ -146,7 +146,7 @@ def _contexts(path: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def _answer_id(rows: Mapping[Key, Mapping[str, Any]], question: str) -> Any:
+def _answer_id(rows: Mapping[str, Mapping[str, Any]], question: str) -> Any:
     return rows[question].get("answer_id", rows[question]["question_id"])
 
 

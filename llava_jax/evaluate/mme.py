@@ -8,8 +8,8 @@ from llava_jax.evaluate.answers import (
     Figures,
     by_id,
     by_prompt,
+    by_text,
     match,
-    name_of,
     percent,
     read_rows,
 )
@@ -25,17 +25,17 @@ def score(questions_path: str, answers_path: str, missing: str = REFUSE) -> Figu
     Returns `perception` (at most 2000) and `cognition` (at most 800), and for each category `accuracy`,
     `accuracy_plus` (both questions of an image right) and their sum, `score`. Raises InputError.
     """
-    questions = read_rows(questions_path, ("image", "text", "category", "answer"), by_prompt)
-    ids = [key[0] for key in questions]
-    plain = len(set(ids)) == len(ids)
-    if plain:  # ids of one's own, one a question: prompts need not agree
-        questions = {key[0]: row for key, row in questions.items()}
+    questions = read_rows(questions_path, ("image", "text", "category", "answer"), by_text)
+    by_ids = {str(row["question_id"]): row for row in questions.values()}
+    plain = len(by_ids) == len(questions)
+    if plain:  # each question has an id of its own: prompts need not agree
+        questions = by_ids
     texts = match(answers_path, questions, questions_path, missing=missing, key=by_id if plain else by_prompt)
     images: dict[str, dict[str, list[float]]] = {}
     scores = {}
     for key, row in questions.items():
-        scores[name_of(key)] = float(key in texts and verdict(texts[key]) == row["answer"].strip().lower())
-        images.setdefault(row["category"], {}).setdefault(row["image"], []).append(scores[name_of(key)])
+        scores[key] = float(key in texts and verdict(texts[key]) == row["answer"].strip().lower())
+        images.setdefault(row["category"], {}).setdefault(row["image"], []).append(scores[key])
     categories = {name: _category(name, found, questions_path) for name, found in images.items()}
     total = {
         kind: sum(categories[name]["score"] for name in names if name in categories)

@@ -6,7 +6,7 @@ The judge's prompt, with its worked examples, is that of the official evaluator;
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, Key, by_id, field, match
+from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, by_id, field, match, percent
 from llava_jax.evaluate.judge import Judge, ask, mean_and_sd
 from llava_jax.io import read_json, write_rows
 from llava_jax.synthesize.journal import key_of
@@ -45,7 +45,7 @@ def score(
     with open(prompt_path, encoding="utf-8") as file:
         prompt = file.read().strip()
     asked = [
-        _task(str(key), entry, texts[key], prompt, repeat, who.teacher.settings)
+        _task(key, entry, texts[key], prompt, repeat, who.teacher.settings)
         for key, entry in entries.items()
         for repeat in range(repeats)
     ]
@@ -60,16 +60,14 @@ def score(
             found[repeat][task.id] = verdict.result
     write_rows(output, rows)
     abilities = sorted({ability for entry in entries.values() for ability in entry["capability"]})
-    needs = {str(key): entry["capability"] for key, entry in entries.items()}
+    needs = {key: entry["capability"] for key, entry in entries.items()}
     every = {task.id: [one[task.id] for one in found.values() if task.id in one] for task in asked}
-    total = _percent(found, list(needs))
+    total, sd = _percent(found, list(needs))
     return {
-        "score": total["mean"],
-        "sd": total["sd"],
+        "score": total,
+        "sd": sd,
         "count": len(entries),
-        "abilities": {
-            name: _percent(found, [key for key in needs if name in needs[key]])["mean"] for name in abilities
-        },
+        "abilities": {name: _percent(found, [key for key in needs if name in needs[key]])[0] for name in abilities},
         "judge": {**judged.about, **judged.counts},
         "stopped": judged.stopped,
         SCORES: {key: sum(scores) / len(scores) for key, scores in every.items() if scores},
@@ -87,7 +85,7 @@ def correctness(reply: Reply) -> float:
     return value
 
 
-def read_annotations(path: str) -> dict[Key, dict[str, Any]]:
+def read_annotations(path: str) -> dict[str, dict[str, Any]]:
     """Return the entries of mm-vet.json by the number of the question. Raises InputError."""
     entries = read_json(path, "MM-Vet's questions by id")
     if not isinstance(entries, dict) or not entries:
@@ -99,9 +97,9 @@ def read_annotations(path: str) -> dict[Key, dict[str, Any]]:
     return {key.removeprefix(PREFIX): entry for key, entry in entries.items()}
 
 
-def _key(row: Any, where: str) -> Key:
+def _key(row: Any, where: str) -> str:
     """Return the key of an answer, whose id is the question's number with or without `v1_`."""
-    return str(by_id(row, where)).removeprefix(PREFIX)
+    return by_id(row, where).removeprefix(PREFIX)
 
 
 def _task(key: str, entry: Mapping[str, Any], text: str, prompt: str, repeat: int, settings: Any) -> Task[float]:
@@ -112,10 +110,7 @@ def _task(key: str, entry: Mapping[str, Any], text: str, prompt: str, repeat: in
     return Task(key, kind, messages, key_of(key, kind, settings, messages), correctness)
 
 
-def _percent(found: Mapping[int, Mapping[str, float]], keys: list[str]) -> dict[str, float | None]:
+def _percent(found: Mapping[int, Mapping[str, float]], keys: list[str]) -> tuple[float | None, float | None]:
     """Return the mean score of some questions in percent, and its standard deviation over the repeats."""
-    means = []
-    for scores in found.values():
-        some = [scores[key] for key in keys if key in scores]
-        means += [100.0 * sum(some) / len(some)] if some else []
-    return mean_and_sd(means) if means else {"mean": None, "sd": None}
+    some = [[scores[key] for key in keys if key in scores] for scores in found.values()]
+    return mean_and_sd([percent(scores) if scores else None for scores in some])

@@ -4,7 +4,7 @@ import os
 import re
 from typing import Any
 
-from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, Key, field, match, read_rows
+from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, field, match, read_rows
 from llava_jax.io import read_lines
 from llava_jax.types import InputError
 
@@ -21,8 +21,8 @@ def score(annotations_folder: str, questions_path: str, answers_path: str, missi
     right one. Raises InputError.
     """
     questions = read_rows(questions_path, ("category", "text"))
-    labels = {split: _labels(path) for split, path in split_files(annotations_folder).items()}
-    asked: dict[str, list[Key]] = {split: [] for split in labels}
+    labels = {split: read_labels(path) for split, path in split_files(annotations_folder).items()}
+    asked: dict[str, list[str]] = {split: [] for split in labels}
     for key, row in questions.items():
         if row["category"] not in asked:
             raise InputError(
@@ -57,7 +57,8 @@ def split_files(folder: str) -> dict[str, str]:
     return found
 
 
-def _labels(path: str) -> list[dict[str, Any]]:
+def read_labels(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a split, each with image, text and label. Raises InputError."""
     rows = []
     for where, row in read_lines(path, "an object with image, text, label"):
         for name in ("image", "text", "label"):

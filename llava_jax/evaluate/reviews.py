@@ -48,7 +48,7 @@ def read_reviews(path: str, questions_path: str | None = None) -> list[Review]:
     rows = {} if questions_path is None else read_rows(questions_path, ("category",))
     reviews: dict[tuple, Review] = {}
     for where, row in read_lines(path, "a review"):
-        question = str(by_id(row, where))
+        question = by_id(row, where)
         if rows and question not in rows:
             raise InputError(f"{where}: question {question} is not in {questions_path}; give the questions reviewed")
         given = row.get("tuple", row.get("score")) if row.get("tuple", 0) is not None else FAILED
@@ -75,10 +75,10 @@ def _group(reviews: Sequence[Review]) -> dict[str, Any]:
         if one.scores is not None:
             by_repeat.setdefault(one.repeat, []).append(one.scores)
     good = [pair for pairs in by_repeat.values() for pair in pairs]
-    relatives = mean_and_sd([_relative(pairs) for pairs in by_repeat.values()]) if good else {"mean": None, "sd": None}
+    relative, sd = mean_and_sd([_relative(pairs) for pairs in by_repeat.values()])
     return {
-        "relative": relatives["mean"],
-        "sd": relatives["sd"],
+        "relative": relative,
+        "sd": sd,
         "reference": 10 * statistics.fmean(pair[0] for pair in good) if good else None,
         "candidate": 10 * statistics.fmean(pair[1] for pair in good) if good else None,
         "count": len(good),

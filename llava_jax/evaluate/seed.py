@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, Key, field, groups, match, percent
+from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, field, groups, match, percent
 from llava_jax.io import read_json
 from llava_jax.types import InputError
 
@@ -41,7 +41,7 @@ def read_annotations(path: str) -> tuple[dict[Any, dict[str, Any]], dict[int, st
     """Return (entries by question_id, names of the question types by their number). Raises InputError."""
     content = read_json(path, "SEED-Bench.json")
     names = {number: name for name, number in field(content, "question_type", dict, path).items()}
-    questions: dict[Key, dict[str, Any]] = {}
+    questions: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(field(content, "questions", list, path)):
         where = f"{path}: question {number}"
         key = str(field(entry, "question_id", str | int, where))

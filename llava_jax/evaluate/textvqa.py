@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, Key, field, match, name_of, percent
+from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, by_id, field, match, percent, with_text
 from llava_jax.evaluate.prompts import SHORT_ANSWER
 from llava_jax.evaluate.vqa import agreement, normalise, people_of
 from llava_jax.io import read_json
@@ -17,18 +17,18 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE) -> Fi
     texts = match(answers_path, annotations, annotations_path, missing=missing, key=_key)
     scores = {}
     for key, entry in annotations.items():
-        people = [normalise(answer) for answer in people_of(entry, f"{annotations_path}: question {name_of(key)}")]
-        scores[name_of(key)] = agreement(normalise(texts[key]), people) if key in texts else 0.0
+        people = [normalise(answer) for answer in people_of(entry, f"{annotations_path}: question {key}")]
+        scores[key] = agreement(normalise(texts[key]), people) if key in texts else 0.0
     lost = len(annotations) - len(texts)
     return {"accuracy": percent(scores.values()), "count": len(scores), "missing": lost, SCORES: scores}
 
 
-def read_annotations(path: str) -> dict[Key, dict[str, Any]]:
+def read_annotations(path: str) -> dict[str, dict[str, Any]]:
     """Return the entries of TextVQA_0.5.1_val.json by (image_id, question in small letters)."""
-    entries: dict[Key, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(field(read_json(path, "TextVQA's questions and answers"), "data", list, path)):
         where = f"{path}: question {number}"
-        key = field(entry, "image_id", str, where), field(entry, "question", str, where).lower().strip()
+        key = with_text(field(entry, "image_id", str, where), field(entry, "question", str, where).lower().strip())
         entries[key] = entry
     return entries
 
@@ -38,9 +38,9 @@ def question_of(prompt: str) -> str:
     return prompt.removesuffix(SHORT_ANSWER).strip().partition(OCR)[0].strip()
 
 
-def _key(row: Any, where: str) -> Key:
+def _key(row: Any, where: str) -> str:
     """Return the key of an answer, by its prompt: the questions about one image share their id."""
     question = question_of(field(row, "prompt", str, where)).lower()
     if not question:
         raise InputError(f"{where}: prompt is {row['prompt']!r:.60}, expected the question and what was asked with it")
-    return str(field(row, "question_id", str | int, where)), question
+    return with_text(by_id(row, where), question)

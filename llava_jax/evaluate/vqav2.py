@@ -19,7 +19,7 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE) -> Fi
     return accuracy(people, texts, types)
 
 
-def accuracy(people: dict[str, list[str]], texts: dict[Any, str], types: dict[str, str]) -> Figures:
+def accuracy(people: dict[str, list[str]], texts: dict[str, str], types: dict[str, str]) -> Figures:
     """Return the figures of answers by question, given those of the people and the type of each question."""
     scores = {key: official(normalise(texts[key]), people[key]) if key in texts else 0.0 for key in people}
     figures = {"accuracy": percent(scores.values()), "count": len(scores), "missing": len(people) - len(texts)}
