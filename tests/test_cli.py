@@ -448,6 +448,6 @@ def test_interruption_is_130(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main.COMMANDS, "demo", main.dataclasses.replace(main.COMMANDS["demo"], run=interrupted))
+    monkeypatch.setitem(main.COMMANDS, "demo", dataclasses.replace(main.COMMANDS["demo"], run=interrupted))
     assert main.main(["demo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -86,7 +86,7 @@ def test_answers_that_do_not_fit(tmp_path, questions, rows, problem):
 
 def test_questions_without_a_right_answer(tmp_path):
     plain = write(tmp_path / "questions.jsonl", [{"question_id": 1, "text": "What?"}])
-    with pytest.raises(InputError, match="questions.jsonl line 1: answer is None"):
+    with pytest.raises(InputError, match="questions.jsonl line 1: no answer"):
         score(plain, write(tmp_path / "answers.jsonl", [{"question_id": 1, "text": "red"}]))
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{\n", encoding="utf-8")

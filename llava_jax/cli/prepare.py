@@ -84,7 +84,7 @@ def scienceqa_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", required=True, help="a split of pid_splits.json: train, val, test, minival, …")
     parser.add_argument("--output", required=True, metavar="FILE", help="written: rows that `train` takes")
     parser.add_argument("--format", help="prompt format: QCM-LEA, QCM-LEPA, CQM-A, … (QCM-LEA)")
-    as_questions = "written rows are questions for `generate`, as LLaVA-1.5 is asked them (CQM-A and a letter)"
+    as_questions = "write questions for `generate`, as LLaVA-1.5 is asked them, in place of rows"
     parser.add_argument("--questions", action="store_true", help=as_questions)
     subset, newlines = "problems with an image, or without (all)", "of lecture and solution; escape: as \\n (keep)"
     parser.add_argument("--subset", choices=("all", "image", "text"), default="all", help=subset)

@@ -22,7 +22,8 @@ def field(row: Any, name: str, kind: Any, where: str) -> Any:
     """Return a field of a decoded JSON object. Raises InputError, which says where, when it is not of that kind."""
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise InputError(f"{where}: {name} is {value!r:.60}, expected {KINDS[kind]}")
+        found = f"{name} is {value!r:.60}" if isinstance(row, dict) and name in row else f"no {name}"
+        raise InputError(f"{where}: {found}, expected {KINDS[kind]}")
     if isinstance(value, str):
         check_unicode(value, f"{where}: {name}")
     return value

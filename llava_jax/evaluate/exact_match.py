@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.evaluate.answers import WRONG, match, read_rows
+from llava_jax.evaluate.answers import SCORES, WRONG, match, read_rows
 from llava_jax.io import write_json
 
 
@@ -16,21 +16,23 @@ def score(questions_path: str, answers_path: str) -> dict[str, Any]:
     """Score an answers file against the questions it answers.
 
     Questions are JSONL with question_id, answer and category; answers are JSONL with question_id and text. A question
-    without an answer counts as wrong. Returns `asked`, `right`, `missing` (counts), `accuracy` (percent) and
-    `categories`, which holds the same figures for each category. Raises InputError.
+    without an answer counts as wrong. Returns `asked`, `right`, `missing` (counts), `accuracy` (percent),
+    `categories`, which holds the same figures for each category, and `scores`. Raises InputError.
     """
     questions = read_rows(questions_path, ("answer", "category"))
     answers = match(answers_path, questions, questions_path, missing=WRONG)
     categories: dict[str, dict[str, Any]] = {}
+    scores = {}
     for key, question in questions.items():
+        scores[key] = float(key in answers and normalise(answers[key]) == normalise(question["answer"]))
         figures = categories.setdefault(question["category"], {"asked": 0, "right": 0, "missing": 0})
         figures["asked"] += 1
         if key not in answers:
             figures["missing"] += 1
-        elif normalise(answers[key]) == normalise(question["answer"]):
-            figures["right"] += 1
+        figures["right"] += int(scores[key])
     total = {name: sum(figures[name] for figures in categories.values()) for name in ("asked", "right", "missing")}
-    return {**_with_accuracy(total), "categories": {name: _with_accuracy(item) for name, item in categories.items()}}
+    shares = {name: _with_accuracy(item) for name, item in categories.items()}
+    return {**_with_accuracy(total), "categories": shares, SCORES: scores}
 
 
 def evaluate(questions_path: str, answers_path: str, json_path: str | None = None) -> dict[str, Any]:
