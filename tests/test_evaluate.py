@@ -7,7 +7,7 @@ import openpyxl
 import pytest
 
 from llava_jax.cli import main
-from llava_jax.evaluate import gqa, mmbench, mme, mmvet, pope, scienceqa, seed, textvqa, vizwiz, vqa, vqav2
+from llava_jax.evaluate import compare, gqa, mmbench, mme, mmvet, pope, scienceqa, seed, textvqa, vizwiz, vqa, vqav2
 from llava_jax.evaluate.answers import table
 from llava_jax.types import InputError
 
@@ -226,9 +226,7 @@ def pope_files(tmp_path):
         (folder / f"coco_pope_{split}.jsonl").rename(folder / f"coco_pope_{split}.json")
         for number, row in enumerate(rows):
             text = f"{row['text']}\n{SHORT}"
-            questions.append(
-                {"question_id": f"{split[0]}{number}", "image": "1.jpg", "text": text, "category": split}
-            )
+            questions.append({"question_id": f"{split[0]}{number}", "image": "1.jpg", "text": text, "category": split})
     return folder, questions
 
 
@@ -500,3 +498,29 @@ def test_commands_print_a_table_and_write_all_figures(tmp_path, capsys):
     assert figures["accuracy"] == 100.0 and figures["scores"] == {"1": 1.0}
     assert main.main([*words, f"--json={questions}"]) == 2
     assert "names another file of this command" in capsys.readouterr().err
+
+
+# ---- two runs -------------------------------------------------------------------------------------------------------
+
+
+def figures_of(folder, name, scores):
+    return write(folder / f"{name}.json", {"scores": {str(n): score for n, score in enumerate(scores)}})
+
+
+def test_compare_two_runs(tmp_path, capsys):
+    a = figures_of(tmp_path, "a", [1, 1, 0, 0, 0, 0, 0, 0, 0, 1])
+    b = figures_of(tmp_path, "b", [1, 0, 1, 1, 1, 1, 1, 0, 0, 1])
+    found = compare.compare(a, b)
+    assert (found["a"], found["b"], found["difference"]) == (30.0, 70.0, 40.0)
+    # One question for a alone, five for b: twice the chance of at most one of six, 2 * (1 + 6) / 64.
+    assert (found["only_a"], found["only_b"]) == (1, 5) and found["p_mcnemar"] == pytest.approx(14 / 64)
+    # A resample's mean is that of ten draws of -100 (1 of 10), 0 (4 of 10) and 100 (5 of 10): variance 4400 / 10.
+    assert found["low"] < 40 - 1.8 * 21 + 5 and 75 <= found["high"] <= 85 and 0.02 < found["p_bootstrap"] < 0.16
+    same = compare.compare(a, a)
+    assert (same["difference"], same["p_bootstrap"], same["p_mcnemar"]) == (0.0, 1.0, 1.0)
+    soft = compare.compare(a, figures_of(tmp_path, "soft", [0.3] * 10))
+    assert "p_mcnemar" not in soft
+    assert compare.mcnemar(400, 600) == pytest.approx(2.7e-10, rel=0.1)
+    assert "has no score of 9, which" in refusal(compare.compare, a, figures_of(tmp_path, "short", [1] * 9))
+    assert main.main(["evaluate", "compare", a, b]) == 0 and "p_mcnemar" in capsys.readouterr().out
+    assert main.main(["evaluate", "compare", a, b, f"--json={a}"]) == 2

@@ -325,6 +325,22 @@ def exact_match(args: Namespace) -> int:
     return 0
 
 
+# ---- runs next to each other ----------------------------------------------------------------------------------------
+
+
+def compare_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="figures of one run, as --json=FILE of `evaluate BENCHMARK` wrote them")
+    parser.add_argument("b", metavar="B", help="figures of another on the same questions")
+    _json_flag(parser)
+
+
+def compare(args: Namespace) -> int:
+    from llava_jax.evaluate import compare as comparison
+
+    _begin(args, "compare", "a", "b")
+    return _show(args, comparison.compare(args.a, args.b))
+
+
 def _scorer(name: str, summary: str, flags: str, add_flags: Any, run: Any, reads: str, writes: str = "json") -> Command:
     example = f"llava-jax evaluate {name} {flags} --answers=answers.jsonl --json=figures.json"
     return Command(summary, example, add_flags, run, reads=tuple(reads.split()), writes=tuple(writes.split()))
@@ -450,6 +466,14 @@ COMMANDS = {
         reviews_flags,
         reviews,
         reads=("reviews", "questions"),
+        writes=("json",),
+    ),
+    "evaluate compare": Command(
+        "two runs on the same questions: paired bootstrap of the difference, McNemar's test",
+        "llava-jax evaluate compare before.json after.json",
+        compare_flags,
+        compare,
+        reads=("a", "b"),
         writes=("json",),
     ),
 }
