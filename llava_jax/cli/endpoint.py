@@ -21,9 +21,10 @@ ENDPOINT = f"OpenAI-compatible, ends in /v1; its key stands in {KEY}"
 OURS = ("messages", "model", "stream", "n")
 
 
-def endpoint_flags(parser: ArgumentParser, group: Any, *, request: str, attempts: int) -> None:
+def endpoint_flags(parser: ArgumentParser, group: Any, *, request: str | None, attempts: int) -> None:
     """Add the flags besides the model's name and its endpoint, with their defaults, to a group and one of the cost."""
-    group.add_argument("--request", default=request, metavar="JSON", help=f"sent besides ({request})")
+    if request is not None:
+        group.add_argument("--request", default=request, metavar="JSON", help=f"sent besides ({request})")
     group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time (8)")
     again = f"answers to a request until one can be used ({attempts})"
     group.add_argument("--attempts", type=int, default=attempts, help=again)
@@ -41,13 +42,13 @@ def check_costs(args: Namespace) -> None:
             raise InputError(f"--{name}={getattr(args, name)}: expected 1 to {most}")
 
 
-def check_endpoint(args: Namespace, model: str) -> "tuple[dict[str, Any], Prices | None]":
+def check_endpoint(args: Namespace, model: str, request: str) -> "tuple[dict[str, Any], Prices | None]":
     """Return (what a request to the model holds besides messages, prices). Raises InputError."""
     if args.endpoint:
         _check_address(args.endpoint)
     if args.budget_usd and not args.price:
         raise InputError("--budget_usd needs --price=IN,OUT, USD for a million tokens asked and answered")
-    return {"model": model, **_request(args.request)}, _prices(args.price)
+    return {"model": model, **_request(request)}, _prices(args.price)
 
 
 def _check_address(endpoint: str) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 JSON = "written: all figures, and the score of each question"
 MISSING = "questions without an answer: refuse, or count them as wrong (refuse)"
 OPENAI = "https://api.openai.com/v1"
+# As the published reviews were asked for.
+LLAVA_BENCH_REQUEST = '{"temperature": 0.2, "max_tokens": 1024}'
+MMVET_REQUEST = '{"temperature": 0, "max_tokens": 3}'
 
 
 # ---- what the commands share ----------------------------------------------------------------------------------------
@@ -32,7 +35,8 @@ def _json_flag(parser: ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help=JSON)
 
 
-def _judge_flags(parser: ArgumentParser, request: str, *, required: bool = True) -> None:
+def judge_flags(parser: ArgumentParser, request: str | None, *, required: bool = True) -> None:
+    """Add the flags of a judge; without a `request` of its own it is asked as each benchmark's is."""
     group = parser.add_argument_group("the judge")
     group.add_argument("--judge", required=required, metavar="NAME", help="a model of the endpoint")
     group.add_argument("--endpoint", default=OPENAI, metavar="URL", help=f"{ENDPOINT} ({OPENAI})")
@@ -40,13 +44,13 @@ def _judge_flags(parser: ArgumentParser, request: str, *, required: bool = True)
     endpoint_flags(parser, group, request=request, attempts=5)
 
 
-def _judge(args: Namespace) -> "Judge":
+def judge_of(args: Namespace, request: str | None = None) -> "Judge":
     """Return the judge of the flags. Raises InputError for flags that do not go together."""
     from llava_jax.evaluate.judge import Judge
 
     check_costs(args)
     check_least(args, 1, "repeats")
-    settings, prices = check_endpoint(args, args.judge)
+    settings, prices = check_endpoint(args, args.judge, request or args.request)
     stop = threading.Event()
     return Judge(
         open_endpoint(args.endpoint, settings, stop),
@@ -240,7 +244,7 @@ def llava_bench_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="written: the reviews")
     parser.add_argument("--swap", action="store_true", help="judge each pair in the other order as well")
     _json_flag(parser)
-    _judge_flags(parser, '{"temperature": 0.2, "max_tokens": 1024}')
+    judge_flags(parser, LLAVA_BENCH_REQUEST)
 
 
 def llava_bench(args: Namespace) -> int:
@@ -257,7 +261,7 @@ def llava_bench(args: Namespace) -> int:
             args.rules,
             args.answers,
             args.output,
-            _judge(args),
+            judge_of(args),
             swap=args.swap,
             repeats=args.repeats,
         ),
@@ -290,7 +294,7 @@ def mmvet_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="FILE.txt", help="the official evaluator's prompt; for --judge")
     parser.add_argument("--output", metavar="FILE.jsonl", help="written: the judgings")
     _answers_flags(parser, missing=False)
-    _judge_flags(parser, '{"temperature": 0, "max_tokens": 3}', required=False)
+    judge_flags(parser, MMVET_REQUEST, required=False)
 
 
 def mmvet(args: Namespace) -> int:
@@ -307,7 +311,7 @@ def mmvet(args: Namespace) -> int:
         print(f"{len(texts):,} answers: {args.submission}")
     if not args.judge:
         return 0
-    who = _judge(args)
+    who = judge_of(args)
     figures = benchmark.score(args.annotations, args.answers, args.prompt, args.output, who, repeats=args.repeats)
     return _show(args, figures)
 

@@ -13,7 +13,19 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax.buckets import SCHEME
-from llava_jax.cli import benchmark, compile, configs, data, evaluate, models, prepare, questions, synthesize, train
+from llava_jax.cli import (
+    benchmark,
+    compile,
+    configs,
+    data,
+    evaluate,
+    models,
+    prepare,
+    questions,
+    suite,
+    synthesize,
+    train,
+)
 from llava_jax.cli.flags import Command, Named, Parser
 from llava_jax.cli.train import find_config, load_settings, split_config
 from llava_jax.data.sources import split_sources
@@ -127,6 +139,7 @@ COMMANDS: dict[str, Command] = {
     ),
     **questions.COMMANDS,
     **evaluate.COMMANDS,
+    **suite.COMMANDS,
     "convert": Command(
         "write a model, whatever its form, as a Hugging Face or original LLaVA folder, or its projector alone",
         "llava-jax convert --from=orbax:runs/finetune --to=hf:my-llava",

@@ -107,7 +107,7 @@ def _check(args: Namespace) -> "tuple[dict[str, Any], Prices | None]":
         return {"model": EMBEDDED, "seed": args.seed}, None
     if not args.endpoint and not batch and not args.dry_run:
         raise InputError(f"--teacher={args.teacher} needs --endpoint=URL, as http://localhost:8000/v1")
-    return check_endpoint(args, args.teacher)
+    return check_endpoint(args, args.teacher, args.request)
 
 
 def _teacher(args: Namespace, settings: dict[str, Any], stop: threading.Event) -> "Teacher":

@@ -6,7 +6,7 @@ published file, or those that `prepare mmbench --all_rounds` makes.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +37,7 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE, all_r
     InputError.
     """
     rows = read_annotations(annotations_path, all_rounds=all_rounds)
-    if any(row.get("answer") is None for row in rows.values()):
+    if not has_answers(rows):
         raise InputError(f"{annotations_path}: has no answers; give --submission=FILE.xlsx, and that to the server")
     texts = match(answers_path, rows, annotations_path, missing=missing)
     chosen = {key: option_of(text, options_of(rows[key])) for key, text in texts.items()}
@@ -61,6 +61,11 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE, all_r
         "groups": groups(circular, kinds["l2-category"]),
         SCORES: circular,
     }
+
+
+def has_answers(rows: Mapping[str, Row]) -> bool:
+    """Return whether the right answers are published with a table."""
+    return all(row.get("answer") is not None for row in rows.values())
 
 
 def option_of(text: str, options: Sequence[str]) -> str | None:
