@@ -1,0 +1,131 @@
+"""`evaluate suite` on small folders of all twelve benchmarks: scores as by hand, killed twice, resumed; bad folders."""
+
+import json
+import shutil
+import types
+
+import pytest
+
+from llava_jax.cli import main, suite
+from llava_jax.infer import batch_generate
+from llava_jax.prepare import questions
+from tests import bench_files
+from tests.teacher_server import Faults, TeacherServer
+
+
+def judge_says(kind, text):
+    return "0.5" if "Correctness" in text else "10 5\nFuller."
+
+
+class Answering:
+    """In place of `answer_file`: says what the table says, and is killed after so many answers of a run."""
+
+    def __init__(self):
+        self.left, self.asked = 1000, []
+
+    def __call__(self, model, questions, images, answers, sampling, *, batch_size, progress):
+        rows = batch_generate.read_questions(questions, images)
+        name = questions.split("/")[-2]
+        path = types.SimpleNamespace(open=lambda mode: open(answers, mode, encoding="utf-8"))
+        with path.open("a"):
+            pass
+        with path.open("r") as file:
+            done = [json.loads(line)["prompt"] for line in file]
+        for row in rows[len(done) :]:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.asked.append((name, row.id, row.text))
+            words = bench_files.ANSWERS[name][0]
+            text = next(answer for word, answer in words.items() if word in row.text)
+            with path.open("a") as file:
+                file.write(json.dumps({"question_id": row.id, "prompt": row.text, "text": text}) + "\n")
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    found = Answering()
+    monkeypatch.setattr(batch_generate, "answer_file", found)
+    monkeypatch.setattr(suite, "load", lambda args: types.SimpleNamespace(name="ours"))
+    return found
+
+
+def test_all_twelve_are_scored_as_by_hand_after_two_kills(tmp_path, answering, capsys):
+    bench_files.write_all(tmp_path / "data")
+    (tmp_path / "data" / "notes").mkdir()
+    words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    with TeacherServer(Faults(), answer=judge_says) as server:
+        words += ["--judge=served", f"--endpoint={server.url}"]
+        for answering.left in (9, 13):
+            assert main.main(words) == 130
+        answering.left = 1000
+        assert main.main(words) == 0
+        out = capsys.readouterr().out
+        requests = len(server.seen)
+        assert main.main(words) == 0 and len(server.seen) == requests == 2
+    assert len(answering.asked) == len(set(answering.asked)) == 30
+    found = json.loads((tmp_path / "out" / "suite.json").read_text(encoding="utf-8"))
+    assert found["results"] == pytest.approx({name: score for name, (_, score) in bench_files.ANSWERS.items()})
+    table = [line.split() for line in out.splitlines()[-4:]]
+    assert table[1] == ["ours", *(f"{score:.1f}" for _, score in bench_files.ANSWERS.values())]
+    assert table[2][2:] == "78.5 62.0 50.0 66.8 58.2 85.9 1510.7 64.3 58.3 58.6 65.4 31.1".split()
+    assert "not known       notes" in out
+    submission = json.loads((tmp_path / "out" / "vizwiz" / "submission.json").read_text(encoding="utf-8"))
+    assert submission == [{"image": "VizWiz_val_0.jpg", "answer": "unanswerable"}]
+    asked = {(name, key): text for name, key, text in answering.asked}
+    short = "Answer the question using a single word or phrase."
+    assert asked["textvqa", "a7"] == f"Which year?\nReference OCR token: NOKIA, 1999\n{short}"
+    assert asked["vizwiz", "VizWiz_val_0.jpg"] == (
+        f"What can is it?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n{short}"
+    )
+    assert asked["mme", "color/a.png"] == f"Is it blue?\n{short}"
+    assert asked["mmbench_cn", 1] == "哪种动物?\nA. 猫\nB. 狗\n请直接回答选项字母。"
+    letter = "Answer with the option's letter from the given choices directly."
+    assert asked["seed", "5"] == f"What do you see?\nA. 1\nB. 2\nC. 3\nD. 4\n{letter}"
+    assert asked["scienceqa", "2"] == f"Context: N/A\nQuestion: Which noun?\nOptions: (A) x (B) y\n{letter}"
+
+
+def test_without_a_judge_the_figures_of_judges_stay_open(tmp_path, answering, capsys):
+    bench_files.write_all(tmp_path / "all")
+    for name in ("mm-vet", "pope"):
+        shutil.copytree(tmp_path / "all" / name, tmp_path / "data" / name)
+    words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    assert main.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-3].split() == ["ours", "75.0", "-"]
+    assert json.loads((tmp_path / "out" / "mmvet" / "submission.json").read_text()) == {"v1_0": "12"}
+
+
+@pytest.mark.parametrize(
+    "break_it, problem",
+    [
+        (lambda data: shutil.rmtree(data), "holds no benchmark"),
+        (lambda data: (data / "gqa" / "data" / "testdev_balanced_questions.json").unlink(), "gqa: no testdev_balanced"),
+        (lambda data: (data / "seed").mkdir(), "seed and seed_bench are both seed"),
+        (lambda data: (data / "scienceqa" / "pid_splits.json").write_text("{}"), "--split=test: not in"),
+        (lambda data: (data / "MME" / "MME_Benchmark_release_version" / "color" / "a.png").unlink(), "a.txt: no image"),
+    ],
+)
+def test_folders_that_do_not_fit_are_named_before_the_first_answer(tmp_path, answering, capsys, break_it, problem):
+    bench_files.write_all(tmp_path / "data")
+    break_it(tmp_path / "data")
+    words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    assert main.main(words) == 2 and not answering.asked
+    (line,) = capsys.readouterr().err.splitlines()
+    assert problem in line
+
+
+def test_prepare_writes_questions(tmp_path, capsys):
+    bench_files.write_all(tmp_path)
+    source = tmp_path / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv"
+    words = ["prepare", "mmbench_cn", f"--source={source}", f"--images={tmp_path / 'images'}", "--all_rounds"]
+    assert main.main([*words, f"--output={tmp_path / 'q.jsonl'}"]) == 0 and "2 questions" in capsys.readouterr().out
+    rows = [json.loads(line) for line in open(tmp_path / "q.jsonl", encoding="utf-8")]
+    assert [(row["question_id"], row["image"], row["text"].split("\n")[1]) for row in rows] == [
+        (1, "1.jpg", "A. 猫"),
+        (1000001, "1.jpg", "A. 狗"),
+    ]
+    plain = list(questions.textvqa_questions(str(tmp_path / "textvqa" / "TextVQA_0.5.1_val.json"), None))
+    assert plain[0]["text"].startswith("What brand is it?\nAnswer the question")
+    words = ["prepare", "scienceqa", f"--source={tmp_path / 'scienceqa'}", "--split=test", "--questions"]
+    assert main.main([*words, f"--output={tmp_path / 'q.jsonl'}"]) == 0
+    assert main.main([*words, "--format=CQM-A", f"--output={tmp_path / 'q.jsonl'}"]) == 2
