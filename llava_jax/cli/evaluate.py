@@ -1,5 +1,7 @@
 """The commands that score files of answers: one for each benchmark, a judge's reviews, two runs compared."""
 
+import glob
+import os
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -345,6 +347,35 @@ def compare(args: Namespace) -> int:
     return _show(args, comparison.compare(args.a, args.b))
 
 
+def report_flags(parser: ArgumentParser) -> None:
+    runs = "what `evaluate suite --output=DIR` wrote; one, or several to be seen next to each other"
+    parser.add_argument("--runs", required=True, nargs="+", metavar="DIR", help=runs)
+    parser.add_argument("--output", required=True, metavar="FILE.html", help="written: the page")
+    parser.add_argument("--examples", type=int, default=40, help="questions of each benchmark to browse (40)")
+
+
+def report_files(args: Namespace) -> tuple[list[Named], list[Named]]:
+    """Return the files of the runs that the page is made of."""
+    found = [os.path.join(glob.escape(run), "**", "*.json*") for run in args.runs]
+    return [Named("--runs", path) for pattern in found for path in glob.glob(pattern, recursive=True)], []
+
+
+def report(args: Namespace) -> int:
+    from llava_jax.evaluate import report as pages
+    from llava_jax.io import replacing
+
+    check_least(args, 0, "examples")
+    if len(args.runs) > 4:
+        raise InputError(f"--runs: {len(args.runs)} folders, expected at most 4 next to each other")
+    check_output("--output", args.output)
+    announce("evaluate report", runs=", ".join(args.runs), output=args.output)
+    text = pages.report(args.runs, args.examples)
+    with replacing(args.output) as file:
+        file.write(text)
+    print(f"{len(text) / 2**20:.1f} MiB: {args.output}")
+    return 0
+
+
 def _scorer(name: str, summary: str, flags: str, add_flags: Any, run: Any, reads: str, writes: str = "json") -> Command:
     example = f"llava-jax evaluate {name} {flags} --answers=answers.jsonl --json=figures.json"
     return Command(summary, example, add_flags, run, reads=tuple(reads.split()), writes=tuple(writes.split()))
@@ -479,5 +510,13 @@ COMMANDS = {
         compare,
         reads=("a", "b"),
         writes=("json",),
+    ),
+    "evaluate report": Command(
+        "one HTML page about runs of `evaluate suite`: table, radar, bars, answers to browse",
+        "llava-jax evaluate report --runs results/before results/after --output=report.html",
+        report_flags,
+        report,
+        writes=("output",),
+        files=report_files,
     ),
 }

@@ -3,10 +3,12 @@
 import base64
 import dataclasses
 import html
-import importlib.resources
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from llava_jax.evaluate.page import page as whole_page
+from llava_jax.evaluate.page import section
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 40, 12, 12, 28
@@ -38,26 +40,19 @@ Curves = Mapping[str, Sequence[float]]  # name of a run -> its loss at each step
 
 def page(report: dict[str, Any], charts: Mapping[str, Curves], cards: Sequence[Card], mistakes: Sequence[Card]) -> str:
     """Return the page. `report` is the content of report.json; `charts` are loss curves by title."""
-    style = importlib.resources.files("llava_jax.demo").joinpath("report.css").read_text(encoding="utf-8")
     drawn = "".join(_chart(title, curves) for title, curves in charts.items())
     body = [
         _head(report),
-        _section("Does it see?", _table(report), TABLE_NOTE),
-        _section("Images it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not selected."),
-        _section("Mistakes", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
+        section("Does it see?", _table(report), TABLE_NOTE),
+        section("Images it has never seen", _gallery(cards), f"The first {len(cards)} held-out scenes, not selected."),
+        section("Mistakes", _gallery(mistakes), "Held-out scenes with at least one wrong answer.")
         if mistakes
-        else _section("Mistakes", "", "None: every answer about the held-out scenes is right."),
-        _section("Learning curves", f'<div class="charts">{drawn}</div>', CHART_NOTE),
-        _section("How it was made", _parts(report), _made_of(report)),
-        _section("Talk to it", f"<pre><code>{html.escape(report['chat'])}</code></pre>", CHAT_NOTE),
+        else section("Mistakes", "", "None: every answer about the held-out scenes is right."),
+        section("Learning curves", f'<div class="charts">{drawn}</div>', CHART_NOTE),
+        section("How it was made", _parts(report), _made_of(report)),
+        section("Talk to it", f"<pre><code>{html.escape(report['chat'])}</code></pre>", CHAT_NOTE),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>llava_jax demo</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return whole_page("llava_jax demo", "\n".join(body))
 
 
 TABLE_NOTE = (
@@ -68,10 +63,6 @@ TABLE_NOTE = (
 )
 CHART_NOTE = "Loss per supervised token: the faint line is each step, the strong one a running mean."
 CHAT_NOTE = "Chat in the terminal with the model just trained, about an image that was not in the training data."
-
-
-def _section(title: str, content: str, note: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n<p>{note}</p>\n{content}\n</section>"
 
 
 def _head(report: dict[str, Any]) -> str:
