@@ -65,7 +65,7 @@ def drive(path, output, chromium):
         browser = found.chromium.launch(executable_path=chromium)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         errors, fetched = [], []
-        page.on("pageerror", errors.append)
+        page.on("pageerror", lambda error: errors.append(error))
         page.on("request", lambda request: fetched.append(request.url))
         page.goto(path.as_uri())
         position = page.locator("#position")

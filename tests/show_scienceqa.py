@@ -1,13 +1,16 @@
-"""ScienceQA's own problems through `prepare scienceqa`, each string held against the rule written out anew.
+"""ScienceQA's own problems through `prepare scienceqa` and `evaluate scienceqa`, held against rules written out anew.
 
 `python -m tests.show_scienceqa --source=DIR --split=test`, DIR with problems.json and pid_splits.json, does it for
-three published formats (LLaVA's scripts/convert_sqa_to_llava.py) and prints how many rows differ.
+three published formats (LLaVA's scripts/convert_sqa_to_llava.py) and prints how many rows differ. With `--answers=FILE`
+it counts a published file of predictions in every column of the paper, twice.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 
+from llava_jax.evaluate.scienceqa import score
 from llava_jax.prepare.scienceqa import convert
 
 FORMATS = ("QCM-LEA", "QCM-LEPA", "CQM-A")
@@ -53,9 +56,39 @@ def show(source: str, split: str) -> int:
     return different
 
 
+def count(source: str, split: str, answers: str) -> int:
+    """Whether any column differs from a count of sentences alone; prints all."""
+    folder = pathlib.Path(source)
+    problems, splits = (json.loads((folder / name).read_text("utf-8")) for name in ("problems.json", "pid_splits.json"))
+    right, asked = collections.Counter(), collections.Counter()
+    for line in pathlib.Path(answers).read_text("utf-8").splitlines():
+        row = json.loads(line)
+        problem = problems[row["question_id"]]
+        if row["question_id"] not in splits[split]:
+            continue
+        said = [part[0] for part in row["text"].split("The answer is ")[1:] if len(part) > 1 and part[0].isupper()]
+        good = said == ["ABCDE"[problem["answer"]]]
+        of = {"natural": "NAT", "social": "SOC", "language": "LAN"}[problem["subject"].split()[0]]
+        young = problem["grade"] in [f"grade{number}" for number in range(1, 7)]
+        context = (["TXT"] if problem["hint"] else []) + (["IMG"] if problem["image"] else [])
+        for column in [of, "G1-6" if young else "G7-12", "Avg", *(context or ["NO"])]:
+            asked[column] += 1
+            right[column] += good
+    figures = score(str(folder / "problems.json"), str(folder / "pid_splits.json"), split, answers)
+    different = False
+    for column, found in figures["columns"].items():
+        here = 100 * right[column] / max(asked[column], 1)
+        different |= abs(found - here) > 1e-9
+        print(f"{column:<6}{found:8.2f}{here:8.2f}  {right[column]} of {asked[column]}")
+    print(f"{figures['correct']} of {figures['count']} right")
+    return different
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, metavar="DIR")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--answers", metavar="FILE")
     given = parser.parse_args()
-    raise SystemExit(bool(show(given.source, given.split)))
+    differs = count(given.source, given.split, given.answers) if given.answers else show(given.source, given.split)
+    raise SystemExit(bool(differs))

@@ -45,6 +45,10 @@ def refused(words: list[str], capsys) -> str:
 VERIFY = "prepare verify --annotations=rows.json --images=images --tokenizer=llm --template=v1"
 SYNTHESIZE = "synthesize --kind=detail --teacher=t --endpoint=http://localhost:1/v1"
 FINETUNE = "--config=cfg.py:stage=finetune"
+JUDGE = (
+    "evaluate llava_bench --questions=rows.json --context=peer --rules=cfg.py --answers=a.jsonl --answers=q.jsonl "
+    "--judge=j --endpoint=http://localhost:1/v1"
+)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,11 @@ FINETUNE = "--config=cfg.py:stage=finetune"
         (f"prepare verify {FINETUNE} --config.model.llm=llm --dump=llm/tokenizer.json", ("--dump", "model.llm")),
         ("evaluate exact_match --questions=q.jsonl --answers=a.jsonl --json=a.jsonl", ("--json", "--answers")),
         ("evaluate exact_match --questions=q.jsonl --answers=a.jsonl --json=q.jsonl", ("--json", "--questions")),
+        ("evaluate gqa --questions=q.jsonl --answers=a.jsonl --json=a.jsonl", ("--json", "--answers")),
+        ("evaluate seed --annotations=rows.json --answers=a.jsonl --submission=hard.json", ("--submission",)),
+        (f"{JUDGE} --output=q.jsonl", ("--output", "--answers")),
+        (f"{JUDGE} --output=out.jsonl --json=out.journal.jsonl", ("--json", "--output")),
+        ("prepare gqa --source=rows.json --output=hard.json", ("--output", "--source")),
         (f"compile {FINETUNE} --json=cfg.py", ("--json", "--config")),
         (f"compile {FINETUNE} --hlo=cfg.py", ("--hlo", "--config")),
         (f"compile {FINETUNE} --json=new --hlo=images/../new", ("--hlo", "--json")),

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from llava_jax.cli import main, suite
+from llava_jax.evaluate import report
 from llava_jax.infer import batch_generate
 from llava_jax.prepare import questions
 from tests import bench_files
@@ -72,6 +73,19 @@ def test_all_twelve_are_scored_as_by_hand_after_two_kills(tmp_path, answering, c
     assert "not known       notes" in out
     submission = json.loads((tmp_path / "out" / "vizwiz" / "submission.json").read_text(encoding="utf-8"))
     assert submission == [{"image": "VizWiz_val_0.jpg", "answer": "unanswerable"}]
+    text = report.report([str(tmp_path / "out")], examples=2)
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert "src=" not in text and "http" not in text and text.count("<polygon") == 3
+    said = {(one["bench"], one["question"].split("\n")[0]): one for one in data["examples"]}
+    assert len(data["examples"]) == 20 and all(one["answers"][0]["score"] is not None for one in data["examples"])
+    assert said["textvqa", "What brand is it?"]["answers"] == [{"text": "the Nokia", "score": 0.9, "review": None}]
+    assert said["llava_bench", "Describe the scene."]["answers"][0]["review"] == "10 5\nFuller."
+    assert said["gqa", "Is it left?"]["image"].startswith("data:image/jpeg;base64,")
+    assert report.groups_of(json.loads((tmp_path / "out" / "mme" / "figures.json").read_text())) == {
+        "color": 200.0,
+        "numerical_calculation": 50.0,
+        "posters": 50.0,
+    }
     asked = {(name, key): text for name, key, text in answering.asked}
     short = "Answer the question using a single word or phrase."
     assert asked["textvqa", "a7"] == f"Which year?\nReference OCR token: NOKIA, 1999\n{short}"

@@ -138,7 +138,7 @@ def _radar(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], ours: in
         points = " ".join("{:.1f},{:.1f}".format(*_point(angles[name], values[name] / tops[name])) for name in known)
         lines.append(f'<polygon class="{style}" points="{points}"><title>{html.escape(title)}</title></polygon>')
         legend.append(f'<span class="key"><i class="dot {style}"></i>{html.escape(title)}</span>')
-    svg = f'<svg viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="radar of the benchmarks">'
+    svg = f'<svg viewBox="0 60 {SIZE} {SIZE - 120}" role="img" aria-label="radar of the benchmarks">'
     drawn = f"{svg}{rings}{''.join(axes)}{''.join(reversed(lines))}</svg>"
     return f'<figure class="chart radar"><div class="legend">{"".join(legend)}</div>{drawn}</figure>'
 
