@@ -6,7 +6,8 @@ import types
 
 import pytest
 
-from llava_jax.cli import main, suite
+from llava_jax import api
+from llava_jax.cli import main
 from llava_jax.evaluate import report
 from llava_jax.infer import batch_generate
 from llava_jax.prepare import questions
@@ -47,7 +48,12 @@ class Answering:
 def answering(monkeypatch):
     found = Answering()
     monkeypatch.setattr(batch_generate, "answer_file", found)
-    monkeypatch.setattr(suite, "load", lambda args: types.SimpleNamespace(name="ours"))
+    about = dict.fromkeys(("template", "aspect", "image_position", "exif", "dtype"), "as trained")
+    rest = {"processor": types.SimpleNamespace(rules=types.SimpleNamespace(caption_only=False))}
+    model = types.SimpleNamespace(
+        name="ours", about=about, template_assumed=False, placed=types.SimpleNamespace(mesh=None), **rest
+    )
+    monkeypatch.setattr(api, "load", lambda *args, **options: model)
     return found
 
 

@@ -38,6 +38,11 @@ def sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int = Sampli
     parser.add_argument("--top_k", type=int, default=default.top_k, help="draw from the K likeliest; 0, all (0)")
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, help=f"longest answer ({max_new_tokens})")
     parser.add_argument("--seed", type=int, default=default.seed, help="seed of the draws (0)")
+    loading_flags(parser)
+
+
+def loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add how `load` reads a model to answer with."""
     parser.add_argument("--template", help="conversation template; that of the model, or v1 where it names none")
     tensor = "devices that each copy of the model is split over; 0, as few as can hold it (0)"
     weights = "int8: the kernels of the decoder's blocks in eight bits; in the model's dtype by default"

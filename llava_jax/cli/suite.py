@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_jax.cli.evaluate import LLAVA_BENCH_REQUEST, MMVET_REQUEST, judge_flags, judge_of
 from llava_jax.cli.flags import Command, announce, check_least
-from llava_jax.cli.models import SOURCE, companion_flags, load
+from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags
 from llava_jax.io import write_json, write_rows
 from llava_jax.types import InputError, Sampling
 
@@ -55,7 +55,7 @@ class Bench:
 def suite_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
     companion_flags(parser)
-    parser.add_argument("--template", help="conversation template; that of the model, or v1 where it names none")
+    loading_flags(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help="a folder with one folder for each benchmark")
     output = "written: questions, answers and figures of each benchmark, and suite.json; a later run resumes"
     parser.add_argument("--output", required=True, metavar="DIR", help=output)
