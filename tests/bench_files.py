@@ -111,12 +111,12 @@ def _choices(root):
     image = base64.b64encode(picture(root / "picture.png").read_bytes()).decode()
     (root / "picture.png").unlink()
 
-    def row(index, question, options, answer):
+    def row(index, question, options, answer, image=image):
         cells = [index, question, "", *options, "", "", answer, "kind", image, "web", "group", "", "dev"]
         return "\t".join(map(str, cells)) + "\n"
 
     rows = row(1, "Which animal?", ["cat", "dog"], "A") + row(1000001, "Which animal?", ["dog", "cat"], "B")
-    rows += row(2, "Which fruit?", ["pear", "fig"], "B") + row(1000002, "Which fruit?", ["pear", "fig"], "B")
+    rows += row(2, "Which fruit?", ["pear", "fig"], "B") + row(1000002, "Which fruit?", ["pear", "fig"], "B", image="2")
     dump(root / "mmbench" / "mmbench_dev_20230712.tsv", HEADER + rows)
     dump(root / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv", HEADER + row(1, "哪种动物?", ["猫", "狗"], "A"))
 

@@ -152,6 +152,7 @@ def test_vqav2_accuracy_and_submission(tmp_path):
         {"question_id": 5, "answer": ""},
         {"question_id": 1, "answer": "2"},
     ]
+    assert vqav2.submission(None, given)[0][0] == {"question_id": 1, "answer": "2"}
     entries[0]["answers"].pop()
     with pytest.raises(InputError, match="annotation 0: 9 answers, expected the texts of 10 people"):
         vqav2.score(write(tmp_path / "v2.json", {"annotations": entries}), given)
@@ -163,7 +164,8 @@ def test_vizwiz_accuracy_and_submission(tmp_path):
     given = answers(tmp_path, {"v_0.jpg": "Unanswerable."})
     assert vizwiz.score(write(tmp_path / "val.json", entries), given)["accuracy"] == 100.0
     questions = write(tmp_path / "q.jsonl", [{"question_id": "v_0.jpg", "image": "v_0.jpg"}])
-    assert vizwiz.submission(questions, given) == [{"image": "v_0.jpg", "answer": "unanswerable"}]
+    expected = [{"image": "v_0.jpg", "answer": "unanswerable"}]
+    assert vizwiz.submission(questions, given) == expected == vizwiz.submission(None, given)
 
 
 def test_textvqa_finds_the_question_in_prompts_with_and_without_ocr(tmp_path):

@@ -119,7 +119,7 @@ def mmbench(args: Namespace) -> int:
     if args.submission:
         rows = benchmark.write_submission(args.submission, args.annotations, args.answers, args.missing)
         print(f"{rows:,} rows: {args.submission}")
-        if not args.json:
+        if not benchmark.has_answers(benchmark.read_annotations(args.annotations)):
             return 0
     return _show(args, benchmark.score(args.annotations, args.answers, args.missing, args.all_rounds))
 
@@ -144,7 +144,7 @@ def seed(args: Namespace) -> int:
 
 
 def vqa_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--questions", metavar="FILE.jsonl", help="as `prepare` writes them; for --submission")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help="as `prepare` writes them: all of --submission")
     parser.add_argument("--annotations", metavar="FILE", help="of a split whose answers are published (val)")
     parser.add_argument("--submission", metavar="FILE", help="written: what the server takes")
     _answers_flags(parser)
@@ -177,8 +177,8 @@ def vizwiz(args: Namespace) -> int:
 def _check_vqa(args: Namespace) -> None:
     if not args.submission and not args.annotations:
         raise InputError("expected --submission=FILE, or --annotations=FILE of a split whose answers are published")
-    if bool(args.submission) != bool(args.questions):
-        raise InputError("--submission and --questions go together: the server wants every question of the split")
+    if args.questions and not args.submission:
+        raise InputError("--questions is for --submission, which then holds every question of the split")
     if args.json and not args.annotations:
         raise InputError(f"--json={args.json}: there are no figures without --annotations")
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, field, groups, match, percent, read_rows
 from llava_jax.io import read_json
+from llava_jax.types import InputError
 
 
 def score(questions_path: str, answers_path: str, missing: str = REFUSE) -> Figures:
@@ -25,8 +26,8 @@ def read_questions(path: str) -> dict[str, dict[str, Any]]:
     if path.endswith(".jsonl"):
         return read_rows(path, ("answer", "category"))
     found = read_json(path, "GQA's questions by id")
-    if not isinstance(found, dict):
-        found = {}
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{path}: expected GQA's questions by id, or JSON Lines in a file named .jsonl")
     return {key: _question(entry, f"{path}: question {key}") for key, entry in found.items()}
 
 

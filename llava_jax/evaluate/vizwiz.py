@@ -19,11 +19,15 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE) -> Fi
     return vqav2.accuracy(people, texts, types)
 
 
-def submission(questions_path: str, answers_path: str) -> list[dict[str, Any]]:
-    """Return what the server takes, which wants an answer to every question. Raises InputError."""
-    rows = read_rows(questions_path, ("image",))
-    texts = match(answers_path, rows, questions_path)
-    return [{"image": row["image"], "answer": normalise(texts[key])} for key, row in rows.items()]
+def submission(questions_path: str | None, answers_path: str) -> list[dict[str, Any]]:
+    """Return what the server takes, which wants an answer to every question; without questions, the answers alone.
+
+    Raises InputError.
+    """
+    path = questions_path or answers_path
+    rows = read_rows(path, ())
+    texts = match(answers_path, rows, path)
+    return [{"image": row.get("image") or key, "answer": normalise(texts[key])} for key, row in rows.items()]
 
 
 def read_entries(path: str) -> list[dict[str, Any]]:

@@ -26,13 +26,15 @@ def accuracy(people: dict[str, list[str]], texts: dict[str, str], types: dict[st
     return {**figures, "types": groups(scores, types), SCORES: scores}
 
 
-def submission(questions_path: str, answers_path: str) -> tuple[list[dict[str, Any]], int]:
+def submission(questions_path: str | None, answers_path: str) -> tuple[list[dict[str, Any]], int]:
     """Return (what the server takes, how many of its answers are empty because there is none).
 
-    Questions are those of the whole split, as `prepare vqav2` writes them. Raises InputError.
+    Questions are those of the whole split, as `prepare vqav2` writes them; without them it has the answers alone.
+    Raises InputError.
     """
-    rows = read_rows(questions_path, ())
-    texts = match(answers_path, rows, questions_path, missing=WRONG)
+    path = questions_path or answers_path
+    rows = read_rows(path, ())
+    texts = match(answers_path, rows, path, missing=WRONG)
     found = [
         {"question_id": row["question_id"], "answer": normalise(texts[key]) if key in texts else ""}
         for key, row in rows.items()

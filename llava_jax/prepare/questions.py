@@ -92,9 +92,13 @@ def mme_questions(source: str) -> Iterator[Question]:
 def mmbench_questions(source: str, images: str, *, chinese: bool, all_rounds: bool) -> Iterator[Question]:
     """Yield MMBench's questions, and write their images to the folder `images`."""
     os.makedirs(images, exist_ok=True)
-    for key, row in mmbench.read_annotations(source, images=True, all_rounds=all_rounds).items():
+    rows = mmbench.read_annotations(source, images=True, all_rounds=all_rounds)
+    for key, row in rows.items():
         name = f"{int(key) % mmbench.ROUND if all_rounds else key}.jpg"
-        _write_image(os.path.join(images, name), row.get("image"), f"{source}: index {key}")
+        encoded = row.get("image")
+        if encoded in rows:  # some tables name the row that holds it
+            encoded = rows[encoded].get("image")
+        _write_image(os.path.join(images, name), encoded, f"{source}: index {key}")
         question = row["question"] if row.get("hint") is None else f"{row['hint']}\n{row['question']}"
         text = with_options(question, mmbench.options_of(row), OPTION_LETTER_CN if chinese else OPTION_LETTER)
         yield {"question_id": int(key), "image": name, "text": text, "category": row.get("category") or ""}
