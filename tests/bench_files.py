@@ -32,7 +32,7 @@ def dump(path, content):
         path.write_text(text, encoding="utf-8")
 
 
-def picture(path):
+def image_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16), (200, 30, 30)).save(path)
     return path
@@ -61,7 +61,7 @@ def _short_answers(root):
     answers = [people(("red", 10)), people(("2", 1), ("3", 9))]
     entries = [{"question_id": 70 + n, "answer_type": "other", "answers": found} for n, found in enumerate(answers)]
     dump(folder / "v2_mscoco_val2014_annotations.json", {"annotations": entries})
-    picture(folder / "val2014" / "COCO_val2014_000000000007.jpg")
+    image_file(folder / "val2014" / "COCO_val2014_000000000007.jpg")
 
     folder = root / "gqa" / "data"
     entries = {
@@ -69,12 +69,12 @@ def _short_answers(root):
         "2": {"question": "What is he holding?", "imageId": "n7", "answer": "bat", "types": {"structural": "query"}},
     }
     dump(folder / "testdev_balanced_questions.json", entries)
-    picture(folder / "images" / "n7.jpg")
+    image_file(folder / "images" / "n7.jpg")
 
     answers = people(("unanswerable", 2), ("soup", 8))
     entry = {"image": "VizWiz_val_0.jpg", "question": "What can is it?", "answers": answers, "answer_type": "other"}
     dump(root / "vizwiz" / "val.json", [entry])
-    picture(root / "vizwiz" / "val" / "VizWiz_val_0.jpg")
+    image_file(root / "vizwiz" / "val" / "VizWiz_val_0.jpg")
 
     folder = root / "textvqa"
     data = [
@@ -84,7 +84,7 @@ def _short_answers(root):
     dump(folder / "TextVQA_0.5.1_val.json", {"data": data})
     tokens = {"data": [{"image_id": "a7", "ocr_tokens": ["NOKIA", "1999"]}]}
     dump(folder / "TextVQA_Rosetta_OCR_v0.2_val.json", tokens)
-    picture(folder / "train_images" / "a7.jpg")
+    image_file(folder / "train_images" / "a7.jpg")
 
 
 def _yes_and_no(root):
@@ -94,22 +94,22 @@ def _yes_and_no(root):
             for n, (name, label) in enumerate(zip(("cat", "dog", "car"), labels, strict=True), 1)
         ]
         dump(root / "pope" / "coco" / f"coco_pope_{split}.json", rows)
-    picture(root / "pope" / "val2014" / "COCO_1.jpg")
+    image_file(root / "pope" / "val2014" / "COCO_1.jpg")
 
     folder = root / "MME" / "MME_Benchmark_release_version"
     ending = "Please answer yes or no."
-    picture(folder / "color" / "a.png")
+    image_file(folder / "color" / "a.png")
     dump(folder / "color" / "a.txt", f"Is it red? {ending}\tYes\nIs it blue? {ending}\tNo\n")
-    picture(folder / "posters" / "images" / "p.jpg")
+    image_file(folder / "posters" / "images" / "p.jpg")
     texts = f"Is the poster red? {ending}\tYes\nIs the poster blue? {ending}\tYes\n"
     dump(folder / "posters" / "questions_answers_YN" / "p.txt", texts)
-    picture(folder / "numerical_calculation" / "c.png")
+    image_file(folder / "numerical_calculation" / "c.png")
     dump(folder / "numerical_calculation" / "c.txt", f"Is the sum 3? {ending}\tYes\nIs the sum 4? {ending}\tNo\n")
 
 
 def _choices(root):
-    image = base64.b64encode(picture(root / "picture.png").read_bytes()).decode()
-    (root / "picture.png").unlink()
+    image = base64.b64encode(image_file(root / "image.png").read_bytes()).decode()
+    (root / "image.png").unlink()
 
     def row(index, question, options, answer, image=image):
         cells = [index, question, "", *options, "", "", answer, "kind", image, "web", "group", "", "dev"]
@@ -127,8 +127,8 @@ def _choices(root):
     ]
     entries = [{**one, "question_type_id": n, "answer": "AB"[n - 1]} for n, one in enumerate(entries, 1)]
     dump(root / "seed_bench" / "SEED-Bench.json", {"questions": entries, "question_type": {"Scene": 1, "Action": 2}})
-    picture(root / "seed_bench" / "SEED-Bench-image" / "s.jpg")
-    picture(root / "seed_bench" / "SEED-Bench-video-image" / "2_6.png")
+    image_file(root / "seed_bench" / "SEED-Bench-image" / "s.jpg")
+    image_file(root / "seed_bench" / "SEED-Bench-video-image" / "2_6.png")
 
     folder = root / "scienceqa"
     shared = {"choices": ["x", "y"], "hint": "", "lecture": "", "solution": "", "grade": "grade2"}
@@ -138,7 +138,7 @@ def _choices(root):
     }
     dump(folder / "problems.json", problems)
     dump(folder / "pid_splits.json", {"test": ["1", "2"]})
-    picture(folder / "images" / "test" / "1" / "image.png")
+    image_file(folder / "images" / "test" / "1" / "image.png")
 
 
 def _open(root):
@@ -148,10 +148,10 @@ def _open(root):
     dump(folder / "context.jsonl", [{"id": 1, "image": "1.jpg", "caption": "A street in the rain."}])
     dump(folder / "answers_gpt4.jsonl", [{"question_id": 0, "text": "A wet street."}])
     dump(folder / "rule.json", {"llava_bench_detail": {"role": "Assistant", "prompt": "Rate."}})
-    picture(folder / "images" / "1.jpg")
+    image_file(folder / "images" / "1.jpg")
 
     folder = root / "mm-vet"
     entry = {"question": "What is the total?", "answer": "12", "imagename": "v1_0.png", "capability": ["ocr", "math"]}
     dump(folder / "mm-vet.json", {"v1_0": entry})
     dump(folder / "prompt.txt", "Question | Ground truth | Prediction | Correctness")
-    picture(folder / "images" / "v1_0.png")
+    image_file(folder / "images" / "v1_0.png")

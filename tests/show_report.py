@@ -27,7 +27,7 @@ def write_runs(folder):
         "llava_bench": {"overall": {"relative": 63.0}, "categories": {"llava_bench_detail": {"relative": 63.0}}},
     }
     results = {"vqav2": 61.0, "scienceqa": 71.0, "pope": 85.0, "mme": 1400.0, "llava_bench": 63.0}
-    image = bench_files.picture(folder / "images" / "1.png")
+    image = bench_files.image_file(folder / "images" / "1.png")
     folders = []
     for run, right in SCORES.items():
         for name in results:
