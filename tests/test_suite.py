@@ -134,6 +134,15 @@ def test_folders_that_do_not_fit_are_named_before_the_first_answer(tmp_path, ans
     assert problem in line
 
 
+def test_a_judge_that_cannot_be_asked_is_known_before_the_first_answer(tmp_path, answering, capsys, monkeypatch):
+    bench_files.write_all(tmp_path / "data")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    for more, problem in (([], "needs a key"), ([f"--rules={tmp_path / 'none.json'}"], "no such file")):
+        assert main.main([*words, "--judge=gpt", *more]) == 2 and not answering.asked
+        assert problem in capsys.readouterr().err
+
+
 def test_prepare_writes_questions(tmp_path, capsys):
     bench_files.write_all(tmp_path)
     source = tmp_path / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv"

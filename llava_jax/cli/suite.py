@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_jax.cli.evaluate import LLAVA_BENCH_REQUEST, MMVET_REQUEST, judge_flags, judge_of
 from llava_jax.cli.flags import Command, announce, check_least
-from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags
+from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags, need_file
 from llava_jax.io import write_json, write_rows
 from llava_jax.types import InputError, Sampling
 
@@ -71,6 +71,10 @@ def suite(args: Namespace) -> int:
     from llava_jax.evaluate.published import headline
 
     check_least(args, 1, "batch_size")
+    need_file("--rules", args.rules)
+    need_file("--mmvet_prompt", args.mmvet_prompt)
+    if args.judge:
+        judge_of(args, LLAVA_BENCH_REQUEST)  # what its flags lack is known before the first answer
     benches, unknown = find(args)
     names = ", ".join(bench.name for bench in benches)
     announce("evaluate suite", model=args.model, benchmarks=names, not_known=", ".join(unknown), output=args.output)
