@@ -1,4 +1,4 @@
-"""Scorers of the published benchmarks on adversarial tables; every expected value is derived by hand beside it."""
+"""Scorers of the published benchmarks on adversarial tables; every expected value is derived by hand next to it."""
 
 import base64
 import json

@@ -365,8 +365,8 @@ def report(args: Namespace) -> int:
     from llava_jax.io import replacing
 
     check_least(args, 0, "examples")
-    if len(args.runs) > 4:
-        raise InputError(f"--runs: {len(args.runs)} folders, expected at most 4 next to each other")
+    if len(args.runs) > 4 or len(set(map(os.path.realpath, args.runs))) < len(args.runs):
+        raise InputError(f"--runs: {', '.join(args.runs)}; expected at most 4 folders, each once")
     check_output("--output", args.output)
     announce("evaluate report", runs=", ".join(args.runs), output=args.output)
     text = pages.report(args.runs, args.examples)

@@ -104,7 +104,7 @@ def suite(args: Namespace) -> int:
 
 
 def results_table(model: str, results: dict[str, float | None]) -> str:
-    """Return the model's row beside the published ones, a column a benchmark that was run."""
+    """Return the model's row next to the published ones, a column a benchmark that was run."""
     from llava_jax.evaluate.answers import aligned
     from llava_jax.evaluate.published import BENCHMARKS, ROWS
 
@@ -341,7 +341,7 @@ def _mmvet(folder: str, args: Namespace) -> Bench:
 
 COMMANDS = {
     "evaluate suite": Command(
-        "prepare, answer and score the benchmarks of a folder, in one table beside LLaVA-1.5's",
+        "prepare, answer and score the benchmarks of a folder, in one table next to LLaVA-1.5's",
         "llava-jax evaluate suite --model=runs/finetune --data=benchmarks --output=results",
         suite_flags,
         suite,
