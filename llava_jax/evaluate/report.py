@@ -33,7 +33,8 @@ def report(folders: Sequence[str], examples: int) -> str:
     """
     runs = [read_run(folder) for folder in folders]
     if len({run["name"] for run in runs}) < len(runs):  # the folders' names alone do not tell them apart
-        runs = [{**run, "name": f"{run['model']} ({os.path.abspath(run['folder'])})"} for run in runs]
+        for run in runs:
+            run["name"] = f"{run['model']} ({os.path.abspath(run['folder'])})"
     rows = {run["name"]: run["results"] for run in runs}
     rows |= {title: dict(zip(BENCHMARKS, values, strict=True)) for title, values in ROWS.items()}
     names = [name for name in BENCHMARKS if any(name in run["results"] for run in runs)]
