@@ -202,7 +202,7 @@ def test_a_prompt_that_begins_as_an_earlier_one_starts_from_it(tiny, monkeypatch
     first, alike, other, longer = starts
     image = int(np.argmax(prompts[0].tokens == tiny.config.image_token_id))
     assert first == 0 and alike >= image + tiny.config.vision.patches and image - 8 < other <= image
-    assert longer > len(prompts[0].tokens) - 16
+    assert longer > len(prompts[0].tokens) - 32
     assert found == ["".join(Engine(tiny, slots=1).stream(prompt, GREEDY)) for prompt in prompts]
     starts.clear()
     together = [answer.text for answer in sorted(Engine(tiny, slots=8).answers(prompts, GREEDY))]

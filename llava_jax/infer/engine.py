@@ -194,12 +194,12 @@ def _chunks(ticket: Ticket, config: ModelConfig) -> list[bytes]:
     prompt is in none, as it must be run."""
     index_T, P = image_index(ticket.prompt, config), config.vision.patches
     images = np.array([int.from_bytes(name[:8], "little", signed=True) for name in ticket.images] or [0], np.int64)
-    content_T2 = np.stack(
+    content_TC = np.stack(
         [ticket.prompt.tokens, index_T, np.where(index_T < 0, 0, images[index_T.clip(0) // P])], axis=1
     )
     digest, chunks = hashlib.blake2b(digest_size=16), []
-    for end in range(CHUNK, len(content_T2), CHUNK):
-        digest.update(content_T2[end - CHUNK : end].tobytes())
+    for end in range(CHUNK, len(content_TC), CHUNK):
+        digest.update(content_TC[end - CHUNK : end].tobytes())
         chunks.append(digest.digest())
     return chunks
 
@@ -216,7 +216,7 @@ class Features:
     def entries(self, tickets: Sequence[Ticket]) -> list[list[int]]:
         """Return where the features of each ticket's images are, after those that are missing were computed.
 
-        None for a ticket that has its images behind it.
+        Nothing for a ticket that starts after its images.
         """
         token = self._placed.config.image_token_id
         needing = [token in ticket.prompt.tokens[ticket.start :] for ticket in tickets]
