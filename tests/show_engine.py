@@ -4,7 +4,9 @@
 
 - seconds a question of a file, one `generate` after the other, each with its image read and encoded anew, and through
   `answer_file`, killed in the middle and resumed; and whether the answers are the same;
-- seconds a request of clients that stream at once, and of the same requests one after the other on one slot.
+- seconds a request of clients that stream at once, and of the same requests one after the other on one slot;
+- with `--weights=int8` instead: the share of held-out questions answered exactly by the model and by its weights of
+  eight bits, and the error of the logits.
 """
 
 import argparse
@@ -18,7 +20,10 @@ import tempfile
 import threading
 import time
 
+import numpy as np
+
 from llava_jax import api
+from llava_jax.evaluate.exact_match import normalise
 from llava_jax.infer.batch_generate import answer_file, read_questions
 from llava_jax.infer.engine import Engine
 from llava_jax.types import Sampling
@@ -108,15 +113,37 @@ def show_clients(model, folder: str, count: int, slots: int) -> None:
     print(f"  first text after {sorted(first)[int(0.95 * count)]:.3f} s (95 %)")
 
 
+def show_int8(model, folder: str, slots: int, source: str) -> None:
+    small = api.load(source, weights="int8")
+    asked = read_questions(os.path.join(folder, "questions.jsonl"), os.path.join(folder, "images"))
+    with open(os.path.join(folder, "questions.jsonl"), encoding="utf-8") as file:
+        expected = [normalise(json.loads(line)["answer"]) for line in file]
+    prompts = [model.prompt(question.messages) for question in asked]
+    for name, one in (("float32", model), ("int8", small)):
+        answers = [normalise(answer.text) for answer in sorted(one.engine(slots).answers(prompts, SHORT))]
+        correct = sum(given == right for given, right in zip(answers, expected, strict=True))
+        print(f"{name}: {100 * correct / len(asked):.2f} % of {len(asked)} answered exactly")
+    errors = []
+    for prompt in prompts[:50]:
+        pixels = prompt.pixels.transpose(0, 3, 1, 2)
+        whole, rounded = (one.logits(prompt.tokens[None], pixels)[0, -1] for one in (model, small))
+        errors.append(np.sqrt(np.mean((whole - rounded) ** 2)) / whole.std())
+    print(f"logits of the first id: root mean square error {100 * np.mean(errors):.2f} % of their spread")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", required=True, help="workdir of a demo")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--slots", type=int, nargs="+", default=[32])
+    parser.add_argument("--weights", choices=["int8"])
     args = parser.parse_args()
     source, folder = os.path.join(args.demo, "finetune"), os.path.join(args.demo, "world", "held_out")
     model = api.load(source)
+    if args.weights:
+        show_int8(model, folder, args.slots[0], source)
+        return
     for slots in args.slots:
         show_file(model, folder, args.questions, slots, source)
         show_clients(model, folder, args.clients, slots)
