@@ -46,8 +46,9 @@ SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 MESSAGE_KEYS = ("role", "content")
 
 Message = Mapping[str, Any]
-ImageLike = str | os.PathLike[str] | Image.Image
-IMAGE_TYPES = (str, os.PathLike, Image.Image)
+# A path, the content of a file, or an image in memory.
+ImageLike = str | os.PathLike[str] | bytes | Image.Image
+IMAGE_TYPES = (str, os.PathLike, bytes, Image.Image)
 
 
 # ---- text and images to what the model takes, and back ------------------------------------------------------------
@@ -140,23 +141,23 @@ class Processor:
         ids = self.tokenizer.stop_ids(self.rules)
         spelled = [stop for stop in self.rules.stop if self.tokenizer.special_id(stop) is None]
         size = self.config.llm.vocab_size
-        return stop_table(spelled, ids, token_texts(self.tokenizer, size) if spelled else [""] * size)
+        return stop_table(spelled, ids, token_texts(self.tokenizer, range(size)) if spelled else [""] * size)
 
 
-def token_texts(tokenizer: TextTokenizer, size: int) -> list[str]:
-    """Return what each id below `size` adds to a text (a leading space counts, so it is read after another token)."""
+def token_texts(tokenizer: TextTokenizer, ids: Iterable[int]) -> list[str]:
+    """Return what each of these ids adds to a text (a leading space counts, so it is read after another token)."""
     before = tokenizer.encode_text("a")[-1]
     start = len(tokenizer.decode([before]))
-    return [tokenizer.decode([before, token])[start:] for token in range(size)]
+    return [tokenizer.decode([before, token])[start:] for token in ids]
 
 
 def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], list[ImageLike]]:
     """Return turns with one placeholder an image, and the images in order.
 
     A message is {"role": "user" | "assistant", "content": text, or a list of parts {"type": "text", "text": …} and
-    {"type": "image", "image": path or PIL image}}; the first one may be the system's. Images of a message whose text
-    has no placeholder stand before it. Raises InputError for a message of another shape, a count that does not match,
-    or turns that do not alternate.
+    {"type": "image", "image": path, bytes or PIL image}}; the first one may be the system's. Images of a message whose
+    text has no placeholder stand before it. Raises InputError for a message of another shape, a count that does not
+    match, or turns that do not alternate.
     """
     turns, images = [], []
     first = 1 if messages and messages[0].get("role") == "system" else 0
@@ -214,7 +215,7 @@ def _read_content(content: Any) -> tuple[str, list[ImageLike]]:
         else:
             raise InputError(
                 f'a part is {str(part)[:80]}; expected {{"type": "text", "text": …}} or '
-                '{"type": "image", "image": path or PIL image}'
+                '{"type": "image", "image": path, bytes or PIL image}'
             )
     placed = any(IMAGE_PLACEHOLDER in text for text in texts)
     return "\n".join(texts if placed else lines), images
@@ -276,8 +277,8 @@ class Llava:
 
         Args:
             prompts: the questions; without a `<image>` in a question its images stand before it.
-            images: for each prompt None, an image (path or PIL image) or several; for one prompt that is a string, an
-                image or several.
+            images: for each prompt None, an image (path, bytes of a file, or PIL image) or several; for one prompt that
+                is a string, an image or several.
             max_new_tokens, temperature, top_p, top_k, beams, seed: as in `llava_jax.Sampling`; greedy by default.
             batch_size: how many prompts are answered at once.
 

@@ -22,6 +22,7 @@ from llava_jax.cli import (
     models,
     prepare,
     questions,
+    serve,
     suite,
     synthesize,
     train,
@@ -82,6 +83,14 @@ COMMANDS: dict[str, Command] = {
         models.chat_flags,
         models.chat,
         reads=("model", "vision", "base", "image"),
+        in_buckets=("model", "vision", "base"),
+    ),
+    "serve": Command(
+        "answer over HTTP: OpenAI's chat completions with images, and a page to chat in a browser",
+        "llava-jax serve --model=runs/finetune --port=8000",
+        serve.serve_flags,
+        serve.serve,
+        reads=("model", "vision", "base", "api_key_file"),
         in_buckets=("model", "vision", "base"),
     ),
     "synthesize": Command(
