@@ -79,7 +79,7 @@ def _parts(url: str, where: str) -> tuple[SplitResult, int]:
         raise Refused(f"{where}: an address has at most 8,192 characters, printable ASCII only", where)
     try:
         parts = urlsplit(url)
-        port = parts.port or PORTS[parts.scheme]
+        port = PORTS[parts.scheme] if parts.port is None else parts.port
     except (ValueError, KeyError):
         raise Refused(f"{where}: is not an http or https address", where) from None
     if not parts.hostname or parts.username is not None or port not in PORTS.values():

@@ -1,0 +1,234 @@
+"""The server: OpenAI's client on it, and what a client can do to it."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import openai
+import pytest
+
+from llava_jax import api
+from llava_jax.infer.engine import Engine
+from llava_jax.serve import server
+from tests.serving import Words, ask, body, data_url, serving, shows, user
+from tests.tiny_llava import draw_image, model
+
+TWO = [
+    shows(data_url(draw_image(0))),
+    {"role": "assistant", "content": "A thing."},
+    shows(data_url(draw_image(1)), "And this?"),
+]
+OURS = [
+    *api.question("What is this?", draw_image(0)),
+    {"role": "assistant", "content": "A thing."},
+    *api.question("And this?", draw_image(1)),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return model(str(tmp_path_factory.getbasetemp()))
+
+
+@pytest.fixture(scope="module")
+def port(tiny):
+    with serving(Engine(tiny, slots=4), tiny.processor) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+
+def words(tiny, **settings):
+    """A server on an engine of words."""
+    engine = Words(**{key: settings.pop(key) for key in ("seconds", "waiting", "error") if key in settings})
+    return engine, serving(engine, tiny.processor, **settings)
+
+
+# ---- OpenAI's client ------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_about_two_images_is_answered_as_from_python(tiny, client):
+    expected = "".join(tiny.stream(OURS, max_new_tokens=8))
+    how = dict(model="tiny", messages=TWO, max_tokens=8)
+    whole = client.chat.completions.create(**how)
+    assert whole.choices[0].message.content == expected and whole.choices[0].finish_reason == "length"
+    assert whole.usage.prompt_tokens == tiny.length(OURS) and whole.usage.completion_tokens == 8
+    chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage and len(chunks) > 5
+
+    async def several() -> list[str]:
+        many = openai.AsyncOpenAI(base_url=client.base_url, api_key="none")
+        replies = await asyncio.gather(*(many.chat.completions.create(**how) for _ in range(3)))
+        stream = await many.chat.completions.create(**how, stream=True)
+        streamed = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        return [reply.choices[0].message.content for reply in replies] + ["".join(streamed)]
+
+    assert asyncio.run(several()) == [expected] * 4
+
+
+def test_choices_seeds_stops_and_logprobs(tiny, client):
+    how = dict(model="tiny", messages=[user("Who are you?")], max_completion_tokens=8)
+    drawn = client.chat.completions.create(**how, n=3, temperature=1.5, seed=5)
+    texts = [choice.message.content for choice in drawn.choices]
+    assert len(set(texts)) == 3 and drawn.usage.completion_tokens > 16
+    again = client.chat.completions.create(**how, temperature=1.5, seed=6)
+    assert again.choices[0].message.content == texts[1]
+    greedy = tiny.generate("Who are you?", max_new_tokens=8)[0]
+    stopped = client.chat.completions.create(**how, stop=[greedy[3:5]])
+    assert stopped.choices[0].message.content.strip() == greedy[: greedy.find(greedy[3:5])].strip()
+    assert stopped.choices[0].finish_reason == "stop"
+    scored = client.chat.completions.create(**how, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(scored) == 8 and all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in scored)
+    assert "".join(token.token for token in scored).strip() == greedy
+    assert scored[0].top_logprobs[0].token == scored[0].token
+
+
+def test_models_state_and_figures(port, client):
+    assert [found.id for found in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no such model"):
+        client.models.retrieve("other")
+    assert ask(port, path="/health", method="GET")[0] == 200 and ask(port, path="/ready", method="GET")[0] == 200
+    client.chat.completions.create(model="tiny", messages=[user()], max_tokens=2)
+    figures = ask(port, path="/metrics", method="GET")[1]
+    assert "llava_queued 0.0" in figures and 'status="200"' in figures and "llava_first_token_seconds_count" in figures
+    assert set(ask(port, path="/openapi.json", method="GET")[1]["paths"]) >= {"/v1/chat/completions", "/health"}
+
+
+# ---- clients that leave, wait, or are too many ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot_within_a_second(tiny, stream):
+    engine, served = words(tiny, seconds=0.02)
+    with served as port:
+        connection = socket.create_connection(("127.0.0.1", port))
+        content = json.dumps(body(stream=stream, max_tokens=500)).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        if stream:
+            assert b"200 OK" in connection.recv(1000)
+        wait(lambda: engine.running == 1)
+        connection.close()
+        wait(lambda: engine.running == 0, seconds=1)
+
+
+def wait(true, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+
+
+def test_a_full_queue_says_when_to_come_back(tiny):
+    engine, served = words(tiny, seconds=0.05, waiting=1)
+    with served as port:
+        first = threading.Thread(target=ask, args=(port, body(max_tokens=20)))
+        first.start()
+        wait(lambda: engine.running == 1)
+        status, reply, headers = ask(port, body())
+        assert status == 429 and headers["retry-after"] == "1" and reply["error"]["type"] == "rate_limit_error"
+        first.join()
+        # Of several choices none is left running where one finds no place.
+        assert ask(port, body(n=2))[0] == 429
+        wait(lambda: engine.running == 0)
+        assert ask(port, body())[0] == 200
+
+
+def test_an_answer_that_takes_too_long_and_an_engine_that_fails(tiny):
+    engine, served = words(tiny, seconds=0.02, timeout=0.2)
+    with served as port:
+        assert ask(port, body(max_tokens=400))[0] == 504
+        late = ask(port, body(max_tokens=400, stream=True))[1]
+        assert '"content": "w0 "' in late and '"type": "server_error"' in late and "[DONE]" not in late
+        wait(lambda: engine.running == 0)
+    engine, served = words(tiny, error=RuntimeError("secret of the device"))
+    with served as port:
+        for stream in (False, True):
+            status, reply, _ = ask(port, body(stream=stream))
+            assert status == 500 and reply["error"]["type"] == "server_error" and "secret" not in str(reply)
+        engine.alive = False
+        assert ask(port, path="/health", method="GET")[0] == 503
+
+
+def test_slow_clients_are_closed(tiny, monkeypatch):
+    for name in ("HEADER_SECONDS", "BODY_SECONDS"):
+        monkeypatch.setattr(server, name, 0.2)
+    _, served = words(tiny)
+    with served as port:
+        for half in (b"", b"POST / HT", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(half)
+            assert connection.recv(100) == b"", "closed without a word"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(head + b"Content-Length: 50\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+# ---- who may ask ----------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_asked_everywhere_but_for_health_and_the_page(tiny):
+    _, served = words(tiny, key="secret-key")
+    with served as port:
+        for path in ("/v1/models", "/metrics", "/ready", "/openapi.json", "/nowhere"):
+            for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret-key"}):
+                status, reply, _ = ask(port, path=path, method="GET", **given)
+                assert status == 401 and reply["error"]["code"] == "invalid_api_key", path
+        assert ask(port, body())[0] == 401
+        assert ask(port, path="/v1/models", method="GET", authorization="Bearer secret-key")[0] == 200
+        assert ask(port, body(), authorization="Bearer secret-key")[0] == 200
+        for path in ("/health", "/", "/page/app.js"):
+            assert ask(port, path=path, method="GET")[0] == 200
+
+
+def test_a_page_of_another_site_gets_nothing(tiny):
+    _, served = words(tiny, hosts=("localhost", "127.0.0.1"))
+    with served as port:
+        assert ask(port, path="/v1/models", method="GET", host="evil.example")[0] == 421
+        assert ask(port, path="/v1/models", method="GET", host=f"localhost:{port}")[0] == 200
+        status, _, headers = ask(port, body(), content_type="text/plain", origin="http://evil.example")
+        assert status == 415 and "access-control-allow-origin" not in headers
+        status, _, headers = ask(port, path="/", method="GET")
+        assert status == 200 and headers["content-security-policy"].startswith("default-src 'self'")
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_what_runs_and_exits_with_0(tiny, tmp_path_factory):
+    code = (
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "from tests.serving import *\nfrom tests.tiny_llava import model\nimport sys\n"
+        "run = server.make_server(Service('tiny', Words(0.05), model(sys.argv[1]).processor, Limits(512)))\n"
+        "bound = server.bind('127.0.0.1', 0)\nprint(bound.getsockname()[1], flush=True)\nrun.run(sockets=[bound])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path_factory.getbasetemp())], stdout=subprocess.PIPE, text=True
+    )
+    port, replies = int(process.stdout.readline()), []
+    wait(lambda: _answers(port))
+    running = threading.Thread(target=lambda: replies.append(ask(port, body(max_tokens=20))))
+    running.start()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 0
+    running.join()
+    assert replies[0][0] == 200 and replies[0][1]["usage"]["completion_tokens"] == 20
+
+
+def _answers(port: int) -> bool:
+    try:
+        return ask(port, path="/health", method="GET")[0] == 200
+    except OSError:
+        return False
