@@ -3,6 +3,8 @@
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
 # make bench   speed and memory beside torch and transformers
+# make page    the page of serve in headless Chromium, with screenshots: make page MODEL=demo_run/finetune
+# make load    many clients on serve, then schemathesis: make load MODEL=demo_run/finetune
 # make docs    the documentation, warnings as errors, its notebooks executed
 # make package wheel and sdist, each installed into an empty environment and used in an empty folder
 # make lint    ruff, its format, who may import whom (import-linter), and make types
@@ -11,7 +13,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test parity ecosystem bench docs package lint types
+.PHONY: demo test parity ecosystem bench page load docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -19,6 +21,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 DEMO ?= demo_run
+MODEL ?= $(DEMO)/finetune
 
 demo: .venv/.runtime
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax demo --workdir=$(DEMO)
@@ -42,6 +45,13 @@ bench: .venv/.runtime .venv-parity/.parity
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark train --peer
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark generate --peer
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark data --peer
+
+page: .venv/.runtime .venv-page/.ready
+	.venv-page/bin/python -m tests.show_page --model=$(MODEL)
+
+load: .venv/.runtime .venv-page/.ready
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.show_server --model=$(MODEL)
+	.venv-page/bin/python -m tests.show_schema --model=$(MODEL)
 
 docs: .venv/.docs
 	.venv/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
@@ -103,6 +113,10 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 .venv-parity-446/.parity: requirements-parity-446.txt .venv-parity-446/.python-$(VERSION)
 	@echo "installing requirements-parity-446.txt into .venv-parity-446 (torch: several minutes the first time)"
 	@$(call install,.venv-parity-446,-r requirements-parity-446.txt)
+	@touch $@
+
+.venv-page/.ready: requirements-page.txt .venv-page/.python-$(VERSION)
+	@$(call install,.venv-page,-r requirements-page.txt)
 	@touch $@
 
 .venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready .venv-ecosystem-lmms-eval/.ready: \

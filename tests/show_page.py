@@ -9,16 +9,14 @@ import argparse
 import base64
 import contextlib
 import json
-import os
 import pathlib
-import re
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.serve_process import served
 
 KEY = "the key of the page's test"
 EXAMPLES = pathlib.Path(__file__).parent.parent / "llava_jax" / "serve" / "page" / "examples"
@@ -51,27 +49,15 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default="build/page")
     parser.add_argument("--browser", default="/usr/bin/chromium")
     args = parser.parse_args()
+    expect.set_options(timeout=60_000)  # a program that is compiled for the first time
     args.output.mkdir(parents=True, exist_ok=True)
-    with served(args.python, args.model) as url, sync_playwright() as tools:
+    with served(args.python, args.model, key=KEY) as server, sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=args.browser, args=["--no-sandbox"])
         for show in (key, desktop, stop, markdown, phone):
-            show(browser, url, args.output)
+            show(browser, server.url, args.output)
             print(f"{show.__name__}: as expected", flush=True)
         browser.close()
     print(f"screenshots in {args.output}")
-
-
-@contextlib.contextmanager
-def served(python: str, model: str) -> Iterator[str]:
-    """Yield the address of a server with a key."""
-    command = [python, "-m", "llava_jax", "serve", f"--model={model}", "--port=0"]
-    environment = os.environ | {"LLAVA_JAX_API_KEY": KEY, "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        yield next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
-    finally:
-        process.terminate()
-        assert process.wait(30) == 0
 
 
 def opened(browser: Browser, url: str, with_key: bool = True, **context) -> Page:

@@ -64,8 +64,7 @@ def serve(args: argparse.Namespace) -> int:
     )
     model = load(args)
     engine = Engine(model, slots=args.slots, max_length=args.max_length, waiting=args.waiting)
-    positions = min(args.max_length or model.config.llm.max_positions, model.config.llm.max_positions)
-    limits = Limits(positions, body=args.max_body * 1_000_000, images=args.max_images)
+    limits = Limits(engine.max_length, body=args.max_body * 1_000_000, images=args.max_images)
     # Without a key, a page of another site must not get in under a name of its own for this machine.
     hosts = LOOPBACK if local and not key else ()
     service = Service(

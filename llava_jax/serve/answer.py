@@ -14,7 +14,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llava_jax.api import Processor, token_texts
-from llava_jax.infer.engine import End, Engine, Failed, Full, Piece, Ticket
+from llava_jax.infer.engine import Closed, End, Engine, Failed, Full, Piece, Ticket
 from llava_jax.infer.generate import Prompt
 from llava_jax.serve.errors import Refused
 from llava_jax.serve.metrics import Metrics
@@ -61,9 +61,9 @@ class Answer:
                 to = functools.partial(emit, index)
                 ticket = service.engine.submit(prompt, sampling, to, stop=ask.stop, logprobs=ask.logprobs)
                 self.tickets.append(ticket)
-        except Full:
+        except (Full, Closed, InputError) as error:
             self.cancel()
-            raise Refused("the server is busy; try again", status=429, code="rate_limit_exceeded") from None
+            raise _of_engine(error) from None
 
     def cancel(self) -> None:
         """Free the slots; nothing happens to choices that have ended."""
@@ -169,6 +169,10 @@ class Answer:
 def _of_engine(error: Exception) -> Refused:
     if isinstance(error, InputError):
         return Refused(str(error), "messages")
+    if isinstance(error, Full):
+        return Refused("the server is busy; try again", status=429, code="rate_limit_exceeded")
+    if isinstance(error, Closed):
+        return Refused("the server is stopping", status=503)
     log.error("a request failed on the device", exc_info=error)
     return Refused("the model failed on this request; the server's log says why", status=500)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import anyio
 import prometheus_client as prometheus
 import uvicorn
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,7 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava_jax.data.images import image_size
 from llava_jax.infer.engine import End, Failed, Piece
-from llava_jax.infer.generate import Prompt
+from llava_jax.infer.generate import Prompt, question_message
 from llava_jax.serve import images, protocol
 from llava_jax.serve.answer import Answer, Events, Service
 from llava_jax.serve.errors import Refused
@@ -272,12 +273,12 @@ def make_prompt(messages: list[dict[str, Any]], service: Service) -> Prompt:
 
 
 def warm_up(service: Service) -> None:
-    """Answer one question, so that the first client does not wait for the programs to be compiled.
+    """Answer a question about an image, so that the first client does not wait until all is compiled.
 
     Raises what the engine fails with.
     """
     events: queue.Queue[Piece | End | Failed] = queue.Queue()
-    prompt = service.processor.prompt([{"role": "user", "content": "?"}])
+    prompt = service.processor.prompt([question_message("?", [Image.new("RGB", (64, 64))])])
     service.engine.submit(prompt, Sampling(max_new_tokens=2), events.put)
     while not isinstance(event := events.get(), End):
         if isinstance(event, Failed):

@@ -190,7 +190,7 @@ function Message({ one, busy, last, again, edit }) {
           <div class="actions"><button class="main">Send</button>
           <button type="button" class="quiet" onClick=${() => setEditing(null)}>Cancel</button></div></form>`
       : one.role === "user" ? html`<p class="said">${one.text}</p>`
-      : html`<div class="answer">${markdown(one.text)}${writing && html`<span class="cursor" aria-hidden="true"></span>`}</div>`}
+      : html`<div class="answer ${writing ? "writing" : ""}">${markdown(one.text)}</div>`}
     ${one.error && html`<p class=${one.error === STOPPED ? "note" : "error"}>${one.error}</p>`}
     ${one.note && html`<p class="note">${one.note}</p>`}
     ${!busy && editing === null && html`<div class="actions">
