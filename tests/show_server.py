@@ -59,7 +59,7 @@ class Client:
 
 
 def questions(number: int, model: str) -> list[bytes]:
-    """Return the bodies of `number` requests, each about a scene of its own: half short questions, half descriptions."""
+    """Return the bodies of `number` requests, each about a scene of its own: short questions and descriptions."""
     rng = np.random.default_rng(0)
     bodies = []
     for index, scene in enumerate(world.sample_scenes(rng, number, held_out=True)):

@@ -1,10 +1,15 @@
 """A conversation in the terminal, typed from a file."""
 
+import base64
 import io
+import json
+import re
 
 import pytest
+from PIL import Image
 
 from llava_jax.infer.chat import HELP, chat
+from llava_jax.infer.inline_image import inline_image
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import draw_image, model
 
@@ -42,16 +47,16 @@ class Recorder:
             yield piece
 
 
-def talk(model, typed: str, image: str | None = None) -> list[str]:
+def talk(model, typed: str, *images: str) -> list[str]:
     output = io.StringIO()
-    chat(model, image, io.StringIO(typed), output, SAMPLING)
+    chat(model, images, io.StringIO(typed), output, SAMPLING)
     shown = output.getvalue()
     assert shown.startswith(HELP)
     return [part.strip() for part in shown[len(HELP) :].split("\n> ")][1:]
 
 
-def asks(text: str, image: str | None = None) -> tuple:
-    parts = [{"type": "image", "image": image}] if image else []
+def asks(text: str, *images: str) -> tuple:
+    parts = [{"type": "image", "image": image} for image in images]
     return ("user", [*parts, {"type": "text", "text": text}])
 
 
@@ -64,17 +69,47 @@ def test_a_conversation_equals_the_streamed_answers(tiny, photo):
     assert end == "" and first != second
 
 
-def test_history_reset_and_images(tiny, photo):
-    told = Recorder(tiny, ["a"], ["b"], ["c"], ["d"])
-    talk(told, f"one\ntwo\n\n/reset\nthree\n/image {photo}\nfour\n/quit\nfive\n")
-    one, two = asks("one"), asks("two")
-    assert told.asked == [[one], [one, ("assistant", "a"), two], [asks("three")], [asks("four", photo)]]
+def test_history_reset_and_images(tiny, photo, tmp_path):
+    draw_image(1).save(tmp_path / "1 1.png")
+    other = str(tmp_path / "1 1.png")
+    told = Recorder(tiny, ["a"], ["b"], ["c"], ["d"], ["e"])
+    talk(told, f"one\ntwo\n\n/image {photo}\n/image {other}\nthree\nfour\n/reset\nfive\n/quit\nsix\n")
+    first = [asks("one"), ("assistant", "a"), asks("two")]
+    second = [*first, ("assistant", "b"), asks("three", photo, other)]
+    assert told.asked == [first[:1], first, second, [*second, ("assistant", "c"), asks("four")], [asks("five")]]
 
 
-def test_the_first_image_stays_after_a_reset(tiny, photo):
-    told = Recorder(tiny, ["a"], ["b"])
-    talk(told, "one\n/reset\ntwo\n", photo)
-    assert told.asked == [[asks("one", photo)], [asks("two", photo)]]
+def test_the_first_images_come_again_after_a_reset(tiny, photo):
+    told = Recorder(tiny, ["a"], ["b"], ["c"])
+    talk(told, "one\ntwo\n/reset\nthree\n", photo, photo)
+    assert told.asked[0] == [asks("one", photo, photo)] and told.asked[2] == [asks("three", photo, photo)]
+    assert told.asked[1][2] == asks("two")
+
+
+def test_a_saved_conversation_can_be_asked_again(tiny, photo, tmp_path):
+    told = Recorder(tiny, ["a"])
+    shown = talk(told, f"one\n/save {tmp_path}/talk.json\n/save {tmp_path}/no/talk.json\n", photo)
+    messages = json.loads((tmp_path / "talk.json").read_text())
+    assert [(m["role"], m["content"]) for m in messages] == [asks("one", photo), ("assistant", "a")]
+    assert tiny.prompt([*messages, {"role": "user", "content": "And?"}]).pixels.shape[0] == 1
+    assert "2 messages" in shown[1] and shown[2].startswith("error: ") and "cannot be written" in shown[2]
+
+
+def test_terminals_that_show_images(photo):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(**environment: str) -> str:
+        return inline_image(photo, Terminal(), environment)
+
+    png = base64.b64decode(
+        shown(TERM_PROGRAM="iTerm.app").removeprefix("\x1b]1337;File=inline=1;preserveAspectRatio=1:")[:-2]
+    )
+    assert Image.open(io.BytesIO(png)).size == draw_image(0).size
+    chunks = re.findall(r"\x1b_G(a=T,f=100,q=2,)?m=([01]);([^\x1b]+)\x1b", shown(TERM="xterm-kitty"))
+    assert [m for _, m, _ in chunks] == ["0"] and base64.b64decode("".join(chunk for *_, chunk in chunks)) == png
+    assert shown(TERM="xterm-256color") == "" == inline_image(photo, io.StringIO(), {"TERM": "xterm-kitty"})
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(tiny):
@@ -95,7 +130,7 @@ def test_an_interrupt_at_the_prompt_does_not_end_the_chat(tiny):
             return super().readline()
 
     told, output = Recorder(tiny, ["a"]), io.StringIO()
-    chat(told, None, Keyboard("one\n"), output, SAMPLING)
+    chat(told, (), Keyboard("one\n"), output, SAMPLING)
     assert "Ctrl-D or /quit leaves" in output.getvalue() and len(told.asked) == 1
 
 

@@ -84,7 +84,7 @@ class Asked:
 def test_chat_forgets_what_is_no_text_and_continues():
     typed = io.TextIOWrapper(io.BytesIO(b"\xff\xfe bad\nIs it?\n/quit\n"), "utf-8", errors="surrogateescape")
     output = io.StringIO()
-    chat(Asked(), None, typed, output, Sampling())
+    chat(Asked(), (), typed, output, Sampling())
     assert "byte 0xFF" in output.getvalue() and output.getvalue().count("Yes.") == 1
 
 

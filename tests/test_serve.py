@@ -2,10 +2,9 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,8 +12,11 @@ import openai
 import pytest
 
 from llava_jax import api
+from llava_jax.cli import main as cli
+from llava_jax.cli import serve
 from llava_jax.infer.engine import Engine
 from llava_jax.serve import server
+from llava_jax.types import Sampling
 from tests.serving import Words, ask, body, data_url, serving, shows, user
 from tests.tiny_llava import draw_image, model
 
@@ -36,8 +38,13 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def port(tiny):
-    with serving(Engine(tiny, slots=4), tiny.processor) as port:
+def engine(tiny):
+    return Engine(tiny, slots=2)
+
+
+@pytest.fixture(scope="module")
+def port(tiny, engine):
+    with serving(engine, tiny.processor) as port:
         yield port
 
 
@@ -55,42 +62,60 @@ def words(tiny, **settings):
 # ---- OpenAI's client ------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_about_two_images_is_answered_as_from_python(tiny, client):
-    expected = "".join(tiny.stream(OURS, max_new_tokens=8))
-    how = dict(model="tiny", messages=TWO, max_tokens=8)
+def test_a_conversation_about_two_images_is_answered_as_from_python(tiny, engine, client):
+    expected = "".join(engine.stream(tiny.prompt(OURS), Sampling(max_new_tokens=12)))
+    how = dict(model="tiny", messages=TWO, max_tokens=12)
     whole = client.chat.completions.create(**how)
     assert whole.choices[0].message.content == expected and whole.choices[0].finish_reason == "length"
-    assert whole.usage.prompt_tokens == tiny.length(OURS) and whole.usage.completion_tokens == 8
+    assert whole.usage.prompt_tokens == tiny.length(OURS) and whole.usage.completion_tokens == 12
     chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage == whole.usage and len(chunks) > 5
 
-    async def several() -> list[str]:
+    async def asked() -> list[str]:
         many = openai.AsyncOpenAI(base_url=client.base_url, api_key="none")
-        replies = await asyncio.gather(*(many.chat.completions.create(**how) for _ in range(3)))
+        reply = await many.chat.completions.create(**how)
         stream = await many.chat.completions.create(**how, stream=True)
-        streamed = [chunk.choices[0].delta.content or "" async for chunk in stream]
-        return [reply.choices[0].message.content for reply in replies] + ["".join(streamed)]
+        return [reply.choices[0].message.content, "".join([c.choices[0].delta.content or "" async for c in stream])]
 
-    assert asyncio.run(several()) == [expected] * 4
+    assert asyncio.run(asked()) == [expected] * 2
 
 
-def test_choices_seeds_stops_and_logprobs(tiny, client):
-    how = dict(model="tiny", messages=[user("Who are you?")], max_completion_tokens=8)
-    drawn = client.chat.completions.create(**how, n=3, temperature=1.5, seed=5)
-    texts = [choice.message.content for choice in drawn.choices]
-    assert len(set(texts)) == 3 and drawn.usage.completion_tokens > 16
-    again = client.chat.completions.create(**how, temperature=1.5, seed=6)
-    assert again.choices[0].message.content == texts[1]
-    greedy = tiny.generate("Who are you?", max_new_tokens=8)[0]
-    stopped = client.chat.completions.create(**how, stop=[greedy[3:5]])
-    assert stopped.choices[0].message.content.strip() == greedy[: greedy.find(greedy[3:5])].strip()
-    assert stopped.choices[0].finish_reason == "stop"
+def test_stops_and_logprobs(tiny, engine, client):
+    greedy = "".join(engine.stream(tiny.prompt(OURS), Sampling(max_new_tokens=12)))
+    how = dict(model="tiny", messages=TWO, max_completion_tokens=12)
+    stopped = client.chat.completions.create(**how, stop=[greedy[3:5]]).choices[0]
+    assert stopped.message.content.strip() == greedy[: greedy.find(greedy[3:5])].strip()
+    assert stopped.finish_reason == "stop"
     scored = client.chat.completions.create(**how, logprobs=True, top_logprobs=3).choices[0].logprobs.content
-    assert len(scored) == 8 and all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in scored)
+    assert len(scored) == 12 and all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in scored)
     assert "".join(token.token for token in scored).strip() == greedy
     assert scored[0].top_logprobs[0].token == scored[0].token
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_choices_and_what_the_engine_is_asked(tiny, stream):
+    engine, served = words(tiny)
+    with served as port:
+        how = dict(
+            n=3, seed=-1, temperature=0.7, top_p=0.9, top_k=5, stop="x", max_tokens=None, max_completion_tokens=2
+        )
+        status, reply, _ = ask(port, body(**how, stream=stream, user="me", tools=[], response_format={"type": "text"}))
+    assert status == 200
+    assert [asked[1] for asked in engine.asked] == [
+        Sampling(2, 0.7, top_p=0.9, top_k=5, seed=seed) for seed in (2**32 - 1, 0, 1)
+    ]
+    assert {asked[2:] for asked in engine.asked} == {(("x",), None)}
+    if not stream:
+        assert [choice["message"]["content"] for choice in reply["choices"]] == ["w0 w1 "] * 3
+        assert reply["usage"]["completion_tokens"] == 6
+    else:
+        chunks = [json.loads(event[6:]) for event in reply.split("\n\n")[:-2]]
+        texts = ["", "", ""]
+        for chunk in chunks:
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"].get("content", "")
+        assert texts == ["w0 w1 "] * 3
 
 
 def test_models_state_and_figures(port, client):
@@ -203,28 +228,35 @@ def test_a_page_of_another_site_gets_nothing(tiny):
         assert status == 200 and headers["content-security-policy"].startswith("default-src 'self'")
 
 
-# ---- the end --------------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_ends_what_runs_and_exits_with_0(tiny, tmp_path_factory):
-    code = (
-        "import signal; signal.signal(signal.SIGTERM, lambda *_: None)\n"
-        "from tests.serving import *\nfrom tests.tiny_llava import model\nimport sys\n"
-        "run = server.make_server(Service('tiny', Words(0.05), model(sys.argv[1]).processor, Limits(512)))\n"
-        "bound = server.bind('127.0.0.1', 0)\nprint(bound.getsockname()[1], flush=True)\nrun.run(sockets=[bound])\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path_factory.getbasetemp())], stdout=subprocess.PIPE, text=True
-    )
-    port, replies = int(process.stdout.readline()), []
-    wait(lambda: _answers(port))
-    running = threading.Thread(target=lambda: replies.append(ask(port, body(max_tokens=20))))
-    running.start()
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 0
-    running.join()
-    assert replies[0][0] == 200 and replies[0][1]["usage"]["completion_tokens"] == 20
+def test_the_command_ends_what_runs_on_sigterm_and_exits_with_0(tiny, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(serve, "load", lambda args: tiny)
+    (tmp_path / "key").write_text("secret-key\n")
+    found, replies = socket.create_server(("127.0.0.1", 0)), []
+    port = found.getsockname()[1]
+    found.close()
+
+    def client() -> None:
+        wait(lambda: _answers(port))
+        head = {"authorization": "Bearer secret-key"}
+        running = threading.Thread(target=lambda: replies.append(ask(port, body(max_tokens=300), **head)))
+        running.start()
+        wait(lambda: "llava_running 1.0" in ask(port, path="/metrics", method="GET", **head)[1])
+        os.kill(os.getpid(), signal.SIGTERM)
+        running.join()
+
+    before = signal.getsignal(signal.SIGTERM)
+    other = threading.Thread(target=client)
+    other.start()
+    try:
+        assert cli.main(["serve", "--model=tiny", f"--port={port}", "--slots=2", f"--api_key_file={tmp_path}/key"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        other.join()
+    assert replies[0][0] == 200 and replies[0][1]["usage"]["completion_tokens"] == 300
+    assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
 
 
 def _answers(port: int) -> bool:
@@ -232,3 +264,18 @@ def _answers(port: int) -> bool:
         return ask(port, path="/health", method="GET")[0] == 200
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--host=0.0.0.0"], "other machines could ask; give a key"),
+        (["--host=192.0.2.1", "--insecure"], "cannot listen there"),
+        (["--port=70000"], "cannot listen there"),
+        (["--slots=0"], "--slots=0: expected 1 or more"),
+        (["--api_key_file=nowhere"], "--api_key_file=nowhere: no such file"),
+    ],
+)
+def test_what_the_command_refuses_before_a_model_is_read(flags, message, capsys):
+    assert cli.main(["serve", "--model=nowhere", *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -78,7 +78,7 @@ COMMANDS: dict[str, Command] = {
         in_buckets=("model", "vision", "base"),
     ),
     "chat": Command(
-        "talk with a model in the terminal, about an image or without one",
+        "talk with a model in the terminal, about images or without one",
         "llava-jax chat --model=runs/finetune --image=cat.jpg",
         models.chat_flags,
         models.chat,

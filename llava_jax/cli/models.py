@@ -122,7 +122,8 @@ def generate_file(args: argparse.Namespace, sampling: Sampling) -> int:
 def chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
     companion_flags(parser)
-    parser.add_argument("--image", metavar="FILE", help="the image to talk about; /image shows another one")
+    several = "an image to talk about; give the flag again for more, or /image while talking"
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help=several)
     sampling_flags(parser, max_new_tokens=512)
 
 
@@ -130,8 +131,9 @@ def chat(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     from llava_jax.infer import chat as terminal
 
-    need_file("--image", args.image)
-    announce("chat", model=args.model, image=args.image, template=args.template, sampling=said(sampling))
+    for path in args.image:
+        need_file("--image", path)
+    announce("chat", model=args.model, image=", ".join(args.image), template=args.template, sampling=said(sampling))
     model = load(args)
     terminal.chat(model, args.image, sys.stdin, sys.stdout, sampling)
     return 0

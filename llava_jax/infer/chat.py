@@ -1,28 +1,47 @@
 """Talk with a model in the terminal, its answer shown as it comes."""
 
 import dataclasses
+import json
+import os
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from llava_jax.infer.engine import Model
 from llava_jax.infer.generate import question_message
+from llava_jax.infer.inline_image import inline_image
+from llava_jax.io import replacing
 from llava_jax.types import InputError, Sampling
 
 HELP = """\
-/image PATH  show an image and start a new conversation about it
-/reset       forget the conversation, keep the image
+/image PATH  add an image to the next message
+/reset       forget the conversation
+/save FILE   write the conversation as JSON
 /quit        leave (Ctrl-D does, too); Ctrl-C stops an answer"""
 
+Messages = list[dict[str, Any]]
 
-def chat(model: Model, image: str | None, input: TextIO, output: TextIO, sampling: Sampling | None = None) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What was said, and the images that come with the next message."""
+
+    messages: Messages
+    images: tuple[str, ...]
+
+
+def chat(model: Model, images: Sequence[str], input: TextIO, output: TextIO, sampling: Sampling | None = None) -> None:
     """Read one message a line from `input` and write the answers to `output` until /quit or the end of `input`.
 
-    A message that cannot be answered (no such image, too long) is told in one line and forgotten; the
-    conversation continues. Only a first `image` that cannot be read raises InputError.
+    `images` come with the first message, and with the first one after /reset. A message that cannot be answered (no
+    such image, too long) is told in one line and forgotten; the conversation continues. Only a first image that cannot
+    be read raises InputError.
     """
     sampling = sampling or Sampling(max_new_tokens=512)
-    if image is not None:
-        _check_image(model, image)
-    messages: list[dict[str, Any]] = []
+    start = said = Conversation([], tuple(images))
+    if images:
+        _check_images(model, images)
+    for path in images:
+        output.write(inline_image(path, output))
     print(HELP, file=output)
     while True:
         try:
@@ -38,56 +57,57 @@ def chat(model: Model, image: str | None, input: TextIO, output: TextIO, samplin
         if not line:
             output.write("\n")
             return
-        if text.startswith("/"):
-            image, messages = _command(model, text, image, messages, output)
-        elif text:
-            shown = [] if image is None or messages else [image]
-            messages = _turn(model, messages, question_message(text, shown), sampling, output)
+        try:
+            if text == "/reset":
+                said = start
+                print("(a new conversation)", file=output)
+            elif text.startswith("/"):
+                said = _command(model, text, said, output)
+            elif text:
+                said = _turn(model, said, text, sampling, output)
+        except InputError as error:
+            print(f"error: {error}", file=output)
 
 
-def _check_image(model: Model, path: str) -> None:
-    model.prompt([question_message("?", [path])])
+def _check_images(model: Model, paths: Sequence[str]) -> None:
+    model.prompt([question_message("?", paths)])
 
 
-def _command(
-    model: Model, text: str, image: str | None, messages: list[dict[str, Any]], output: TextIO
-) -> tuple[str | None, list[dict[str, Any]]]:
-    """Return the image and the conversation after a command."""
+def _command(model: Model, text: str, said: Conversation, output: TextIO) -> Conversation:
+    """Return the conversation after a command with an argument. Raises InputError."""
     name, _, argument = text.partition(" ")
-    if name == "/reset" and not argument:
-        print("(a new conversation)", file=output)
-        return image, []
-    path = argument.strip()
+    path = os.path.expanduser(argument.strip())
+    if name == "/save" and path:
+        try:
+            with replacing(path) as file:
+                json.dump(said.messages, file, ensure_ascii=False, indent=1)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        print(f"({len(said.messages)} messages in {path})", file=output)
+        return said
     if name != "/image" or not path:
-        print(f"error: {text}: no such command; the commands are\n{HELP}", file=output)
-        return image, messages
-    try:
-        _check_image(model, path)
-    except InputError as error:
-        print(f"error: {error}", file=output)
-        return image, messages
-    print(f"(a new conversation about {path})", file=output)
-    return path, []
+        raise InputError(f"{text}: no such command; the commands are\n{HELP}")
+    _check_images(model, [path])
+    output.write(inline_image(path, output))
+    print(f"({path} comes with the next message)", file=output)
+    return dataclasses.replace(said, images=(*said.images, path))
 
 
-def _turn(
-    model: Model, messages: list[dict[str, Any]], message: dict[str, Any], sampling: Sampling, output: TextIO
-) -> list[dict[str, Any]]:
-    """Return the conversation after one more question; as it was, when the question cannot be answered."""
-    said = ""
+def _turn(model: Model, said: Conversation, text: str, sampling: Sampling, output: TextIO) -> Conversation:
+    """Return the conversation after one more question; as it was, when there is no answer. Raises InputError."""
+    message, answer = question_message(text, said.images), ""
     try:
-        for piece in model.stream([*messages, message], **dataclasses.asdict(sampling)):
-            said += piece
+        for piece in model.stream([*said.messages, message], **dataclasses.asdict(sampling)):
+            answer += piece
             output.write(piece)
             output.flush()
     except KeyboardInterrupt:
         output.write(" (stopped)")
     except InputError as error:
-        print(f"error: {error} (/reset starts a new conversation)", file=output)
-        return messages
+        raise InputError(f"{error} (/reset starts a new conversation)") from None
     output.write("\n")
-    if not said:
+    if not answer:
         # A template has no way to say that nothing was answered, so the question is forgotten with its answer.
         print("(no answer)", file=output)
-        return messages
-    return [*messages, message, {"role": "assistant", "content": said}]
+        return said
+    return Conversation([*said.messages, message, {"role": "assistant", "content": answer}], ())

@@ -76,7 +76,8 @@ class Answer:
         while left:
             try:
                 # Once in a while it is looked up whether there still is an engine to wait for.
-                index, event = await asyncio.wait_for(self.queue.get(), min(max(end - time.monotonic(), 0), 2))
+                async with asyncio.timeout(min(max(end - time.monotonic(), 0), 2)):
+                    index, event = await self.queue.get()
             except TimeoutError:
                 if not self.service.engine.alive:
                     raise Refused("the engine has stopped", status=503) from None
@@ -128,23 +129,27 @@ class Answer:
         Raises Refused only in place of the first one: later, the refusal itself is the last event.
         """
         begun: set[int] = set()
+        held = ""
         try:
             async for index, event in self.events():
                 if index not in begun:
                     begun.add(index)
-                    yield self._chunk([choice(index, "delta", {"role": "assistant", "content": ""}, None, None)])
+                    held += self._chunk([choice(index, "delta", {"role": "assistant", "content": ""}, None, None)])
                 if isinstance(event, End):
-                    yield self._chunk([choice(index, "delta", {}, None, event.reason)])
+                    held += self._chunk([choice(index, "delta", {}, None, event.reason)])
                 elif event.text or event.logprobs:
                     logprobs = self._content(self._logprobs(event))
-                    yield self._chunk([choice(index, "delta", {"content": event.text}, logprobs, None)])
-            if self.ask.include_usage:
-                yield self._chunk([], usage(self.prompt_tokens, self.completion_tokens))
-            yield "data: [DONE]\n\n"
+                    held += self._chunk([choice(index, "delta", {"content": event.text}, logprobs, None)])
+                # What the engine has told meanwhile goes out in one piece: a packet costs more than a token.
+                if self.queue.empty() and held:
+                    yield held
+                    held = ""
+            used = usage(self.prompt_tokens, self.completion_tokens)
+            yield held + (self._chunk([], used) if self.ask.include_usage else "") + "data: [DONE]\n\n"
         except Refused as error:
             if not begun:
                 raise
-            yield f"data: {json.dumps(error.content)}\n\n"
+            yield f"{held}data: {json.dumps(error.content)}\n\n"
         finally:
             self.cancel()
 

@@ -30,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llava_jax.data.images import image_size
 from llava_jax.infer.engine import End, Failed, Piece
 from llava_jax.infer.generate import Prompt, question_message
+from llava_jax.io import read_json
 from llava_jax.serve import images, protocol
 from llava_jax.serve.answer import Answer, Events, Service
 from llava_jax.serve.errors import Refused
@@ -64,6 +65,8 @@ class Endpoints:
     def __init__(self, service: Service):
         self.service, self.metrics = service, Metrics(service.engine)
         self.readers = anyio.CapacityLimiter(READERS)
+        self.description = read_json(os.path.join(HERE, "openapi.json"), "the description of the server")
+        self.description["components"]["schemas"]["Request"]["properties"]["model"]["const"] = service.name
         self.model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "llava_jax"}
 
     async def complete(self, request: Request) -> Response:
@@ -100,7 +103,7 @@ class Endpoints:
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
     async def openapi(self, request: Request) -> Response:
-        return FileResponse(os.path.join(HERE, "openapi.json"))
+        return reply(self.description)
 
     async def page(self, request: Request) -> Response:
         return FileResponse(os.path.join(HERE, "page", "index.html"))
