@@ -80,7 +80,7 @@ VALUES = {
     "model": ["other", "", 1, [], "../../etc/passwd", "tiny\x00", "\ud800"],
     "messages": [None, [], {}, "x", 1, [None], ["x"], [[]], [{}]],
     "max_tokens": [0, -1, 1.5, "4", True, 10**9, 10**30, []],
-    "max_completion_tokens": [0, 513, "x", {}, 5],
+    "max_completion_tokens": [0, 2**20 + 1, "x", {}, 5],
     "temperature": [-0.1, 2.1, "1", True, [], {}],
     "top_p": [0, -1, 1.1, "x", True],
     "top_k": [-1, 1.5, "x", 10**9],

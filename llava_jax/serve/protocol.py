@@ -37,6 +37,8 @@ KEYS = (
 )
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_STOPS, STOP_LENGTH, MOST_LOGPROBS = 16, 256, 20
+# Clients ask for far more than a context holds, and mean as much as there is.
+MOST_TOKENS = 2**20
 # No token of a vocabulary is longer, so a text of more characters than this a position cannot fit.
 TOKEN_CHARACTERS = 128
 
@@ -128,8 +130,8 @@ def _sampling(asked: Mapping[str, Any], limits: Limits) -> Sampling:
         raise Refused("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
     name = "max_tokens" if newer is None else "max_completion_tokens"
     return Sampling(
-        # Without a limit an answer may fill the context; the engine ends every answer there.
-        max_new_tokens=int(_number(asked, name, 1, limits.positions, limits.positions, whole=True)),
+        # The engine ends every answer where the context does, with finish_reason length.
+        max_new_tokens=min(int(_number(asked, name, 1, MOST_TOKENS, MOST_TOKENS, whole=True)), limits.positions),
         temperature=_number(asked, "temperature", 0, 2, 0),
         top_p=_number(asked, "top_p", 1e-6, 1, 1),
         top_k=int(_number(asked, "top_k", 0, 1_000_000, 0, whole=True)),

@@ -73,7 +73,12 @@ function App() {
     return () => removeEventListener("keydown", escape);
   }, []);
   const count = messages.length;
-  useEffect(() => { end.current?.scrollIntoView({ block: "end" }); }, [count]);
+  const follow = (near = 120) => {  // unless the reader has scrolled up
+    const page = document.scrollingElement;
+    if (page.scrollHeight - page.scrollTop - page.clientHeight < near) end.current?.scrollIntoView({ block: "end" });
+  };
+  useEffect(() => follow(Infinity), [count]);
+  useEffect(() => follow(), [busy]);
 
   async function run(conversation) {
     const reply = message("assistant", "");
@@ -87,8 +92,7 @@ function App() {
       const reason = await answer(request(model, conversation, settings), (more) => {
         text += more;
         change(() => ({ text }));
-        const page = document.scrollingElement;
-        if (page.scrollHeight - page.scrollTop - page.clientHeight < 120) end.current?.scrollIntoView({ block: "end" });
+        follow();
       }, running.current.signal);
       if (reason === "length") change(() => ({ note: "ended at the longest answer" }));
       if (!text) change(() => ({ error: "The model gave no answer." }));
