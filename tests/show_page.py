@@ -143,6 +143,8 @@ def desktop(browser: Browser, url: str, folder: pathlib.Path) -> None:
     ask(page, "How many objects are there?")
     done(page)
     expect(page.locator("li.user").last.locator("img")).to_have_count(1)
+    expect(page.get_by_role("button", name="Copy").last).to_be_in_viewport()
+    page.wait_for_function("scrollY + innerHeight >= document.documentElement.scrollHeight - 2")
     page.get_by_text("Settings").click()
     page.get_by_label("Temperature").fill("0.8")
     page.screenshot(path=folder / "settings.png")

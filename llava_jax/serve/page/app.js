@@ -61,7 +61,6 @@ function App() {
   const running = useRef(null);
   const [busy, setBusy] = useState(false);
   const input = useRef(null);
-  const end = useRef(null);
 
   const connect = () => modelName().then((name) => { setModel(name); setLocked(""); setTrouble(""); })
     .catch((error) => error.status === 401 ? setLocked(sessionStorage.getItem("key") ? WRONG_KEY : NO_KEY) : setTrouble(error.message));
@@ -75,7 +74,7 @@ function App() {
   const count = messages.length;
   const follow = (near = 120) => {  // unless the reader has scrolled up
     const page = document.scrollingElement;
-    if (page.scrollHeight - page.scrollTop - page.clientHeight < near) end.current?.scrollIntoView({ block: "end" });
+    if (page.scrollHeight - page.scrollTop - page.clientHeight < near) page.scrollTop = page.scrollHeight;
   };
   useEffect(() => follow(Infinity), [count]);
   useEffect(() => follow(), [busy]);
@@ -155,7 +154,6 @@ function App() {
         ${messages.map((one, i) => html`<${Message} key=${one.id} one=${one} busy=${busy} last=${i === count - 1}
           again=${() => run(before(one.id))} edit=${(text) => run([...before(one.id), { ...message("user", text, one.images) }])} />`)}
       </ol>
-      <div ref=${end}></div>
     </main>
     <footer>
       ${trouble && html`<p class="error" role="alert">${trouble}</p>`}
