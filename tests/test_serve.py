@@ -124,7 +124,9 @@ def test_models_state_and_figures(port, client):
         client.models.retrieve("other")
     assert ask(port, path="/health", method="GET")[0] == 200 and ask(port, path="/ready", method="GET")[0] == 200
     client.chat.completions.create(model="tiny", messages=[user()], max_tokens=2)
+    ask(port, path="/nowhere", method="GET")
     figures = ask(port, path="/metrics", method="GET")[1]
+    assert "nowhere" not in figures and 'path="other",status="404"' in figures
     assert "llava_queued 0.0" in figures and 'status="200"' in figures and "llava_first_token_seconds_count" in figures
     assert set(ask(port, path="/openapi.json", method="GET")[1]["paths"]) >= {"/v1/chat/completions", "/health"}
 

@@ -35,20 +35,21 @@ from llava_jax.serve import images, protocol
 from llava_jax.serve.answer import Answer, Events, Service
 from llava_jax.serve.errors import Refused
 from llava_jax.serve.metrics import Metrics
-from llava_jax.serve.protocol import Ask
+from llava_jax.serve.protocol import Ask, ImageAt
 from llava_jax.types import ImageBytes, InputError, Sampling
 
 Result = TypeVar("Result")
 
 # Seconds without progress after which a client is given up: sending its body, reading our answer.
 BODY_SECONDS, READ_SECONDS = 30, 60
-FETCH_SECONDS = 10
-HEADER_SECONDS = 10
+# For all of the headers, all of a body, all of an image from another server.
+HEADER_SECONDS, UPLOAD_SECONDS, FETCH_SECONDS = 10, 300, 10
 # After SIGTERM: for what runs, then for the engine's thread; together the 30 seconds that Kubernetes waits.
 STOP_SECONDS, CLOSE_SECONDS = 25, 3
 CONNECTIONS = 1024
 # Requests that are read and whose images are decoded at one time; one image may take 200 MB meanwhile.
 READERS = 2
+PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/")
 OPEN_PATHS = ("/health", "/")  # and the files of the page, which hold nothing of the model's
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
@@ -75,7 +76,7 @@ class Endpoints:
             raise Refused("expected Content-Type: application/json", status=415)
         body = await read_body(request, service.limits.body)
         ask = await self.read(protocol.read_ask, body, service.name, service.limits)
-        prompt = await self.read(make_prompt, await load_images(ask, service), service)
+        prompt = await self.read(make_prompt, await fetch_images(ask, service), service)
         answer = Answer(service, ask, prompt, self.metrics, start)
         if not ask.stream:
             return reply(await until_gone(request, answer.whole()))
@@ -172,7 +173,7 @@ class Guard:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                path = scope["path"] if message["status"] not in (404, 405) else "other"
+                path = scope["path"] if scope["path"] in PATHS else "other"  # nobody may add labels
                 self.metrics.requests.labels(path, message["status"]).inc()
             async with asyncio.timeout(READ_SECONDS):
                 await send(message)
@@ -215,55 +216,59 @@ async def until_gone(request: Request, work: Awaitable[Result]) -> Result:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises Refused where it is larger than `limit`, at once but for what is already on its way."""
-    body, size = bytearray(), 0
-    end = time.monotonic() + BODY_SECONDS
-    more = True
+    """Return the body. Raises Refused where it is larger than `limit`, or does not come.
+
+    A body that is too large is read to its end all the same and thrown away: a client that still sends when the
+    connection is closed never sees the reply.
+    """
+    body, size, more = bytearray(), 0, True
+    end = time.monotonic() + UPLOAD_SECONDS
     while more:
-        # A body that is too large is read to its end and thrown away, for a while: a client that still sends when the
-        # connection is closed never sees the reply.
-        seconds = BODY_SECONDS if size <= limit else end - time.monotonic()
         try:
-            message = await asyncio.wait_for(request.receive(), max(seconds, 0))
+            seconds = min(BODY_SECONDS, max(0, end - time.monotonic()))
+            message = await asyncio.wait_for(request.receive(), seconds)
         except TimeoutError:
             break
         if message["type"] == "http.disconnect":
             raise Refused("the client left", status=499)
-        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-        body = body + message.get("body", b"") if size <= limit else bytearray()
+        body += message["body"]
+        size, more = size + len(message["body"]), message["more_body"]
+        if size > limit:
+            body.clear()
     if size > limit:
         raise Refused(f"the body is larger than {limit:,} bytes", status=413)
     if more:
-        raise Refused(f"nothing of the body came for {BODY_SECONDS} seconds", status=408)
+        raise Refused("the body did not come in time", status=408)
     return bytes(body)
 
 
-async def load_images(ask: Ask, service: Service) -> list[dict[str, Any]]:
-    """Return the messages with the content of each image in its place. Raises Refused for one that may not be read."""
+async def fetch_images(ask: Ask, service: Service) -> list[dict[str, Any]]:
+    """Return the messages with what lies at http(s) addresses in its place. Raises Refused for one that may not be."""
 
-    async def load(part: dict[str, Any]) -> dict[str, Any]:
+    async def fetched(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image":
             return part
         url, where = part["image"]
-        return {"type": "image", "image": ImageBytes(await _content(url, where, service), where)}
+        scheme = url[:8].partition(":")[0].lower()
+        if scheme == "data":
+            return part
+        if scheme not in images.PORTS:
+            raise Refused(f"{where}: expected a data: URL of an image", where)
+        if not service.remote_images:
+            raise Refused(f"{where}: this server fetches no images; give a data: URL", where)
+        content = await images.fetch(url, where, service.limits.body, FETCH_SECONDS)
+        return {"type": "image", "image": ImageBytes(content, where)}
 
-    return [message | {"content": [await load(part) for part in message["content"]]} for message in ask.messages]
-
-
-async def _content(url: str, where: str, service: Service) -> bytes:
-    scheme = url[:8].partition(":")[0].lower()
-    if scheme == "data":
-        return images.read_data_url(url, where)
-    if scheme not in images.PORTS:
-        raise Refused(f"{where}: expected a data: URL of an image", where)
-    if not service.remote_images:
-        raise Refused(f"{where}: this server fetches no images; give a data: URL", where)
-    return await images.fetch(url, where, service.limits.body, FETCH_SECONDS)
+    return [message | {"content": [await fetched(part) for part in message["content"]]} for message in ask.messages]
 
 
 def make_prompt(messages: list[dict[str, Any]], service: Service) -> Prompt:
     """Return what the model is asked. Raises Refused; images are decoded only when all of them are within limits."""
-    contents = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    contents = []
+    for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+        if isinstance(part["image"], ImageAt):
+            part["image"] = ImageBytes(images.read_data_url(*part["image"]), part["image"].where)
+        contents.append(part["image"])
     try:
         sizes = [image_size(content) for content in contents]
         pixels = sum(width * height for width, height in sizes)
