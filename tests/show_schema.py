@@ -7,6 +7,7 @@ import argparse
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 from tests.serve_process import served
 
@@ -28,7 +29,8 @@ def main() -> None:
             f"--checks={CHECKS}",
             "--header=Authorization: Bearer key",
         ]
-        subprocess.run([*command, f"--max-examples={args.examples}", "--seed=0"], check=True)
+        with tempfile.TemporaryDirectory() as notes:  # what schemathesis remembers of one run for the next
+            subprocess.run([*command, f"--max-examples={args.examples}", "--seed=0"], check=True, cwd=notes)
 
 
 if __name__ == "__main__":
