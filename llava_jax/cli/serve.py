@@ -6,7 +6,7 @@ import os
 import signal
 
 from llava_jax.cli.flags import announce, check_least
-from llava_jax.cli.models import SOURCE, companion_flags, load, need_file
+from llava_jax.cli.models import SOURCE, loading_flags, companion_flags, load, need_file
 from llava_jax.types import InputError
 
 KEY = "LLAVA_JAX_API_KEY"
@@ -16,7 +16,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SRC", help=SOURCE)
     companion_flags(parser)
-    parser.add_argument("--template", help="conversation template; that of the model, or v1 where it names none")
+    loading_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (8000)")
     key = f"file with the key that clients must give; without it the key in {KEY}, if there is one"

@@ -22,7 +22,7 @@ Messages = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
+class Said:
     """What was said, and the images that come with the next message."""
 
     messages: Messages
@@ -37,7 +37,7 @@ def chat(model: Model, images: Sequence[str], input: TextIO, output: TextIO, sam
     be read raises InputError.
     """
     sampling = sampling or Sampling(max_new_tokens=512)
-    start = said = Conversation([], tuple(images))
+    start = said = Said([], tuple(images))
     if images:
         _check_images(model, images)
     for path in images:
@@ -73,7 +73,7 @@ def _check_images(model: Model, paths: Sequence[str]) -> None:
     model.prompt([question_message("?", paths)])
 
 
-def _command(model: Model, text: str, said: Conversation, output: TextIO) -> Conversation:
+def _command(model: Model, text: str, said: Said, output: TextIO) -> Said:
     """Return the conversation after a command with an argument. Raises InputError."""
     name, _, argument = text.partition(" ")
     path = os.path.expanduser(argument.strip())
@@ -93,7 +93,7 @@ def _command(model: Model, text: str, said: Conversation, output: TextIO) -> Con
     return dataclasses.replace(said, images=(*said.images, path))
 
 
-def _turn(model: Model, said: Conversation, text: str, sampling: Sampling, output: TextIO) -> Conversation:
+def _turn(model: Model, said: Said, text: str, sampling: Sampling, output: TextIO) -> Said:
     """Return the conversation after one more question; as it was, when there is no answer. Raises InputError."""
     message, answer = question_message(text, said.images), ""
     try:
@@ -110,4 +110,4 @@ def _turn(model: Model, said: Conversation, text: str, sampling: Sampling, outpu
         # A template has no way to say that nothing was answered, so the question is forgotten with its answer.
         print("(no answer)", file=output)
         return said
-    return Conversation([*said.messages, message, {"role": "assistant", "content": answer}], ())
+    return Said([*said.messages, message, {"role": "assistant", "content": answer}], ())

@@ -42,24 +42,26 @@ class Service:
 class Answer:
     """The choices of one request while the engine works on them."""
 
-    def __init__(self, service: Service, ask: Ask, prompt: Prompt, metrics: Metrics, start: float):
-        """Hand the prompt to the engine, once a choice. Raises Refused where its queue is full."""
+    def __init__(self, service: Service, ask: Ask, metrics: Metrics, start: float):
         self.service, self.ask, self.metrics, self.start = service, ask, metrics, start
         self.base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
         self.prompt_tokens = self.completion_tokens = 0
         self.begun = False
         self.queue: asyncio.Queue[tuple[int, Piece | End | Failed]] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
         self.tickets: list[Ticket] = []
-        loop = asyncio.get_running_loop()
+
+    def submit(self, prompt: Prompt) -> None:
+        """Hand the prompt to the engine, once a choice, on any thread. Raises Refused where it takes none."""
 
         def emit(index: int, event: Piece | End | Failed) -> None:
-            loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
 
         try:
-            for index in range(ask.choices):
-                sampling = dataclasses.replace(ask.sampling, seed=(ask.sampling.seed + index) % 2**32)
-                to = functools.partial(emit, index)
-                ticket = service.engine.submit(prompt, sampling, to, stop=ask.stop, logprobs=ask.logprobs)
+            for index in range(self.ask.choices):
+                sampling = dataclasses.replace(self.ask.sampling, seed=(self.ask.sampling.seed + index) % 2**32)
+                to, how = functools.partial(emit, index), self.ask
+                ticket = self.service.engine.submit(prompt, sampling, to, stop=how.stop, logprobs=how.logprobs)
                 self.tickets.append(ticket)
         except (Full, Closed, InputError) as error:
             self.cancel()

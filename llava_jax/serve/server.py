@@ -77,7 +77,8 @@ class Endpoints:
         body = await read_body(request, service.limits.body)
         ask = await self.read(protocol.read_ask, body, service.name, service.limits)
         prompt = await self.read(make_prompt, await fetch_images(ask, service), service)
-        answer = Answer(service, ask, prompt, self.metrics, start)
+        answer = Answer(service, ask, self.metrics, start)
+        await self.read(answer.submit, prompt)
         if not ask.stream:
             return reply(await until_gone(request, answer.whole()))
         events = answer.stream()
