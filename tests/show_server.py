@@ -1,8 +1,8 @@
 """Load `serve` with many streaming clients: `make load MODEL=SRC`, or python -m tests.show_server --model=SRC.
 
-The questions are about scenes of the demo's world, greedy. They are asked one after the other first, which gives the
-answers and the rate that the rest is held against; then by --clients at once for --minutes. Printed are errors, answers
-that are another's, both rates, the time to the first token, and the server's memory.
+The questions are about scenes of the demo's world, greedy. They are asked one after the other first, of a server with
+one slot: that gives the answers and the rate that the rest is held against. Then --clients ask at once for --minutes.
+Printed are errors, answers that are another's, both rates, the time to the first token, and the server's memory.
 """
 
 import argparse
@@ -81,17 +81,20 @@ def memory(pid: int) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 
 
-async def load(server: Served, bodies: list[bytes], clients: int, seconds: float) -> bool:
-    """Print the figures; return whether there was no error and every answer the right one."""
+async def alone(server: Served, bodies: list[bytes]) -> tuple[list[Reply], float]:
+    """Return the replies to requests that are sent one after the other, and how many came in a second."""
     one = Client(server.url)
     for body in bodies:  # compiles what there is to compile
         await one.ask(body)
     start = time.monotonic()
-    expected = [await one.ask(body) for body in bodies]
-    alone = len(bodies) / (time.monotonic() - start)
-    lengths = [reply.tokens for reply in expected]
-    print(f"one after the other: {alone:.1f} answers/s, {statistics.mean(lengths):.1f} tokens each", flush=True)
+    replies = [await one.ask(body) for body in bodies]
+    return replies, len(bodies) / (time.monotonic() - start)
 
+
+async def load(
+    server: Served, bodies: list[bytes], expected: list[Reply], rate_alone: float, clients: int, seconds: float
+) -> bool:
+    """Print the figures; return whether there was no error and every answer the right one."""
     replies: list[Reply] = []
     faults: list[str] = []
     held: list[float] = []
@@ -123,7 +126,7 @@ async def load(server: Served, bodies: list[bytes], clients: int, seconds: float
     await asyncio.gather(*(run(number, start + seconds, replies) for number in range(clients)), watch(start + seconds))
     rate = len(replies) / (time.monotonic() - start)
     first = sorted(reply.first for reply in replies)
-    print(f"{clients} clients for {seconds:.0f} s: {rate:.1f} answers/s, {rate / alone:.2f} x one after the other")
+    print(f"{clients} clients for {seconds:.0f} s: {rate:.1f} answers/s, {rate / rate_alone:.2f} x one after the other")
     print(f"time to first token: median {statistics.median(first):.2f} s, p95 {first[int(len(first) * 0.95)]:.2f} s")
     print(f"memory: {held[0]:.0f} MiB at the start, {max(held):.0f} at most, {held[-1]:.0f} at the end")
     print(f"{len(replies)} answers, {len(faults)} errors or answers of others")
@@ -139,9 +142,14 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--slots", type=int, default=32)
     args = parser.parse_args()
+    bodies = questions(args.questions, args.model.rstrip("/").rpartition("/")[2])
+    with served(sys.executable, args.model, "--slots=1", "--max_length=256") as server:
+        expected, rate = asyncio.run(alone(server, bodies))
+        tokens = statistics.mean(reply.tokens for reply in expected)
+        print(f"one after the other, one slot: {rate:.1f} answers/s, {tokens:.1f} tokens each", flush=True)
     with served(sys.executable, args.model, f"--slots={args.slots}", "--max_length=256") as server:
-        bodies = questions(args.questions, args.model.rstrip("/").rpartition("/")[2])
-        return 0 if asyncio.run(load(server, bodies, args.clients, args.minutes * 60)) else 1
+        right = asyncio.run(load(server, bodies, expected, rate, args.clients, args.minutes * 60))
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
