@@ -222,8 +222,10 @@ def test_the_key_is_asked_everywhere_but_for_health_and_the_page(tiny):
 def test_a_page_of_another_site_gets_nothing(tiny):
     _, served = words(tiny, hosts=("localhost", "127.0.0.1"))
     with served as port:
-        assert ask(port, path="/v1/models", method="GET", host="evil.example")[0] == 421
-        assert ask(port, path="/v1/models", method="GET", host=f"localhost:{port}")[0] == 200
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "[::1", "[", "a:b:c", "@"):
+            assert ask(port, path="/v1/models", method="GET", host=host)[0] == 421, host
+        for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}"):
+            assert ask(port, path="/v1/models", method="GET", host=host)[0] == 200, host
         status, _, headers = ask(port, body(), content_type="text/plain", origin="http://evil.example")
         assert status == 415 and "access-control-allow-origin" not in headers
         status, _, headers = ask(port, path="/", method="GET")

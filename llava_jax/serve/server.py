@@ -51,6 +51,7 @@ CONNECTIONS = 1024
 READERS = 2
 PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/")
 OPEN_PATHS = ("/health", "/")  # and the files of the page, which hold nothing of the model's
+HOST = re.compile(r"(\[[0-9a-f:.]*\]|[^:]*)(?::\d+)?")
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'",
@@ -189,8 +190,9 @@ class Guard:
 
     def check(self, request: Request) -> None:
         """Raise Refused for a client without the key, and for one that a name of someone else led here."""
-        path, hosts = request.url.path, self.service.hosts
-        if hosts and request.url.hostname not in hosts:
+        path, hosts = request.scope["path"], self.service.hosts
+        named = HOST.fullmatch(request.headers.get("host", "").lower())
+        if hosts and (named is None or named[1].strip("[]") not in hosts):
             raise Refused(f"the server is at {hosts[0]} only", status=421)
         if path in OPEN_PATHS or path.startswith("/page/") or not self.service.key:
             return
