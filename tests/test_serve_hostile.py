@@ -261,6 +261,9 @@ def test_paths_methods_and_forms(port, canary):
         assert ask(port, path=path, method="GET")[0] == 404, path
     for path in (f"/page/..{canary}", f"/page//{canary}", "/page/vendor", "//etc/passwd", "/%00", "/v1/models/%ff"):
         assert ask(port, path=path, method="GET")[0] == 404, path
+    for host in ("[", "[::1", "a b", "evil.example/x?y#z", "\xe4"):
+        assert ask(port, path="/health/", method="GET", host=host)[0] == 404, host
+        assert ask(port, path="/health", method="GET", host=host)[0] == 200, host
     for method in ("GET", "PUT", "DELETE", "OPTIONS", "TRACE", "NONSENSE"):
         assert ask(port, path="/v1/chat/completions", method=method)[0] == 405, method
     assert ask(port, body(), path="/v1/models")[0] == 405

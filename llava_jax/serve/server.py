@@ -132,12 +132,14 @@ def make_app(service: Service) -> Starlette:
         Route("/", endpoints.page),
         Mount("/page", StaticFiles(directory=os.path.join(HERE, "page"))),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[Middleware(Guard, service=service, metrics=endpoints.metrics)],
         exception_handlers=dict.fromkeys((Refused, HTTPException, Exception), error_reply),
     )
+    app.router.redirect_slashes = False  # it would lead to whatever host a client names
+    return app
 
 
 # ---- replies --------------------------------------------------------------------------------------------------------

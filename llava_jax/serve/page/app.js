@@ -1,6 +1,6 @@
 // The chat page. Everything it knows stands in the state of App; the server keeps nothing.
 import { h, render } from "./vendor/preact.js";
-import { useEffect, useRef, useState } from "./vendor/hooks.js";
+import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
 import htm from "./vendor/htm.js";
 import { answer, modelName, readImage } from "./client.js";
 import { markdown } from "./markdown.js";
@@ -177,6 +177,7 @@ function Welcome({ ready, run }) {
 
 function Message({ one, busy, last, again, edit }) {
   const [editing, setEditing] = useState(null);
+  const elements = useMemo(() => markdown(one.text), [one.text]);
   const writing = busy && last && one.role === "assistant";
   const save = (event) => { event.preventDefault(); if (editing.trim()) { setEditing(null); edit(editing.trim()); } };
   const start = useRef(null);
@@ -192,7 +193,7 @@ function Message({ one, busy, last, again, edit }) {
           <div class="actions"><button class="main">Send</button>
           <button type="button" class="quiet" onClick=${() => setEditing(null)}>Cancel</button></div></form>`
       : one.role === "user" ? html`<p class="said">${one.text}</p>`
-      : html`<div class="answer ${writing ? "writing" : ""}">${markdown(one.text)}</div>`}
+      : html`<div class="answer ${writing ? "writing" : ""}">${elements}</div>`}
     ${one.error && html`<p class=${one.error === STOPPED ? "note" : "error"}>${one.error}</p>`}
     ${one.note && html`<p class="note">${one.note}</p>`}
     ${!busy && editing === null && html`<div class="actions">
