@@ -157,7 +157,7 @@ def wait(true, seconds: float = 5) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(tiny):
-    engine, served = words(tiny, seconds=0.05, waiting=1)
+    engine, served = words(tiny, seconds=0.02, waiting=1)
     with served as port:
         first = threading.Thread(target=ask, args=(port, body(max_tokens=20)))
         first.start()

@@ -344,7 +344,7 @@ class Site(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "http://127.0.0.1/")
         elif self.path == "/slow":
-            threading.Event().wait(2)
+            threading.Event().wait(0.5)
             return
         else:
             self.send_response(200 if self.path in content else 500)
@@ -359,7 +359,7 @@ def test_a_public_image_is_fetched_within_limits(remote, monkeypatch):
     from llava_jax.serve import server
 
     port, reached, aim = remote
-    monkeypatch.setattr(server, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(server, "FETCH_SECONDS", 0.3)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     with listening(Site) as address:
         aim[0] = int(address.rpartition(":")[2])
@@ -367,7 +367,7 @@ def test_a_public_image_is_fetched_within_limits(remote, monkeypatch):
         assert reached == [("93.184.216.34", 80)]
         refused(port, body(shows("http://public.example/away")), says="answers 302")
         refused(port, body(shows("http://public.example/error")), says="answers 500")
-        refused(port, body(shows("http://public.example/slow")), says="took more than 0.5 s")
+        refused(port, body(shows("http://public.example/slow")), says="took more than 0.3 s")
         refused(port, body(shows("http://public.example/large")), 413, says="larger than 100,000 bytes")
         refused(port, body(shows("https://public.example/ok.png")), says="could not be reached")
         assert {host for host, _ in reached} == {"93.184.216.34"}, "never the place that a redirect names"
