@@ -71,10 +71,16 @@ def serve(args: argparse.Namespace) -> int:
         model.name, engine, model.processor, limits, key, hosts, args.allow_remote_images, timeout=args.timeout
     )
     server.warm_up(service)
+    run = server.make_server(service)
+
+    def stop(*_: object) -> None:
+        run.should_exit = True
+
+    # uvicorn has a handler of its own while it runs, and sends the signal once more when it has ended well.
+    signal.signal(signal.SIGTERM, stop)
+    bound.listen()
     print(f"model {service.name} at http://{_url_host(args.host)}:{bound.getsockname()[1]}", flush=True)
-    # uvicorn ends well on SIGTERM, and then sends it to the process once more.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    server.make_server(service).run(sockets=[bound])
+    run.run(sockets=[bound])
     return 0
 
 
