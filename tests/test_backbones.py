@@ -14,7 +14,7 @@ from llava_jax.demo import backbones, reading, world
 from llava_jax.models.attention import angles, rotate
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import build
-from llava_jax.types import ModelConfig
+from llava_jax.types import IMAGE_MARK, ModelConfig
 from llava_jax.weights import hf
 
 SHIPPED = os.path.join(os.path.dirname(backbones.__file__), "backbones")
@@ -56,6 +56,19 @@ def test_a_map_has_one_word_for_each_image_token(words):
     assert sum(len(words.encode_text(word)) for word in world.place_map(scene)) == backbones.CLIP.patches
 
 
+def test_the_mixture_of_a_field_is_what_the_map_has_there(words):
+    rng = np.random.default_rng(0)
+    for scene in world.sample_scenes(rng, 50):
+        mixed_PW = np.mean([reading.mixtures(scene, rng) for _ in range(30)], axis=0)
+        in_map = [[word for word in reading.NOUNS[:10] if word in (t.colour, t.shape)] for t in scene]
+        for word_W in mixed_PW.reshape(world.MAP_SIDE, world.MAP_SIDE, -1).transpose(2, 0, 1)[:10]:
+            assert {(y // 2, x // 2) for y, x in np.argwhere(word_W > 0)} <= {(t.row, t.column) for t in scene}
+        for thing, named in zip(scene, in_map, strict=True):
+            block_YXW = mixed_PW.reshape(3, 2, 3, 2, -1)[thing.row, :, thing.column]
+            places = [reading.NOUNS.index(word) for word in thing.place.split()]
+            assert (block_YXW[..., [reading.NOUNS.index(word) for word in named] + places] > 0).all()
+
+
 def test_held_out_scenes_are_in_no_training_text_or_image(words):
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng) for _ in range(2000)]
@@ -86,25 +99,28 @@ def test_shipped_backbones_are_small_and_of_the_sizes_written_here():
     assert llama == backbones.LLAMA
 
 
-def test_shipped_decoder_finds_answers_in_text_about_scenes_it_never_saw(words):
+@pytest.mark.parametrize("described", ["sentence", "mixtures"])
+def test_shipped_decoder_finds_answers_about_scenes_it_never_saw(words, described):
     rng = np.random.default_rng(1)
     _, params = hf.read_llama(os.path.join(SHIPPED, "llama"), dtype="float32")
     graphdef = nnx.split(nnx.eval_shape(lambda: Llama(backbones.LLAMA, rngs=nnx.Rngs(0))))[0]
-    tokens_BT, spans = np.zeros((100, 128), np.int32), []
+    tokens_BT, mixtures_BPW, spans = np.zeros((100, 128), np.int32), [], []
     for row, scene in enumerate(world.sample_scenes(rng, 100, held_out=True)):
         question = reading.some_questions(scene, rng)[0]
-        prompt = f"{reading.SYSTEM} USER: {world.caption(scene, rng)}\n{question.text} ASSISTANT:"
-        ids, reply = [reading.BOS, *words.encode_text(prompt)], [*words.encode_text(question.answer), reading.EOS]
+        text = words.encode_text(world.caption(scene, rng))
+        shown = text if described == "sentence" else [IMAGE_MARK] * backbones.CLIP.patches
+        mixtures_BPW.append(reading.mixtures(scene, rng))
+        asked = [reading.NEWLINE, *words.encode_text(f"{question.text} ASSISTANT:")]
+        ids = [reading.BOS, *words.encode_text(f"{reading.SYSTEM} USER:"), *shown, *asked]
+        reply = [*words.encode_text(question.answer), reading.EOS]
         tokens_BT[row, : len(ids) + len(reply)] = [*ids, *reply]
         spans.append((len(ids), len(ids) + len(reply)))
 
     @jax.jit
-    def predict(params, tokens_BT):
-        llama = nnx.merge(graphdef, params)
-        positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return llama.logits(llama(llama.embed(tokens_BT), positions_BT)).argmax(-1)
+    def predict(params, tokens_BT, mixtures_BPW):
+        return backbones.read(nnx.merge(graphdef, params), words, tokens_BT, mixtures_BPW, 0.0).argmax(-1)
 
-    said_BT = np.asarray(predict(params, tokens_BT))
+    said_BT = np.asarray(predict(params, tokens_BT, 10 * np.stack(mixtures_BPW)))
     right = [(said_BT[row, a - 1 : b - 1] == tokens_BT[row, a:b]).all() for row, (a, b) in enumerate(spans)]
     assert np.mean(right) >= 0.9
 

@@ -25,7 +25,8 @@ from llava_jax.models.attention import inverse_frequencies
 from llava_jax.models.clip import Clip
 from llava_jax.models.layers import LayerNorm, Linear
 from llava_jax.models.llama import Llama
-from llava_jax.types import ClipConfig, LlamaConfig
+from llava_jax.models.llava import merge
+from llava_jax.types import IMAGE_MARK, ClipConfig, LlamaConfig
 from llava_jax.weights import hf
 from llava_jax.weights.hf_config import clip_json, llama_json, write_json
 from llava_jax.weights.hf_export import parameter_pieces
@@ -171,10 +172,10 @@ def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: floa
     model = Llama(LLAMA, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
 
-    def loss_fn(params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        llama = nnx.merge(graphdef, params)
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        logits = llama.logits(llama(llama.embed(tokens_BT), positions_BT))
+    def loss_fn(
+        params: Params, tokens_BT: jax.Array, targets_BT: jax.Array, mixtures_BPW: jax.Array, noise_BPD: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        logits = read(nnx.merge(graphdef, params), tokenizer, tokens_BT, mixtures_BPW, noise_BPD)
         nll_B, count_B = masked_nll_rows(logits, tokens_BT, targets_BT)
         answers_BT = tokens_BT == reading.EOS
         first = targets_BT[:, 1:] & ~targets_BT[:, :-1] & answers_BT.any(1, keepdims=True)
@@ -184,12 +185,23 @@ def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: floa
 
     if resume:
         params = jax.tree.map(jnp.asarray, hf.read_llama(folder, dtype="float32")[1])
-        batches, lr = reading.batches(tokenizer, rows=32, seed=3, repetitions=0), 1.2e-3
+        batches, lr = reading.batches(tokenizer, rows=32, seed=3, repetitions=0, width=LLAMA.width), 1.5e-3
     else:
         params = look_back(nnx.to_pure_dict(state))
-        batches, lr = reading.batches(tokenizer, rows=32, seed=2, repetitions=150), 2e-3
+        batches, lr = reading.batches(tokenizer, rows=32, seed=2, repetitions=150, width=LLAMA.width), 2e-3
     mask = look_back_mask(params)
     fit(params, loss_fn, batches, steps, lr, "llama", seconds, lambda p: save_llama(p, folder), mask)
+
+
+def read(
+    llama: Llama, tokenizer: TextTokenizer, tokens_BT: jax.Array, mixtures_BPW: jax.Array, noise_BPD: jax.Array
+) -> jax.Array:
+    """Return logits of rows whose image tokens are the mixtures of word embeddings of `reading.mixtures`, and noise."""
+    nouns_W = jnp.array([tokenizer.encode_text(noun)[0] for noun in reading.NOUNS])
+    is_image_BT = tokens_BT == IMAGE_MARK
+    x_BTD = llama.embed(jnp.where(is_image_BT, 0, tokens_BT))
+    x_BTD = merge(x_BTD, mixtures_BPW @ llama.embed(nouns_W) + noise_BPD, is_image_BT)
+    return llama.logits(llama(x_BTD, jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)))
 
 
 DISTANCES = (1, 2, 3, 4, 6, 7)

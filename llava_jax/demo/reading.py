@@ -20,10 +20,11 @@ from llava_jax.demo import world
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, Turn
 
 VOCABULARY = 1024
-LENGTH = 128
+LENGTH = 96
 BOS, EOS, NEWLINE = 1, 2, 13
 SYSTEM = find_template("v1").opening[0].text.strip()
 ASK_FOR_CAPTION = "Describe the image concisely."
+NOUNS = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, world.EMPTY)
 
 # Sentences in addition to the world's own whose words should be single tokens.
 PHRASES = (
@@ -107,7 +108,7 @@ def row(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) 
     kind = rng.random()
     if kind < 0.1:
         return repetition(tokenizer, rng)
-    if kind < 0.4:
+    if kind < 0.5:
         return retelling(scene, tokenizer, rng)
     return dialogue(scene, tokenizer, rng)
 
@@ -126,13 +127,44 @@ def retelling(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Gener
     tokens = list(described)
     while len(tokens) < LENGTH:
         tokens += [*tokenizer.encode_text(world.caption(scene, rng)), NEWLINE]
-    return np.array(tokens[:LENGTH], np.int32), np.arange(LENGTH) >= len(described)
+        if IMAGE_MARK in described:
+            break  # the next one could be read from this one
+    return np.array(tokens[:LENGTH], np.int32), np.arange(len(tokens[:LENGTH])) >= len(described)
 
 
 def description(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> list[int]:
-    """Return what stands in place of an image: a map in words, or a sentence."""
-    text = " ".join(world.place_map(scene)) if rng.random() < 0.6 else world.caption(scene, rng)
-    return tokenizer.encode_text(text)
+    """Return what stands in place of an image: the marks of a map of mixtures, a map in words, or a sentence."""
+    kind = rng.random()
+    if kind < 0.75:
+        return [IMAGE_MARK] * world.MAP_SIDE**2
+    return tokenizer.encode_text(" ".join(world.place_map(scene)) if kind < 0.82 else world.caption(scene, rng))
+
+
+def mixtures(scene: world.Scene, rng: np.random.Generator) -> np.ndarray:
+    """Return float32[P, W]: how much of each of `NOUNS` is in each of the P fields of a 6 x 6 map.
+
+    A field holds the words of its place, and those of the thing on it or `empty`, each in a random share and in some
+    fields not at all: what the projector makes of a patch, which shows a part of a thing only, is as uneven.
+    """
+    fields_YXW = np.zeros((world.MAP_SIDE, world.MAP_SIDE, len(NOUNS)), np.float32)
+    place, fields_YXW[..., NOUNS.index(world.EMPTY)] = rng.random(2)
+    for index in range(3):
+        fields_YXW[2 * index : 2 * index + 2, :, NOUNS.index(world.ROWS[index])] = place
+        fields_YXW[:, 2 * index : 2 * index + 2, NOUNS.index(world.COLUMNS[index])] = place
+    for thing in scene:
+        words = [NOUNS.index(word) for word in (thing.colour, thing.shape, *thing.place.split())]
+        for dy, dx in itertools.product(range(2), repeat=2):
+            field_W = fields_YXW[2 * thing.row + dy, 2 * thing.column + dx]
+            if rng.random() < 0.9:
+                field_W[NOUNS.index(world.EMPTY)] = 0
+                field_W[words] = rng.uniform(0.3, 1.2, 4)
+    return fields_YXW.reshape(-1, len(NOUNS))
+
+
+def noise(width: int, rng: np.random.Generator) -> np.ndarray:
+    """Return float32[P, width], what a projector adds that means nothing: the same to all fields, and to each."""
+    common = rng.normal(0, rng.uniform(0, 0.8) / np.sqrt(width), (1, width))
+    return (common + rng.normal(0, 0.3 / np.sqrt(width), (world.MAP_SIDE**2, width))).astype(np.float32)
 
 
 def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -166,9 +198,10 @@ def splice(encoded: Encoded, described: list[int]) -> tuple[np.ndarray, np.ndarr
 
 
 def batches(
-    tokenizer: TextTokenizer, rows: int, seed: int, repetitions: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield tokens int32[rows, LENGTH], padded on the right with 0, and targets bool[rows, LENGTH], endlessly.
+    tokenizer: TextTokenizer, rows: int, seed: int, repetitions: int, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield tokens int32[rows, LENGTH], padded on the right with 0, targets bool[rows, LENGTH] and `mixtures` for the
+    tokens that are IMAGE_MARK, float32[rows, P, W], endlessly.
 
     The first `repetitions` batches hold only repeated words: a decoder that has learned to find what it read before
     learns to read descriptions sooner.
@@ -177,8 +210,12 @@ def batches(
     for batch in itertools.count():
         tokens_BT = np.zeros((rows, LENGTH), np.int32)
         targets_BT = np.zeros((rows, LENGTH), bool)
+        mixtures_BPW = np.zeros((rows, world.MAP_SIDE**2, len(NOUNS)), np.float32)
+        noise_BPD = np.zeros((rows, world.MAP_SIDE**2, width), np.float32)
         for index in range(rows):
             scene = world.sample_scene(rng)
             tokens, targets = repetition(tokenizer, rng) if batch < repetitions else row(scene, tokenizer, rng)
             tokens_BT[index, : len(tokens)], targets_BT[index, : len(tokens)] = tokens, targets
-        yield tokens_BT, targets_BT
+            scale = np.exp(rng.uniform(np.log(4), np.log(64)))
+            mixtures_BPW[index], noise_BPD[index] = scale * mixtures(scene, rng), scale * noise(width, rng)
+        yield tokens_BT, targets_BT, mixtures_BPW, noise_BPD

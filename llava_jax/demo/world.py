@@ -124,7 +124,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, list[tupl
         colour = tuple(int(c * shade) for c in COLOURS[thing.colour])
         _draw_shape(canvas, thing.shape, tuple(scale * value for value in box), colour)
         boxes.append(box)
-    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS), boxes
+    return image.reduce(scale), boxes
 
 
 def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], colour: tuple[int, ...]) -> None:
