@@ -37,22 +37,23 @@ class Sizes:
     detail_rows: int = 400
     reasoning_rows: int = 400
     pretrain: tuple[str, ...] = (
-        "train.steps=800",
+        "train.steps=560",
         "train.batch_size=16",
         "data.max_length=72",
         "data.pack=False",
         "optim.lr=1e-2",
         "optim.b2=0.98",
-        "train.checkpoint_every=200",
+        "train.checkpoint_every=280",
     )
     finetune: tuple[str, ...] = (
-        "train.steps=900",
+        "train.steps=520",
         "train.batch_size=8",
         "data.max_length=128",
         "optim.lr=1e-3",
         "optim.b2=0.98",
         "optim.groups=projector=3e-3",
-        "train.checkpoint_every=250",
+        "train.remat=minimal",
+        "train.checkpoint_every=260",
     )
     answer_batch: int = 64
     answer_tokens: int = 12
