@@ -39,7 +39,7 @@ def test_a_dialogue_trains_on_answers_and_their_ends_only(words):
     rng = np.random.default_rng(0)
     for _ in range(50):
         scene = world.sample_scene(rng)
-        tokens, targets = reading.dialogue(scene, words, rng)
+        tokens, targets = reading.dialogue(scene, words, rng, reading.MIXED)
         said = [
             words.decode([token for token, _ in group])
             for trained, group in itertools.groupby(zip(tokens, targets, strict=True), key=lambda pair: pair[1])
@@ -126,7 +126,7 @@ def test_shipped_decoder_finds_answers_about_scenes_it_never_saw(words, describe
 
 
 def test_what_is_trained_is_what_a_folder_gives_back(words, tmp_path):
-    backbones.train_llama(words, str(tmp_path / "llama"), steps=2, seconds=60)
+    backbones.train_llama(words, str(tmp_path / "llama"), steps=2, seconds=60, mixed=False)
     backbones.train_clip(words, str(tmp_path / "clip"), steps=2, seconds=60, pool=80)
     clip, vision = hf.read_clip(str(tmp_path / "clip"), feature_layer=-2, dtype="float32")
     llama, llm = hf.read_llama(str(tmp_path / "llama"), dtype="float32")

@@ -1,8 +1,8 @@
 """Train the demo's two backbones and its tokenizer again: `python -m llava_jax.demo.backbones --output=DIR`.
 
 They stand in for the published CLIP and Vicuna. The CLIP learns by contrast between images and captions; the LLaMA
-learns to read: a description or a map in words, questions about it, answers in it. Neither ever sees what the demo
-teaches: image features in place of words.
+learns to read: a description or a map in words, questions about it, answers in it; in a second part most maps mix the
+words of a field in one token. Neither ever sees what the demo teaches: image features in place of words.
 """
 
 import argparse
@@ -167,8 +167,8 @@ def masked_nll_rows(logits_BTV: jax.Array, tokens_BT: jax.Array, targets_BT: jax
     return nll.sum(-1), targets_BT[:, 1:].sum(-1, dtype=jnp.int32)
 
 
-def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, resume: bool = False) -> None:
-    """Train the decoder from a fresh start, or resume from the one in `folder`."""
+def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: float, mixed: bool) -> None:
+    """Train the decoder from a fresh start on words, or the one in `folder` further on maps of mixtures."""
     model = Llama(LLAMA, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
 
@@ -183,12 +183,13 @@ def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: floa
         # Rows weigh the same: a dialogue has fewer targets than a retelling, and each of them is worth more.
         return (nll_B / count_B).mean(), accuracy
 
-    if resume:
+    if mixed:
         params = jax.tree.map(jnp.asarray, hf.read_llama(folder, dtype="float32")[1])
-        batches, lr = reading.batches(tokenizer, rows=32, seed=3, repetitions=0, width=LLAMA.width), 1.5e-3
+        lr, seed, repetitions, shares = 1.5e-3, 3, 0, reading.MIXED
     else:
         params = look_back(nnx.to_pure_dict(state))
-        batches, lr = reading.batches(tokenizer, rows=32, seed=2, repetitions=150, width=LLAMA.width), 2e-3
+        lr, seed, repetitions, shares = 2e-3, 2, 150, reading.WORDS_ONLY
+    batches = reading.batches(tokenizer, 32, seed, repetitions, shares, LLAMA.width)
     mask = look_back_mask(params)
     fit(params, loss_fn, batches, steps, lr, "llama", seconds, lambda p: save_llama(p, folder), mask)
 
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--clip_minutes", type=float, default=60)
     parser.add_argument("--llama_minutes", type=float, default=120)
     parser.add_argument("--steps", type=int, default=20000, help="at most this many steps each")
-    parser.add_argument("--resume", action="store_true", help="resume from the LLaMA in --output")
+    parser.add_argument("--resume", action="store_true", help="only the second part of the LLaMA in --output")
     args = parser.parse_args()
     clip, llama = os.path.join(args.output, "clip"), os.path.join(args.output, "llama")
     if args.only in (None, "tokenizer"):
@@ -279,7 +280,8 @@ def main() -> None:
     if args.only in (None, "clip"):
         train_clip(tokenizer, clip, args.steps, 60 * args.clip_minutes)
     if args.only in (None, "llama"):
-        train_llama(tokenizer, llama, args.steps, 60 * args.llama_minutes, args.resume)
+        for mixed in (True,) if args.resume else (False, True):
+            train_llama(tokenizer, llama, args.steps, 30 * args.llama_minutes, mixed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the demo's LLaMA reads while it is trained, and the tokenizer it reads with: text only, no images.
 
-A row is a description (a sentence, or a map in words) and either questions about it with their answers, in the v1
-dialogue, or the same scene described again. That is the reading comprehension a published LLaMA comes with.
+A row is a description (a sentence, a map in words, or a map whose fields mix several words) and either questions about
+it with their answers, in the v1 dialogue, or the same scene described again. That is the reading comprehension a
+published LLaMA comes with.
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ LENGTH = 96
 BOS, EOS, NEWLINE = 1, 2, 13
 SYSTEM = find_template("v1").opening[0].text.strip()
 ASK_FOR_CAPTION = "Describe the image concisely."
+# Shares of the descriptions that are maps of mixtures and maps in words; the rest are sentences.
+WORDS_ONLY, MIXED = (0.0, 0.6), (0.75, 0.07)
 NOUNS = (*world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS, world.EMPTY)
 
 # Sentences in addition to the world's own whose words should be single tokens.
@@ -103,14 +106,16 @@ def some_questions(scene: world.Scene, rng: np.random.Generator) -> list[world.Q
     return [question for _, question in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def row(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def row(
+    scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator, shares: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (tokens, targets) of one text: repeated words, the scene described again, or questions about it."""
     kind = rng.random()
     if kind < 0.1:
         return repetition(tokenizer, rng)
     if kind < 0.5:
-        return retelling(scene, tokenizer, rng)
-    return dialogue(scene, tokenizer, rng)
+        return retelling(scene, tokenizer, rng, shares)
+    return dialogue(scene, tokenizer, rng, shares)
 
 
 def repetition(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -121,30 +126,36 @@ def repetition(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.n
     return tokens, np.arange(LENGTH) > len(words) + 1
 
 
-def retelling(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def retelling(
+    scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator, shares: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the description, then the scene in other wordings, one a line: what belongs together must be looked up."""
-    described = [BOS, *description(scene, tokenizer, rng)]
+    described = [BOS, *description(scene, tokenizer, rng, shares)]
     tokens = list(described)
     while len(tokens) < LENGTH:
         tokens += [*tokenizer.encode_text(world.caption(scene, rng)), NEWLINE]
         if IMAGE_MARK in described:
             break  # the next one could be read from this one
-    return np.array(tokens[:LENGTH], np.int32), np.arange(len(tokens[:LENGTH])) >= len(described)
+    tokens = tokens[:LENGTH]
+    return np.array(tokens, np.int32), np.arange(len(tokens)) >= len(described)
 
 
-def description(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> list[int]:
-    """Return what stands in place of an image: the marks of a map of mixtures, a map in words, or a sentence."""
-    kind = rng.random()
-    if kind < 0.75:
+def description(
+    scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator, shares: tuple[float, float]
+) -> list[int]:
+    """Return what stands in place of an image: marks for a map of mixtures, a map in words, or a sentence."""
+    kind, (mixed, maps) = rng.random(), shares
+    if kind < mixed:
         return [IMAGE_MARK] * world.MAP_SIDE**2
-    return tokenizer.encode_text(" ".join(world.place_map(scene)) if kind < 0.82 else world.caption(scene, rng))
+    text = " ".join(world.place_map(scene)) if kind < mixed + maps else world.caption(scene, rng)
+    return tokenizer.encode_text(text)
 
 
 def mixtures(scene: world.Scene, rng: np.random.Generator) -> np.ndarray:
     """Return float32[P, W]: how much of each of `NOUNS` is in each of the P fields of a 6 x 6 map.
 
-    A field holds the words of its place, and those of the thing on it or `empty`, each in a random share and in some
-    fields not at all: what the projector makes of a patch, which shows a part of a thing only, is as uneven.
+    A field holds the words of its place and `empty`, or all four words of the thing on it, each in a random share; now
+    and then a thing misses a field. What a projector makes of a patch, which shows only part of a thing, is as uneven.
     """
     fields_YXW = np.zeros((world.MAP_SIDE, world.MAP_SIDE, len(NOUNS)), np.float32)
     place, fields_YXW[..., NOUNS.index(world.EMPTY)] = rng.random(2)
@@ -167,7 +178,9 @@ def noise(width: int, rng: np.random.Generator) -> np.ndarray:
     return (common + rng.normal(0, 0.3 / np.sqrt(width), (world.MAP_SIDE**2, width))).astype(np.float32)
 
 
-def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def dialogue(
+    scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Generator, shares: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return questions about the scene with answers, as many as fit, in the v1 format, often without its first words.
 
     The description stands in place of the image, or is part of the first question.
@@ -177,7 +190,7 @@ def dialogue(scene: world.Scene, tokenizer: TextTokenizer, rng: np.random.Genera
         asked.insert(0, (ASK_FOR_CAPTION, world.caption(scene, rng)))
     template = find_template("v1") if rng.random() < 0.5 else dataclasses.replace(find_template("v1"), opening=())
     context = world.caption(scene, rng) if rng.random() < 0.25 else IMAGE_PLACEHOLDER
-    described = description(scene, tokenizer, rng)
+    described = description(scene, tokenizer, rng, shares)
     for count in range(len(asked), 0, -1):
         turns = [Turn(who, text) for pair in asked[:count] for who, text in zip(("human", "gpt"), pair, strict=True)]
         turns[0] = Turn("human", f"{context}\n{turns[0].text}")
@@ -198,13 +211,21 @@ def splice(encoded: Encoded, described: list[int]) -> tuple[np.ndarray, np.ndarr
 
 
 def batches(
-    tokenizer: TextTokenizer, rows: int, seed: int, repetitions: int, width: int
+    tokenizer: TextTokenizer, rows: int, seed: int, repetitions: int, shares: tuple[float, float], width: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield tokens int32[rows, LENGTH], padded on the right with 0, targets bool[rows, LENGTH] and `mixtures` for the
-    tokens that are IMAGE_MARK, float32[rows, P, W], endlessly.
+    """Yield batches endlessly: tokens, targets, and what the tokens that are IMAGE_MARK stand for.
 
-    The first `repetitions` batches hold only repeated words: a decoder that has learned to find what it read before
-    learns to read descriptions sooner.
+    That is tokens int32[rows, LENGTH], padded on the right with 0, targets bool[rows, LENGTH], `mixtures`
+    float32[rows, P, W] and `noise` float32[rows, P, width]. Both are scaled alike, by 4 to 64, since projected patches
+    come out that much longer than words.
+
+    Args:
+      tokenizer, rows: of a batch.
+      seed: of the scenes and rows.
+      repetitions: so many first batches hold only repeated words: a decoder that has learned to find what it read
+        before learns to read descriptions sooner.
+      shares: WORDS_ONLY or MIXED.
+      width: of the decoder's embeddings.
     """
     rng = np.random.default_rng(seed)
     for batch in itertools.count():
@@ -214,7 +235,7 @@ def batches(
         noise_BPD = np.zeros((rows, world.MAP_SIDE**2, width), np.float32)
         for index in range(rows):
             scene = world.sample_scene(rng)
-            tokens, targets = repetition(tokenizer, rng) if batch < repetitions else row(scene, tokenizer, rng)
+            tokens, targets = repetition(tokenizer, rng) if batch < repetitions else row(scene, tokenizer, rng, shares)
             tokens_BT[index, : len(tokens)], targets_BT[index, : len(tokens)] = tokens, targets
             scale = np.exp(rng.uniform(np.log(4), np.log(64)))
             mixtures_BPW[index], noise_BPD[index] = scale * mixtures(scene, rng), scale * noise(width, rng)
