@@ -185,7 +185,7 @@ def train_llama(tokenizer: TextTokenizer, folder: str, steps: int, seconds: floa
 
     if mixed:
         params = jax.tree.map(jnp.asarray, hf.read_llama(folder, dtype="float32")[1])
-        lr, seed, repetitions, shares = 1.5e-3, 3, 0, reading.MIXED
+        lr, seed, repetitions, shares = 1.5e-3, 4, 0, reading.MIXED
     else:
         params = look_back(nnx.to_pure_dict(state))
         lr, seed, repetitions, shares = 2e-3, 2, 150, reading.WORDS_ONLY

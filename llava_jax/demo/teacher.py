@@ -22,7 +22,7 @@ _COLOUR, _SHAPE, _ROW, _COLUMN = ("|".join(words) for words in (world.COLOURS, w
 NAME_PLACE = re.compile(rf"\b({_COLOUR}) ({_SHAPE}) at the ({_ROW}) ({_COLUMN})\b")
 PLACE_NAME = re.compile(rf"\b({_ROW}) ({_COLUMN}) (?:holds )?a ({_COLOUR}) ({_SHAPE})\b")
 BOX = re.compile(rf"({_COLOUR}) ({_SHAPE}): \[([\d.]+), ([\d.]+), ([\d.]+), ([\d.]+)\]")
-QUESTIONS_LEAST, QUESTIONS_MOST = 3, 5
+QUESTIONS_LEAST, QUESTIONS_MOST = 4, 5
 
 
 class EmbeddedTeacher:
@@ -77,7 +77,7 @@ def _read_boxes(text: str) -> Scene:
 
 
 def conversation(scene: Scene, rng: np.random.Generator) -> str:
-    """Write three to five different questions, each kind in its turn, with answers of one or two words."""
+    """Write four or five different questions, each kind in its turn, with answers of one or two words."""
     by_kind: dict[str, list[world.Question]] = {}
     for question in world.questions(scene, rng):
         by_kind.setdefault(question.kind, []).append(question)
