@@ -21,7 +21,7 @@ from llava_jax.demo import world
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, Encoded, Turn
 
 VOCABULARY = 1024
-LENGTH = 96
+LENGTH = 128
 BOS, EOS, NEWLINE = 1, 2, 13
 SYSTEM = find_template("v1").opening[0].text.strip()
 ASK_FOR_CAPTION = "Describe the image concisely."
