@@ -47,14 +47,14 @@ class Sizes:
         "train.checkpoint_every=270",
     )
     finetune: tuple[str, ...] = (
-        "train.steps=460",
+        "train.steps=360",
         "train.batch_size=8",
         "data.max_length=128",
         "optim.lr=1e-3",
         "optim.b2=0.98",
         "optim.groups=projector=3e-3",
         "train.remat=minimal",
-        "train.checkpoint_every=230",
+        "train.checkpoint_every=180",
     )
     answer_batch: int = 64
     answer_tokens: int = 12
