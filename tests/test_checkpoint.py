@@ -1,57 +1,24 @@
 """Checkpoints: exact, strict about shapes and dtypes, and able to step over a damaged one."""
 
 import errno
+import hashlib
 import os
 import pathlib
-from typing import Any, NamedTuple
+import shutil
 from unittest import mock
 
 import absl.logging
-import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint as C
 from llava_jax.types import InputError, Settings
 from llava_jax.weights.source import load_params, run_fingerprint
+from tests.faults.corruptions import DAMAGES, STEPS, State, attempt, like, make_state, numbers, same, write
 from tests.tiny_run import change, make_settings
-
-TX = optax.adam(1e-3)
-
-
-class State(NamedTuple):
-    step: Any
-    params: Any
-    opt_state: Any
-
-
-def make_state(step: int) -> State:
-    rng = np.random.default_rng(step)
-    params = {"projector": {"linear_1": {"kernel": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}}}
-    state = State(jnp.int32(step), params, TX.init(params))
-    return jax.tree.map(lambda x: x + x.dtype.type(step), state)._replace(step=jnp.int32(step))
-
-
-def like(state: State, **changes) -> State:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def numbers() -> grain.DatasetIterator:
-    return iter(grain.MapDataset.range(100).shuffle(seed=3).to_iter_dataset())
-
-
-def write(workdir: pathlib.Path, steps: list[int], keep: int = 5) -> None:
-    """Checkpoints of `steps`, each after that many elements of the data."""
-    data = numbers()
-    with C.open_manager(str(workdir), keep) as manager:
-        for n in range(1, max(steps) + 1):
-            next(data)
-            if n in steps:
-                C.save(manager, make_state(n), data, {"stage": "pretrain", "frozen": {"llm": n}})
 
 
 def read(workdir: pathlib.Path, wanted: State | None = None):
@@ -59,10 +26,6 @@ def read(workdir: pathlib.Path, wanted: State | None = None):
     with C.open_manager(str(workdir), 5) as manager:
         found = C.restore(str(workdir), manager, wanted or like(make_state(0)), data)
         return found, next(data), manager.latest_step()
-
-
-def same(a: Any, b: Any) -> bool:
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)))
 
 
 def test_state_data_and_meta_come_back(tmp_path):
@@ -104,10 +67,9 @@ def damaged_files(step: pathlib.Path) -> list[pathlib.Path]:
     return [data, step / "state" / "_METADATA", step / "meta" / "metadata", step / "data" / "metadata"]
 
 
-# Orbax keeps a second copy of what a missing _METADATA says, and reads that.
 @pytest.mark.parametrize(
     "which, damage",
-    [(0, "truncated"), (0, "gone"), (1, "truncated"), (2, "truncated"), (2, "gone"), (3, "truncated"), (3, "gone")],
+    [(0, "truncated"), (3, "gone")],
 )
 def test_a_damaged_checkpoint_is_reported_and_stepped_over(tmp_path, capsys, which, damage):
     write(tmp_path, [2, 3])
@@ -121,7 +83,7 @@ def test_a_damaged_checkpoint_is_reported_and_stepped_over(tmp_path, capsys, whi
     expected = numbers()
     assert element == [next(expected) for _ in range(3)][2]
     said = capsys.readouterr().out
-    assert f"{tmp_path}/checkpoints/3 cannot be read" in said and f"to {tmp_path}/damaged/3" in said
+    assert f"{tmp_path}/checkpoints/3 is damaged (" in said and f"to {tmp_path}/damaged/3" in said
     write(tmp_path, [4])  # and the run can save again
     assert int(read(tmp_path)[0][0].step) == 4
 
@@ -135,7 +97,7 @@ def test_stray_folders_are_stepped_over(tmp_path):
 def test_nothing_readable_is_an_error_not_a_new_start(tmp_path):
     write(tmp_path, [2])
     damaged_files(tmp_path / "checkpoints" / "2")[0].unlink()
-    with pytest.raises(InputError, match=r"none of the checkpoints \[2\] can be read"):
+    with pytest.raises(InputError, match=r"all of the checkpoints \[2\] are damaged"):
         read(tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
 
@@ -148,14 +110,82 @@ def test_load_params_for_inference(tmp_path):
     with pytest.raises(InputError, match="no checkpoint of step 7"):
         load_params(str(tmp_path), 7)
     damaged_files(tmp_path / "checkpoints" / "3")[0].unlink()
-    with pytest.raises(InputError, match=r"checkpoints/3: the checkpoint cannot .*checkpoints/2 is whole: .*--step=2"):
+    with pytest.raises(
+        InputError, match=r"checkpoints/3: the checkpoint is damaged .*checkpoints/2 is whole: .*--step=2"
+    ):
         load_params(str(tmp_path))
     assert load_params(str(tmp_path), 2)[0] == 2
     damaged_files(tmp_path / "checkpoints" / "2")[0].unlink()
-    with pytest.raises(InputError, match=r"checkpoints/3: the checkpoint cannot be read \(.*\), nor one before it"):
+    with pytest.raises(InputError, match=r"checkpoints/3: the checkpoint is damaged \(.*\), nor one before it"):
         load_params(str(tmp_path))
     with pytest.raises(InputError, match="no checkpoint, expected"):
         load_params(str(tmp_path / "elsewhere"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("run")
+    write(workdir, STEPS)
+    return workdir
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_no_damage_is_restored(run, kind):
+    """`python -m tests.faults.corruptions` tries 200."""
+    assert attempt(run, kind, 0) == ""
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+    """Of each step with hashes and of each without, nothing is set aside; the message says that it may be whole."""
+    write(tmp_path, [2])
+    monkeypatch.setattr(hashlib, "file_digest", mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+    for _ in range(2):
+        for reader in (read, lambda workdir: load_params(str(workdir))):
+            with pytest.raises(InputError, match="which does not mean that it is damaged"):
+                reader(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoints" / "2" / "manifest", ignore_errors=True)
+        monkeypatch.undo()
+        monkeypatch.setattr(
+            ocp.PyTreeCheckpointHandler, "restore", mock.Mock(side_effect=ValueError("Stale file handle"))
+        )
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, capsys):
+    write(tmp_path, [2])
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "manifest")
+    assert same(load_params(str(tmp_path))[1], make_state(2).params)
+    assert int(read(tmp_path)[0][0].step) == 2
+    said = capsys.readouterr()
+    assert said.err.count("without hashes") == said.out.count("without hashes") == 1
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    state = make_state(2)
+    slots = jax.tree.map(lambda x: x * np.nan if x.ndim else x, state.opt_state)
+    for bad in (
+        state._replace(params=jax.tree.map(lambda x: x * np.inf, state.params)),
+        state._replace(opt_state=slots),
+    ):
+        with (
+            pytest.raises(InputError, match="the state after step 2 is not finite and was not saved"),
+            C.open_manager(str(tmp_path), 5) as manager,
+        ):
+            C.save(manager, bad, numbers(2), {})
+    assert not os.listdir(tmp_path / "checkpoints")
+
+
+def test_a_save_needs_room_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: mock.Mock(free=17_000))  # three arrays of 4.8 kB
+    with pytest.raises(InputError, match=r"0.00 GB are free, a checkpoint takes 0.00; make room"):
+        write(tmp_path, [2])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: mock.Mock(free=18_000))
+    write(tmp_path, [2])
+
+
+def test_state_and_data_are_of_one_step(tmp_path):
+    with C.open_manager(str(tmp_path), 5) as manager, pytest.raises(RuntimeError, match="does not belong"):
+        C.save(manager, make_state(2), numbers(3), {})
 
 
 def test_saving_the_same_step_again_is_no_error(tmp_path):
@@ -167,7 +197,7 @@ def test_saving_the_same_step_again_is_no_error(tmp_path):
 def test_a_save_that_orbax_refuses_is_an_error(tmp_path):
     write(tmp_path, [3])
     with C.open_manager(str(tmp_path), 5) as manager, pytest.raises(RuntimeError, match="step 2"):
-        C.save(manager, make_state(2), numbers(), {})
+        C.save(manager, make_state(2), numbers(2), {})
 
 
 def test_only_a_save_is_blamed_for_a_full_disk(tmp_path):
@@ -181,7 +211,7 @@ def test_only_a_save_is_blamed_for_a_full_disk(tmp_path):
             pytest.MonkeyPatch.context() as p,
         ):
             p.setattr(manager, "save", mock.Mock(side_effect=full))
-            C.save(manager, make_state(2), numbers(), {})
+            C.save(manager, make_state(2), numbers(2), {})
         raise full
     assert error.value is full
 

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -187,6 +188,25 @@ def check_agreed(values: dict[str, str]) -> None:
 def of_first(flag: bool) -> bool:
     """Return the first process's flag; every process must call it."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def text_of_first(work: Callable[[], str]) -> str:
+    """Return in all processes what `work` returns in the first one, 1,000 bytes at most; every process must call it.
+
+    The others are told each time that it is still at work: collectives that wait for one process give up after half a
+    minute.
+    """
+    if jax.process_count() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work) if is_first() else None
+        while of_first(future is not None and not wait([future], timeout=5).done):
+            pass
+    text = b"" if future is None else future.result().encode()
+    sent = np.frombuffer(text[:1000].ljust(1000, b"\0"), np.uint8)
+    return (
+        bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)).rstrip(b"\0").decode(errors="replace")
+    )
 
 
 def check_shared(workdir: str, path: str) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: trainable parameters, optimizer, step and data position in one atomic, asynchronous save.
 
-Layout: WORKDIR/checkpoints/STEP/{state,data,meta}, STEP being the number of updates done. Frozen weights are not saved;
-meta says where they came from. A checkpoint that cannot be read is moved to WORKDIR/damaged/ and the one before it is
-taken.
+Layout: WORKDIR/checkpoints/STEP/{state,data,meta,manifest}, STEP being the number of updates done. Frozen weights are
+not saved; meta says where they came from. A checkpoint whose files are not those of its manifest is moved to
+WORKDIR/damaged/ and the one before it is taken.
 
 Among several processes each writes the arrays on its own devices, the first one all the rest. The number of processes
 is not recorded: a run resumes with any number of them on any mesh.
@@ -10,25 +10,31 @@ is not recorded: a run resumes with any number of them on any mesh.
 
 import dataclasses
 import fcntl
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llava_jax import buckets
 from llava_jax.data import sources
 from llava_jax.io import absolute_path, exists, is_bucket, reached
-from llava_jax.parallel.distributed import check_agreed, check_shared, is_first, of_first
+from llava_jax.parallel.distributed import check_agreed, check_shared, is_first, of_first, say, text_of_first
 from llava_jax.settings import RANDOM, flatten, read_settings
 from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
+from llava_jax.weights import manifest
 from llava_jax.weights.source import (
     UNREADABLE,
     absolute,
@@ -41,6 +47,32 @@ from llava_jax.weights.source import (
 from llava_jax.weights.tensors import enough_room
 
 
+class _Manifest(ocp.CheckpointHandler):
+    """An item of a step that holds the hashes of those before it, written once these are whole."""
+
+    def save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        """Write nothing yet."""
+
+    def restore(self, directory: epath.Path, *args: Any, **kwargs: Any) -> None:
+        """Read nothing: `manifest.damage` does, before Orbax is asked."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Write the manifest; Orbax calls this in the first process, in the items' order."""
+        content = manifest.hashes(os.fspath(directory.parent), ["state", "data", "meta"])
+        (directory / manifest.FILE).write_text(json.dumps(content, indent=0))
+
+
+@ocp.args.register_with_handler(_Manifest, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ManifestSave(ocp.args.CheckpointArgs):
+    pass
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a log record is no traceback of Orbax's threads, whose errors the next save or the end raises."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
 @contextmanager
 def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
     """Yield the run's CheckpointManager; on every way out the save in flight is finished before it is closed.
@@ -48,6 +80,8 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
     Raises InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
     """
     folder = absolute_path(os.path.join(workdir, "checkpoints"))
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)  # its threads may still be at it when the manager is closed
     with reached(folder):
         manager = ocp.CheckpointManager(
             folder,
@@ -56,6 +90,7 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
                 "state": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
+                manifest.ITEM: _Manifest(),  # the last one
             },
         )
     try:
@@ -67,29 +102,53 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator, meta: dict) -> None:
-    """Start saving `state` after `state.step` updates; does nothing when that step is already there."""
+    """Start saving `state` after `state.step` updates; does nothing when that step is already there.
+
+    Raises InputError where the state is not finite or the disk has no room for it; nothing is written then.
+    """
     step = int(state.step)
     if step in manager.all_steps():
         return
+    folder, position = os.fspath(manager.directory), data.get_state()
+    if position != {"batches": step}:
+        raise RuntimeError(f"the state after step {step} does not belong to the position {position} in the data")
+    if not _is_finite(state):
+        raise InputError(
+            f"{folder}: the state after step {step} is not finite and was not saved: lower optim.lr or set "
+            "optim.clip_norm; the same command resumes from the checkpoint before"
+        )
+    if is_first() and not is_bucket(folder):
+        needed, free = 1.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(
+                f"{folder}: {free / 1e9:.2f} GB are free, a checkpoint takes {needed / 1e9:.2f}; make room, run again"
+            )
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state._asdict()),
-        data=ocp.args.JsonSave(data.get_state()),
+        data=ocp.args.JsonSave(position),
         meta=ocp.args.JsonSave(meta),
+        **{manifest.ITEM: _ManifestSave()},
     )
-    folder = os.fspath(manager.directory)
     with enough_room(folder), reached(folder):  # also for what the save before this one met
         if not manager.save(step, args=args):
             raise RuntimeError(f"orbax refused to save step {step} next to steps {manager.all_steps()}")
 
 
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+
+
 def restore(
     workdir: str, manager: ocp.CheckpointManager, state: TrainState, data: grain.DatasetIterator
 ) -> tuple[TrainState, dict] | None:
-    """Return (state, meta) of the newest readable checkpoint and move `data` to its position; None without checkpoint.
+    """Return (state, meta) of the newest whole checkpoint and move `data` to its position; None without checkpoint.
 
-    `state` is a tree of ShapeDtypeStructs with shardings. An unreadable checkpoint is reported, moved away and skipped;
-    one in a bucket is not, since there the network is a likelier cause than damage. Raises an InputError naming the
-    first differences when the checkpoint has another tree, shape or dtype.
+    `state` is a tree of ShapeDtypeStructs with shardings. A checkpoint that is proven to be damaged, by its manifest or
+    by what it holds, is reported, moved away and skipped by all processes alike. Raises an InputError where that is not
+    proven (a disk or a network that fails), where it lies in a bucket, and, naming the first differences, when it has
+    another tree, shape or dtype.
     """
     damaged: dict[int, str] = {}
     with reached(workdir):
@@ -97,35 +156,62 @@ def restore(
     check_agreed({f"the list of checkpoints in {workdir}": repr(steps)})
     for step in steps:
         folder = os.path.join(workdir, "checkpoints", str(step))
-        try:
-            _check_like(folder, manager.item_metadata(step)["state"], state)
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(state._asdict()),
-                data=ocp.args.JsonRestore(),
-                meta=ocp.args.JsonRestore(),
-            )
-            restored = manager.restore(step, args=args)
-        except UNREADABLE as error:
-            damaged[step] = first_line(error)
-            if jax.process_count() > 1 or is_bucket(workdir):
-                # Others, or a later start, may be able to read it and would then resume from a different step.
-                raise InputError(
-                    f"{folder} cannot be read by process {jax.process_index()} ({damaged[step]}): restore it from a "
-                    "copy, or move it away to resume from the one before"
-                ) from error
-            print(f"checkpoint {folder} cannot be read ({damaged[step]}), trying the one before")
-            continue
-        for bad in damaged:
-            _set_aside(workdir, bad)
-        manager.reload()
-        data.set_state(restored["data"])
-        return type(state)(**restored["state"]), restored["meta"]
+        wrong = text_of_first(partial(manifest.damage, folder))
+        if wrong == manifest.NONE:
+            say(f"checkpoint {folder} was written by an earlier version, without hashes: its files are not compared")
+        if wrong in ("", manifest.NONE):
+            restored, wrong = _read(folder, manager, state, is_proven=wrong == "")
+            if restored is not None:
+                for bad in damaged if is_first() else ():
+                    _set_aside(workdir, bad)
+                of_first(True)  # what is moved is moved for all
+                manager.reload()
+                data.set_state(restored["data"])
+                return type(state)(**restored["state"]), restored["meta"]
+        damaged[step] = wrong
+        if is_bucket(workdir):
+            raise InputError(f"{folder} is damaged ({wrong}): move it away to resume from the one before")
+        say(f"checkpoint {folder} is damaged ({wrong}), trying the one before")
     if damaged:
         raise InputError(
-            f"{workdir}: none of the checkpoints {sorted(damaged)} can be read ({damaged[max(damaged)]}): restore "
-            "one from a copy, or choose another workdir to start again"
+            f"{workdir}: all of the checkpoints {sorted(damaged)} are damaged ({damaged[max(damaged)]}): restore one "
+            "from a copy, or choose another workdir to start again"
         )
     return None
+
+
+def _read(
+    folder: str, manager: ocp.CheckpointManager, state: TrainState, is_proven: bool
+) -> tuple[ocp.args.Composite | None, str]:
+    """Return (what the checkpoint holds, ""), or (None, why it is damaged).
+
+    Only of files without hashes an error proves that: with `is_proven` what cannot be read twice is an InputError, and
+    so it is where other processes, or a later start, may be able to read it.
+    """
+    step = int(os.path.basename(folder))
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(state._asdict()), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+    )
+    for is_last in (False, True):
+        try:
+            _check_like(folder, manager.item_metadata(step)["state"], state)
+            restored = manager.restore(step, args=args)
+            break
+        except UNREADABLE as error:
+            if not is_last:
+                continue
+            if manifest.is_transient(error):
+                raise manifest.unread(folder, error) from error
+            if is_proven or jax.process_count() > 1 or is_bucket(folder):
+                raise InputError(
+                    f"{folder} cannot be read by process {jax.process_index()} ({first_line(error)}): restore it from "
+                    "a copy, or move it away to resume from the one before"
+                ) from error
+            return None, first_line(error)
+    found = int(restored["state"]["step"]), restored["data"]
+    if found != (step, {"batches": step}):
+        return None, f"holds step {found[0]} and the position {found[1]} in the data"
+    return restored, ""
 
 
 def _leaves(tree: Any) -> dict[str, tuple]:
@@ -145,7 +231,7 @@ def _check_like(folder: str, metadata: Any, state: TrainState) -> None:
 
 
 def _set_aside(workdir: str, step: int) -> None:
-    """Move an unreadable checkpoint away: orbax saves no step at or below the newest it sees."""
+    """Move a damaged checkpoint away: orbax saves no step at or below the newest it sees."""
     source = os.path.join(workdir, "checkpoints", str(step))
     folder, n = os.path.join(workdir, "damaged"), 1
     os.makedirs(folder, exist_ok=True)
@@ -153,7 +239,7 @@ def _set_aside(workdir: str, step: int) -> None:
     while os.path.exists(target):
         target, n = os.path.join(folder, f"{step}-{n}"), n + 1
     os.rename(source, target)
-    print(f"moved the unreadable checkpoint {source} to {target}")
+    print(f"moved the damaged checkpoint {source} to {target}")
 
 
 # ---- the folder of a run ----

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from etils import epath
 from llava_jax import buckets, hub
 from llava_jax.io import absolute_path, cache_folder, exists, is_bucket, opened, reached
 from llava_jax.types import InputError
+from llava_jax.weights import manifest
 from llava_jax.weights.hf_config import read_json
 
 FORMS = (
@@ -182,12 +184,18 @@ def load_params(workdir: str, step: int | None = None, part: str | None = None) 
     if step is not None and step not in steps:
         raise InputError(f"{workdir}: no checkpoint of step {step}, it holds {sorted(steps)}")
     wanted = steps[0] if step is None else step
+    folder = _folder(workdir, wanted)
+    if not exists(os.path.join(folder, manifest.ITEM)):
+        text = "was written by an earlier version, without hashes: its files are not compared"
+        print(f"checkpoint {folder} {text}", file=sys.stderr)
     with reached(workdir):
         try:
             return wanted, *_read_params(workdir, wanted, part)
         except UNREADABLE as error:
+            if manifest.is_transient(error):
+                raise manifest.unread(folder, error) from error
             older = _whole(workdir, [other for other in steps if other < wanted], part)
-            problem = f"{_folder(workdir, wanted)}: the checkpoint cannot be read ({first_line(error)})"
+            problem = f"{folder}: the checkpoint is damaged ({first_line(error)})"
             if older is None:
                 raise InputError(f"{problem}, nor one before it; restore it from a copy") from error
             raise InputError(
@@ -219,17 +227,22 @@ def checkpoint_meta(workdir: str, step: int) -> dict:
 
 
 def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]:
-    meta, folder = checkpoint_meta(workdir, step), _folder(workdir, step)
+    folder = _folder(workdir, step)
+    if (wrong := manifest.damage(folder)) not in ("", manifest.NONE):
+        raise ValueError(wrong)
+    meta = checkpoint_meta(workdir, step)
     reader = ocp.PyTreeCheckpointHandler()
     source = epath.Path(folder) / "state"
-    saved = reader.metadata(source).tree["params"]
-    saved = saved if part is None else {name: tree for name, tree in saved.items() if name == part}
-    if not saved:
-        return {}, meta
-    item = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)}
-    how = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)}
+    saved = {name: tree for name, tree in reader.metadata(source).tree.items() if name in ("step", "params")}
+    if part is not None:
+        saved["params"] = {name: tree for name, tree in saved["params"].items() if name == part}
+    item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-    return reader.restore(source, args=args)["params"], meta
+    found = reader.restore(source, args=args)
+    if found["step"] != step:
+        raise ValueError(f"holds step {found['step']}")
+    return found["params"], meta
 
 
 def run_fingerprint(workdir: str) -> str:
