@@ -4,6 +4,8 @@ It answers some requests with 429 and 503 on demand, before or after having done
 `python -m tests.gcs_server PORT` serves on its own.
 """
 
+import base64
+import hashlib
 import json
 import pathlib
 import random
@@ -88,6 +90,7 @@ class Bucket:
             "timeCreated": updated,
             "updated": updated,
             "etag": str(blob.generation),
+            "md5Hash": base64.b64encode(hashlib.md5(blob.content).digest()).decode(),
             "mediaLink": f"{self.endpoint}/download{API}/b/{self.name}/o/{quote(name, safe='')}?alt=media",
         }
 

@@ -135,16 +135,16 @@ def test_a_stage_starts_from_one_in_a_bucket(runs):
 
 
 def test_a_damaged_checkpoint_in_a_bucket_is_not_skipped(bucket, runs):
-    """What cannot be read there is more likely out of reach: nothing is moved, no step is trained again."""
+    """It is found by the listing's hashes; nothing is moved there, no step is trained again."""
     kept = {
         name: blob for name, blob in bucket.blobs.items() if name.startswith("runs/finetune/checkpoints/6/state/d/")
     }
     for name in kept:
         bucket.put(name, b"damaged")
     before = set(bucket.blobs)
-    with pytest.raises(InputError, match="checkpoints/6 cannot be read"):
+    with pytest.raises(InputError, match=r"checkpoints/6 is damaged \(state/d/\w+ is not what was written\): move it"):
         train(read_settings(f"{RUN}/config.json"), RUN)
-    with pytest.raises(InputError, match=r"checkpoints/6: the checkpoint cannot be read"):
+    with pytest.raises(InputError, match=r"checkpoints/6: the checkpoint is damaged"):
         load_params(RUN)
     assert set(bucket.blobs) == before
     bucket.blobs |= kept

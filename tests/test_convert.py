@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.cli.main import main
+from llava_jax.cli.main import main, run
 from llava_jax.data import tokenize
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
@@ -675,6 +675,19 @@ def test_a_tokenizer_that_reads_whole_strings_otherwise_is_said(tmp_path, source
     assert re.search(
         r"warning: the exported tokenizer reads .<s>A chat .* otherwise than it was", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("target", ["hf:DIR", "projector:DIR.safetensors"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, sources, target):
+    """One value of the second layer of a stack, and one of the projector."""
+    params = random_params(CONFIG)
+    params["llm"]["layers"]["mlp"]["up"]["kernel"][1, 3, 2] = np.nan
+    params["projector"]["linear_1"]["bias"][0] = np.inf
+    write(sources, tmp_path / "whole", params=params)
+    arguments = ["convert", f"--from={tmp_path / 'whole'}", f"--to={target.replace('DIR', str(tmp_path / 'again'))}"]
+    with pytest.raises(InputError, match=r"(llm/layers/mlp/up/kernel and 1|projector/linear_1/bias and 0) other"):
+        run(arguments)
+    assert main([*arguments, "--force"]) == 0
 
 
 @pytest.mark.parametrize("with_image", [False, True])

@@ -153,7 +153,7 @@ def convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pad_vocab", type=int, default=0, metavar="N", help=rows)
     push = "upload what is written to this repository on the Hub, made private where there is none"
     parser.add_argument("--push", default="", metavar="USER/NAME", help=push)
-    force = "write also where the exported tokenizer gives other ids than the model was trained on"
+    force = "write also where the exported tokenizer gives other ids than the model was trained on, or weights are NaN"
     parser.add_argument("--force", action="store_true", help=force)
 
 

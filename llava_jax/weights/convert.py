@@ -10,16 +10,19 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from llava_jax.data.sources import HUB, TFDS, is_dataset, split_sources
 from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.hub import TOWER
 from llava_jax.io import absolute_path, exists, opened
 from llava_jax.settings import DTYPES, RANDOM, flatten, read_settings
-from llava_jax.types import InputError, ModelConfig, Settings
+from llava_jax.types import InputError, LazyTensor, ModelConfig, Settings
 from llava_jax.weights.hf_config import llama_json
 from llava_jax.weights.hf_export import write_llava
-from llava_jax.weights.load import load_adapters, read_model
+from llava_jax.weights.load import Params, load_adapters, read_model
+from llava_jax.weights.name_table import flatten as flatten_tree
 from llava_jax.weights.original_export import write_original, write_projector
 from llava_jax.weights.peft import write_peft
 from llava_jax.weights.processor import LlavaExtras, chat_template_note
@@ -62,7 +65,8 @@ def convert(
     original LLaVA folder only names; `mm_vision_tower` is what a written one names its tower by. `step` is that of a
     run's checkpoint, the newest by default. `pad_vocab` gives the vocabulary as many rows as the tokenizer has ids, up
     to the next multiple of it. `force` writes also where the export's tokenizer gives other ids than the model was
-    trained on. `name` is what the model card says that the model is loaded by, the folder by default.
+    trained on, and where parameters are not finite. `name` is what the model card says that the model is loaded by, the
+    folder by default.
     """
     source, vision, base = pinned(source, "--from"), pinned(vision, "--vision"), pinned(base, "--base")
     folder = parse(source, "--from")[1]
@@ -73,11 +77,14 @@ def convert(
             raise InputError(
                 "--dtype, --template, --vision and --base do not go with --to=peft:DIR: adapters stay as trained"
             )
-        convert_adapters(source, destination, step, name)
+        convert_adapters(source, destination, step, name, force)
         return
     config, params, rules = read_model(
         source, "--from", dtype=dtype, vision=vision, base=base, step=step, check_merge=True
     )
+    if kind == "projector":
+        params = {"projector": params["projector"]}
+    _check_finite(source, params, force)
     if kind == "projector":
         write_projector(destination, config, params, config.dtype)
         print(f"wrote {target}: {config.dtype}, {config.projector}; read back and compared")
@@ -133,6 +140,22 @@ def convert(
     print(f"wrote {target}: {config.dtype}, template {rules.template}, images {rules.aspect}; read back and compared")
 
 
+def _check_finite(source: str, params: Params, force: bool) -> None:
+    """Raise InputError naming the first parameter that holds what is no number, and how many there are."""
+    broken = [path for path, leaf in flatten_tree(params).items() if not _is_finite(leaf)]
+    if broken and not force:
+        raise InputError(
+            f"--from={source}: {broken[0]} and {len(broken) - 1} other parameters hold NaN or infinite values; take an "
+            "earlier checkpoint (--step), or give --force to write them as they are"
+        )
+
+
+def _is_finite(leaf: np.ndarray | LazyTensor) -> bool:
+    """Return whether all values are numbers, reading a stack layer by layer."""
+    is_stack = leaf.stacked if isinstance(leaf, LazyTensor) else leaf.ndim > 1
+    return all(np.isfinite(leaf[n]).all() for n in range(leaf.shape[0])) if is_stack else np.isfinite(leaf).all()
+
+
 def _parse_target(target: str, folder: str) -> tuple[str, str]:
     """Return kind and path of `--to`, which may not be `folder`, the source. Raises InputError."""
     kind, _, destination = target.partition(":")
@@ -155,12 +178,15 @@ def _check_options(kind: str, dtype: str, template: str, mm_vision_tower: str, p
         raise InputError(f"--pad_vocab={pad_vocab}: expected 1 or more rows, and --to=hf:DIR, llava:DIR or orbax:DIR")
 
 
-def convert_adapters(source: str, destination: str, step: int | None = None, name: str = "") -> None:
+def convert_adapters(
+    source: str, destination: str, step: int | None = None, name: str = "", force: bool = False
+) -> None:
     """Write the adapters and the projector of a lora run as peft loads them. Raises InputError for another source."""
     form, folder = parse(source, "--from")
     if form != "run":
         raise InputError(f"{folder}: is a whole model; --to=peft:DIR takes the adapters of a run with stage=lora")
     config, trained = load_adapters(folder, step)
+    _check_finite(source, trained, force)
     assert config.lora is not None
     start = read_settings(os.path.join(folder, "config.json")).init.model
     start_form = parse(start, "init.model")[0] if start else ""
