@@ -61,7 +61,7 @@ def test_answers_carry_the_fields_and_equal_single_ones(tiny, asked):
     assert [row["question_id"] for row in rows] == [0, "b", 2, 3, 3, 5, 6]
     assert [row["prompt"] for row in rows] == [row["text"] for row in questions]
     for row, question in zip(rows, questions, strict=True):
-        assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+        assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata", "image_sha256"]
         image = str(asked / question["image"]) if "image" in question else None
         assert row["text"] == tiny.generate(question["text"], image, max_new_tokens=6)[0]
         assert row["model_id"] == "tiny" and row["metadata"]["template"] == "v1"
@@ -100,6 +100,27 @@ def test_what_is_answered_is_on_disk_before_the_next_one_is_asked(tiny, asked):
     run(tiny, asked, "straight.jsonl")
     assert count == 4 and "3 answered already" in progress
     assert (asked / "a.jsonl").read_bytes() == (asked / "straight.jsonl").read_bytes()
+
+
+def test_an_answer_belongs_to_what_its_image_held(tiny, asked):
+    run(tiny, asked)
+    draw_image(3).save(asked / "1.png")
+    before = (asked / "a.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"a.jsonl line 3: the image of question 2 is not the one that was answered"):
+        run(tiny, asked)
+    assert (asked / "a.jsonl").read_bytes() == before
+    older = [{key: value for key, value in row.items() if key != "image_sha256"} for row in lines(asked / "a.jsonl")]
+    (asked / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older[:5]))
+    count, progress = run(tiny, asked)
+    assert count == 2 and "5 answers of" in progress and "do not say which image" in progress
+    assert lines(asked / "a.jsonl")[4:] != older[4:] and lines(asked / "a.jsonl")[:5] == older[:5]
+
+
+def test_two_processes_do_not_answer_into_one_file(tiny, asked):
+    with batch_generate.held_answers(str(asked / "a.jsonl")):
+        with pytest.raises(InputError, match="a.jsonl: another process is writing to it"):
+            run(tiny, asked)
+    assert run(tiny, asked)[0] == 7
 
 
 def test_an_answers_file_of_something_else_is_left_alone(tiny, asked):

@@ -1,9 +1,13 @@
 """A file of questions to a file of answers, many at a time, resumed where it stopped.
 
-The fields are LLaVA's: question_id, image, text → question_id, prompt, text, answer_id, model_id, metadata.
+The fields are LLaVA's: question_id, image, text → question_id, prompt, text, answer_id, model_id, metadata; and
+image_sha256, so that an image that has changed does not keep its answer.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -43,6 +47,15 @@ class Question:
     def key(self) -> str:
         """Return what an answer is recognised by: some benchmarks ask several questions under one id."""
         return json.dumps([self.id, self.text])
+
+    @functools.cached_property
+    def image_sha256(self) -> str:
+        """Return the hash of what the images hold, one after another; "" without any."""
+        digest = hashlib.sha256()
+        for path in self.images:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest() if self.images else ""
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -85,16 +98,34 @@ def _question(row: dict[str, Any], where: str, folder: str) -> Question:
 # ---- what is there already ----------------------------------------------------------------------------------------
 
 
-def open_answers(path: str, questions: Sequence[Question], model_id: str, metadata: dict[str, Any]) -> Counter[str]:
+@contextlib.contextmanager
+def held_answers(path: str) -> Iterator[TextIO]:
+    """Yield the file to append to, made where there is none. Raises InputError while another process holds it."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except BlockingIOError:
+            is_ours = False  # it is being written, or was replaced by its sorted form just now
+        if not is_ours:
+            raise InputError(f"{path}: another process is writing to it; wait for it, or name another answers file")
+        yield file
+
+
+def open_answers(
+    path: str, questions: Sequence[Question], model_id: str, metadata: dict[str, Any], progress: TextIO
+) -> Counter[str]:
     """Count how often each question is answered in the file; a torn last line is cut off.
 
-    Raises InputError, and leaves the file as it is, when it belongs to other questions, another model or sampling.
+    Raises InputError, and leaves the file as it is, when it belongs to other questions, another model or sampling, or
+    to images of other content. Answers of earlier versions do not name their image; how many is said.
     """
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        return Counter()
-    asked = Counter(question.key for question in questions)
+    asked: dict[str, list[str]] = {}
+    for question in questions:
+        asked.setdefault(question.key, []).append(question.image_sha256)
     done: Counter[str] = Counter()
+    unnamed = 0
     for where, row in _whole_answers(path):
         if row["model_id"] != model_id or row["metadata"] != metadata:
             theirs, ours = ([row["model_id"], row["metadata"]], [model_id, metadata])
@@ -104,11 +135,19 @@ def open_answers(path: str, questions: Sequence[Question], model_id: str, metada
             )
         key = json.dumps([row["question_id"], row["prompt"]])
         done[key] += 1
-        if done[key] > asked[key]:
+        if done[key] > len(asked.get(key, ())):
             raise InputError(
                 f"{where}: question {json.dumps(row['question_id'])} is not in the questions file, or not so often; "
                 "name another answers file or remove this one"
             )
+        unnamed += "image_sha256" not in row
+        if row.get("image_sha256", asked[key][0]) not in asked[key]:
+            raise InputError(
+                f"{where}: the image of question {json.dumps(row['question_id'])} is not the one that was answered; "
+                "put it back, name another answers file or remove this one"
+            )
+    if unnamed:
+        print(f"{unnamed} answers of {path} do not say which image they saw, as in earlier versions", file=progress)
     with open(path, "rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
     return done
@@ -160,30 +199,30 @@ def answer_file(
     """
     asked = read_questions(questions, images)
     metadata = {**model.about, **dataclasses.asdict(sampling)}
-    done = open_answers(answers, asked, model.name, metadata)
-    left = []
-    for question in asked:
-        if done[question.key] > 0:
-            done[question.key] -= 1
-        else:
-            left.append(question)
-    for question in left:
-        _asked(question, model.length)  # before hours of work, not after them
-    already = len(asked) - len(left)
-    unread = Counter(key for question in asked for key in question.unread)
-    if unread:
-        print(unread_line(unread, "questions"), file=progress)
-    print(f"{len(asked)} questions, {already} answered already, {batch_size} at a time", file=progress)
-    start = time.monotonic()
-    with open(answers, "a", encoding="utf-8") as file:
+    with held_answers(answers) as file:
+        done = open_answers(answers, asked, model.name, metadata, progress)
+        left = []
+        for question in asked:
+            if done[question.key] > 0:
+                done[question.key] -= 1
+            else:
+                left.append(question)
+        for question in left:
+            _asked(question, model.length)  # before hours of work, not after them
+        already = len(asked) - len(left)
+        unread = Counter(key for question in asked for key in question.unread)
+        if unread:
+            print(unread_line(unread, "questions"), file=progress)
+        print(f"{len(asked)} questions, {already} answered already, {batch_size} at a time", file=progress)
+        start = time.monotonic()
         ready = (_asked(question, model.prompt) for question in left)
         for answered, answer in enumerate(model.engine(batch_size).answers(ready, sampling), 1):
             file.write(_line(_answer(left[answer.index], answer.text, model.name, metadata)))
             file.flush()
             if answered % batch_size == 0 or answered == len(left):
                 _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
-    _sort_answers(answers, asked)
-    return len(left)
+        _sort_answers(answers, asked)
+        return len(left)
 
 
 def _asked(question: Question, of: Callable[[list[dict[str, Any]]], Result]) -> Result:
@@ -203,6 +242,7 @@ def _answer(question: Question, text: str, model_id: str, metadata: dict[str, An
         "answer_id": digest.hexdigest()[:22],
         "model_id": model_id,
         "metadata": metadata,
+        "image_sha256": question.image_sha256,
     }
 
 
