@@ -38,7 +38,7 @@ render() {
   done
   SPOT_SELECTOR=${SPOT:+$'\n                cloud.google.com/gke-spot: "true"'}
   SPOT_TOLERATION=${SPOT:+$'\n                - key: cloud.google.com/gke-spot\n                  operator: Exists'}
-  RESTART_CODES=42$(printf ', %s' {128..255})
+  RESTART_CODES=42$(printf ', %s' 43 44 {128..255})
   text=$(<launch/jobset.yaml)
   CACHE=/data/compilation_cache
   if [[ -z ${CLAIM:=} ]]; then # the workdir is in a bucket

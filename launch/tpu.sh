@@ -109,7 +109,7 @@ worker_states() {
 }
 
 # verdict STATES: running, stopped, done, again, or the exit code that ends the run for good. 42 is a SIGTERM after which
-# the state is saved, 128 and above a signal, such as the abort of a worker that lost another.
+# the state is saved, 43 a worker that was stuck, 44 one that lost another, 128 and above a signal, such as its abort.
 verdict() {
   local state word="done"
   [[ $1 != *running* && $1 != *stopping* ]] || { echo running && return; }
@@ -117,7 +117,7 @@ verdict() {
   while read -r state; do
     case $state in
       "exit 0") ;;
-      gone | none | "exit 42" | exit\ 1[3-9][0-9] | exit\ 12[89] | exit\ 2[0-9][0-9]) word=again ;;
+      gone | none | exit\ 4[234] | exit\ 1[3-9][0-9] | exit\ 12[89] | exit\ 2[0-9][0-9]) word=again ;;
       *) echo "${state#exit }" && return ;;
     esac
   done <<<"$1"

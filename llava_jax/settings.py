@@ -56,6 +56,7 @@ FROM_0 += (
     "train.vision_blocks",
     "train.eval_every",
 )
+FROM_0 += ("train.watchdog",)
 FROM_1 = ("lora.rank", "train.batch_size", "train.accumulate", "train.log_every", "train.keep", "mesh.fsdp_inner")
 # key -> (smallest, largest, is the smallest allowed, is the largest allowed)
 RANGES = {
@@ -76,6 +77,7 @@ EARLIER_RUNS = {
     "data.eval": "",
     "data.eval_images": "",
     "train.eval_every": 0,
+    "train.watchdog": 3600,
     "lora.vision_targets": "",
 }
 # Of this machine or in a bucket; data.annotations also where etils.epath and TFDS reach.

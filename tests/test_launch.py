@@ -216,7 +216,7 @@ def test_jobset_starts_again_after_sigterm_and_not_after_an_error(stage):
     [rule] = as_job(render(stage))["spec"]["podFailurePolicy"]["rules"]
     ends = rule["onExitCodes"]
     assert (rule["action"], ends["containerName"], ends["operator"]) == ("FailJob", "train", "NotIn")
-    assert {42, 134, 137, 143} <= set(ends["values"]) and not {1, 2} & set(ends["values"])
+    assert {42, 43, 44, 134, 137, 143} <= set(ends["values"]) and not {1, 2} & set(ends["values"])
 
 
 @pytest.mark.parametrize("wrong", ["resourcez", "volumeMount"])
@@ -273,7 +273,10 @@ def test_slurm_job_starts_train_in_every_process(stage):
     assert words[-len(train) :] == train
 
 
-@pytest.mark.parametrize("code, count, again", [(42, "0", True), (42, "3", False), (0, "0", False), (1, "0", False)])
+@pytest.mark.parametrize(
+    "code, count, again",
+    [(42, "0", True), (44, "0", True), (134, "0", True), (42, "3", False), (0, "0", False), (1, "0", False)],
+)
 def test_slurm_job_queues_again_when_train_was_interrupted(stage, code, count, again):
     assert job(stage, code, SLURM_RESTART_COUNT=count).returncode == code
     assert stage.calls()[1:] == ([["scontrol", "requeue", "7"]] if again else [])

@@ -185,7 +185,7 @@ def test_babysit_of_a_plain_tpu_vm(stage):
 
 @pytest.mark.parametrize(
     "ends",
-    [["exit 42"], ["exit 134"], ["gone"], ["exit 42", "exit 134", "gone", "exit 137"]],
+    [["exit 42"], ["exit 43"], ["exit 44"], ["exit 134"], ["gone"], ["exit 42", "exit 134", "gone", "exit 137"]],
     ids=lambda ends: " ".join(ends),
 )
 def test_babysit_starts_an_interrupted_run_again_on_its_node(stage, ends):

@@ -1,7 +1,10 @@
 """What a run writes: the fields of metrics.jsonl, its truncation on resumption, the status line."""
 
+import errno
 import io
 import json
+import os
+from unittest import mock
 
 import pytest
 
@@ -38,6 +41,16 @@ def test_rows_have_the_contracts_fields(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
     for said in ("step 3/3 (100%)", "loss 0.6667", "supervised 25%", "filled 50%", "tokens/s", "ETA 0:00"):
         assert said in screen
+
+
+def test_what_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
+    """Nor is anything waited for: a queue of ten events would be full long before."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(M.EventsWriter, "flush", side_effect=full):
+        write(tmp_path, range(30), 30)
+    assert [row["step"] for row in read(tmp_path)] == list(range(30))
+    said = capsys.readouterr().err.splitlines()
+    assert "No space left" in said[0] and said[1:] == ["warning: 30 lines of metrics could not be written"]
 
 
 def test_time_waited_mfu_and_compiling(tmp_path):

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import math
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
-from llava_jax.io import opened
+from llava_jax.io import is_bucket, opened
 from llava_jax.types import ImageBytes, InputError, Pixels
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.I
         name = name or (source.name if isinstance(source, ImageBytes) else "") or "that came with its row"
         return _read(io.BytesIO(source), name, use)
     name = name or source
+    if not is_bucket(source) and os.path.exists(source) and not os.path.isfile(source):
+        raise InputError(f"image {name}: is not a regular file; check the path")  # a pipe would be waited for
     try:
         with opened(source) as file:
             return _read(file, name, use)

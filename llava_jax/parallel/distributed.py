@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import pathlib
+import re
 import secrets
 import signal
 import sys
@@ -24,10 +25,22 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llava_jax.io import WRITE_ERRORS, no_room
 from llava_jax.types import InputError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
+# How a process ends that the same command may continue: the scripts in launch/ start it again on these, and on signals.
+STOPPED_EXIT_CODE = 42  # SIGTERM, and the state is saved
+HUNG_EXIT_CODE = 43  # train.watchdog
+LOST_EXIT_CODE = 44  # another process is gone
+# What the errors of collectives and of jax's coordination service say when another process is gone.
+LOST = re.compile(
+    r"gloo|nccl|coordination|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|connection (reset|refused|closed)",
+    re.IGNORECASE,
+)
+
+START_SECONDS = 300  # that the processes wait for one another
 HEARTBEAT_SECONDS = 30  # until the others notice that a process died (jax: 100)
 SHUTDOWN_SECONDS = 60  # that a finished process waits for the others (jax: 300); the last save is over by then
 VISIBLE_SECONDS = 20.0  # until a network file system must show a new file on every host
@@ -40,8 +53,9 @@ VISIBLE_SECONDS = 20.0  # until a network file system must show a new file on ev
 def connected() -> Iterator[None]:
     """Join the other processes of the run, if there are any; must come before the first use of a device.
 
-    When one of several processes fails, it prints why and exits at once, with code 2 for bad input; the others notice
-    and exit too. Raises InputError for an environment that contradicts itself.
+    When one of several processes fails, it prints why and exits at once, with code 2 for bad input and a full disk; the
+    others notice and exit, with LOST_EXIT_CODE or by a signal. Raises InputError for an environment that contradicts
+    itself.
     """
     arguments = distributed_arguments(os.environ)
     if arguments is not None:
@@ -59,8 +73,13 @@ def join(arguments: dict[str, Any]) -> None:
     """Call jax.distributed.initialize with our time limits; a TPU that belongs to no cluster stays on its own."""
     try:
         jax.distributed.initialize(
-            **arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            **arguments,
+            initialization_timeout=START_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
+    except jax.errors.JaxRuntimeError as error:
+        end_at_once(type(error), error, error.__traceback__)
     except ValueError as error:
         if arguments or "coordinator_address should be defined" not in str(error):
             raise
@@ -127,13 +146,29 @@ def end_at_once(kind: type[BaseException] | None, error: BaseException | None, t
     """Exit at once when this process fails while others run: an orderly exit would wait for them, and they for us."""
     if error is None or isinstance(error, SystemExit):
         return
-    if isinstance(error, InputError):
+    code = 1
+    if isinstance(error, WRITE_ERRORS) and no_room(error):
+        error, code = InputError(f"a file cannot be written ({no_room(error)}); make room, run again"), 2
+    if is_lost(error):
+        print(f"error: another process is gone ({str(error).splitlines()[0][:200]})", file=sys.stderr)
+        code = LOST_EXIT_CODE
+    elif isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
+        code = 2
     else:
         traceback.print_exception(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if isinstance(error, InputError) else 1)
+    os._exit(code)
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Return whether an error, or what it came from, says that another process of the run is gone."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -247,7 +247,14 @@ def _set_aside(workdir: str, step: int) -> None:
 
 LOCK = ".lock"
 # What may change when a run is resumed: none of it enters the numbers.
-FREE_KEYS = ("train.log_every", "train.checkpoint_every", "train.keep", "train.profile", "data.workers")
+FREE_KEYS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.profile",
+    "train.watchdog",
+    "data.workers",
+)
 FREE_KEYS += ("data.eval", "data.eval_images", "train.eval_every")
 # Nor does the way a batch is split, where neither the loss nor the order of rows nor dropout depends on it.
 MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")

@@ -1,5 +1,6 @@
 """Run one training stage from start to end: mesh, data, model, restore or start, updates, saves, metrics."""
 
+import contextlib
 import json
 import os
 import sys
@@ -11,7 +12,9 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from llava_jax import buckets
 from llava_jax.data.packing import check_batch_size
@@ -19,7 +22,7 @@ from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.data.validate import plan_once
 from llava_jax.io import is_bucket, replacing
-from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
+from llava_jax.parallel.distributed import STOPPED_EXIT_CODE, check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.sharding import global_batch, make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint
@@ -40,10 +43,10 @@ from llava_jax.train.setup import (
 )
 from llava_jax.train.step import Metrics, TrainState, batch_ranks
 from llava_jax.train.validation import Evaluated, evaluate, open_held_out
+from llava_jax.train.watchdog import Watchdog, watching
 from llava_jax.types import InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
 
-STOPPED_EXIT_CODE = 42
 METRICS = "metrics.jsonl"
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
@@ -56,15 +59,21 @@ def train(settings: Settings, workdir: str) -> None:
     SystemExit(42) after SIGTERM, once the state is saved.
     """
     settings = with_template(absolute_paths(with_commits_of(workdir, settings)))
-    with hold_workdir(workdir, settings):
-        done, steps = train_held(settings, workdir)
+    with (
+        stop_signal() as should_stop,
+        watching(settings.train.watchdog) as watchdog,
+        hold_workdir(workdir, settings),
+    ):
+        done, steps = train_held(settings, workdir, watchdog, should_stop)
     say(f"{done}/{steps} steps done, saved in {workdir}")
     if done < steps:
         say("stopped by SIGTERM: the same command resumes from here")
         raise SystemExit(STOPPED_EXIT_CODE)
 
 
-def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
+def train_held(
+    settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool]
+) -> tuple[int, int]:
     """Train in a workdir that is locked for this run; return (updates done, updates asked for)."""
     mesh, train = make_mesh(settings.mesh), settings.train
     row_multiple = batch_ranks(mesh) * train.accumulate
@@ -93,10 +102,10 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, train.keep) as manager,
         closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh)) as data,
-        stop_signal() as should_stop,
     ):
         say(opening(settings, spec, run, len(records), batches))
         held_out = open_held_out(settings, spec.stage_config, tokenizer, run) if settings.data.eval else None
+        watchdog.enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
@@ -111,6 +120,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
         ):
 
             def start(*inputs: Any) -> Callable:
+                watchdog.enter("compile")
                 step, seconds = compile_step(run, *inputs, train.compiler_options)
                 if writer is not None:
                     writer.start_clock(seconds, ideal_seconds(run, batches.shape))
@@ -121,6 +131,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 if held_out is None or not due:
                     return {}
                 jax.block_until_ready(values)
+                watchdog.enter("evaluation")
                 began = time.monotonic()
                 found = evaluate(held_out, state.params, frozen, lambda: should_stop(n + 1))
                 if writer is not None:
@@ -128,6 +139,7 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 return found
 
             def save(state: TrainState) -> None:
+                watchdog.enter("save")
                 upload()  # first, so that no checkpoint is there without the metrics before it
                 checkpoint.save(manager, state, data, meta)
 
@@ -145,7 +157,9 @@ def train_held(settings: Settings, workdir: str) -> tuple[int, int]:
                 save=save,
                 tracer=tracer,
                 should_stop=should_stop,
+                enter=watchdog.enter,
             )
+        watchdog.enter("save")  # what is in flight
         return int(state.step), steps
 
 
@@ -167,6 +181,7 @@ def run_updates(
     save: Callable[[TrainState], None],
     tracer: Tracer | None,
     should_stop: Callable[[int], bool],
+    enter: Callable[[str], None],
 ) -> TrainState:
     """Run the updates `steps` with what `start` compiles; save every `save_every`, when told to stop, and at the end.
 
@@ -178,6 +193,7 @@ def run_updates(
     pending = None
     for n in steps:
         before = time.monotonic()
+        enter("start" if n == steps.start else "step")
         try:
             batch = next(data)
         except InputError:
@@ -190,6 +206,7 @@ def run_updates(
         if n == steps.start:
             # The first batch is waited for before the clock starts.
             step, waited = start(state, frozen, arrays), 0.0
+            enter("step")
         if tracer is not None:
             tracer.before(n, state)
         state, values = step(state, frozen, arrays)
@@ -271,14 +288,20 @@ class MetricsWriter:
     `mfu` is the time that the update's model FLOPs take at the chips' peak over the time it took (null where the peak
     is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
     line after a start and null in the others. After a pass over held-out rows the line also has `eval_loss`, the mean
-    over their supervised tokens, and `eval_targets`, the number of these.
+    over their supervised tokens, and `eval_targets`, the number of these. A file that cannot
+    be written does not stop the run: that is said once, and at the end how many lines are lost.
     """
 
     def __init__(self, workdir: str, steps: range, log_every: int, screen: TextIO):
         path = os.path.join(workdir, METRICS)
         truncate_metrics(path, steps.start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=steps.start)
+        self._lost = 0
+        board = os.path.join(workdir, "tensorboard")
+        os.makedirs(board, exist_ok=True)
+        # The thread of tensorboardX's SummaryWriter ends where the disk is full, and its caller then waits for ever.
+        self._board = EventsWriter(os.path.join(board, "events"))
+        self._board.write_event(Event(step=steps.start, session_log=SessionLog(status=SessionLog.START)))
         self._steps, self._log_every, self._screen = steps, log_every, screen
         self._last_line = -QUIET_SECONDS
         self._start = self._last = time.monotonic()
@@ -321,11 +344,17 @@ class MetricsWriter:
             "compile_seconds": self._compile_seconds,
             **(evaluated or {}),
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, step)
+        figures = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step" and v is not None]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=figures))
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            self._board.write_event(event)
+            self._board.flush()
+        except OSError as error:
+            if not self._lost:
+                print(f"warning: metrics cannot be written ({error}); training continues without", file=sys.stderr)
+            self._lost += 1
         self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
         self._compile_seconds = None
         self._show(row, slots, last or bool(evaluated))
@@ -350,8 +379,11 @@ class MetricsWriter:
         self._screen.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                file.close()
+        if self._lost:
+            print(f"warning: {self._lost} lines of metrics could not be written", file=sys.stderr)
 
 
 def open_metrics(
