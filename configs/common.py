@@ -72,6 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.keep = 2
     c.train.eval_every = 0  # updates between passes over data.eval; 0: one, at the end
     c.train.trainable = ""  # "projector|llm|vision/layers": what learns, by path; empty: what the stage says
+    c.train.max_nonfinite = 10  # updates in a row that are not finite, each skipped, until the run stops
     c.train.watchdog = 3600  # seconds until a phase counts as stuck; 0: never
     c.train.vision_blocks = 0  # only so many of the tower's last blocks may learn; 0: all
     c.train.loss_norm = "global_token"  # rank_mean: mean of per-device means, as the original

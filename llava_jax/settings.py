@@ -57,7 +57,15 @@ FROM_0 += (
     "train.eval_every",
 )
 FROM_0 += ("train.watchdog",)
-FROM_1 = ("lora.rank", "train.batch_size", "train.accumulate", "train.log_every", "train.keep", "mesh.fsdp_inner")
+FROM_1 = (
+    "train.max_nonfinite",
+    "lora.rank",
+    "train.batch_size",
+    "train.accumulate",
+    "train.log_every",
+    "train.keep",
+    "mesh.fsdp_inner",
+)
 # key -> (smallest, largest, is the smallest allowed, is the largest allowed)
 RANGES = {
     "seed": (0, 2**31, True, False),
@@ -77,6 +85,7 @@ EARLIER_RUNS = {
     "data.eval": "",
     "data.eval_images": "",
     "train.eval_every": 0,
+    "train.max_nonfinite": 1,
     "train.watchdog": 3600,
     "lora.vision_targets": "",
 }

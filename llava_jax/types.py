@@ -489,6 +489,9 @@ class TrainSettings:
     """Of the tower only its last so many blocks that run may learn (`model.feature_layer` -2 leaves the very last one
     out); 0: every block and the embeddings, as far as `train.trainable` says.
     """
+    max_nonfinite: int = 10
+    """Updates in a row whose loss or gradient is not finite, after which the run stops; such an update is skipped.
+    """
     watchdog: int = 3600
     """Seconds that the start, the compiler, a restore or a save may take; a step may take 20 times as long as usual, or
     600 s if that is more. Then the process says where it is stuck and ends with exit code 43. 0 is off.

@@ -12,7 +12,7 @@ from llava_jax.train import loop as M
 from llava_jax.types import InputError
 
 CONTRACT = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
-FIELDS = [*CONTRACT, "data_wait", "compile_seconds"]
+FIELDS = [*CONTRACT, "data_wait", "compile_seconds", "skipped"]
 
 
 def values(step: int) -> dict:

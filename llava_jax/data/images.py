@@ -139,7 +139,7 @@ def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.I
         return _read(io.BytesIO(source), name, use)
     name = name or source
     if not is_bucket(source) and os.path.exists(source) and not os.path.isfile(source):
-        raise InputError(f"image {name}: is not a regular file; check the path")  # a pipe would be waited for
+        raise InputError(f"image {name}: cannot be read (no regular file); check the path")  # a pipe would wait
     try:
         with opened(source) as file:
             return _read(file, name, use)

@@ -253,6 +253,7 @@ FREE_KEYS = (
     "train.keep",
     "train.profile",
     "train.watchdog",
+    "train.max_nonfinite",
     "data.workers",
 )
 FREE_KEYS += ("data.eval", "data.eval_images", "train.eval_every")

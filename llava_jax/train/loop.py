@@ -153,7 +153,7 @@ def train_held(
                 save_every=train.checkpoint_every,
                 start=start,
                 validate=validate,
-                log=partial(log_update, writer=writer, records=records),
+                log=partial(log_update, writer=writer, records=records, in_row=[], most=train.max_nonfinite),
                 save=save,
                 tracer=tracer,
                 should_stop=should_stop,
@@ -235,23 +235,45 @@ def log_update(
     *,
     writer: "MetricsWriter | None",
     records: Sequence[Record],
+    in_row: list[str],
+    most: int,
 ) -> None:
-    """Write the metrics of update `n`, and what held-out rows gave after it; `rows` are those that this process read.
+    """Write the metrics of update `n`; one without targets, or that is not finite, was skipped: that is said.
 
-    Raises InputError when the update had no targets or was not finite; a non-finite one was not applied.
+    Args:
+      n: the update; 0 is the first.
+      values: its metrics, on the device.
+      rows: those that this process read, -1 for none.
+      slots: B * T.
+      waited: seconds for the batch.
+      writer: in the first process.
+      records: all rows.
+      evaluated: what held-out rows gave after it; nothing where there was no pass.
+      in_row: the updates before this one that were not finite; kept here.
+      most: how many of them there may be.
+
+    Raises InputError when `most` updates in a row were not finite.
     """
     values = jax.device_get(values)
 
     def where() -> str:  # only on error: the ids are read from disk
         return f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0].tolist())}"
 
-    if values["targets"] == 0:
-        raise InputError(f"{where()}: no token of the batch is supervised, expected at least one; check these rows")
-    if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
-        raise InputError(
-            f"{where()}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite; the update was "
-            "not applied and nothing was saved since: lower optim.lr, set optim.clip_norm, or check these rows"
-        )
+    is_finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+    if values["targets"] == 0 or not is_finite:
+        what = f"loss {values['loss']} and gradient norm {values['grad_norm']} are not finite"
+        line = f"{where()}: {what if values['targets'] else 'no token of the batch is supervised'}"
+        print(f"warning: {line}; the update was skipped", file=sys.stderr, flush=True)
+        if writer is not None:
+            writer.skipped += 1
+        in_row += [line] if values["targets"] else []
+        if len(in_row) >= most:
+            raise InputError(
+                f"{len(in_row)} updates in a row are not finite and none was applied ({'; '.join(in_row)}): lower "
+                "optim.lr, set optim.clip_norm, or take out these rows, in a new workdir with init.model=orbax: of this"
+            )
+        return
+    in_row.clear()
     if writer is not None:
         writer.write(n, values, slots, waited, evaluated)
 
@@ -287,16 +309,17 @@ class MetricsWriter:
 
     `mfu` is the time that the update's model FLOPs take at the chips' peak over the time it took (null where the peak
     is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
-    line after a start and null in the others. After a pass over held-out rows the line also has `eval_loss`, the mean
-    over their supervised tokens, and `eval_targets`, the number of these. A file that cannot
-    be written does not stop the run: that is said once, and at the end how many lines are lost.
+    line after a start and null in the others, `skipped` the updates since the last line that had no targets or were not
+    finite, which have no line. After a pass over held-out rows the line also has `eval_loss`, the mean over their
+    supervised tokens, and `eval_targets`, the number of these. A file that cannot be written does not stop the run:
+    that is said once, and at the end how many lines are lost.
     """
 
     def __init__(self, workdir: str, steps: range, log_every: int, screen: TextIO):
         path = os.path.join(workdir, METRICS)
         truncate_metrics(path, steps.start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
-        self._lost = 0
+        self._lost = self.skipped = 0
         board = os.path.join(workdir, "tensorboard")
         os.makedirs(board, exist_ok=True)
         # The thread of tensorboardX's SummaryWriter ends where the disk is full, and its caller then waits for ever.
@@ -342,6 +365,7 @@ class MetricsWriter:
             "mfu": None if self._ideal_seconds is None else self._ideal_seconds / max(seconds, 1e-9),
             "data_wait": self._pending_wait / self._pending_steps,
             "compile_seconds": self._compile_seconds,
+            "skipped": self.skipped,
             **(evaluated or {}),
         }
         figures = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step" and v is not None]
@@ -356,6 +380,8 @@ class MetricsWriter:
                 print(f"warning: metrics cannot be written ({error}); training continues without", file=sys.stderr)
             self._lost += 1
         self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
+        self._compile_seconds, self.skipped = None, 0
+        self._show(row, slots, last)
         self._compile_seconds = None
         self._show(row, slots, last or bool(evaluated))
 

@@ -141,7 +141,7 @@ def train_step(
     pixels: Pixels,
     dropout_seed: int | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Apply one update; where the loss or the gradient norm is not finite the state comes back as it was, bit for bit.
+    """Apply one update; where the loss or the gradient norm is not finite only `step` changes, and nothing else.
 
     Args:
       state: donated by the jitted step.
@@ -165,7 +165,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     new = TrainState(state.step + 1, apply_updates(state.params, updates, state.step), opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+    kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)._replace(step=new.step)
     tokens = jnp.sum(batch.segment_ids_BT > 0, dtype=jnp.int32)
     metrics = dict(loss=loss, grad_norm=grad_norm, lr=learning_rate(state.step), targets=targets, tokens=tokens)
     return kept, metrics
