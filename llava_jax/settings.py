@@ -56,7 +56,7 @@ FROM_0 += (
     "train.vision_blocks",
     "train.eval_every",
 )
-FROM_0 += ("train.watchdog",)
+FROM_0 += ("train.watchdog", "data.max_rejects")
 FROM_1 = (
     "train.max_nonfinite",
     "lora.rank",
@@ -79,6 +79,7 @@ RANGES = {
 # Keys that came after runs had been written, and what those runs did. Every config names every key.
 EARLIER_RUNS = {
     "data.exif": "ignore",
+    "data.max_rejects": 0.0,
     "mesh.fsdp_inner": 1,
     "train.trainable": "",
     "train.vision_blocks": 0,

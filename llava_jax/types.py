@@ -92,8 +92,8 @@ class Batch(NamedTuple):
     pixels_BNXYC    uint8, the RGB squares that the tower sees, before they are normalised (the step does it, so that a
                     quarter of the bytes travels); zeros in image slots a row does not use
     image_mask_BN   bool, image slots that hold an image
-    rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M
-                    (host only: None on the device)
+    rows_BM         int64, which rows of the annotations stand in each row, in order; -1 where there are fewer than M,
+                    -2 - row for one that could not be read (host only: None on the device)
     feature_index_BT  int32, with anyres only: which feature of the row's tiles (n * P + p) an image token takes, -1
                     for image_newline; pixels_BNXYC then holds tiles, and N counts them
     """
@@ -383,6 +383,10 @@ class DataSettings:
     """Rows held out from training, in any form of `data.annotations`, each of which counts once; empty: none."""
     eval_images: str = ""
     """Folder that their image paths are relative to; empty: `data.images`."""
+    max_rejects: float = 0.001
+    """Rows that may turn out unreadable while the run trains (an image that is damaged): a share of all rows below 1, a
+    number from there on. Each is padding in its batch, and named in `rejects.jsonl`; one more stops the run.
+    """
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.

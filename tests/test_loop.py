@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -353,6 +354,31 @@ def test_a_batch_without_targets_is_skipped(inputs, tmp_path, monkeypatch, capsy
     assert [row["step"] for row in read_metrics(tmp_path)] == [0]
     (_, first, _), (_, second, _) = (checkpoints.load_params(str(tmp_path), step) for step in (1, 2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_row_that_cannot_be_read_is_padding_and_named(inputs, tmp_path, capsys, pack):
+    """The others are trained as ever; a second one passes the budget."""
+    how = dict(data__images=str(tmp_path / "images"), data__max_rejects=1.0, data__pack=pack, train__epochs=2.0)
+    settings = make_settings(inputs, "finetune", data__shuffle=False, train__steps=0, **how)
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")  # of the rows 3 and 7
+    rows = json.loads((inputs / "rows.json").read_text())[:7]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = change(settings, "data", annotations=str(tmp_path / "rows.json"))
+    workdir = tmp_path / "run"
+    loop.train(settings, str(workdir))
+    (found,) = [json.loads(line) for line in (workdir / "rejects.jsonl").read_text().splitlines()]
+    assert (found["step"], found["row"], found["id"]) == (0, 3, "row-3") and "3.png" in found["reason"]
+    assert capsys.readouterr().err.count("warning: left out row 3 (id 'row-3')") == 1
+    tokens = [row["tokens"] for row in read_metrics(workdir)]
+    whole = change(settings, "data", images=str(inputs / "images"), max_rejects=0.0)
+    loop.train(whole, str(tmp_path / "whole"))
+    lost = [a["tokens"] - b for a, b in zip(read_metrics(tmp_path / "whole"), tokens, strict=True)]
+    assert lost[0] > 0 and sum(lost) == 2 * lost[0]  # once an epoch
+    (tmp_path / "images" / "0.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"row \d \(id 'row-\d'\): .*1 rows before it were unreadable.*max_rejects"):
+        loop.train(settings, str(tmp_path / "second"))
 
 
 def test_updates_in_a_row_that_are_not_finite_stop_the_run(inputs, tmp_path, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.cli.main import main
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.data.validate import Checked, report_lines, verify
 from llava_jax.types import UNPACKED, DataSettings, InputError
@@ -151,6 +152,22 @@ def test_dump_appears_only_when_complete(tmp_path, images, tokenizer):
     assert dump.read_text() == "before" and sorted(os.listdir(tmp_path)) == ["dump.jsonl", "images", "rows.json"]
     with pytest.raises(InputError, match="cannot be written"):
         _verify(tmp_path, images, tokenizer, [GOOD], dump_path=str(tmp_path / "none" / "dump.jsonl"))
+
+
+def test_output_holds_the_rows_that_can_be_trained(tmp_path, images, capsys):
+    rows = [GOOD | {"source": "kept as it is"}, _row("missing", image="none.png"), _row("truncated", image="cut.jpg")]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, _row("last")]), encoding="utf-8")
+    given = dict(
+        annotations=tmp_path / "rows.json",
+        images=images,
+        tokenizer=golden_llama(tmp_path / "golden", legacy=False),
+        template="v1",
+    )
+    words = ["prepare", "verify", *(f"--{name}={value}" for name, value in given.items()), "--patches=4"]
+    assert main(words) == 2
+    assert main([*words, f"--output={tmp_path / 'clean.json'}"]) == 0
+    assert json.loads((tmp_path / "clean.json").read_text()) == [rows[0], _row("last")]
+    assert "rejected: row 1 (id 'missing')" in capsys.readouterr().out
 
 
 def test_each_image_is_looked_at_once(tmp_path, images, tokenizer):

@@ -3,9 +3,12 @@
 import argparse
 import math
 import os
+from typing import Any
 
 from llava_jax.cli.flags import announce, check_least
+from llava_jax.data.rows import parse_images
 from llava_jax.data.sources import FORMS
+from llava_jax.io import write_rows
 from llava_jax.settings import CHOICES
 from llava_jax.types import UNPACKED, ClipConfig, DataSettings, InputError, ModelConfig
 
@@ -16,6 +19,8 @@ NEEDED = ("annotations", "tokenizer", "template")
 
 def verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", metavar="FILE.jsonl", help="written: ids, targets and supervised text of each row")
+    output = "written: the rows that can be trained, as they are; the others are then named and no error"
+    parser.add_argument("--output", metavar="FILE.json", help=output)
     parser.add_argument_group("what `train` would read").description = (
         "--config=FILE[:arg]      as for `train`, with its --config.KEY=VALUE; the rows, their images, template,\n"
         "                         tokenizer and lengths are then those of that run"
@@ -51,9 +56,15 @@ def verify(args: argparse.Namespace) -> int:
         template=f"{data.template}, image position {data.image_position}",
         max_length=f"{data.max_length} tokens, {patches} of them for each {'image' if tiles is None else 'tile'}",
         dump=args.dump,
+        output=args.output,
     )
     rows, checked = validate.verify(data, tokenizer, patches=patches, tiling=tiles, dump_path=args.dump)
     print("\n".join([*recognised(data.annotations, rows), *validate.report_lines(checked, data.max_length)]))
+    if args.output:
+        bad = {rejected.row for rejected in checked.rejected}
+        write_rows(args.output, (as_json(rows.decoded(row), row) for row in range(len(rows)) if row not in bad))
+        print(f"wrote {args.output}: {checked.kept} rows, without {len(bad)}")
+        return 0
     if checked.rejected:
         count = f"{len(checked.rejected)} of {checked.rows} rows of {data.annotations} cannot be trained"
         more = " (the first of them)" if len(checked.rejected) > 1 else ""
@@ -62,6 +73,13 @@ def verify(args: argparse.Namespace) -> int:
         checked.require_fit(data.annotations, config.llm.max_positions)
     checked.require_order(rows, data)
     return 0
+
+
+def as_json(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return a row that JSON can hold. Raises InputError for one that brings its images along."""
+    if any(isinstance(image, bytes) for image in parse_images(row)):
+        raise InputError(f"row {index} brings its images along, which JSON cannot hold; leave out --output")
+    return row
 
 
 Model = tuple[DataSettings, str, ModelConfig | None, int]

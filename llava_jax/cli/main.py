@@ -104,14 +104,14 @@ COMMANDS: dict[str, Command] = {
         files=synthesize.synthesize_files,
     ),
     "prepare verify": Command(
-        "name every row of a data set that cannot be trained, and why; exit code 2 when there is one",
+        "name every row of a data set that cannot be trained, and why (exit code 2); --output writes the others",
         "llava-jax prepare verify --config=tiny:stage=finetune --config.model.vision=CLIP_DIR "
         "--config.model.llm=LLAMA_DIR --config.data.annotations=data.json --config.data.images=images",
         data.verify_flags,
         data.verify,
         passes="--config",
         reads=("annotations", "images", "tokenizer", "vision"),
-        writes=("dump",),
+        writes=("dump", "output"),
         in_buckets=("images", "tokenizer", "vision"),
     ),
     "prepare captions": Command(

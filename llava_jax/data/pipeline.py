@@ -9,7 +9,7 @@ from a second thread; one makes thousands of them a second (docs/results.md has 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -35,20 +35,29 @@ def make_pipeline(
     pixels: Pixels = CLIP,
     tiling: Tiling | None = None,
     rows: Sequence[int] | None = None,
+    on_reject: Callable[[Rejected, int], None] | None = None,
 ) -> "BatchIterator":
     """Return a grain iterator over the batches of `plan`, or over these `rows` of each, a host's share.
 
-    A record that cannot be read raises InputError with row, id and path; the iterator is of no use afterwards.
+    A record that cannot be read leaves padding in its place, and `on_reject` is told of it and its batch, in order,
+    before that batch is delivered. Without one it raises InputError with row, id and path; the iterator is of no use
+    afterwards.
     """
     rows = range(plan.shape.rows) if rows is None else rows
-    make_row = _RowMaker(records, settings, tokenizer, plan, rows, image_size, patches, image_token_id, pixels, tiling)
+    rejected: dict[int, Rejected] = {}
+    how = (rows, image_size, patches, image_token_id, pixels, tiling)
+    make_row = _RowMaker(records, settings, tokenizer, plan, *how, None if on_reject is None else rejected)
     places = grain.MapDataset.range(plan.steps * len(rows))
-    return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), max(settings.workers, 1))
+    tell = None if on_reject is None else lambda row, batch: on_reject(rejected[row], batch)
+    return BatchIterator(places.map(make_row).batch(len(rows), batch_fn=_stack), max(settings.workers, 1), tell)
 
 
 @dataclasses.dataclass(frozen=True)
 class _RowMaker:
-    """Makes one row of a batch, as arguments of `make_pipeline` say."""
+    """Makes one row of a batch, as arguments of `make_pipeline` say.
+
+    `rejected` takes the records that cannot be read; None: they raise.
+    """
 
     records: Sequence[Record]
     settings: DataSettings
@@ -60,6 +69,7 @@ class _RowMaker:
     image_token_id: int
     pixels: Pixels
     tiling: Tiling | None
+    rejected: dict[int, Rejected] | None
 
     def __call__(self, place: int) -> Batch:
         """Return the fields of Batch without B."""
@@ -70,11 +80,14 @@ class _RowMaker:
         pixels_NXYC = np.zeros((self.plan.shape.images, self.image_size, self.image_size, 3), np.uint8)
         feature_index = None if self.tiling is None else np.zeros(length, np.int32)
         members = self.plan.members(place // len(self.rows), self.rows[place % len(self.rows)])
+        rows_M = np.full(self.plan.max_per_row, -1, np.int64)
         start = slot = 0
         for segment, row in enumerate(members.tolist(), start=1):
-            record = self.records[row]
+            first, name = slot, ""
             try:
-                first, sizes = slot, [] if self.tiling is None else image_sizes(record, self.settings)
+                record = self.records[row]
+                name = record.id
+                sizes = [] if self.tiling is None else image_sizes(record, self.settings)
                 counts = self.patches if self.tiling is None else self.tiling.tokens(sizes)
                 ours, ours_targets = encode_record(record, self.settings, self.tokenizer, self.image_token_id, counts)
                 for path in image_paths(record, self.settings):
@@ -84,15 +97,20 @@ class _RowMaker:
                     pixels_NXYC[slot : slot + len(tiles_NXYC)] = tiles_NXYC
                     slot += len(tiles_NXYC)
             except InputError as error:
-                raise InputError(str(Rejected(row, record.id, str(error)))) from None
+                problem = Rejected(row, name, str(error))
+                if self.rejected is None:
+                    raise InputError(str(problem)) from None
+                self.rejected[row] = problem
+                rows_M[segment - 1] = -2 - row
+                pixels_NXYC[first:slot], slot = 0, first
+                continue
+            rows_M[segment - 1] = row
             end = start + len(ours)
             tokens[start:end], targets[start:end] = ours, ours_targets
             segment_ids[start:end], positions[start:end] = segment, np.arange(len(ours))
             if self.tiling is not None and feature_index is not None:
                 feature_index[start:end] = spread(ours, self.image_token_id, self.tiling.feature_index(sizes, first))
             start = end
-        rows_M = np.full(self.plan.max_per_row, -1, np.int64)
-        rows_M[: len(members)] = members
         image_mask_N = np.arange(self.plan.shape.images) < slot
         return Batch(tokens, targets, segment_ids, positions, pixels_NXYC, image_mask_N, rows_M, feature_index)
 
@@ -104,13 +122,14 @@ def _stack(rows: Sequence[Batch]) -> Batch:
 class BatchIterator(grain.DatasetIterator):
     """Batches from `batches`, read ahead by so many threads: each makes whole batches, and they come in order.
 
+    `tell` is given each record that was rejected, and its batch.
     The state is `{"batches": k}`, the number delivered: it does not know threads or hosts, so a run may continue with
     others. A fresh reader is made where the state is set.
     """
 
-    def __init__(self, batches: grain.MapDataset, threads: int):
+    def __init__(self, batches: grain.MapDataset, threads: int, tell: Callable[[int, int], None] | None = None):
         super().__init__()
-        self._batches = batches
+        self._batches, self._tell = batches, tell
         # One batch is made and one is ready for each thread.
         self._how = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         self._delivered = 0
@@ -122,6 +141,9 @@ class BatchIterator(grain.DatasetIterator):
         except InputError as error:
             # Grain appends lines about its own traceback to the message.
             raise InputError(str(error).split("\n")[0]) from None
+        if self._tell is not None:
+            for row in batch.rows_BM[batch.rows_BM < -1].tolist():
+                self._tell(-2 - row, self._delivered)
         self._delivered += 1
         return batch
 

@@ -255,6 +255,7 @@ FREE_KEYS = (
     "train.watchdog",
     "train.max_nonfinite",
     "data.workers",
+    "data.max_rejects",
 )
 FREE_KEYS += ("data.eval", "data.eval_images", "train.eval_every")
 # Nor does the way a batch is split, where neither the loss nor the order of rows nor dropout depends on it.

@@ -19,6 +19,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from llava_jax import buckets
 from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
+from llava_jax.data.rows import Rejected
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.data.validate import plan_once
 from llava_jax.io import is_bucket, replacing
@@ -47,7 +48,7 @@ from llava_jax.train.watchdog import Watchdog, watching
 from llava_jax.types import InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
 
-METRICS = "metrics.jsonl"
+METRICS, REJECTS = "metrics.jsonl", "rejects.jsonl"
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
@@ -98,10 +99,11 @@ def train_held(
     run = build_run(settings, spec.stage_config, mesh, steps, batches.shape.length)
     meta = meta_of(settings, spec, run, records, batches)
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
+    rejects = Rejects(settings.data.max_rejects, len(records))
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, train.keep) as manager,
-        closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh)) as data,
+        closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh, rejects.tell)) as data,
     ):
         say(opening(settings, spec, run, len(records), batches))
         held_out = open_held_out(settings, spec.stage_config, tokenizer, run) if settings.data.eval else None
@@ -111,13 +113,14 @@ def train_held(
             write_settings(os.path.join(workdir, "config.json"), settings)
         todo = range(int(state.step), steps)
         in_bucket = is_first() and is_bucket(workdir)
-        mirrored = buckets.mirrored(workdir, METRICS) if in_bucket else nullcontext((workdir, lambda: None))
+        mirrored = buckets.mirrored(workdir, METRICS, REJECTS) if in_bucket else nullcontext((workdir, lambda: None))
         with (
             nullcontext() if held_out is None else closing(held_out.data),
             mirrored as (here, upload),
             open_metrics(here, todo, train.log_every) as writer,
             tracing(here, todo, train.profile, workdir) if train.profile else nullcontext() as tracer,
         ):
+            rejects.open(here, todo.start)
 
             def start(*inputs: Any) -> Callable:
                 watchdog.enter("compile")
@@ -276,6 +279,53 @@ def log_update(
     in_row.clear()
     if writer is not None:
         writer.write(n, values, slots, waited, evaluated)
+
+
+# ---- rows that cannot be read ---------------------------------------------------------------------------------------
+
+
+class Rejects:
+    """The rows that turned out unreadable, `most` (a share of all `rows` below 1) at most, in rejects.jsonl.
+
+    Each process names those that it reads, in a file of its own: rejects.1.jsonl is the second one's. In a bucket only
+    the first one has a file, and the others say it.
+    """
+
+    def __init__(self, most: float, rows: int):
+        self._most = int(most if most >= 1 else most * rows)
+        self._found: set[int] = set()
+        self._path = ""
+
+    @property
+    def tell(self) -> Callable[[Rejected, int], None] | None:
+        """What is called with a row and the batch it is missing from; None where none may be missing."""
+        return self._tell if self._most else None
+
+    def open(self, workdir: str, step: int) -> None:
+        """Continue the file of `workdir` at update `step`; those after it will be found again."""
+        if is_bucket(workdir):
+            return
+        index = jax.process_index()
+        self._path = os.path.join(workdir, f"rejects.{index}.jsonl" if index else REJECTS)
+        truncate_metrics(self._path, step)
+        if os.path.exists(self._path):
+            with open(self._path, encoding="utf-8") as file:
+                self._found = {json.loads(line)["row"] for line in file}
+
+    def _tell(self, rejected: Rejected, batch: int) -> None:
+        if rejected.row in self._found:
+            return  # in an earlier epoch
+        if len(self._found) == self._most:
+            raise InputError(
+                f"{rejected}: {self._most} rows before it were unreadable, which is all that data.max_rejects allows; "
+                "fix them, or train on what `prepare verify --output=FILE` writes"
+            )
+        self._found.add(rejected.row)
+        print(f"warning: left out {rejected}", file=sys.stderr, flush=True)
+        if self._path:
+            row = {"step": batch, "row": rejected.row, "id": rejected.id, "reason": rejected.reason}
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 # ---- metrics.jsonl, TensorBoard events, the status line --------------------------------------------------------------

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from llava_jax.data.packing import BatchPlan, BatchShape, steps_for
 from llava_jax.data.pipeline import BatchIterator, make_pipeline
 from llava_jax.data.records import Rows, load_records, recognised
+from llava_jax.data.rows import Rejected
 from llava_jax.data.sources import FORMS
 from llava_jax.data.templates import OWN
 from llava_jax.data.tiles import tiling
@@ -73,9 +74,15 @@ def total_steps(train: TrainSettings, rows: int) -> int:
 
 
 def open_data(
-    data: DataSettings, config: ModelConfig, tokenizer: TextTokenizer, records: Rows, batches: BatchPlan, mesh: Mesh
+    data: DataSettings,
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    records: Rows,
+    batches: BatchPlan,
+    mesh: Mesh,
+    on_reject: Callable[[Rejected, int], None] | None = None,
 ) -> BatchIterator:
-    """Return the rows of the stage's batches that this process reads."""
+    """Return the rows of the stage's batches that this process reads; `on_reject` as in `make_pipeline`."""
     return make_pipeline(
         records,
         data,
@@ -87,6 +94,7 @@ def open_data(
         pixels=config.vision.pixels,
         tiling=tiling(config) if config.pinpoints else None,
         rows=local_rows(mesh, batches.shape.rows),
+        on_reject=on_reject,
     )
 
 
