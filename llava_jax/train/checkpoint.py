@@ -180,9 +180,7 @@ def restore(
     return None
 
 
-def _read(
-    folder: str, manager: ocp.CheckpointManager, state: TrainState, is_proven: bool
-) -> tuple[ocp.args.Composite | None, str]:
+def _read(folder: str, manager: ocp.CheckpointManager, state: TrainState, is_proven: bool) -> tuple[Any, str]:
     """Return (what the checkpoint holds, ""), or (None, why it is damaged).
 
     Only of files without hashes an error proves that: with `is_proven` what cannot be read twice is an InputError, and

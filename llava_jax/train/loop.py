@@ -13,8 +13,8 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
+from tensorboardX.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]
 
 from llava_jax import buckets
 from llava_jax.data.packing import check_batch_size

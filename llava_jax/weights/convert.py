@@ -153,7 +153,8 @@ def _check_finite(source: str, params: Params, force: bool) -> None:
 def _is_finite(leaf: np.ndarray | LazyTensor) -> bool:
     """Return whether all values are numbers, reading a stack layer by layer."""
     is_stack = leaf.stacked if isinstance(leaf, LazyTensor) else leaf.ndim > 1
-    return all(np.isfinite(leaf[n]).all() for n in range(leaf.shape[0])) if is_stack else np.isfinite(leaf).all()
+    layers = (leaf[n] for n in range(leaf.shape[0])) if is_stack else (np.asarray(leaf),)
+    return all(bool(np.isfinite(layer).all()) for layer in layers)
 
 
 def _parse_target(target: str, folder: str) -> tuple[str, str]:

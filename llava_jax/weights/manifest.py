@@ -53,7 +53,7 @@ def md5(path: str) -> str:
     for is_last in (False, True):
         try:
             with opened(path) as file:
-                return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+                return hashlib.file_digest(file, "md5").hexdigest()  # ty: ignore[no-matching-overload]
         except ABSENT:
             raise
         except OSError as error:
