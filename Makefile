@@ -1,5 +1,7 @@
 # make demo    the whole story on this machine's CPU, less than ten minutes on two cores
 # make test    the tests, without torch; XLA optimises little, since compiling is most of the time (parity: all of it)
+# make corruptions  a checkpoint damaged in 200 ways, half a minute: none is restored wrong
+# make faults  the same, and processes that are stopped, killed and stuck, several minutes
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
 # make bench   speed and memory beside torch and transformers
@@ -13,7 +15,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test parity ecosystem bench page load docs package lint types
+.PHONY: demo test corruptions faults parity ecosystem bench page load docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -28,6 +30,12 @@ demo: .venv/.runtime
 
 test: .venv/.dev
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal
+
+corruptions: .venv/.dev
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.corruptions
+
+faults: corruptions
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.processes
 
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity

@@ -356,10 +356,9 @@ def test_a_batch_without_targets_is_skipped(inputs, tmp_path, monkeypatch, capsy
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_a_row_that_cannot_be_read_is_padding_and_named(inputs, tmp_path, capsys, pack):
+def test_a_row_that_cannot_be_read_is_padding_and_named(inputs, tmp_path, capsys):
     """The others are trained as ever; a second one passes the budget."""
-    how = dict(data__images=str(tmp_path / "images"), data__max_rejects=1.0, data__pack=pack, train__epochs=2.0)
+    how = dict(data__images=str(tmp_path / "images"), data__max_rejects=1.0, train__epochs=2.0)
     settings = make_settings(inputs, "finetune", data__shuffle=False, train__steps=0, **how)
     shutil.copytree(inputs / "images", tmp_path / "images")
     (tmp_path / "images" / "3.png").write_bytes(b"no image")  # of the rows 3 and 7

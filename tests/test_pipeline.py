@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -66,6 +66,7 @@ def stream(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     row_multiple: int = 1,
+    on_reject: Callable | None = None,
     **changes,
 ) -> BatchIterator:
     settings = dataclasses.replace(SETTINGS, **changes)
@@ -73,7 +74,7 @@ def stream(
     sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=STEPS, seed=seed)
     plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
     model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
-    return make_pipeline(records, settings, TOKENIZER, plan, rows=rows, **model)
+    return make_pipeline(records, settings, TOKENIZER, plan, rows=rows, on_reject=on_reject, **model)
 
 
 def take(data: BatchIterator, count: int) -> list[Batch]:
@@ -339,6 +340,34 @@ def test_no_rows_and_an_unknown_template():
         check([])
     with pytest.raises(InputError, match="^unknown template"):
         check(RECORDS, template="v9")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_row_that_may_be_missing_is_padding(tmp_path, pack):
+    """All other conversations are as ever, and what is missing is told with the batch, also after a resume."""
+    for name in PICTURES:
+        shutil.copy(IMAGES / name, tmp_path)
+    (tmp_path / "wide.jpg").write_bytes(b"")
+    told: list[tuple[int, int]] = []
+    how = dict(pack=pack, workers=3)
+    data = stream(images=str(tmp_path), on_reject=lambda found, batch: told.append((batch, found.row)), **how)
+    whole = stream(**how)
+    for batch, other in zip(take(data, 6), take(whole, 6), strict=True):
+        missing_BM = batch.rows_BM < -1
+        np.testing.assert_array_equal(np.where(missing_BM, -2 - batch.rows_BM, batch.rows_BM), other.rows_BM)
+        for b, missing_M in enumerate(missing_BM):
+            ours, all_ = (x.tokens_BT[b][x.targets_BT[b]].tolist() for x in (batch, other))
+            kept = ~np.isin(other.segment_ids_BT[b], 1 + np.flatnonzero(missing_M))
+            assert ours == other.tokens_BT[b][other.targets_BT[b] & kept].tolist()
+            assert (ours != all_) == missing_M.any()
+            assert batch.image_mask_BN[b].sum() == np.any(batch.pixels_BNXYC[b], axis=(1, 2, 3)).sum()
+    assert told and {row for _, row in told} == {row for row, r in enumerate(RECORDS) if "wide.jpg" in r.images}
+    before = list(told)
+    data.set_state({"batches": 3})
+    take(data, 3)
+    assert told[len(before) :] == [(batch, row) for batch, row in before if batch >= 3]
+    data.close()
+    whole.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -264,7 +264,8 @@ def take_any_text() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted, 141 no one reads our output.
 
-    `train` leaves by SystemExit(42) after SIGTERM, once its state is saved.
+    `train` leaves by SystemExit(42) after SIGTERM, once its state is saved, and by 43 and 44 where it is stuck or has
+    lost another process.
     """
     # transformers warns on stderr that there is no torch; we use its tokenizers only, and stderr is for our one line.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

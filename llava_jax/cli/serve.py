@@ -6,7 +6,7 @@ import os
 import signal
 
 from llava_jax.cli.flags import announce, check_least
-from llava_jax.cli.models import SOURCE, loading_flags, companion_flags, load, need_file
+from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags, need_file
 from llava_jax.types import InputError
 
 KEY = "LLAVA_JAX_API_KEY"
