@@ -1,6 +1,6 @@
 """Signals, hangs and lost processes: how long a run takes to end, and with which exit code.
 
-`python -m tests.faults.processes` starts about twenty tiny runs of one and of two processes, a few minutes in all. It
+`python -m tests.faults.processes` starts thirteen tiny runs of one and of two processes, a few minutes in all. It
 prints a line each, and exits with 1 unless every process was gone in time with a code that the scripts in launch/ start
 again (2 for a full disk), and the last run of each kind resumes and ends.
 
@@ -33,8 +33,8 @@ WATCHDOG = 20
 def stuck(seconds: float = 3600.0) -> None:
     """Sleep in C, where Python's own signal handlers wait."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        ctypes.CDLL(None).usleep(200_000_000)
+    while (left := end - time.monotonic()) > 0:
+        ctypes.CDLL(None).usleep(int(1e6 * left) + 1)
 
 
 def slowed(function: Callable[..., Any], seconds: float, mark: str) -> Callable[..., Any]:
