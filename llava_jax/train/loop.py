@@ -266,7 +266,8 @@ def log_update(
     if values["targets"] == 0 or not is_finite:
         what = f"loss {values['loss']} and gradient norm {values['grad_norm']} are not finite"
         line = f"{where()}: {what if values['targets'] else 'no token of the batch is supervised'}"
-        print(f"warning: {line}; the update was skipped", file=sys.stderr, flush=True)
+        also = f"; held-out rows: {evaluated}" if evaluated else ""
+        print(f"warning: {line}; the update was skipped{also}", file=sys.stderr, flush=True)
         if writer is not None:
             writer.skipped += 1
         in_row += [line] if values["targets"] else []
