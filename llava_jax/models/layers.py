@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.parallel.sharding import matmul
+from llava_jax.parallel.sharding import constrain, matmul, unshard
 from llava_jax.types import REMAT_NAMES
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
@@ -118,6 +118,22 @@ class LayerNorm(nnx.Module):
         centred = x32 - x32.mean(-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Embeddings of tokens."""
+
+    def __init__(self, vocab_size: int, width: int, dtype: str, *, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.table = param(rngs, normal, (vocab_size, width), ("vocab", "embed"))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Return embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
+        inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
+        # Gathered first: a lookup in the sharded table would give the batch the layout of the table.
+        table_VD = unshard(self.table.astype(self.dtype), "vocab", "embed")
+        x_BTD = jnp.take(table_VD, jnp.where(inside, tokens_BT, 0), axis=0)
+        return constrain(x_BTD, "batch", "length", "activation")
 
 
 class RMSNorm(nnx.Module):

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llava_jax.models.attention import angles, attend_to_cache, attention, rotate
-from llava_jax.models.layers import Linear, RMSNorm, normal, param, remat_policy
+from llava_jax.models.layers import Embed, Linear, RMSNorm, remat_policy
 from llava_jax.parallel.sharding import constrain, unshard
 from llava_jax.types import LlamaConfig
 
@@ -110,42 +110,21 @@ class Block(nnx.Module):
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return constrain(x_BTD, "batch", "length", "activation"), kv
 
-    def decode(
-        self, x_B1D: jax.Array, rope: Rope, cache: Cache, layer: jax.Array, seen_BS: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """Run one token a row: write its key and value to slot length_B of `layer` and attend to the slots it sees."""
-        # The barrier keeps the order of heads in memory from spreading to the weights, all of which would be copied.
-        projected = jax.lax.optimization_barrier(self.attn.project(self.attn_norm(x_B1D)))
-        q, k, v = self.attn.heads(projected, rope)
-        slot = layer, jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[2]), cache.length_B[:, None]
-        k_LBKSH, v_LBKSH = cache.k_LBKSH.at[slot].set(k[:, 0]), cache.v_LBKSH.at[slot].set(v[:, 0])
-        x_B1D = x_B1D + self.attn.o(attend_to_cache(q, k_LBKSH[layer], v_LBKSH[layer], seen_BS[:, None]))
-        return x_B1D + self.mlp(self.mlp_norm(x_B1D)), Cache(k_LBKSH, v_LBKSH, cache.length_B)
-
     def extend(
-        self, x_BTD: jax.Array, rope: Rope, kv: KeysValues, length_B: jax.Array, seen_BTS: jax.Array
-    ) -> tuple[jax.Array, KeysValues]:
-        """Run T tokens a row after the length_B of this layer's cache; return [B, T, D] and the cache with them."""
-        q, k, v = self.attn.heads(self.attn.project(self.attn_norm(x_BTD)), rope)
-        slots_BT = length_B[:, None] + jnp.arange(k.shape[1])
-        slot = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None], slots_BT[:, None]
-        k_BKSH, v_BKSH = (old.at[slot].set(new.swapaxes(1, 2)) for old, new in zip(kv, (k, v), strict=True))
-        x_BTD = x_BTD + self.attn.o(attend_to_cache(q, k_BKSH, v_BKSH, seen_BTS))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), (k_BKSH, v_BKSH)
-
-
-class Embed(nnx.Module):
-    def __init__(self, config: LlamaConfig, dtype: str, *, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.table = param(rngs, normal, (config.vocab_size, config.width), ("vocab", "embed"))
-
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Return embeddings [B, T, D] in the compute dtype; an id outside the table (an image slot) reads row 0."""
-        inside = (tokens_BT >= 0) & (tokens_BT < self.table.shape[0])
-        # Gathered first: a lookup in the sharded table would give the batch the layout of the table.
-        table_VD = unshard(self.table.astype(self.dtype), "vocab", "embed")
-        x_BTD = jnp.take(table_VD, jnp.where(inside, tokens_BT, 0), axis=0)
-        return constrain(x_BTD, "batch", "length", "activation")
+        self, x_BTD: jax.Array, rope: Rope, cache: Cache, layer: jax.Array, seen_BTS: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Run T tokens a row: write their keys and values from slot length_B of `layer` on, attend to what is seen."""
+        # The barrier keeps the order of heads in memory from spreading to the weights, all of which would be copied.
+        projected = jax.lax.optimization_barrier(self.attn.project(self.attn_norm(x_BTD)))
+        q, k, v = self.attn.heads(projected, rope)
+        B, T, K, _ = k.shape
+        slots_BT = cache.length_B[:, None] + jnp.arange(T)
+        slot = layer, jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], slots_BT[:, None]
+        k_LBKSH, v_LBKSH = (
+            old.at[slot].set(new.swapaxes(1, 2)) for old, new in ((cache.k_LBKSH, k), (cache.v_LBKSH, v))
+        )
+        x_BTD = x_BTD + self.attn.o(attend_to_cache(q, k_LBKSH[layer], v_LBKSH[layer], seen_BTS))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), Cache(k_LBKSH, v_LBKSH, cache.length_B)
 
 
 class Llama(nnx.Module):
@@ -162,7 +141,7 @@ class Llama(nnx.Module):
         attention_block: int = 512,
     ):
         self.config, self.remat = config, remat
-        self.embed = Embed(config, dtype, rngs=rngs)
+        self.embed = Embed(config.vocab_size, config.width, dtype, rngs=rngs)
         blocks = jax.vmap(lambda r: Block(config, attention, attention_block, rngs=r))
         self.layers = blocks(rngs.split(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
@@ -222,31 +201,19 @@ class Llama(nnx.Module):
         """
         positions_BT = cache.length_B[:, None] + jnp.arange(x_BTD.shape[1])
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
-        seen_BTS = self._seen(positions_BT, cache)
-
-        def body(x_BTD: jax.Array, layer: tuple[Block, KeysValues]):
-            block, kv = layer
-            return block.extend(x_BTD, rope, kv, cache.length_B, seen_BTS)
-
-        x_BTD, kv = jax.lax.scan(body, x_BTD, (self.layers, (cache.k_LBKSH, cache.v_LBKSH)))
-        return self.norm(x_BTD), Cache(*kv, cache.length_B)
-
-    def _seen(self, positions_BT: jax.Array, cache: Cache) -> jax.Array:
-        """Return bool [B, T, S]: the slots that a token at a position sees."""
         slots = jnp.arange(cache.k_LBKSH.shape[3])
         seen_BTS = slots <= positions_BT[:, :, None]
         if self.config.window:
             seen_BTS &= slots > positions_BT[:, :, None] - self.config.window
-        return seen_BTS
-
-    def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Run one more token a row at position length_B; return hidden [B, 1, D] and the cache with length_B + 1."""
-        rope = angles(cache.length_B[:, None], self.config.rope, self.config.head_dim)
-        seen_BS = self._seen(cache.length_B[:, None], cache)[:, 0]
 
         def body(carry: tuple[jax.Array, Cache], layer: tuple[Block, jax.Array]):
             block, index = layer
-            return block.decode(carry[0], rope, carry[1], index, seen_BS), None
+            return block.extend(carry[0], rope, carry[1], index, seen_BTS), None
 
-        (x_B1D, cache), _ = jax.lax.scan(body, (x_B1D, cache), (self.layers, jnp.arange(self.config.layers)))
-        return self.norm(x_B1D), cache._replace(length_B=cache.length_B + 1)
+        (x_BTD, cache), _ = jax.lax.scan(body, (x_BTD, cache), (self.layers, jnp.arange(self.config.layers)))
+        return self.norm(x_BTD), cache
+
+    def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Run one more token a row; return hidden states [B, 1, D] and the cache with length_B + 1."""
+        hidden_B1D, cache = self.extend(x_B1D, cache)
+        return hidden_B1D, cache._replace(length_B=cache.length_B + 1)
