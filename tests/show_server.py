@@ -95,6 +95,7 @@ async def load(
     server: Served, bodies: list[bytes], expected: list[Reply], rate_alone: float, clients: int, seconds: float
 ) -> bool:
     """Print the figures; return whether there was no error and every answer the right one."""
+    _, rate_here = await alone(server, bodies)
     replies: list[Reply] = []
     faults: list[str] = []
     held: list[float] = []
@@ -126,7 +127,8 @@ async def load(
     await asyncio.gather(*(run(number, start + seconds, replies) for number in range(clients)), watch(start + seconds))
     rate = len(replies) / (time.monotonic() - start)
     first = sorted(reply.first for reply in replies)
-    print(f"{clients} clients for {seconds:.0f} s: {rate:.1f} answers/s, {rate / rate_alone:.2f} x one after the other")
+    print(f"{clients} clients for {seconds:.0f} s: {rate:.1f} answers/s, {rate / rate_here:.2f} x one after the other")
+    print(f"  ({rate_here:.1f} answers/s), and {rate / rate_alone:.2f} x one after the other of a server with one slot")
     print(f"time to first token: median {statistics.median(first):.2f} s, p95 {first[int(len(first) * 0.95)]:.2f} s")
     print(f"memory: {held[0]:.0f} MiB at the start, {max(held):.0f} at most, {held[-1]:.0f} at the end")
     print(f"{len(replies)} answers, {len(faults)} errors or answers of others")

@@ -242,14 +242,16 @@ def test_the_command_ends_what_runs_on_sigterm_and_exits_with_0(tiny, monkeypatc
     port = found.getsockname()[1]
     found.close()
 
+    head = {"authorization": "Bearer secret-key"}
+    running = threading.Thread(target=lambda: replies.append(ask(port, body(max_tokens=300), **head)))
+
     def client() -> None:
-        wait(lambda: _answers(port))
-        head = {"authorization": "Bearer secret-key"}
-        running = threading.Thread(target=lambda: replies.append(ask(port, body(max_tokens=300), **head)))
-        running.start()
-        wait(lambda: "llava_running 1.0" in ask(port, path="/metrics", method="GET", **head)[1])
-        os.kill(os.getpid(), signal.SIGTERM)
-        running.join()
+        try:
+            wait(lambda: _answers(port), seconds=60)
+            running.start()
+            wait(lambda: "llava_running 1.0" in ask(port, path="/metrics", method="GET", **head)[1])
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     other = threading.Thread(target=client)
@@ -257,8 +259,9 @@ def test_the_command_ends_what_runs_on_sigterm_and_exits_with_0(tiny, monkeypatc
     try:
         assert cli.main(["serve", "--model=tiny", f"--port={port}", "--slots=2", f"--api_key_file={tmp_path}/key"]) == 0
     finally:
-        signal.signal(signal.SIGTERM, before)
         other.join()
+        running.join()
+        signal.signal(signal.SIGTERM, before)
     assert replies[0][0] == 200 and replies[0][1]["usage"]["completion_tokens"] == 300
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
 

@@ -333,6 +333,7 @@ def make_server(service: Service) -> uvicorn.Server:
         ws="none",
         timeout_graceful_shutdown=STOP_SECONDS,
         limit_concurrency=CONNECTIONS,
+        log_config=None,  # its own would close the handlers that are there
         log_level="warning",
         access_log=False,
         server_header=False,
