@@ -24,6 +24,7 @@ from typing import Any
 from llava_jax.parallel import distributed
 from llava_jax.settings import read_settings, write_settings
 from llava_jax.train import checkpoint, loop
+from llava_jax.types import InputError
 from tests.tiny_run import make_inputs, make_settings
 
 RESTARTED = (42, 43, 44, *range(128, 256))
@@ -64,8 +65,12 @@ def play(role: str, config: str, workdir: str) -> None:
     if role == "full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         checkpoint.save = full(checkpoint.save)
-    with distributed.connected():
-        loop.train(read_settings(config), workdir)
+    try:
+        with distributed.connected():
+            loop.train(read_settings(config), workdir)
+    except InputError as error:  # as the command line does
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def full(save: Callable[..., None]) -> Callable[..., None]:
