@@ -9,6 +9,7 @@ import pytest
 from llava_jax.cli import main
 from llava_jax.evaluate import compare, gqa, mmbench, mme, mmvet, pope, scienceqa, seed, textvqa, vizwiz, vqa, vqav2
 from llava_jax.evaluate.answers import table
+from llava_jax.prepare import questions
 from llava_jax.types import InputError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -192,6 +193,10 @@ def test_textvqa_finds_the_question_in_prompts_with_and_without_ocr(tmp_path):
     rows.pop()
     other = write(tmp_path / "val.json", {"data": data})
     assert "11 answers, expected the texts of 10" in refusal(textvqa.score, other, answers(tmp_path, rows), "wrong")
+    twice = write(tmp_path / "val.json", {"data": [data[1], {**data[1], "question": "How many bars?"}]})
+    problem = "question 1: question aa | how many bars? is there twice, expected each once"
+    assert problem in refusal(textvqa.score, twice, answers(tmp_path, rows))
+    assert problem in refusal(lambda: list(questions.textvqa_questions(twice, None)))
 
 
 # ---- yes and no -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, by_id, field, match, percent, with_text
 from llava_jax.evaluate.prompts import SHORT_ANSWER
 from llava_jax.evaluate.vqa import agreement, normalise, people_of
-from llava_jax.io import read_json
+from llava_jax.evaluate.vqav2 import read_list
 from llava_jax.types import InputError
 
 OCR = "\nReference OCR token:"
@@ -24,11 +24,13 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE) -> Fi
 
 
 def read_annotations(path: str) -> dict[str, dict[str, Any]]:
-    """Return the entries of TextVQA_0.5.1_val.json by (image_id, question in small letters)."""
+    """Return the entries of TextVQA_0.5.1_val.json by (image_id, question in small letters). Raises InputError."""
     entries: dict[str, dict[str, Any]] = {}
-    for number, entry in enumerate(field(read_json(path, "TextVQA's questions and answers"), "data", list, path)):
+    for number, entry in enumerate(read_list(path, "data")):
         where = f"{path}: question {number}"
         key = with_text(field(entry, "image_id", str, where), field(entry, "question", str, where).lower().strip())
+        if key in entries:
+            raise InputError(f"{where}: question {key} is there twice, expected each once")
         entries[key] = entry
     return entries
 

@@ -10,10 +10,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from llava_jax.evaluate import gqa, mmbench, mmvet, pope, seed, vizwiz
+from llava_jax.evaluate import gqa, mmbench, mmvet, pope, seed, textvqa, vizwiz
 from llava_jax.evaluate.answers import field, read_rows
 from llava_jax.evaluate.prompts import OPTION_LETTER, OPTION_LETTER_CN, SHORT_ANSWER, UNANSWERABLE, with_options
-from llava_jax.evaluate.textvqa import OCR
 from llava_jax.evaluate.vqav2 import read_list
 from llava_jax.io import read_json
 from llava_jax.prepare.scienceqa import convert
@@ -54,12 +53,11 @@ def textvqa_questions(source: str, ocr: str | None) -> Iterator[Question]:
             field(entry, "image_id", str, ocr): ", ".join(map(str, field(entry, "ocr_tokens", list, ocr)))
             for entry in read_list(ocr, "data")
         }
-    for number, entry in enumerate(read_list(source, "data")):
-        where = f"{source}: question {number}"
-        image, question = field(entry, "image_id", str, where), field(entry, "question", str, where)
+    for entry in textvqa.read_annotations(source).values():
+        image, question = entry["image_id"], entry["question"]
         if tokens is not None and image not in tokens:
             raise InputError(f"{ocr}: has no tokens of image {image}; expected those of the same split")
-        read = "" if tokens is None else f"{OCR} {tokens[image]}"
+        read = "" if tokens is None else f"{textvqa.OCR} {tokens[image]}"
         yield _short(image, f"{image}.jpg", f"{question[:1].upper()}{question[1:]}{read}")
 
 
