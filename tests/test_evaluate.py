@@ -154,6 +154,8 @@ def test_vqav2_accuracy_and_submission(tmp_path):
         {"question_id": 1, "answer": "2"},
     ]
     assert vqav2.submission(None, given)[0][0] == {"question_id": 1, "answer": "2"}
+    twice = write(tmp_path / "v2.json", {"annotations": entries[:1] * 2})
+    assert "annotation 1: question 1 is there twice" in refusal(vqav2.score, twice, given)
     entries[0]["answers"].pop()
     with pytest.raises(InputError, match="annotation 0: 9 answers, expected the texts of 10 people"):
         vqav2.score(write(tmp_path / "v2.json", {"annotations": entries}), given)
@@ -167,6 +169,8 @@ def test_vizwiz_accuracy_and_submission(tmp_path):
     questions = write(tmp_path / "q.jsonl", [{"question_id": "v_0.jpg", "image": "v_0.jpg"}])
     expected = [{"image": "v_0.jpg", "answer": "unanswerable"}]
     assert vizwiz.submission(questions, given) == expected == vizwiz.submission(None, given)
+    twice = write(tmp_path / "val.json", entries * 2)
+    assert "question 1: image v_0.jpg is there twice" in refusal(vizwiz.score, twice, given)
 
 
 def test_textvqa_finds_the_question_in_prompts_with_and_without_ocr(tmp_path):

@@ -35,7 +35,12 @@ def read_entries(path: str) -> list[dict[str, Any]]:
     entries = read_json(path, "VizWiz's list of questions")
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: {type(entries).__name__}, expected VizWiz's list of questions")
+    images = set()
     for number, entry in enumerate(entries):
+        where = f"{path}: question {number}"
         for name in ("image", "question"):
-            field(entry, name, str, f"{path}: question {number}")
+            field(entry, name, str, where)
+        if entry["image"] in images:
+            raise InputError(f"{where}: image {entry['image']} is there twice, expected each once")
+        images.add(entry["image"])
     return entries

@@ -14,6 +14,8 @@ def score(annotations_path: str, answers_path: str, missing: str = REFUSE) -> Fi
     for number, entry in enumerate(read_list(annotations_path, "annotations")):
         where = f"{annotations_path}: annotation {number}"
         key = str(field(entry, "question_id", int, where))
+        if key in people:
+            raise InputError(f"{where}: question {key} is there twice, expected each once")
         people[key], types[key] = people_of(entry, where), field(entry, "answer_type", str, where)
     texts = match(answers_path, people, annotations_path, missing=missing)
     return accuracy(people, texts, types)
