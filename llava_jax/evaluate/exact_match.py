@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.evaluate.answers import SCORES, WRONG, match, read_rows
+from llava_jax.evaluate.answers import SCORES, WRONG, aligned, match, read_rows
 from llava_jax.io import write_json
 
 
@@ -52,11 +52,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [f"{result['categories'][name]['accuracy']:.1f}" for result in results.values()]
         rows.append((name, *cells, str(first["categories"][name]["asked"])))
     rows.append(("all", *(f"{result['accuracy']:.1f}" for result in results.values()), str(first["asked"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    cells = [[cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    lines = ["  ".join([row[0].ljust(widths[0]), *right]) for row, right in zip(rows, cells, strict=True)]
-    rule = "-" * len(lines[0])
-    lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    head, *lines, total = aligned(rows).split("\n")
+    rule = "-" * len(head)
+    lines = [head, rule, *lines, rule, total]
     for name, result in results.items():
         if result["missing"]:
             lines.append(f"{name}: {result['missing']} questions have no answer and count as wrong")
