@@ -393,6 +393,11 @@ def test_mmbench_turns_the_options_itself(tmp_path):
     assert "leave out --all_rounds" in refusal(mmbench.read_annotations, turned, all_rounds=True)
     without = write(tmp_path / "no.tsv", "index\tquestion\n1\tWhat?\n")
     assert "no column A and B and C and D" in refusal(mmbench.score, without, given)
+    for answer in ("F", "C", "AB"):
+        wrong = write(tmp_path / "wrong.tsv", HEADER + mmbench_row(7, ["cat", "dog"], answer))
+        for all_rounds in (False, True):
+            problem = refusal(mmbench.read_annotations, wrong, all_rounds=all_rounds)
+            assert f"index 7: answer is '{answer}', expected one of AB" in problem
     test = write(tmp_path / "test.tsv", HEADER + mmbench_row(7, ["cat", "dog"], ""))
     assert "has no answers; give --submission" in refusal(mmbench.score, test, given)
 

@@ -111,6 +111,9 @@ def read_annotations(path: str, *, images: bool = False, all_rounds: bool = Fals
     for row in ({name: None if is_none(cell) else cell for name, cell in row.items()} for row in found):
         if not str(row["index"]).isdecimal() or row["question"] is None or row["A"] is None:
             raise InputError(f"{path}: index {row['index']!r}: expected a number, a question and its options")
+        letters = LETTERS[: len(options_of(row))]
+        if row.get("answer") not in (None, *letters):
+            raise InputError(f"{path}: index {row['index']}: answer is {row['answer']!r}, expected one of {letters}")
         for one in _rounds(row, path) if all_rounds else [row]:
             if one["index"] in rows:
                 raise InputError(f"{path}: index {one['index']} is there twice, expected each once")
