@@ -1,5 +1,6 @@
 """Images: bit-equal to the published preprocessing, and every bad file named."""
 
+import base64
 import io
 import pathlib
 import struct
@@ -26,10 +27,13 @@ from llava_jax.data.images import (
     load_tiles,
     normalised,
     preprocess,
+    thumbnail,
 )
 from llava_jax.data.tiles import Tiling
+from llava_jax.infer.conversation import Conversation
+from llava_jax.infer.generate import question_message
 from llava_jax.models import clip
-from llava_jax.types import InputError, Pixels
+from llava_jax.types import InputError, Pixels, Sampling
 
 SMALL = Tiling(16, 2, ((16, 32), (32, 16)))
 IMAGES = pathlib.Path(__file__).parent / "data" / "images"
@@ -298,3 +302,20 @@ def test_damaged_files_raise_nothing_but_input_errors():
             except InputError:
                 refused += 1
     assert refused > 300
+
+
+def test_thumbnails_are_upright_and_leave_the_image_alone():
+    image, file = noise(64, 16), io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(file, "png", exif=exif)
+    shown = [Image.open(io.BytesIO(base64.b64decode(thumbnail(one, 32)))) for one in (file.getvalue(), image)]
+    assert [one.size for one in shown] == [(8, 32), (32, 8)] and image.size == (64, 16)
+
+
+def test_a_conversation_about_bytes_shows_itself():
+    file = io.BytesIO()
+    noise(8, 8).save(file, "png")
+    talk = Conversation(None, "", Sampling())
+    talk.messages.append(question_message("What?", [file.getvalue()]))
+    assert '<img src="data:image/png;base64,' in talk._repr_html_()

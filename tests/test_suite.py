@@ -13,6 +13,7 @@ from llava_jax.infer import batch_generate
 from llava_jax.prepare import questions
 from tests import bench_files
 from tests.teacher_server import Faults, TeacherServer
+from tests.test_images import png_header
 
 
 def judge_says(kind, text):
@@ -141,6 +142,24 @@ def test_a_judge_that_cannot_be_asked_is_known_before_the_first_answer(tmp_path,
     for more, problem in (([], "needs a key"), ([f"--rules={tmp_path / 'none.json'}"], "no such file")):
         assert main.main([*words, "--judge=gpt", *more]) == 2 and not answering.asked
         assert problem in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_report_says_why_an_image_is_not_shown(tmp_path):
+    files = {"huge.png": png_header(20_000, 20_000), "broken.png": png_header(8, 8), "no.png": None}
+    for name, content in files.items():
+        if content:
+            (tmp_path / name).write_bytes(content)
+    bench_files.dump(tmp_path / "suite.json", {"model": "m", "results": {"gqa": 0}, "images": {"gqa": str(tmp_path)}})
+    asked = [{"question_id": name, "image": name, "text": "What?"} for name in files]
+    bench_files.dump(tmp_path / "gqa" / "questions.jsonl", [*asked, {"question_id": "none", "text": "What?"}])
+    said = [{"question_id": name, "prompt": "What?", "text": "x"} for name in files]
+    bench_files.dump(tmp_path / "gqa" / "answers.jsonl", said)
+    text = report.report([str(tmp_path)], examples=4)
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    reasons = ("more than 64 megapixels", "truncated or damaged", "no such file", "No image.")
+    for one, reason in zip(data["examples"], reasons, strict=True):
+        assert reason in one["problem"] and "image" not in one
 
 
 def test_prepare_writes_questions(tmp_path, capsys):

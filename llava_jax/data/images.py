@@ -9,6 +9,7 @@ the square, whatever its shape. As in the original, transparency is dropped, and
 (the pixels as they are stored, as in the original; a TIFF, which Pillow turns by itself, is upright in both).
 """
 
+import base64
 import contextlib
 import functools
 import io
@@ -128,6 +129,14 @@ def decode(source: str | bytes | Image.Image, name: str = "", exif: str = "apply
     than MAX_ASPECT times the other. The limits are checked on the header, before any pixel is decoded.
     """
     return _opened(source, name, lambda image, name: _to_rgb(image, name, exif))
+
+
+def thumbnail(source: str | bytes | Image.Image, side: int, kind: str = "png") -> str:
+    """Return an image, made to fit a square of `side`, as the base64 of a file of that kind. Raises InputError."""
+    image, file = decode(source).copy(), io.BytesIO()  # an image in memory stays as it is
+    image.thumbnail((side, side))
+    image.save(file, kind, quality=80)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _opened(source: str | bytes | Image.Image, name: str, use: Callable[[Image.Image, str], Result]) -> Result:

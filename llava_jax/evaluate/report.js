@@ -51,7 +51,7 @@ function show() {
     image.src = one.image;
     image.alt = `image of question ${one.id}`;
   } else {
-    add(left, "p", "No image.");
+    add(left, "p", one.problem);
   }
   const heading = [data.headings[one.bench], one.id, one.category].filter(Boolean).join(" · ");
   add(side, "h3", heading);

@@ -1,16 +1,13 @@
 """One self-contained HTML page about runs of `evaluate suite`: table, radar, bars, and answers to browse."""
 
-import base64
 import html
-import io
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
+from llava_jax.data.images import thumbnail
 from llava_jax.evaluate.answers import SCORES, field, read_rows, with_text
 from llava_jax.evaluate.mmbench import ROUND
 from llava_jax.evaluate.page import page, section
@@ -187,8 +184,8 @@ def _examples(name: str, runs: Sequence[Run], most: int) -> Iterator[dict[str, A
             found += [str(int(key) % ROUND)] if name.startswith("mmbench") else []
             score = next((scores[one] for one in found if one in scores), None)
             said.append({"text": texts.get((key, text)), "score": score, "review": judged.get(key)})
-        image = _thumbnail(os.path.join(asked[0]["images"][name], row["image"])) if row.get("image") else None
-        shown = {"category": row.get("category"), "expected": row.get("answer"), "image": image}
+        image = _shown_image(asked[0]["images"][name], row.get("image"))
+        shown = {"category": row.get("category"), "expected": row.get("answer"), **image}
         yield {"bench": name, "id": key, "question": text, **shown, "answers": said}
 
 
@@ -212,14 +209,11 @@ def _review_key(row: Mapping[str, Any], where: str) -> str:
     return str(row["question_id"]) if first else f"{row['question_id']} {repeat} {row.get('swapped')}"
 
 
-def _thumbnail(path: str) -> str | None:
-    """Return an image as the address that holds it, None where the file is gone."""
+def _shown_image(folder: str, name: str | None) -> dict[str, str]:
+    """Return the address that holds a question's image, or why there is none."""
+    if not name:
+        return {"problem": "No image."}
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except OSError:
-        return None
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return {"image": f"data:image/jpeg;base64,{thumbnail(os.path.join(folder, name), THUMBNAIL, 'jpeg')}"}
+    except InputError as error:
+        return {"problem": str(error)}

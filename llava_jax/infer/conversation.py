@@ -1,14 +1,14 @@
 """A conversation that remembers what was said, for Python and notebooks."""
 
-import base64
 import dataclasses
 import html
-import io
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image
 
+from llava_jax.data.images import thumbnail
 from llava_jax.infer.engine import Model
 from llava_jax.infer.generate import question_message
 from llava_jax.types import Sampling
@@ -54,7 +54,7 @@ class Conversation:
         rows = []
         for message in self.messages:
             text, images = _content(message)
-            shown = "".join(f'<img src="{_thumbnail(image)}" style="display:block;margin:4px 0">' for image in images)
+            shown = "".join(map(_shown, images))
             rows.append(
                 f'<div style="margin:6px 0"><b>{message["role"]}</b>{shown}'
                 f'<div style="white-space:pre-wrap">{html.escape(text)}</div></div>'
@@ -69,10 +69,6 @@ def _content(message: dict[str, Any]) -> tuple[str, Sequence[Any]]:
     return text["text"], [part["image"] for part in images]
 
 
-def _thumbnail(image: Any) -> str:
-    """Return an image as a data: URL."""
-    small = (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    with io.BytesIO() as file:
-        small.save(file, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _shown(image: Any) -> str:
+    content = thumbnail(image if isinstance(image, Image.Image) else os.fspath(image), THUMBNAIL)
+    return f'<img src="data:image/png;base64,{content}" style="display:block;margin:4px 0">'

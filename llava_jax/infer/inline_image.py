@@ -1,12 +1,10 @@
 """Images in the terminals that show them: the protocols of Kitty and of iTerm2, which others speak, too."""
 
-import base64
-import io
 import os
 from collections.abc import Mapping
 from typing import TextIO
 
-from llava_jax.data.images import decode
+from llava_jax.data.images import thumbnail
 
 SIDE = 320  # pixels
 CHUNK = 4096  # what Kitty takes at once, in characters
@@ -20,10 +18,7 @@ def inline_image(path: str, output: TextIO, environment: Mapping[str, str] = os.
     kind = _protocol(environment) if output.isatty() else ""
     if not kind:
         return ""
-    image, file = decode(path), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    image.save(file, "png")
-    content = base64.b64encode(file.getvalue()).decode()
+    content = thumbnail(path, SIDE)
     if kind == "iterm":
         return f"\x1b]1337;File=inline=1;preserveAspectRatio=1:{content}\x07\n"
     chunks = [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]
