@@ -116,12 +116,32 @@ def test_without_a_judge_the_figures_of_judges_stay_open(tmp_path, answering, ca
     assert json.loads((tmp_path / "out" / "mmvet" / "submission.json").read_text()) == {"v1_0": "12"}
 
 
+def both_languages(data, split="TEST"):
+    """Put MMBench's tables of both languages, under their newer names, into both of its folders."""
+    english, chinese = data / "mmbench" / f"MMBench_{split}_EN.tsv", data / "mmbench_cn" / f"MMBench_{split}_CN.tsv"
+    (data / "mmbench" / "mmbench_dev_20230712.tsv").rename(english)
+    (data / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv").rename(chinese)
+    shutil.copy(english, data / "mmbench_cn")
+    shutil.copy(chinese, data / "mmbench")
+
+
+def test_each_language_of_mmbench_is_found_next_to_the_other(tmp_path, answering):
+    bench_files.write_all(tmp_path / "all")
+    both_languages(tmp_path / "all", "DEV")
+    for name in ("mmbench", "mmbench_cn"):
+        shutil.copytree(tmp_path / "all" / name, tmp_path / "data" / name)
+    assert main.main(["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path}"]) == 0
+    expected = {name: bench_files.ANSWERS[name][1] for name in ("mmbench", "mmbench_cn")}
+    assert json.loads((tmp_path / "suite.json").read_text())["results"] == expected
+
+
 @pytest.mark.parametrize(
     "break_it, problem",
     [
         (lambda data: shutil.rmtree(data), "holds no benchmark"),
         (lambda data: (data / "gqa" / "data" / "testdev_balanced_questions.json").unlink(), "gqa: no testdev_balanced"),
         (lambda data: (data / "seed").mkdir(), "seed and seed_bench are both seed"),
+        (both_languages, "MMBench_TEST_CN.tsv and MMBench_TEST_EN.tsv all fit *.tsv; leave one of them"),
         (lambda data: (data / "scienceqa" / "pid_splits.json").write_text("{}"), "--split=test: not in"),
         (lambda data: (data / "MME" / "MME_Benchmark_release_version" / "color" / "a.png").unlink(), "a.txt: no image"),
     ],

@@ -158,9 +158,19 @@ def find(args: Namespace) -> tuple[list[Bench], list[str]]:
 
 
 def _file(folder: str, *patterns: str) -> str:
-    """Return the first file of the first pattern that has one, "" where none has."""
-    found = (sorted(glob.glob(os.path.join(glob.escape(folder), pattern))) for pattern in patterns)
-    return next((paths[0] for paths in found if paths), "")
+    """Return the file of the first pattern that has one, in capitals or not; "" where none has.
+
+    Raises InputError for a pattern with several: which of them is meant cannot be told.
+    """
+    for pattern in patterns:
+        either = "".join(f"[{mark.lower()}{mark.upper()}]" if mark.isalpha() else mark for mark in pattern)
+        paths = sorted(glob.glob(os.path.join(glob.escape(folder), either)))
+        if len(paths) > 1:
+            names = " and ".join(os.path.relpath(path, folder) for path in paths)
+            raise InputError(f"{folder}: {names} all fit {pattern}; leave one of them")
+        if paths:
+            return paths[0]
+    return ""
 
 
 def _needed(folder: str, *patterns: str) -> str:
@@ -250,7 +260,7 @@ def _pope(folder: str) -> Bench:
     from llava_jax.evaluate import pope
     from llava_jax.prepare.questions import pope_questions
 
-    source = os.path.dirname(_needed(folder, "coco/coco_pope_*.json", "coco_pope_*.json"))
+    source = _images(folder, "coco")
 
     def score(answers: str, results: str) -> Figures | None:
         return pope.score(source, os.path.join(results, "questions.jsonl"), answers)
@@ -276,7 +286,8 @@ def _mmbench(folder: str, args: Namespace, name: str) -> Bench:
     from llava_jax.prepare.questions import mmbench_questions
 
     chinese = name == "mmbench_cn"
-    source = _needed(folder, *(("*cn*.tsv", "*.tsv") if chinese else ("*dev_2*.tsv", "*dev*.tsv", "*.tsv")))
+    patterns = ("*dev_cn*.tsv", "*cn*.tsv", "*.tsv") if chinese else ("*dev_2*.tsv", "*dev_en*.tsv", "*.tsv")
+    source = _needed(folder, *patterns)
     images = os.path.join(args.output, name, "images")
 
     def score(answers: str, results: str) -> Figures | None:
