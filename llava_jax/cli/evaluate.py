@@ -73,16 +73,21 @@ def _begin(args: Namespace, name: str, *flags: str) -> None:
 
 
 def _show(args: Namespace, figures: Mapping[str, Any]) -> int:
-    """Print the table and write all figures; return 1 where judgings are still open: the same command continues."""
+    """Print the table and write all figures; return 1 where judgings are still open."""
     from llava_jax.evaluate.answers import table
 
     print(table({name: value for name, value in figures.items() if name != "stopped"}))
     if args.json:
         write_json(args.json, figures)
+    return int(judgings_open(figures))
+
+
+def judgings_open(figures: Mapping[str, Any]) -> bool:
+    """Return whether judgings are still open, and say so: the same command continues."""
     open_ones = figures.get("judge", {}).get("unanswered", 0)
     if open_ones:
         print(f"\n{open_ones} judgings have no answer ({figures['stopped']}); the same command asks for them again")
-    return 1 if open_ones else 0
+    return bool(open_ones)
 
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from llava_jax.cli.evaluate import LLAVA_BENCH_REQUEST, MMVET_REQUEST, judge_flags, judge_of
+from llava_jax.cli.evaluate import LLAVA_BENCH_REQUEST, MMVET_REQUEST, judge_flags, judge_of, judgings_open
 from llava_jax.cli.flags import Command, announce, check_least
 from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags, need_file
 from llava_jax.io import write_json, write_rows
@@ -67,7 +67,10 @@ def suite_flags(parser: ArgumentParser) -> None:
 
 
 def suite(args: Namespace) -> int:
-    """Prepare everything before the first answer, so that files that do not fit are known at once."""
+    """Prepare everything before the first answer; return 1 where judgings are still open.
+
+    Files that do not fit are known at once.
+    """
     from llava_jax.evaluate.published import headline
 
     check_least(args, 1, "batch_size")
@@ -87,6 +90,7 @@ def suite(args: Namespace) -> int:
 
     model = load(args)
     results: dict[str, float | None] = {}
+    unfinished = []
     for bench in benches:
         folder = os.path.join(args.output, bench.name)
         questions, answers = (os.path.join(folder, f"{name}.jsonl") for name in ("questions", "answers"))
@@ -96,11 +100,13 @@ def suite(args: Namespace) -> int:
         figures = bench.score(answers, folder)
         if figures is not None:
             write_json(os.path.join(folder, "figures.json"), figures)
-        results[bench.name] = headline(bench.name, figures)
+            if judgings_open(figures):
+                unfinished.append(bench.name)
+        results[bench.name] = None if bench.name in unfinished else headline(bench.name, figures)
     images = {bench.name: os.path.abspath(bench.images) for bench in benches}
     write_json(os.path.join(args.output, "suite.json"), {"model": model.name, "results": results, "images": images})
     print(f"\n{results_table(model.name, results)}")
-    return 0
+    return 1 if unfinished else 0
 
 
 def results_table(model: str, results: dict[str, float | None]) -> str:
