@@ -116,15 +116,15 @@ def test_without_a_judge_the_figures_of_judges_stay_open(tmp_path, answering, ca
     assert json.loads((tmp_path / "out" / "mmvet" / "submission.json").read_text()) == {"v1_0": "12"}
 
 
-def test_open_judgings_leave_a_dash_and_are_asked_again(tmp_path, answering, capsys):
+def test_open_judgings_leave_a_dash_within_one_budget_for_all(tmp_path, answering, capsys):
     bench_files.write_all(tmp_path / "all")
     for name in ("llava-bench-in-the-wild", "mm-vet"):
         shutil.copytree(tmp_path / "all" / name, tmp_path / "data" / name)
     words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
     with TeacherServer(Faults(), answer=lambda *asked: f"{judge_says(*asked)} {'x' * 5000}") as server:
         words += ["--judge=served", f"--endpoint={server.url}"]
-        # LLaVA-Bench's longest answer passes the first budget.
-        for budget, asked, found in ((100, 1, [None, 50.0]), (0, 2, [50.0, 50.0])):
+        # LLaVA-Bench's longest answer passes the first budget; the second has room for it, but not after MM-Vet's.
+        for budget, asked, found in ((100, 1, [None, 50.0]), (1300, 1, [None, 50.0]), (0, 2, [50.0, 50.0])):
             assert main.main([*words, f"--budget_tokens={budget}"]) == int(None in found)
             out = capsys.readouterr().out
             assert len(server.seen) == asked and ("1 judgings have no answer (the next" in out) == (None in found)

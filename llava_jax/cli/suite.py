@@ -8,13 +8,16 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_jax.cli.evaluate import LLAVA_BENCH_REQUEST, MMVET_REQUEST, judge_flags, judge_of, judgings_open
 from llava_jax.cli.flags import Command, announce, check_least
 from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags, need_file
 from llava_jax.io import write_json, write_rows
 from llava_jax.types import InputError, Sampling
+
+if TYPE_CHECKING:
+    from llava_jax.evaluate.judge import Judge
 
 Figures = dict[str, Any]
 SHORT, LONG = 128, 1024  # tokens of an answer at most, as in the published runs
@@ -317,6 +320,15 @@ def _seed(folder: str) -> Bench:
     return Bench("seed", functools.partial(seed_questions, source), folder, SHORT, score)
 
 
+def _reviews(results: str) -> str:
+    return os.path.join(results, "reviews.jsonl")
+
+
+def _judge(args: Namespace, request: str, other: str) -> "Judge":
+    """Return the judge of a benchmark, which shares the suite's budget with another one's."""
+    return dataclasses.replace(judge_of(args, request), sharing=[_reviews(os.path.join(args.output, other))])
+
+
 def _llava_bench(folder: str, args: Namespace) -> Bench:
     from llava_jax.evaluate import llava_bench
     from llava_jax.prepare.questions import llava_bench_questions
@@ -329,10 +341,8 @@ def _llava_bench(folder: str, args: Namespace) -> Bench:
     def score(answers: str, results: str) -> Figures | None:
         if not args.judge:
             return None
-        output = os.path.join(results, "reviews.jsonl")
-        who = judge_of(args, LLAVA_BENCH_REQUEST)
-        both = [reference, answers]
-        return llava_bench.review(source, context, rules, both, output, who, repeats=args.repeats)
+        who, both = _judge(args, LLAVA_BENCH_REQUEST, "mmvet"), [reference, answers]
+        return llava_bench.review(source, context, rules, both, _reviews(results), who, repeats=args.repeats)
 
     images = _images(folder, "images")
     return Bench("llava_bench", functools.partial(llava_bench_questions, source), images, LONG, score)
@@ -349,8 +359,8 @@ def _mmvet(folder: str, args: Namespace) -> Bench:
         write_json(os.path.join(results, "submission.json"), mmvet.submission(source, answers))
         if not args.judge:
             return None
-        output = os.path.join(results, "reviews.jsonl")
-        return mmvet.score(source, answers, prompt, output, judge_of(args, MMVET_REQUEST), repeats=args.repeats)
+        who = _judge(args, MMVET_REQUEST, "llava_bench")
+        return mmvet.score(source, answers, prompt, _reviews(results), who, repeats=args.repeats)
 
     images = _images(folder, "images")
     return Bench("mmvet", functools.partial(mmvet_questions, source), images, LONG, score)

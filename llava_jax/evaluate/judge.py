@@ -22,7 +22,10 @@ def journal_of(output: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Who judges and what it may cost: as in `ask_all` and `Budget`. `attempts` are answers until one can be read."""
+    """Who judges and what it may cost: as in `ask_all` and `Budget`. `attempts` are answers until one can be read.
+
+    `sharing` are the reviews of other benchmarks, whose answers the budget pays as well.
+    """
 
     teacher: Teacher
     stop: threading.Event
@@ -32,6 +35,7 @@ class Judge:
     money: float = 0.0
     prices: Prices | None = None
     say: Callable[[str], None] = print
+    sharing: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +61,10 @@ def ask(tasks: Sequence[Task[Result]], who: Judge, output: str, prompt: Any) -> 
 
     `prompt` is what all tasks share; its hash, the judge's name and the day of its newest answer say who judged how.
     """
+    others = [_spent(journal_of(one)) for one in who.sharing]
     with Journal(journal_of(output)) as journal:
-        budget = Budget(who.tokens, who.money, who.prices, journal.tokens_in, journal.tokens_out)
+        tokens_in, tokens_out = map(sum, zip((journal.tokens_in, journal.tokens_out), *others, strict=True))
+        budget = Budget(who.tokens, who.money, who.prices, tokens_in, tokens_out)
         asked = ask_all(
             tasks,
             who.teacher,
@@ -73,6 +79,14 @@ def ask(tasks: Sequence[Task[Result]], who: Judge, output: str, prompt: Any) -> 
         digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
         about = {"name": who.teacher.name, "date": journal.latest[:10], "prompt_hash": digest}
     return Judged(verdicts, about, "; ".join([*asked.failed, *filter(None, [asked.stopped])]))
+
+
+def _spent(path: str) -> tuple[int, int]:
+    """Return the tokens asked and answered that a journal holds; none where there is no file."""
+    if not os.path.exists(path):
+        return 0, 0
+    with Journal(path) as journal:
+        return journal.tokens_in, journal.tokens_out
 
 
 def mean_and_sd(values: Sequence[float | None]) -> tuple[float | None, float | None]:
