@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -264,6 +265,27 @@ def test_the_command_ends_what_runs_on_sigterm_and_exits_with_0(tiny, monkeypatc
         signal.signal(signal.SIGTERM, before)
     assert replies[0][0] == 200 and replies[0][1]["usage"]["completion_tokens"] == 300
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0:0:0:0:0:0:0:1"])
+def test_the_address_that_the_command_prints_is_answered(host, tiny, monkeypatch, capsys):
+    services, bind = [], server.bind
+
+    def make_server(service):
+        services.append(service)
+        return SimpleNamespace(run=lambda sockets: sockets[0].close())
+
+    monkeypatch.setattr(serve, "load", lambda args: tiny)
+    monkeypatch.setattr(server, "bind", lambda host, port: bind("127.0.0.1", port))
+    monkeypatch.setattr(server, "warm_up", lambda service: None)
+    monkeypatch.setattr(server, "make_server", make_server)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert cli.main(["serve", "--model=tiny", "--port=0", f"--host={host}"]) == 0
+    printed = capsys.readouterr().out.split("http://")[1].strip()
+    _, served = words(tiny, hosts=services[0].hosts)
+    with served as port:
+        assert ask(port, path="/health", method="GET", host=printed)[0] == 200
+        assert ask(port, path="/health", method="GET", host="evil.example")[0] == 421
 
 
 def _answers(port: int) -> bool:

@@ -66,7 +66,7 @@ def serve(args: argparse.Namespace) -> int:
     engine = Engine(model, slots=args.slots, max_length=args.max_length, waiting=args.waiting)
     limits = Limits(engine.max_length, body=args.max_body * 1_000_000, images=args.max_images)
     # Without a key, a page of another site must not get in under a name of its own for this machine.
-    hosts = LOOPBACK if local and not key else ()
+    hosts = (args.host, *LOOPBACK) if local and not key else ()
     service = Service(
         model.name, engine, model.processor, limits, key, hosts, args.allow_remote_images, timeout=args.timeout
     )
