@@ -188,6 +188,16 @@ def test_an_answer_that_takes_too_long_and_an_engine_that_fails(tiny):
         assert ask(port, path="/health", method="GET")[0] == 503
 
 
+def test_an_error_that_was_not_foreseen_is_guarded_and_counted(tiny):
+    engine, served = words(tiny)
+    engine.submit = None
+    with served as port:
+        status, reply, headers = ask(port, body())
+        assert status == 500 and "its log says why" in reply["error"]["message"]
+        assert headers["x-content-type-options"] == "nosniff" and "content-security-policy" in headers
+        assert 'status="500"} 1.0' in ask(port, path="/metrics", method="GET")[1]
+
+
 def test_slow_clients_are_closed(tiny, monkeypatch):
     for name in ("HEADER_SECONDS", "BODY_SECONDS"):
         monkeypatch.setattr(server, name, 0.2)

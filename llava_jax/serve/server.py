@@ -19,7 +19,6 @@ import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Mount, Route
@@ -112,7 +111,7 @@ class Endpoints:
         return FileResponse(os.path.join(HERE, "page", "index.html"))
 
 
-def make_app(service: Service) -> Starlette:
+def make_app(service: Service) -> ASGIApp:
     """Return the ASGI application; it closes the engine when it is shut down."""
     endpoints = Endpoints(service)
 
@@ -135,11 +134,11 @@ def make_app(service: Service) -> Starlette:
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Guard, service=service, metrics=endpoints.metrics)],
         exception_handlers=dict.fromkeys((Refused, HTTPException, Exception), error_reply),
     )
     app.router.redirect_slashes = False  # it would lead to whatever host a client names
-    return app
+    # Around all of Starlette: as a middleware of its own it would not see the replies to errors that were not foreseen.
+    return Guard(app, service, endpoints.metrics)
 
 
 # ---- replies --------------------------------------------------------------------------------------------------------
