@@ -213,6 +213,14 @@ def test_values_that_a_parameter_cannot_have(port, name):
         refused(port, body() | {name: value} if name != "messages" else body() | {"messages": value}, status, name)
 
 
+def test_what_is_quoted_may_be_deep_or_large(port):
+    for depth in range(900, 1000, 2):  # around what json reads and does not write again
+        deep = b"[" * depth + b"]" * depth
+        refused(port, b'{"model": "tiny", "messages": [{"role": ' + deep + b"}]}")
+    refused(port, body() | {"x" * 100_000: 1}, says="no parameter")
+    refused(port, body(user() | {"x" * 100_000: 1}), says="not supported")
+
+
 @pytest.mark.parametrize("number", range(len(MESSAGES)))
 def test_messages_of_another_form(port, number):
     refused(port, body(*MESSAGES[number]))

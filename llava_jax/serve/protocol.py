@@ -119,7 +119,7 @@ def _check_keys(asked: Mapping[str, Any]) -> None:
         if key in KEYS or key in IGNORED or value is None:
             continue
         if key not in UNSUPPORTED:
-            raise Refused(f"there is no parameter {_shown(key)}{nearest(key, KEYS)}", key)
+            raise Refused(f"there is no parameter {_shown(key)}{nearest(key[:80], KEYS)}", key[:80])
         if value not in UNSUPPORTED[key]:
             raise Refused(f"{key} is not supported by this server; leave it out", key, code="unsupported_parameter")
 
@@ -180,7 +180,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise Refused(f"{where}.role is {_shown(role)}; expected system, developer, user or assistant", f"{where}.role")
     for key, value in message.items():
         if key not in ("role", "content", "name") and value not in (None, [], {}, ""):
-            raise Refused(f"{where}.{key} is not supported by this server; leave it out", f"{where}.{key}")
+            raise Refused(f"{where}.{key[:80]} is not supported by this server; leave it out", f"{where}.{key[:80]}")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise Refused(f"{where}.content is {_shown(content)}; expected a text or a list of parts", f"{where}.content")
@@ -227,7 +227,10 @@ def _object(asked: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else json.dumps(value)[:80]
+    """Return at most 80 characters of JSON, without a look into what may be deep or large."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return "missing" if value is None else json.dumps(value[:80] if isinstance(value, str) else value)[:80]
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
