@@ -15,7 +15,7 @@ import pytest
 from llava_jax import api
 from llava_jax.cli import main as cli
 from llava_jax.cli import serve
-from llava_jax.infer.engine import Engine
+from llava_jax.infer.engine import End, Engine, Piece, TokenLogprobs
 from llava_jax.serve import server
 from llava_jax.types import Sampling
 from tests.serving import Words, ask, body, data_url, serving, shows, user
@@ -93,6 +93,22 @@ def test_stops_and_logprobs(tiny, engine, client):
     assert len(scored) == 12 and all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in scored)
     assert "".join(token.token for token in scored).strip() == greedy
     assert scored[0].top_logprobs[0].token == scored[0].token
+
+
+def test_bytes_of_half_a_character_are_not_known(tiny):
+    engine, served = words(tiny)
+
+    def submit(prompt, sampling, emit, **_):
+        ids = tiny.processor.tokenizer.encode_text("é#")[-3:]
+        emit(Piece("é#", tuple(ids), tuple(TokenLogprobs(token, -1.0, ((token, -1.0),)) for token in ids)))
+        emit(End("length", 1, 3))
+        return SimpleNamespace(cancel=lambda: None)
+
+    engine.submit = submit
+    with served as port:
+        found = ask(port, body(logprobs=True, top_logprobs=1))[1]["choices"][0]["logprobs"]["content"]
+    assert [token["bytes"] for token in found] == [None, None, [35]]
+    assert [token["top_logprobs"][0]["bytes"] for token in found] == [None, None, [35]]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -165,7 +165,8 @@ class Answer:
     def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
         def one(token: int, logprob: float) -> dict[str, Any]:
             [text] = token_texts(self.service.processor.tokenizer, [token])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            known = "\ufffd" not in text  # half a character
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
 
         return [
             one(found.id, found.logprob) | {"top_logprobs": [one(*other) for other in found.top]}
