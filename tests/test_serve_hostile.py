@@ -8,13 +8,14 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
 from http.server import BaseHTTPRequestHandler
 
 import pytest
 from PIL import Image
 
-from llava_jax.serve import images
+from llava_jax.serve import images, server
 from tests.local_server import listening
 from tests.serving import Words, ask, body, data_url, serving, shows, user
 from tests.tiny_llava import draw_image, model
@@ -347,7 +348,10 @@ class Site(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked = dict(self.headers)
         image = data_url(draw_image(0)).encode()
-        content = {"/ok.png": base64.b64decode(image.split(b",")[1]), "/large": b"x" * 200_000}
+        good = base64.b64decode(image.split(b",")[1])
+        content = {"/ok.png": good, "/late.png": good, "/large": b"x" * 200_000, "/half": b"x" * 60_000}
+        if self.path == "/late.png":
+            threading.Event().wait(0.2)
         if self.path == "/away":
             self.send_response(302)
             self.send_header("Location", "http://127.0.0.1/")
@@ -364,8 +368,6 @@ class Site(BaseHTTPRequestHandler):
 
 
 def test_a_public_image_is_fetched_within_limits(remote, monkeypatch):
-    from llava_jax.serve import server
-
     port, reached, aim = remote
     monkeypatch.setattr(server, "FETCH_SECONDS", 0.3)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -380,3 +382,32 @@ def test_a_public_image_is_fetched_within_limits(remote, monkeypatch):
         refused(port, body(shows("https://public.example/ok.png")), says="could not be reached")
         assert {host for host, _ in reached} == {"93.184.216.34"}, "never the place that a redirect names"
     refused(port, body(shows("http://public.example/ok.png")), says="could not be reached")
+
+
+def test_all_images_of_a_request_share_one_limit_and_one_deadline(remote, monkeypatch):
+    port, _, aim = remote
+
+    def twice(path: str) -> dict:
+        two = shows(f"http://public.example/{path}")
+        return body(two | {"content": two["content"][:1] * 2})
+
+    with listening(Site) as address:
+        aim[0] = int(address.rpartition(":")[2])
+        refused(port, twice("half"), 413, says="content[1].image_url.url: is larger than 40,000 bytes")
+        monkeypatch.setattr(server, "FETCH_SECONDS", 0.3)
+        refused(port, twice("late.png"), says="took more than 0.3 s")
+
+
+def test_a_client_that_leaves_while_images_are_fetched_is_noticed(remote):
+    port, reached, aim = remote
+    with listening(Site) as address:
+        aim[0] = int(address.rpartition(":")[2])
+        client = http.client.HTTPConnection("127.0.0.1", port)
+        content = json.dumps(body(shows("http://public.example/slow")))
+        client.request("POST", "/v1/chat/completions", content, {"content-type": "application/json"})
+        while not reached:
+            time.sleep(0.01)
+        client.close()
+        while "chat/completions" not in (figures := ask(port, path="/metrics", method="GET")[1]):
+            time.sleep(0.01)
+    assert 'status="499"} 1.0' in figures

@@ -49,27 +49,24 @@ async def resolve(host: str, port: int) -> list[str]:
     return [str(address[0]) for *_, address in found]
 
 
-async def fetch(url: str, where: str, limit: int, seconds: float) -> bytes:
-    """Return what lies at a public http(s) address: at most `limit` bytes, within `seconds`, without a redirect.
+async def fetch(url: str, where: str, limit: int) -> bytes:
+    """Return what lies at a public http(s) address: at most `limit` bytes, without a redirect.
 
     Raises Refused with the reason.
     """
     parts, port = _parts(url, where)
     host = parts.hostname or ""
     try:
-        async with asyncio.timeout(seconds):
-            addresses = await resolve(host, port)
-            if not addresses or not all(map(is_public, addresses)):
-                raise Refused(f"{where}: its host is not on the public Internet", where)
-            tls = ssl.create_default_context() if parts.scheme == "https" else None
-            name = host if tls else None  # of the certificate
-            reader, writer = await asyncio.open_connection(addresses[0], port, ssl=tls, server_hostname=name)
-            try:
-                return await _get(reader, writer, parts, where, limit)
-            finally:
-                writer.transport.abort()
-    except TimeoutError:
-        raise Refused(f"{where}: its server took more than {seconds:g} s", where) from None
+        addresses = await resolve(host, port)
+        if not addresses or not all(map(is_public, addresses)):
+            raise Refused(f"{where}: its host is not on the public Internet", where)
+        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        name = host if tls else None  # of the certificate
+        reader, writer = await asyncio.open_connection(addresses[0], port, ssl=tls, server_hostname=name)
+        try:
+            return await _get(reader, writer, parts, where, limit)
+        finally:
+            writer.transport.abort()
     except (OSError, UnicodeError, h11.RemoteProtocolError):  # no such name, no connection, no certificate, no HTTP
         raise Refused(f"{where}: its server could not be reached", where) from None
 
@@ -105,6 +102,8 @@ async def _get(
         elif isinstance(event, h11.Data):
             content += event.data
             if len(content) > limit:
-                raise Refused(f"{where}: is larger than {limit:,} bytes", where, status=413)
+                raise Refused(
+                    f"{where}: is larger than {limit:,} bytes, what is left to this request", where, status=413
+                )
         elif isinstance(event, h11.EndOfMessage):
             return bytes(content)

@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 # Seconds without progress after which a client is given up: sending its body, reading our answer.
 BODY_SECONDS, READ_SECONDS = 30, 60
-# For all of the headers, all of a body, all of an image from another server.
+# For all of the headers, all of a body, all of a request's images from other servers.
 HEADER_SECONDS, UPLOAD_SECONDS, FETCH_SECONDS = 10, 300, 10
 # After SIGTERM: for what runs, then for the engine's thread; together the 30 seconds that Kubernetes waits.
 STOP_SECONDS, CLOSE_SECONDS = 25, 3
@@ -76,7 +76,7 @@ class Endpoints:
             raise Refused("expected Content-Type: application/json", status=415)
         body = await read_body(request, service.limits.body)
         ask = await self.read(protocol.read_ask, body, service.name, service.limits)
-        prompt = await self.read(make_prompt, await fetch_images(ask, service), service)
+        prompt = await self.read(make_prompt, await until_gone(request, fetch_images(ask, service)), service)
         answer = Answer(service, ask, self.metrics, start)
         await self.read(answer.submit, prompt)
         if not ask.stream:
@@ -247,9 +247,14 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def fetch_images(ask: Ask, service: Service) -> list[dict[str, Any]]:
-    """Return the messages with what lies at http(s) addresses in its place. Raises Refused for one that may not be."""
+    """Return the messages with what lies at http(s) addresses in its place.
+
+    Raises Refused for one that may not be, and where all together are too large or take too long.
+    """
+    left = service.limits.body
 
     async def fetched(part: dict[str, Any]) -> dict[str, Any]:
+        nonlocal left
         if part["type"] != "image":
             return part
         url, where = part["image"]
@@ -260,10 +265,17 @@ async def fetch_images(ask: Ask, service: Service) -> list[dict[str, Any]]:
             raise Refused(f"{where}: expected a data: URL of an image", where)
         if not service.remote_images:
             raise Refused(f"{where}: this server fetches no images; give a data: URL", where)
-        content = await images.fetch(url, where, service.limits.body, FETCH_SECONDS)
+        content = await images.fetch(url, where, left)
+        left -= len(content)
         return {"type": "image", "image": ImageBytes(content, where)}
 
-    return [message | {"content": [await fetched(part) for part in message["content"]]} for message in ask.messages]
+    try:
+        async with asyncio.timeout(FETCH_SECONDS):
+            return [
+                message | {"content": [await fetched(part) for part in message["content"]]} for message in ask.messages
+            ]
+    except TimeoutError:
+        raise Refused(f"images from other servers took more than {FETCH_SECONDS:g} s", "messages") from None
 
 
 def make_prompt(messages: list[dict[str, Any]], service: Service) -> Prompt:
