@@ -17,6 +17,8 @@ from llava_jax.cli import main as cli
 from llava_jax.cli import serve
 from llava_jax.infer.engine import End, Engine, Piece, TokenLogprobs
 from llava_jax.serve import server
+from llava_jax.serve.answer import Service
+from llava_jax.serve.protocol import Limits
 from llava_jax.types import Sampling
 from tests.serving import Words, ask, body, data_url, serving, shows, user
 from tests.tiny_llava import draw_image, model
@@ -212,6 +214,12 @@ def test_an_error_that_was_not_foreseen_is_guarded_and_counted(tiny):
         assert status == 500 and "its log says why" in reply["error"]["message"]
         assert headers["x-content-type-options"] == "nosniff" and "content-security-policy" in headers
         assert 'status="500"} 1.0' in ask(port, path="/metrics", method="GET")[1]
+
+
+def test_both_kinds_of_question_are_answered_before_the_first_client(tiny):
+    engine = Words()
+    server.warm_up(Service("tiny", engine, tiny.processor, Limits(512)))
+    assert [len(prompt.pixels) for prompt, *_ in engine.asked] == [1, 0, 1]
 
 
 def test_slow_clients_are_closed(tiny, monkeypatch):

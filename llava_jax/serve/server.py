@@ -297,16 +297,21 @@ def make_prompt(messages: list[dict[str, Any]], service: Service) -> Prompt:
 
 
 def warm_up(service: Service) -> None:
-    """Answer a question about an image, so that the first client does not wait until all is compiled.
+    """Answer short questions with and without an image, so that a first client with one like them waits for less.
 
-    Raises what the engine fails with.
+    This compiles the vision tower, a prefill for each and the decoder. Prompts of other lengths, several at once, more
+    room a slot and log-probabilities compile when they are first asked for. Raises what the engine fails with.
     """
     events: queue.Queue[Piece | End | Failed] = queue.Queue()
-    prompt = service.processor.prompt([question_message("?", [Image.new("RGB", (64, 64))])])
-    service.engine.submit(prompt, Sampling(max_new_tokens=2), events.put)
-    while not isinstance(event := events.get(), End):
-        if isinstance(event, Failed):
-            raise event.error
+    # The longest comes first, as more room compiles all anew; what follows starts from the system text that a slot then
+    # holds, as the questions of clients do.
+    white, black = (Image.new("RGB", (64, 64), color) for color in ("white", "black"))
+    for shown in ([white], [], [black]):
+        prompt = service.processor.prompt([question_message("?", shown)])
+        service.engine.submit(prompt, Sampling(max_new_tokens=2), events.put)
+        while not isinstance(event := events.get(), End):
+            if isinstance(event, Failed):
+                raise event.error
 
 
 # ---- listening ------------------------------------------------------------------------------------------------------
