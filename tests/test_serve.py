@@ -301,8 +301,8 @@ def test_the_command_ends_what_runs_on_sigterm_and_exits_with_0(tiny, monkeypatc
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("host", ["127.0.0.2", "0:0:0:0:0:0:0:1"])
-def test_the_address_that_the_command_prints_is_answered(host, tiny, monkeypatch, capsys):
+def service_of(flags, tiny, monkeypatch):
+    """What the command would serve, without a server."""
     services, bind = [], server.bind
 
     def make_server(service):
@@ -314,12 +314,31 @@ def test_the_address_that_the_command_prints_is_answered(host, tiny, monkeypatch
     monkeypatch.setattr(server, "warm_up", lambda service: None)
     monkeypatch.setattr(server, "make_server", make_server)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert cli.main(["serve", "--model=tiny", "--port=0", f"--host={host}"]) == 0
+    assert cli.main(["serve", "--model=tiny", "--port=0", *flags]) == 0
+    monkeypatch.undo()
+    return services[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0:0:0:0:0:0:0:1"])
+def test_the_address_that_the_command_prints_is_answered(host, tiny, monkeypatch, capsys):
+    hosts = service_of([f"--host={host}"], tiny, monkeypatch).hosts
     printed = capsys.readouterr().out.split("http://")[1].strip()
-    _, served = words(tiny, hosts=services[0].hosts)
+    _, served = words(tiny, hosts=hosts)
     with served as port:
         assert ask(port, path="/health", method="GET", host=printed)[0] == 200
         assert ask(port, path="/health", method="GET", host="evil.example")[0] == 421
+
+
+def test_a_key_is_one_line_that_clients_can_send(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(serve.KEY, " secret-key\n")
+    assert service_of([], tiny, monkeypatch).key == "secret-key"
+    (tmp_path / "key").write_bytes(b"\xff\xfe")
+    assert cli.main(["serve", "--model=nowhere", f"--api_key_file={tmp_path}/key"]) == 2
+    assert f"--api_key_file={tmp_path}/key: the key holds" in capsys.readouterr().err
+    for key in ("schlüssel", "two\nlines"):
+        monkeypatch.setenv(serve.KEY, key)
+        assert cli.main(["serve", "--model=nowhere"]) == 2
+        assert f"{serve.KEY}: the key holds a letter" in capsys.readouterr().err
 
 
 def _answers(port: int) -> bool:

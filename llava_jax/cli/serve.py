@@ -86,12 +86,15 @@ def serve(args: argparse.Namespace) -> int:
 
 def _key(path: str | None) -> str:
     need_file("--api_key_file", path)
-    key = os.environ.get(KEY, "")
+    key, where = os.environ.get(KEY, "").strip(), KEY
     if path is not None:
-        with open(path, encoding="utf-8") as file:
+        where = f"--api_key_file={path}"
+        with open(path, encoding="utf-8", errors="replace") as file:
             key = file.read().strip()
         if not key:
-            raise InputError(f"--api_key_file={path}: is empty; expected the key")
+            raise InputError(f"{where}: is empty; expected the key")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"{where}: the key holds a letter that no client can send; expected printable ASCII")
     return key
 
 
