@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -244,6 +245,7 @@ class Llava:
     weights: str
     template_assumed: bool = False
     _engines: list[Engine] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -336,9 +338,10 @@ class Llava:
 
     def engine(self, slots: int) -> Engine:
         """Return the engine that answers for this process, with at least as many slots."""
-        if not self._engines or self._engines[-1].slots < slots:
-            self._engines[:] = [Engine(self, slots=slots, waiting=sys.maxsize)]
-        return self._engines[-1]
+        with self._lock:
+            if not self._engines or self._engines[-1].slots < slots:
+                self._engines[:] = [Engine(self, slots=slots, waiting=sys.maxsize)]
+            return self._engines[-1]
 
     def logits(
         self, tokens_BT: Any, pixels_BCHW: Any = None, mask_BT: Any = None, image_sizes: Any = None

@@ -154,18 +154,22 @@ def test_probabilities_are_those_of_the_whole_forward(tiny, prompts):
         ask(engine, prompts[0], logprobs=21)
 
 
-def test_an_error_of_the_device_ends_what_it_concerns_and_the_engine_survives(tiny, prompts, whole, monkeypatch):
-    engine, failing = Engine(tiny, slots=4), [True]
+@pytest.mark.parametrize("program", ["admit", "encode_images"])
+def test_an_error_of_the_device_ends_what_it_concerns_and_the_engine_survives(
+    tiny, prompts, whole, monkeypatch, program
+):
+    engine, failing, working = Engine(tiny, slots=4), [True], getattr(engines, program)
 
-    def admit(*args, **how):
+    def fails_once(*args, **how):
         if failing.pop() if failing else False:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return admitted(*args, **how)
+        return working(*args, **how)
 
-    admitted = engines.admit
-    monkeypatch.setattr(engines, "admit", admit)
+    monkeypatch.setattr(engines, program, fails_once)
     assert "out of memory" in str(ask(engine, prompts[0])[0].all().events[-1].error)
-    assert engine.alive and ask(engine, prompts[1])[0].all().text == whole[1]
+    # The same image again, which was not encoded, and a question without any.
+    assert engine.alive and ask(engine, prompts[0])[0].all().text == whole[0]
+    assert ask(engine, prompts[1])[0].all().text == whole[1]
 
 
 def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, monkeypatch):

@@ -11,7 +11,17 @@ from flax import nnx
 
 from llava_jax.infer import generate, sample
 from llava_jax.infer.engine import Engine, IdModel
-from llava_jax.infer.generate import PlacedModel, Prompt, Row, bucket, collate, decode_step, encode_images, prefill
+from llava_jax.infer.generate import (
+    PlacedModel,
+    Prompt,
+    Row,
+    bucket,
+    collate,
+    decode_step,
+    encode_images,
+    group_size,
+    prefill,
+)
 from llava_jax.models import llava
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import VOCAB, config, sharp_params
@@ -144,7 +154,8 @@ def test_images_lengths_and_sampling_compile_nothing():
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 16, 79, 129, 512, 513, 769)] == [16, 16, 80, 160, 512, 640, 896]
+    assert [bucket(n) for n in (1, 33, 79, 129, 512, 513, 769)] == [32, 64, 96, 192, 512, 768, 1024]
+    assert [group_size(n) for n in (1, 3, 4, 15, 16, 40, 64)] == [1, 1, 4, 4, 16, 16, 64]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from llava_jax.infer.generate import (
     decode,
     empty_slots,
     encode_images,
+    group_size,
     image_index,
     resized,
     row_bucket,
@@ -227,8 +228,7 @@ class Features:
             self._entries.move_to_end(name)
         missing = [name for name in pixels if name not in self._entries]
         while missing:
-            # Powers of two, largest first: a bounded number of compilations, and no image is computed for nothing.
-            count = row_bucket(len(missing) + 1) // 2
+            count = group_size(len(missing))
             self._encode({name: pixels[name] for name in missing[:count]})
             missing = missing[count:]
         return [
@@ -347,7 +347,10 @@ class Engine:
         return ticket
 
     def close(self, timeout: float) -> None:
-        """Take no more requests; finish what there is within `timeout` seconds and cancel the rest."""
+        """Take no more requests; finish what there is within `timeout` seconds and cancel the rest.
+
+        Returns when the device is done with the call that is under way then.
+        """
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -366,8 +369,8 @@ class Engine:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         return _texts(events, self.submit(prompt, sampling, events.put))
 
-    def answers(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Answer]:
-        """Yield the answers to prompts in the order in which they end.
+    def answers(self, prompts: Iterable[Prompt], sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[Answer]:
+        """Yield the answers to prompts in the order in which they end; `stop` are strings that end them, too.
 
         Prompts are taken, and made, while the device answers earlier ones. Raises what `submit` does.
         """
@@ -379,7 +382,7 @@ class Engine:
             while True:
                 for index, prompt in itertools.islice(waiting, 2 * self.slots - len(tickets)):
                     pieces[index] = []
-                    tickets[index] = self.submit(prompt, sampling, functools.partial(_put, events, index))
+                    tickets[index] = self.submit(prompt, sampling, functools.partial(_put, events, index), stop=stop)
                 if not tickets:
                     return
                 index, event = events.get()
@@ -425,7 +428,7 @@ class Engine:
             for call in calls:
                 self._deliver(call)
         except jax.errors.JaxRuntimeError as error:
-            self._state = None
+            self._state, self._features = None, Features(self.placed)
             for slot in range(self.slots):
                 self._hold(slot, [])
             self._fail(dict(self._running), error)
@@ -453,7 +456,6 @@ class Engine:
         """Prefill requests that wait into the slots that are free; return what was drawn."""
         calls = []
         while group := self._next_group():
-            self._running |= group
             try:
                 if next(iter(group.values())).sampling.beams > 1:
                     self._search(group)
@@ -462,11 +464,12 @@ class Engine:
             except jax.errors.JaxRuntimeError as error:
                 if self._state is None or self._state.last_B.is_deleted():
                     raise
+                self._features = Features(self.placed)  # some may have been noted, and not made
                 self._fail(group, error)
         return calls
 
     def _next_group(self) -> dict[int, Ticket]:
-        """Take the request that waits longest, and others of its kind, for slots that are free: a power of two.
+        """Take the request that waits longest, and others of its kind, for slots that are free.
 
         What would find more of its prompt ready after this call waits for it.
         """
@@ -483,9 +486,11 @@ class Engine:
                 ):
                     group.append(ticket)
                     chunks.update(ticket.chunks)
-            group = group[: row_bucket(len(group) + 1) // 2]
+            group = group[: group_size(len(group))] if group else group
             self._queue = deque(ticket for ticket in self._queue if ticket not in group)
-            return dict(zip(free, group, strict=False))
+            taken = dict(zip(free, group, strict=False))
+            self._running |= taken
+            return taken
 
     def _find_prefix(self, ticket: Ticket) -> None:
         """Find the slot that holds most of the prompt's beginning."""

@@ -66,17 +66,22 @@ def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
 
 
 def bucket(length: int) -> int:
-    """Pad `length` tokens to a size: a multiple of 16, or of an eighth of the next power of two.
+    """Pad `length` tokens to a size: a multiple of 32, or of a quarter of the next power of two.
 
-    It bounds the compilations: four sizes for twice the length.
+    It bounds the compilations: two sizes for twice the length.
     """
-    unit = max(16, row_bucket(length) // 8)
+    unit = max(32, row_bucket(length) // 4)
     return max(1, -(-length // unit)) * unit
 
 
 def row_bucket(rows: int) -> int:
     """Return the next power of two."""
     return 1 << max(0, rows - 1).bit_length()
+
+
+def group_size(waiting: int) -> int:
+    """Return how many of `waiting` rows to run at once, a power of four: few compilations, and no row is padding."""
+    return 4 ** ((waiting.bit_length() - 1) // 2)
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def admit(
     Args:
         params: of the model.
         slots: all slots; donated.
-        pool_CPD: features of images, for `inputs.entry_BN`.
+        pool_CPD: features of images, for `inputs.feature_BT`.
         inputs: the prompts.
         limit_R: int32, the most ids each may be answered with.
         draw: how each row draws.

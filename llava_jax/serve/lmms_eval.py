@@ -51,6 +51,8 @@ class Simple(lmms):
         super().__init__()
         if device is not None:
             raise InputError(f"device={device}: jax takes the devices it finds; set JAX_PLATFORMS and leave device out")
+        if not str(batch_size).isdecimal():
+            raise InputError(f"batch_size={batch_size}: expected how many answers are given at a time, as 16")
         self.model = api.load(pretrained, template, dtype)
         self._engine: Engine = self.model.engine(int(batch_size))
         self._unread: set[str] = set()
@@ -70,8 +72,8 @@ class Simple(lmms):
         answers = [""] * len(requests)
         for (sampling, until), indices in alike.items():
             prompts = (self.model.prompt(self._messages(requests[index].args)) for index in indices)
-            for answer in self._engine.answers(prompts, sampling):
-                answers[indices[answer.index]] = _before(answer.text, until)
+            for answer in self._engine.answers(prompts, sampling, until):
+                answers[indices[answer.index]] = answer.text
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
@@ -91,7 +93,7 @@ class Simple(lmms):
             top_k=(options.get("top_k") or 0) if drawn else 0,
             beams=options.get("num_beams") or 1,
         )
-        return sampling, tuple([until] if isinstance(until, str) else until)
+        return sampling, tuple(filter(None, [until] if isinstance(until, str) else until))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation as an answer, with what ends it, and whether it is greedy."""
@@ -119,9 +121,3 @@ class Chat(Simple):
 
     def _options(self, args: Sequence[Any]) -> dict[str, Any]:
         return args[2]
-
-
-def _before(text: str, until: Sequence[str]) -> str:
-    """Return the text before the first of these strings."""
-    found = [place for place in (text.find(stop) for stop in until if stop) if place >= 0]
-    return text[: min(found)].strip() if found else text
