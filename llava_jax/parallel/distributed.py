@@ -36,7 +36,7 @@ HUNG_EXIT_CODE = 43  # train.watchdog
 LOST_EXIT_CODE = 44  # another process is gone
 # What the errors of collectives and of jax's coordination service say when another process is gone.
 LOST = re.compile(
-    r"gloo|nccl|coordination|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|connection (reset|refused|closed)",
+    r"heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|connection (reset|refused|closed)|gloo.*(closed|timed out)",
     re.IGNORECASE,
 )
 
@@ -150,7 +150,9 @@ def end_at_once(kind: type[BaseException] | None, error: BaseException | None, t
     if isinstance(error, WRITE_ERRORS) and no_room(error):
         error, code = InputError(f"a file cannot be written ({no_room(error)}); make room, run again"), 2
     if is_lost(error):
-        print(f"error: another process is gone ({str(error).splitlines()[0][:200]})", file=sys.stderr)
+        # All of it: a network that was never set up says the same.
+        traceback.print_exception(kind, error, trace)
+        print("error: another process is gone", file=sys.stderr)
         code = LOST_EXIT_CODE
     elif isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)

@@ -56,8 +56,8 @@ def train(settings: Settings, workdir: str) -> None:
     """Train one stage in `workdir`; resumes by itself where a checkpoint of the same config is there.
 
     Several processes that `distributed.connected` has joined train together, each calling this with the same arguments.
-    Raises InputError for input that cannot be used, a batch without targets, and a loss or gradient that is not finite;
-    SystemExit(42) after SIGTERM, once the state is saved.
+    Raises InputError for input that cannot be used, and after `train.max_nonfinite` updates in a row whose loss or
+    gradient is not finite; SystemExit(42) after SIGTERM, once the state is saved.
     """
     settings = with_template(absolute_paths(with_commits_of(workdir, settings)))
     with (
@@ -106,7 +106,10 @@ def train_held(
         closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh, rejects.tell)) as data,
     ):
         say(opening(settings, spec, run, len(records), batches))
-        held_out = open_held_out(settings, spec.stage_config, tokenizer, run) if settings.data.eval else None
+        held_out = None
+        if settings.data.eval:
+            most = settings.data.max_rejects
+            held_out = open_held_out(settings, spec.stage_config, tokenizer, run, lambda rows: Rejects(most, rows).tell)
         watchdog.enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
@@ -134,9 +137,13 @@ def train_held(
                 if held_out is None or not due:
                     return {}
                 jax.block_until_ready(values)
-                watchdog.enter("evaluation")
                 began = time.monotonic()
-                found = evaluate(held_out, state.params, frozen, lambda: should_stop(n + 1))
+
+                def told_to_stop() -> bool:  # asked before each batch
+                    watchdog.enter("evaluation")
+                    return should_stop(n + 1)
+
+                found = evaluate(held_out, state.params, frozen, told_to_stop)
                 if writer is not None:
                     writer.stop_clock(time.monotonic() - began)
                 return found
@@ -190,19 +197,23 @@ def run_updates(
 
     The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
     batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
-    is saved. When a row cannot be read, a single process saves the updates done and raises; several processes only
-    raise, because the others have started the next update already.
+    is saved. When a row cannot be read, of held-out ones too, a single process saves the updates done and raises;
+    several processes only raise, because the others have started the next update already.
     """
     pending = None
+
+    def save_done() -> None:
+        if pending is not None and jax.process_count() == 1:
+            log(*pending)
+            save(state)
+
     for n in steps:
         before = time.monotonic()
         enter("start" if n == steps.start else "step")
         try:
             batch = next(data)
         except InputError:
-            if pending is not None and jax.process_count() == 1:
-                log(*pending)
-                save(state)
+            save_done()
             raise
         waited = time.monotonic() - before
         arrays = global_batch(batch, run.mesh, rows)
@@ -217,7 +228,12 @@ def run_updates(
             log(*pending)
         if tracer is not None:
             tracer.after(n, state)
-        pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited, validate(n, state, values))
+        pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited, {})
+        try:
+            pending = (*pending[:-1], validate(n, state, values))
+        except InputError:
+            save_done()
+            raise
         stopped = should_stop(n + 1)
         if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
             log(*pending)
@@ -432,8 +448,6 @@ class MetricsWriter:
             self._lost += 1
         self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
         self._compile_seconds, self.skipped = None, 0
-        self._show(row, slots, last)
-        self._compile_seconds = None
         self._show(row, slots, last or bool(evaluated))
 
     def _show(self, row: dict[str, Any], slots: int, stays: bool) -> None:

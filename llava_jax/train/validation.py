@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llava_jax.data.packing import BatchPlan, steps_for
 from llava_jax.data.pipeline import BatchIterator
+from llava_jax.data.rows import Rejected
 from llava_jax.data.tokenize import TextTokenizer
 from llava_jax.data.validate import plan_once
 from llava_jax.models.clip import normalise_batch
@@ -33,11 +34,23 @@ class HeldOut(NamedTuple):
     nll: jax.stages.Wrapped
 
 
-def open_held_out(settings: Settings, config: ModelConfig, tokenizer: TextTokenizer, run: Run) -> HeldOut:
+def open_held_out(
+    settings: Settings,
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    run: Run,
+    on_reject: Callable[[int], Callable[[Rejected, int], None] | None],
+) -> HeldOut:
     """Check and open the rows of `data.eval`. Raises InputError for rows that cannot be used.
 
-    `config` is that of the stage. A batch has as many conversations as a microbatch of the training, so that it takes
-    less memory.
+    A batch has as many conversations as a microbatch of the training, so that it takes less memory.
+
+    Args:
+      settings: of the run.
+      config: that of the stage.
+      tokenizer: the decoder's.
+      run: what is trained.
+      on_reject: gives, for so many rows, what `open_data` tells of one that turns out unreadable.
     """
     data = held_out_settings(settings.data)
     say("held out from training:")
@@ -66,7 +79,8 @@ def open_held_out(settings: Settings, config: ModelConfig, tokenizer: TextTokeni
         in_shardings=(*at, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )
-    return HeldOut(mesh, batches, open_data(data, config, tokenizer, records, batches, mesh), nll)
+    tell = on_reject(len(records))
+    return HeldOut(mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll)
 
 
 def held_out_settings(data: DataSettings) -> DataSettings:
@@ -103,6 +117,7 @@ def evaluate(held_out: HeldOut, params: Params, frozen: Params, should_stop: Cal
             return {}
         batch = global_batch(next(held_out.data), held_out.mesh, held_out.batches.shape.rows)
         sums.append(held_out.nll(params, frozen, batch))
+        jax.block_until_ready(sums[-2:-1])  # one batch ahead of the device, as in training
     totals, targets = zip(*jax.device_get(sums), strict=True)
     if sum(targets) == 0:
         raise InputError("data.eval: no token of its rows is supervised, expected at least one; check these rows")
