@@ -13,7 +13,7 @@ MIB = 2**20
 
 @pytest.mark.parametrize(
     "llm, batches, slots",
-    [("vicuna-7b", (8, 1), (1024, 4096)), ("tests/data/plan/decoder_34b.json", (8,), (1024,))],
+    [("vicuna-7b", (8,), (1024,)), ("tests/data/plan/decoder_34b.json", (8,), (1024,))],
     ids=["7b", "34b with grouped heads"],
 )
 def test_a_step_on_v5p_holds_and_moves_little_but_weights_and_cache(llm, batches, slots):

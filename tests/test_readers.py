@@ -202,7 +202,7 @@ def test_a_message_that_cannot_be_asked_is_named(message, says):
 
 @pytest.mark.parametrize("image", ["x.jpg", pathlib.Path("x.jpg"), Image.new("RGB", (4, 4))], ids=type)
 def test_one_image_for_a_list_of_prompts_is_an_error_that_says_what_to_give(image):
-    model = Llava("m", engine=None, processor=None, weights="")
+    model = Llava("m", placed=None, processor=None, weights="")
     with pytest.raises(InputError, match="one image for a list of 2 prompts; give a list with an entry"):
         model.generate(["a", "b"], images=image)
 

@@ -80,7 +80,7 @@ def test_the_whole_story(tmp_path, capsys):
     assert "100.0" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     # What was told as a command has to work as one.
     chat = content["chat"].split(" -m llava_jax chat ")[1]
-    assert pathlib.Path(parse("chat", chat.split()).image).is_file()
+    assert [pathlib.Path(path).is_file() for path in parse("chat", chat.split()).image] == [True]
 
 
 def test_the_trainings_are_the_two_stages(tmp_path, monkeypatch):

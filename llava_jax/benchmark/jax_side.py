@@ -31,7 +31,7 @@ from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import settings_from_dict, trainable_pattern
 from llava_jax.train.setup import Run, build_run, compile_lowered, first_state
 from llava_jax.train.step import TrainState
-from llava_jax.types import UNPACKED, Batch, DataSettings, ModelConfig, Record, Sampling, Settings
+from llava_jax.types import UNPACKED, Batch, DataSettings, ModelConfig, Record, Sampling, Settings, TrainSettings
 from llava_jax.weights import hf
 from llava_jax.weights.load import EMBEDDED_TOKENIZER, adapted
 
@@ -47,12 +47,14 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 
 def settings_of(work: Mapping[str, Any]) -> Settings:
     """Return the settings of a run that does this work and nothing else, on one device."""
-    data = dict(annotations="", images="", template="v1", image_position="front", aspect="pad", **UNPACKED)
-    optim = dict(lr=work["lr"], groups="", schedule="constant", warmup_ratio=0.0, weight_decay=0.0, clip_norm=0.0)
-    train = dict(batch_size=work["rows"], steps=1, epochs=1.0, accumulate=1, remat=work["remat"], attention="auto")
-    train |= dict(
-        profile=0, log_every=1, checkpoint_every=0, keep=1, loss_norm="global_token", trainable="", vision_blocks=0
+    data: dict[str, Any] = dict(
+        annotations="", images="", template="v1", image_position="front", aspect="pad", **UNPACKED
     )
+    optim = dict(lr=work["lr"], groups="", schedule="constant", warmup_ratio=0.0, weight_decay=0.0, clip_norm=0.0)
+    train: dict[str, Any] = dict(
+        batch_size=work["rows"], steps=1, epochs=1.0, accumulate=1, remat=work["remat"], attention="auto"
+    )
+    train |= dict(profile=0, log_every=1, checkpoint_every=0, keep=1, loss_norm="global_token")
     train |= dict.fromkeys(("param_dtype", "moment_dtype"), work["param_dtype"])
     train |= {"dtype": work["dtype"], "frozen_dtype": work["dtype"], "compiler_options": work["compiler_options"]}
     values = {
@@ -60,10 +62,10 @@ def settings_of(work: Mapping[str, Any]) -> Settings:
         "seed": 0,
         "model": dict(vision=work["model"], llm=work["model"], projector="mlp2x_gelu", feature_layer=-2),
         "init": dict(model="", projector=""),
-        "data": data | dict(max_length=work["length"], shuffle=False),
+        "data": dataclasses.asdict(DataSettings(**data, max_length=work["length"], shuffle=False)),
         "optim": optim | dict(b1=0.9, b2=0.999, eps=1e-8),
         "lora": dict(rank=1, alpha=1.0, dropout=0.0, targets=".*", vision_targets=""),
-        "train": train,
+        "train": dataclasses.asdict(TrainSettings(**train)),
         "mesh": dict(data=1, fsdp=1, tensor=1, fsdp_inner=1),
     }
     return settings_from_dict(values)

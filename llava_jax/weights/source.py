@@ -236,6 +236,8 @@ def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]
     saved = {name: tree for name, tree in reader.metadata(source).tree.items() if name in ("step", "params")}
     if part is not None:
         saved["params"] = {name: tree for name, tree in saved["params"].items() if name == part}
+        if not saved["params"]:
+            return {}, meta
     item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
