@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import types
 
 import pytest
@@ -196,6 +197,30 @@ def test_the_report_says_why_an_image_is_not_shown(tmp_path):
     reasons = ("more than 64 megapixels", "truncated or damaged", "no such file", "No image.")
     for one, reason in zip(data["examples"], reasons, strict=True):
         assert reason in one["problem"] and "image" not in one
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vqav2/v2_mscoco_val2014_annotations.json",
+        *(f"llava-bench-in-the-wild/{name}" for name in ("context.jsonl", "answers_gpt4.jsonl", "rule.json")),
+        "mm-vet/prompt.txt",
+    ],
+)
+def test_files_for_the_scores_are_opened_before_the_first_answer(tmp_path, answering, capsys, name):
+    bench_files.write_all(tmp_path / "data")
+    (tmp_path / "data" / name).write_bytes(b"\xff\n")
+    words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    assert main.main([*words, "--judge=served", "--endpoint=http://localhost:1/v1"]) == 2 and not answering.asked
+    assert name in capsys.readouterr().err
+
+
+def test_what_writes_a_spreadsheet_is_needed_before_the_first_answer(tmp_path, answering, capsys, monkeypatch):
+    bench_files.write_all(tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    words = ["evaluate", "suite", "--model=ours", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    assert main.main(words) == 2 and not answering.asked
+    assert 'pip install "llava-jax[evaluate]"' in capsys.readouterr().err
 
 
 def test_prepare_writes_questions(tmp_path, capsys):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_jax.cli.evaluate import LLAVA_BENCH_REQUEST, MMVET_REQUEST, judge_flags, judge_of, judgings_open
 from llava_jax.cli.flags import Command, announce, check_least
 from llava_jax.cli.models import SOURCE, companion_flags, load, loading_flags, need_file
-from llava_jax.io import write_json, write_rows
+from llava_jax.io import read_json, read_lines, write_json, write_rows
 from llava_jax.types import InputError, Sampling
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def suite_flags(parser: ArgumentParser) -> None:
 
 
 def suite(args: Namespace) -> int:
-    """Prepare everything before the first answer; return 1 where judgings are still open.
+    """Open every file before the first answer, so that one that is damaged is known at once.
 
-    Files that do not fit are known at once.
+    Returns 1 where judgings are still open.
     """
     from llava_jax.evaluate.published import headline
 
@@ -202,6 +202,9 @@ def _vqav2(folder: str) -> Bench:
     splits = ("val2014",) if annotations else ("test-dev2015", "test2015")
     source = _needed(folder, *(f"*OpenEnded*{split}_questions.json" for split in splits))
 
+    if annotations:
+        vqav2.read_list(annotations, "annotations")
+
     def score(answers: str, results: str) -> Figures | None:
         rows, _ = vqav2.submission(os.path.join(results, "questions.jsonl"), answers)
         write_json(os.path.join(results, "submission.json"), rows)
@@ -297,6 +300,7 @@ def _mmbench(folder: str, args: Namespace, name: str) -> Bench:
     chinese = name == "mmbench_cn"
     patterns = ("*dev_cn*.tsv", "*cn*.tsv", "*.tsv") if chinese else ("*dev_2*.tsv", "*dev_en*.tsv", "*.tsv")
     source = _needed(folder, *patterns)
+    mmbench.new_book()  # what it needs is installed
     images = os.path.join(args.output, name, "images")
 
     def score(answers: str, results: str) -> Figures | None:
@@ -331,12 +335,17 @@ def _judge(args: Namespace, request: str, other: str) -> "Judge":
 
 def _llava_bench(folder: str, args: Namespace) -> Bench:
     from llava_jax.evaluate import llava_bench
+    from llava_jax.evaluate.answers import read_rows
     from llava_jax.prepare.questions import llava_bench_questions
 
     source, context, reference = (
         _needed(folder, name) for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
     )
+    list(read_lines(context, "an object with image and caption"))
+    read_rows(reference, ("text",))
     rules = args.rules or (_needed(folder, "rule.json") if args.judge else "")
+    if args.judge:
+        read_json(rules, "rules by category")
 
     def score(answers: str, results: str) -> Figures | None:
         if not args.judge:
@@ -354,6 +363,8 @@ def _mmvet(folder: str, args: Namespace) -> Bench:
 
     source = _needed(folder, "mm-vet.json")
     prompt = args.mmvet_prompt or (_needed(folder, "prompt.txt") if args.judge else "")
+    if args.judge:
+        mmvet.read_prompt(prompt)
 
     def score(answers: str, results: str) -> Figures | None:
         write_json(os.path.join(results, "submission.json"), mmvet.submission(source, answers))

@@ -7,7 +7,7 @@ published file, or those that `prepare mmbench --all_rounds` makes.
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import csv
@@ -15,6 +15,9 @@ from pyarrow import csv
 from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, groups, match, percent
 from llava_jax.evaluate.prompts import LETTERS
 from llava_jax.types import InputError
+
+if TYPE_CHECKING:
+    from openpyxl import Workbook
 
 ROUND = 1_000_000
 OPTIONS = LETTERS[:4]
@@ -126,20 +129,26 @@ def is_none(cell: str | None) -> bool:
     return cell is None or cell.lower() in ("", "nan", "none")
 
 
-def write_submission(path: str, annotations_path: str, answers_path: str, missing: str = REFUSE) -> int:
-    """Write the spreadsheet that the server takes and return its rows. Raises InputError."""
+def new_book() -> "Workbook":
+    """Return an empty spreadsheet. Raises InputError where openpyxl is not installed."""
     try:
         from openpyxl import Workbook
-        from openpyxl.cell import WriteOnlyCell
     except ImportError as error:
         raise InputError(
             'openpyxl is not installed, which writes spreadsheets: pip install "llava-jax[evaluate]"'
         ) from error
+    return Workbook(write_only=True)
+
+
+def write_submission(path: str, annotations_path: str, answers_path: str, missing: str = REFUSE) -> int:
+    """Write the spreadsheet that the server takes and return its rows. Raises InputError."""
+    book = new_book()
+    from openpyxl.cell import WriteOnlyCell
+
     rows = read_annotations(annotations_path)
     texts = match(answers_path, rows, annotations_path, missing=missing)
     names = [name for name in next(iter(rows.values())) if name not in NOT_SUBMITTED]
     names.insert(PREDICTION_AT, "prediction")
-    book = Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(names)
     for key, row in rows.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, by_id, field, match, percent
 from llava_jax.evaluate.judge import Judge, ask, mean_and_sd
-from llava_jax.io import read_json, write_rows
+from llava_jax.io import read_json, utf8_pieces, write_rows
 from llava_jax.synthesize.journal import key_of
 from llava_jax.synthesize.parse import RejectedReply
 from llava_jax.synthesize.scheduler import Task
@@ -42,8 +42,7 @@ def score(
     """
     entries = read_annotations(annotations_path)
     texts = match(answers_path, entries, annotations_path, key=_key)
-    with open(prompt_path, encoding="utf-8") as file:
-        prompt = file.read().strip()
+    prompt = read_prompt(prompt_path)
     asked = [
         _task(key, entry, texts[key], prompt, repeat, who.teacher.settings)
         for key, entry in entries.items()
@@ -83,6 +82,11 @@ def correctness(reply: Reply) -> float:
     if not 0 <= value <= 1:
         raise RejectedReply("its number is not from 0 to 1")
     return value
+
+
+def read_prompt(path: str) -> str:
+    """Return the official evaluator's prompt. Raises InputError for a file that is no text."""
+    return b"".join(utf8_pieces(path, "the official prompt")).decode().strip()
 
 
 def read_annotations(path: str) -> dict[str, dict[str, Any]]:
