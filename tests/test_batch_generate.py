@@ -90,15 +90,16 @@ def test_what_is_answered_is_on_disk_before_the_next_one_is_asked(tiny, asked):
             return getattr(tiny, name)
 
         def prompt(self, messages):
-            if len(lines(asked / "a.jsonl")) == 3:
+            if lines(asked / "a.jsonl"):
                 raise Killed
             return tiny.prompt(messages)
 
     with pytest.raises(Killed):
         run(Dying(), asked)
+    kept = len(lines(asked / "a.jsonl"))
     count, progress = run(tiny, asked)
     run(tiny, asked, "straight.jsonl")
-    assert count == 4 and "3 answered already" in progress
+    assert count == 7 - kept < 7 and f"{kept} answered already" in progress
     assert (asked / "a.jsonl").read_bytes() == (asked / "straight.jsonl").read_bytes()
 
 
