@@ -47,16 +47,21 @@ CHOICES = {
     "train.loss_norm": ("global_token", "rank_mean"),
 }
 
-FROM_0 = ("data.pack_length", "data.pack_images", "data.workers", "optim.weight_decay", "optim.clip_norm")
-FROM_0 += (
+FROM_0 = (
+    "data.pack_length",
+    "data.pack_images",
+    "data.workers",
+    "optim.weight_decay",
+    "optim.clip_norm",
     "train.steps",
     "train.epochs",
     "train.profile",
     "train.checkpoint_every",
     "train.vision_blocks",
     "train.eval_every",
+    "train.watchdog",
+    "data.max_rejects",
 )
-FROM_0 += ("train.watchdog", "data.max_rejects")
 FROM_1 = (
     "train.max_nonfinite",
     "lora.rank",

@@ -254,8 +254,10 @@ FREE_KEYS = (
     "train.max_nonfinite",
     "data.workers",
     "data.max_rejects",
+    "data.eval",
+    "data.eval_images",
+    "train.eval_every",
 )
-FREE_KEYS += ("data.eval", "data.eval_images", "train.eval_every")
 # Nor does the way a batch is split, where neither the loss nor the order of rows nor dropout depends on it.
 MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")
 
