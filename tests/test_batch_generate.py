@@ -7,6 +7,7 @@ import pytest
 
 from llava_jax.infer import batch_generate
 from llava_jax.infer.batch_generate import answer_file
+from llava_jax.infer.engine import Engine
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import draw_image, model
 
@@ -88,6 +89,9 @@ def test_what_is_answered_is_on_disk_before_the_next_one_is_asked(tiny, asked):
     class Dying:
         def __getattr__(self, name):
             return getattr(tiny, name)
+
+        def engine(self, slots):
+            return Engine(tiny, slots=slots)  # not the one with more slots that another test may have left
 
         def prompt(self, messages):
             if lines(asked / "a.jsonl"):
