@@ -18,7 +18,6 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from PIL import Image
 
 from llava_jax.data.images import image_size, load_tiles, normalised
-from llava_jax.data.rows import check_text, check_unicode, unread_keys
 from llava_jax.data.templates import Template, check_template, render
 from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
@@ -26,6 +25,7 @@ from llava_jax.infer.conversation import Conversation
 from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
+from llava_jax.io import check_text, check_unicode, unread_keys
 from llava_jax.models.layers import merge_head_axes, merge_heads, quantise
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated

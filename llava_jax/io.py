@@ -1,13 +1,15 @@
-"""JSON and JSON Lines read with an answer to what is wrong in them, and files that are there only when whole."""
+"""JSON, its keys and texts read with an answer to what is wrong in them, and files that are there only when whole."""
 
 import codecs
 import contextlib
+import difflib
 import errno
+import functools
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, TextIO
 
 import ijson
@@ -333,3 +335,73 @@ def _hint(path: str) -> str:
     if "conversations" in lists or "trailing garbage" in str(error):
         return "; one object a line belongs into a .jsonl file"
     return f"; if its list {lists[0]!r} holds the rows, write that alone" if lists else ""
+
+
+# ---- keys and texts that are given to us -----------------------------------------------------------------------------
+
+# What another program would show otherwise for such a key.
+MEDIA = ("video", "videos", "audio", "audios")
+IMAGE_LIKE = re.compile(r"(?:image|img|picture|pic|photo)s?(?:_?(?:file|path|name|url|list)s?)?")
+SYSTEM_LIKE = re.compile(r"system_?(?:prompt|message|text|instruction)")
+# Where the text shows a video: alone at an end of a line, as LLaVA-NeXT writes it. Elsewhere it may be about HTML.
+OTHER_MEDIA = re.compile(r"^[ \t]*(<(?:video|audio)>)|(<(?:video|audio)>)[ \t]*$", re.MULTILINE)
+
+
+def unread_keys(given: Mapping[str, Any], known: tuple[str, ...], more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the keys that are not `known` and hold something.
+
+    Raises InputError for a key that could change what is meant. That is a key of other media, one of `more`, and one
+    that looks like a known key which is not given.
+    """
+    if given.keys() <= set(known):
+        return ()
+    found = [key for key in given if key not in known and given[key] not in (None, "", [], {})]
+    for key in found:
+        if key in MEDIA:
+            raise InputError(f"{key} is not read: only images are shown; remove it with its row, or alone")
+        if key in more:
+            raise InputError(f"{key} is not read, though it says what is trained; remove the row, or the key")
+        meant = _meant(key, known)
+        if meant and not any(given.get(name) for name in (meant, f"{meant}s")):
+            raise InputError(f"{key} is not read: did you mean {meant}? Rename the key, or remove it")
+    return tuple(found)
+
+
+@functools.cache
+def _meant(key: str, known: tuple[str, ...]) -> str:
+    """Return the known key that another one looks like; "" where it looks like none."""
+    name = key.lower().replace("-", "_")
+    if "image" in known and IMAGE_LIKE.fullmatch(name):
+        return "image"
+    if "system" in known and SYSTEM_LIKE.fullmatch(name):
+        return "system"
+    return next(iter(difflib.get_close_matches(name, [key for key in known if "id" not in key], 1, 0.8)), "")
+
+
+def check_text(text: str, where: str, index: int | None = None) -> None:
+    """Raise InputError for what a human turn cannot hold: characters that are none, and media we do not show."""
+    check_unicode(text, where, index)
+    if "<" not in text:
+        return
+    found = OTHER_MEDIA.search(text)
+    if found is not None and f"</{found[0].strip()[1:]}" not in text:
+        where = where if index is None else f"{where}[{index}]"
+        raise InputError(
+            f"{where}: {found[0].strip()} is not read: only images are shown; remove it with its row, or alone"
+        )
+
+
+def check_unicode(text: str, where: str, index: int | None = None, fix: str = "give it in UTF-8") -> None:
+    """Raise InputError where the text holds half a character, or a byte that is no UTF-8, which `fix` corrects."""
+    if text.isascii():
+        return
+    where = where if index is None else f"{where}[{index}]"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            problem = f"byte 0x{code - 0xDC00:02X} at character {error.start} is not UTF-8; {fix}"
+        else:
+            problem = f"lone surrogate U+{code:04X} at character {error.start}; the text was cut inside a character"
+        raise InputError(f"{where}: {problem}") from None

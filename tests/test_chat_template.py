@@ -16,12 +16,12 @@ from llava_jax.settings import read_settings
 from llava_jax.train.loop import train
 from llava_jax.types import UNPACKED, DataSettings, InputError, Turn
 from llava_jax.weights.convert import convert
+from llava_jax.weights.hf import default_template
 from llava_jax.weights.load import with_template
 from llava_jax.weights.processor import (
     LlavaExtras,
     check_ids,
     copy_tokenizer,
-    default_template,
     with_images,
     write_processor,
 )

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from llava_jax.api import read_messages
-from llava_jax.data.forms import parse_any
+from llava_jax.data.rows import parse_any
 from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode, load_tokenizer
 from llava_jax.types import IMAGE_MARK, Turn

@@ -17,8 +17,8 @@ from llava_jax.models.layers import merge_heads
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import name_table
+from llava_jax.weights.hf import chat_template_note
 from llava_jax.weights.hf_config import clip_config, clip_json, llama_config, llama_json, llava_config, llava_json
-from llava_jax.weights.processor import chat_template_note
 from tests.test_convert import CLIP, LLAMA, random_params
 from tests.tiny_llava import write_tokenizer
 

@@ -15,9 +15,8 @@ import pytest
 from pyarrow import parquet
 
 from llava_jax.cli.main import main
-from llava_jax.data.forms import parse_any
 from llava_jax.data.records import load_records, recognised
-from llava_jax.data.rows import Rejected
+from llava_jax.data.rows import Rejected, parse_any
 from llava_jax.data.sources import absolute, choose_split, with_commits
 from llava_jax.settings import read_settings
 from llava_jax.train.loop import train

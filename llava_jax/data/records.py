@@ -17,9 +17,8 @@ import numpy as np
 
 from llava_jax import hub
 from llava_jax.data import sources
-from llava_jax.data.forms import describe, parse_any
 from llava_jax.data.mixture import Mixture
-from llava_jax.data.rows import Rejected
+from llava_jax.data.rows import Rejected, describe, parse_any
 from llava_jax.data.sources import (
     KEPT_ROWS,
     Source,

@@ -1,30 +1,25 @@
-"""One row of LLaVA annotations, checked; and what rows, questions and messages share: images, keys, text.
+"""One row of annotations, checked, and made into LLaVA's form where it has another.
 
 What a row must hold: `conversations` with strictly known speakers and non-empty texts, and as many `<image>` in the
 human turns as it names or brings images. Ids need not be unique. Of the keys that we do not know, those that could
-change what is trained or asked are refused by name, and the others are counted (`unread_keys`).
+change what is trained or asked are refused by name, and the others are counted (`io.unread_keys`).
 """
 
+import base64
 import dataclasses
-import difflib
-import functools
 import ntpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Record, Turn
+from llava_jax.io import check_text, check_unicode, unread_keys
+from llava_jax.types import IMAGE_PLACEHOLDER, ImageBytes, InputError, Record, Turn
 
 SPEAKERS = ("human", "gpt")
 ROW_KEYS = ("id", "image", "images", "conversations", "system")
 TURN_KEYS = ("from", "value", "weight")
-# What another program would show or train otherwise for such a key.
-MEDIA = ("video", "videos", "audio", "audios")
+# What another program would train otherwise for such a key.
 TRAINING = ("weight", "train", "tools", "chosen", "rejected", "tool_calls", "function_call", "reasoning_content")
-IMAGE_LIKE = re.compile(r"(?:image|img|picture|pic|photo)s?(?:_?(?:file|path|name|url|list)s?)?")
-SYSTEM_LIKE = re.compile(r"system_?(?:prompt|message|text|instruction)")
-# Where the text shows a video: alone at an end of a line, as LLaVA-NeXT writes it. Elsewhere it may be about HTML.
-OTHER_MEDIA = re.compile(r"^[ \t]*(<(?:video|audio)>)|(<(?:video|audio)>)[ \t]*$", re.MULTILINE)
 # Most paths; what else a path may be is looked at more closely.
 PLAIN_PATH = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*(?:/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*)*")
 
@@ -79,40 +74,9 @@ def _parse(row: Any) -> Record:
     return Record(name, images, turns, tuple(dict.fromkeys(unread)))
 
 
-def unread_keys(given: Mapping[str, Any], known: tuple[str, ...], more: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the keys that are not `known` and hold something.
-
-    Raises InputError for a key that could change what is meant. That is a key of other media, one of `more`, and one
-    that looks like a known key which is not given.
-    """
-    if given.keys() <= set(known):
-        return ()
-    found = [key for key in given if key not in known and given[key] not in (None, "", [], {})]
-    for key in found:
-        if key in MEDIA:
-            raise InputError(f"{key} is not read: only images are shown; remove it with its row, or alone")
-        if key in more:
-            raise InputError(f"{key} is not read, though it says what is trained; remove the row, or the key")
-        meant = _meant(key, known)
-        if meant and not any(given.get(name) for name in (meant, f"{meant}s")):
-            raise InputError(f"{key} is not read: did you mean {meant}? Rename the key, or remove it")
-    return tuple(found)
-
-
 def unread_line(counts: Mapping[str, int], of: str) -> str:
     """Return a line for a person: the keys that were not read, and in how many `of` (rows, questions) each stands."""
     return "keys not read: " + ", ".join(f"{key} ({count:,} {of})" for key, count in counts.items())
-
-
-@functools.cache
-def _meant(key: str, known: tuple[str, ...]) -> str:
-    """Return the known key that another one looks like; "" where it looks like none."""
-    name = key.lower().replace("-", "_")
-    if "image" in known and IMAGE_LIKE.fullmatch(name):
-        return "image"
-    if "system" in known and SYSTEM_LIKE.fullmatch(name):
-        return "system"
-    return next(iter(difflib.get_close_matches(name, [key for key in known if "id" not in key], 1, 0.8)), "")
 
 
 def _unread_of_turn(turn: Mapping[str, Any], index: int) -> tuple[str, ...]:
@@ -236,35 +200,6 @@ def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str | bytes, ...]
         )
 
 
-def check_text(text: str, where: str, index: int | None = None) -> None:
-    """Raise InputError for what a human turn cannot hold: characters that are none, and media we do not show."""
-    check_unicode(text, where, index)
-    if "<" not in text:
-        return
-    found = OTHER_MEDIA.search(text)
-    if found is not None and f"</{found[0].strip()[1:]}" not in text:
-        where = where if index is None else f"{where}[{index}]"
-        raise InputError(
-            f"{where}: {found[0].strip()} is not read: only images are shown; remove it with its row, or alone"
-        )
-
-
-def check_unicode(text: str, where: str, index: int | None = None, fix: str = "give it in UTF-8") -> None:
-    """Raise InputError where the text holds half a character, or a byte that is no UTF-8, which `fix` corrects."""
-    if text.isascii():
-        return
-    where = where if index is None else f"{where}[{index}]"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:
-            problem = f"byte 0x{code - 0xDC00:02X} at character {error.start} is not UTF-8; {fix}"
-        else:
-            problem = f"lone surrogate U+{code:04X} at character {error.start}; the text was cut inside a character"
-        raise InputError(f"{where}: {problem}") from None
-
-
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "nothing"}
     return names.get(type(value), "a number")
@@ -279,3 +214,218 @@ def single_turn(row_id: str, image: str | None, question: str, answer: str) -> d
     """Return a row of LLaVA's JSON with one question and one answer."""
     said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"id": row_id, **({} if image is None else {"image": image}), "conversations": said}
+
+
+# ---- other forms ----------------------------------------------------------------------------------------------------
+
+# A conversation stands under `conversations` or `messages`, its turns with `from` and `value` or with `role` and
+# `content`; content is text, or a list of parts. A part that is an image becomes `<image>` at its place, unless the
+# texts of its message say with `<image>` where the images stand. One without a source is the next of the row's images.
+CONVERSATION_KEYS = ("conversations", "messages")
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+SOURCES = ("image", "path", "url", "image_url")
+PARTS = {"text": ("type", "text"), "image": ("type", "index", *SOURCES), "image_url": ("type", *SOURCES)}
+PART_KEYS = tuple(dict.fromkeys(key for keys in PARTS.values() for key in keys))
+EXPECTED_PART = 'expected {"type": "text", "text": …} or {"type": "image", …}'
+
+
+def parse_any(row: Any, index: int) -> Record | Rejected:
+    """Return the record of a decoded row of any form, or why it cannot be used, as `parse_or_reject` does."""
+    try:
+        is_llava = row["conversations"][-1]["from"] in SPEAKERS and "messages" not in row
+    except (KeyError, IndexError, TypeError):
+        is_llava = not isinstance(row, dict)  # an error in place of a row, which says why
+    if is_llava:
+        return parse_or_reject(row, index)
+    try:
+        key, converted = _as_llava(row)
+    except InputError as error:
+        return Rejected(index, row_id(row), str(error))
+    found = parse_or_reject(converted, index)
+    # What is said of a turn names it as the row does.
+    if isinstance(found, Rejected):
+        return dataclasses.replace(found, reason=re.sub(rf"^{CONVERSATION_KEYS[0]}\b", key, found.reason))
+    return dataclasses.replace(
+        found, unread=tuple(re.sub(rf"^{CONVERSATION_KEYS[0]}\b", key, name) for name in found.unread)
+    )
+
+
+def conversation_key(row: dict[str, Any]) -> str:
+    """Return the key under which the conversation of a row stands. Raises InputError where both are given."""
+    given = [key for key in CONVERSATION_KEYS if row.get(key) is not None]
+    if len(given) == 2:
+        raise InputError("both conversations and messages are given; keep one of them")
+    return given[0] if given else CONVERSATION_KEYS[0]
+
+
+def turns_of(row: dict[str, Any], key: str) -> Any:
+    """Return the conversation; one that is kept as a list for each key, as Hugging Face may do, as a list of turns.
+
+    Raises InputError where these lists differ in length.
+    """
+    turns = row.get(key)
+    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
+        if len({len(values) for values in turns.values()}) > 1:
+            raise InputError(
+                f"{key}: its lists {', '.join(map(str, turns))} differ in length; expected one value a turn"
+            )
+        return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    return turns
+
+
+# ---- a row ----------------------------------------------------------------------------------------------------------
+
+
+class _Images:
+    """The images of a row: what it names, how many of these were taken by turns, and all that turns show."""
+
+    def __init__(self, named: Iterable[Any]):
+        self.named, self.taken, self.shown = list(named), 0, []
+
+    def take(self, count: int) -> list[Any]:
+        """Return the next images that the row names; fewer where there are no more."""
+        found = self.named[self.taken : self.taken + count]
+        self.taken += len(found)
+        return found
+
+    def all(self) -> list[Any]:
+        return [*self.shown, *self.named[self.taken :]]
+
+
+def _as_llava(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the key of the conversation, and the row in LLaVA's form. Raises InputError."""
+    key = conversation_key(row)
+    turns = turns_of(row, key)
+    converted = {name: value for name, value in row.items() if name not in CONVERSATION_KEYS} | {"conversations": turns}
+    if not isinstance(turns, list):
+        return key, converted
+    images, said = _Images(map(image_of, parse_images(row))), []
+    for index, turn in enumerate(turns):
+        try:
+            said.append(_turn(turn, images) if isinstance(turn, dict) else turn)
+        except InputError as error:
+            raise InputError(f"{key}[{index}]: {error}") from None
+    return key, converted | {"image": None, "images": images.all(), "conversations": said}
+
+
+def _turn(turn: dict[str, Any], images: _Images) -> dict[str, Any]:
+    """Return a turn with `from`, `value` and all other keys; `images` learns which it shows."""
+    turn = {name: value for name, value in turn.items() if value is not None}
+    name = "role" if "role" in turn else "from"
+    for ours, theirs in ("from", "role"), ("value", "content"):
+        if ours in turn and theirs in turn:
+            raise InputError(f"both {ours} and {theirs} are given; keep one of them")
+        if theirs in turn:
+            turn[ours] = turn.pop(theirs)
+    role = turn.get("from")
+    if not isinstance(role, str) or role not in ROLES:
+        expected = "user or assistant" if name == "role" else "human or gpt (or user or assistant)"
+        raise InputError(f"unknown role {role!r} in {name}, expected {expected}, or system in the first turn")
+    turn["from"] = ROLES[role]
+    if isinstance(turn.get("value"), list):
+        turn |= _content(turn["value"], images)
+    elif isinstance(turn.get("value"), str):
+        images.shown += images.take(turn["value"].count(IMAGE_PLACEHOLDER))
+    return turn
+
+
+def _content(parts: list[Any], images: _Images) -> dict[str, Any]:
+    """Return the text of the parts as `value`, and those of their keys that are not read."""
+    texts, shown, unread = [], [], {}
+    for index, part in enumerate(parts):
+        try:
+            text, image, others = _part(part, images)
+        except InputError as error:
+            raise InputError(f"content[{index}]: {error}") from None
+        texts.append(text)
+        shown += [] if text is not None else [image]
+        unread |= others
+    placed = sum(text.count(IMAGE_PLACEHOLDER) for text in texts if text is not None)
+    if placed and shown and placed != len(shown):
+        raise InputError(f"{placed} {IMAGE_PLACEHOLDER} in the text for {len(shown)} images; expected as many")
+    images.shown += shown or images.take(placed)
+    places = [] if placed else [IMAGE_PLACEHOLDER]
+    lines = [line for text in texts for line in (places if text is None else [text])]
+    return {"value": "\n".join(lines)} | {f"content.{name}": value for name, value in unread.items()}
+
+
+def _part(part: Any, images: _Images) -> tuple[str | None, Any, dict[str, Any]]:
+    """Return (text, None) of a part, or (None, image), and what of it is not read."""
+    if not isinstance(part, dict):
+        raise InputError(f"is {part!r:.80}; {EXPECTED_PART}")
+    part = {name: value for name, value in part.items() if not is_null(value)}
+    what = part.get("type")
+    if not isinstance(what, str) or what not in PARTS:
+        raise InputError(f"type {what!r} is not read, only text and images are; {EXPECTED_PART}")
+    unread = {name: part[name] for name in unread_keys(part, PART_KEYS, TRAINING)}
+    for name in PART_KEYS:
+        if name in part and name not in PARTS[what] and part[name] != "":
+            raise InputError(f"{name} in a part of type {what} is not read; give it as a part of its own")
+    if what == "text":
+        if not isinstance(part.get("text"), str):
+            raise InputError(f"text is {part.get('text')!r:.80}, expected text")
+        return part["text"], None, unread
+    given = [name for name in SOURCES if name in part]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are given; keep one of them")
+    if given:
+        source = part[given[0]]
+        if isinstance(source, dict) and "url" in source:
+            unread |= {f"{given[0]}.{name}": source[name] for name in unread_keys(source, ("url",))}
+            source = source["url"]
+        return None, image_of(source), unread
+    if part.get("index", images.taken) != images.taken:
+        raise InputError(f"index is {part['index']}, expected {images.taken}: the images of a row are shown in order")
+    taken = images.take(1)
+    if not taken:
+        raise InputError("an image without a source, and the row names no more images; give its path, or images")
+    return None, taken[0], unread
+
+
+def is_null(value: Any) -> bool:
+    """Return whether a value stands for none: tables have every key of a struct in every row."""
+    return value is None or (isinstance(value, dict) and all(map(is_null, value.values())))
+
+
+def image_of(value: Any) -> Any:
+    """Return an image as a row of LLaVA's has it: a path, or bytes.
+
+    `value` may also be a data: URL, or {"bytes", "path"} as Hugging Face keeps images. Raises InputError for a data:
+    URL that cannot be read; what is no image at all stays.
+    """
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        content, path = value.get("bytes"), value.get("path")
+        return ImageBytes(content, path or "") if isinstance(content, bytes) else path
+    if not isinstance(value, str) or value[:5].lower() != "data:":
+        return value
+    head, _, content = value.partition(",")
+    if not head.endswith(";base64"):
+        raise InputError(f"{value[:40]!r}: expected data:image/TYPE;base64,… with the bytes of a file")
+    try:
+        return ImageBytes(base64.b64decode(content, validate=True), f"of {head}")
+    except ValueError as error:
+        raise InputError(f"{head},…: not base64 ({error})") from None
+
+
+# ---- what a file holds -----------------------------------------------------------------------------------------------
+
+
+def describe(rows: Iterable[Any]) -> str:
+    """Return a phrase that names the forms of decoded rows, and how their images come, for a person."""
+    forms, images = {}, {}
+    for row in rows:
+        found = parse_any(row, 0)
+        if isinstance(found, Record):
+            forms[_form(row)] = None
+            images |= {"bytes" if isinstance(image, bytes) else "paths": None for image in found.images}
+    if not forms:
+        return "none of its first rows can be used"
+    return " and ".join(forms) + (f" with images as {' and '.join(images)}" if images else "")
+
+
+def _form(row: dict[str, Any]) -> str:
+    key = conversation_key(row)
+    last = turns_of(row, key)[-1]
+    if key == "messages" or last.get("role") is not None:
+        return "OpenAI messages"
+    return "LLaVA conversations" if last.get("from") in SPEAKERS else "ShareGPT conversations"

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from llava_jax.data.forms import KEYS, image_of, is_null
+from llava_jax.data.rows import CONVERSATION_KEYS, image_of, is_null
 from llava_jax.data.sources import PARQUET, Split
 from llava_jax.types import InputError
 
@@ -105,7 +105,7 @@ class ArrowGroups(Groups):
 
 def open_groups(split: Split, where: str) -> Groups:
     """Return the rows of the files. Raises InputError, which `where` begins, where the files hold none to train on."""
-    expected = f"expected rows with {' or '.join(KEYS)}"
+    expected = f"expected rows with {' or '.join(CONVERSATION_KEYS)}"
     try:
         groups = (ParquetGroups if split.format == PARQUET else ArrowGroups)(split.files)
     except UNREADABLE as error:
@@ -113,6 +113,6 @@ def open_groups(split: Split, where: str) -> Groups:
         raise InputError(f"{where}: no {split.format} that can be read ({reason}); {expected}") from error
     if not len(groups):
         raise InputError(f"{where}: no rows; {expected}")
-    if not set(KEYS) & set(groups.columns):
+    if not set(CONVERSATION_KEYS) & set(groups.columns):
         raise InputError(f"{where}: columns {', '.join(groups.columns)}; {expected}")
     return groups

@@ -8,8 +8,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from llava_jax.data.rows import check_unicode
-from llava_jax.io import read_lines
+from llava_jax.io import check_unicode, read_lines
 from llava_jax.types import InputError
 
 Figures = dict[str, Any]

@@ -8,10 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llava_jax.data.rows import check_unicode
 from llava_jax.evaluate.answers import REFUSE, SCORES, Figures, field, match, percent
 from llava_jax.evaluate.prompts import LETTERS
-from llava_jax.io import read_json
+from llava_jax.io import check_unicode, read_json
 from llava_jax.settings import nearest
 from llava_jax.types import InputError
 

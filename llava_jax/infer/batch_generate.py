@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
-from llava_jax.data.rows import check_text, check_unicode, parse_images, parse_system, unread_keys, unread_line
+from llava_jax.data.rows import parse_images, parse_system, unread_line
 from llava_jax.infer.engine import Model
 from llava_jax.infer.generate import question_message
-from llava_jax.io import read_lines, replacing
+from llava_jax.io import check_text, check_unicode, read_lines, replacing, unread_keys
 from llava_jax.types import InputError, Sampling
 
 # The last two are what `evaluate` reads.

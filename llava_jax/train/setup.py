@@ -39,6 +39,7 @@ from llava_jax.train import checkpoint
 from llava_jax.train.optim import describe, leaf_path, make_optimizer, make_schedule, warmup_steps
 from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, state_shardings, train_step
 from llava_jax.types import DataSettings, InputError, ModelConfig, OptimSettings, Settings, TrainSettings
+from llava_jax.weights.hf import chat_template_note
 from llava_jax.weights.load import (
     ModelSpec,
     check_unchanged,
@@ -49,7 +50,7 @@ from llava_jax.weights.load import (
     origins,
     read_params,
 )
-from llava_jax.weights.processor import CHAT_FILE, chat_template_note
+from llava_jax.weights.processor import CHAT_FILE
 
 # ---- rows and batches -------------------------------------------------------------------------------------------
 

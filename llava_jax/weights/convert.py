@@ -19,13 +19,14 @@ from llava_jax.hub import TOWER
 from llava_jax.io import absolute_path, exists, opened
 from llava_jax.settings import DTYPES, RANDOM, flatten, read_settings
 from llava_jax.types import InputError, LazyTensor, ModelConfig, Settings
+from llava_jax.weights.hf import chat_template_note
 from llava_jax.weights.hf_config import llama_json
 from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.load import Params, load_adapters, read_model
 from llava_jax.weights.name_table import flatten as flatten_tree
 from llava_jax.weights.original_export import write_original, write_projector
 from llava_jax.weights.peft import write_peft
-from llava_jax.weights.processor import LlavaExtras, chat_template_note
+from llava_jax.weights.processor import LlavaExtras
 from llava_jax.weights.source import (
     UNREADABLE,
     checkpoint_meta,

@@ -12,15 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_jax.data.templates import OWN, TEMPLATES
+from llava_jax.data.templates import OWN, TEMPLATES, Template, find_template, render
+from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.settings import CHOICES
-from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig
+from llava_jax.types import ClipConfig, InputError, LazyTensor, LlamaConfig, ModelConfig, Turn
 from llava_jax.weights import hf_config, name_table, original, peft
-from llava_jax.weights.hf_config import config_value, read_images, read_json, with_pixels
+from llava_jax.weights.hf_config import config_value, folder_value, read_images, read_json, special_tokens, with_pixels
 from llava_jax.weights.original import HERE, Companions
-from llava_jax.weights.processor import LlavaExtras, recognised_template
+from llava_jax.weights.processor import LlavaExtras
 from llava_jax.weights.source import is_adapter, is_original
 from llava_jax.weights.tensors import FLOATS, Tensors, open_file, open_folder
 
@@ -279,3 +282,93 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     said |= ({"template": template} if template else {}) | ours
     assumed = "template" not in said
     return LlavaExtras(**said, tokenizer=folder, template_assumed=assumed, vision=folder, tuned_tower=tuned_tower)
+
+
+# ---- chat templates, recognised -------------------------------------------------------------------------------------
+
+VICUNA = ("v1", "llava_v1")
+_PROBE = (Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Why?"))
+
+
+def recognised_template(folder: str) -> str | None:
+    """Return the first of our templates that the folder's chat template renders as, None without such one."""
+    tokens, source = _chat_template(folder)
+    if source is None:
+        return None
+    given = _rendered(source, tokens)
+    for name, template in TEMPLATES.items():
+        if not template.caption_only and _ours(template, tokens) in given:
+            return name
+    return None
+
+
+def chat_template_note(folder: str, name: str) -> str | None:
+    """Return a line when the tokenizer's chat template in `folder` writes prompts otherwise than `name` does.
+
+    No error: a LLaVA learns the template it is trained with, and v1 on another base is common. None where both write
+    the same, the folder brings no chat template, or `name` is for captions, which know no turns.
+    """
+    if name == OWN:
+        return None
+    template = find_template(name)
+    tokens, source = _chat_template(folder)
+    if source is None or template.caption_only:
+        return None
+    ours, given = _ours(template, tokens), _rendered(source, tokens)
+    if ours in given:
+        return None
+    if not given:
+        return f"template {name}: the chat template of {folder} does not render a question and cannot be compared"
+    theirs = min(given, key=len)
+    at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+    shown = [text[max(at - 10, 0) : at + 30] for text in (ours, theirs)]
+    same = recognised_template(folder)
+    take = f"; data.template={same} writes as it does" if same else ""
+    return f"template {name} writes {shown[0]!r} where the chat template of {folder} writes {shown[1]!r}{take}"
+
+
+def default_template(folder: str) -> str:
+    """Return the template for a tokenizer where none is asked for: its own, if it has one that is not Vicuna's."""
+    if load_tokenizer(folder).chat is None or recognised_template(folder) in VICUNA:
+        return VICUNA[0]
+    return OWN
+
+
+def _ours(template: Template, tokens: dict[str, str]) -> str:
+    """Return the probe as our template writes it."""
+    spans = render(_PROBE, template, open_turn=True)
+    spelled = {"<s>": tokens["bos_token"] or "<s>", "</s>": tokens["eos_token"] or "</s>"}
+    return "".join(spelled.get(span.text, span.text) if span.special else span.text for span in spans)
+
+
+def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
+    """Return (bos_token and eos_token, Jinja text or None) of a folder."""
+    named = special_tokens(folder)
+    tokens = {key: named.get(key, "") for key in ("bos_token", "eos_token")}
+    source, _ = folder_value(folder, "chat template")
+    if isinstance(source, list):  # several under names, as tokenizers with tools have them
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    return tokens, source if isinstance(source, str) else None
+
+
+def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
+    """Return the probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
+    # As transformers compiles them; its `generation` tags only mark spans.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    names = {"human": "user", "gpt": "assistant"}
+    found = set()
+    for as_parts in (False, True):
+        messages = []
+        for turn in _PROBE:
+            text = turn.text.removeprefix("<image>\n")
+            parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
+            messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
+        try:
+            template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except (TemplateError, TypeError, ValueError, LookupError):
+            continue
+        found |= {text, text.removeprefix(tokens["bos_token"]), text.removeprefix(tokens["bos_token"]).lstrip(" ")}
+    return found

@@ -29,10 +29,10 @@ from llava_jax.types import (
 )
 from llava_jax.weights import hf, hf_config
 from llava_jax.weights.adapters import merge_adapters, merge_difference, merge_tower, place_quantised
-from llava_jax.weights.hf import read_llava, stored_dtype
+from llava_jax.weights.hf import default_template, read_llava, stored_dtype
 from llava_jax.weights.hf_config import contradictions, read_json
 from llava_jax.weights.original import NON_LORA, PROJECTOR, Companions
-from llava_jax.weights.processor import LlavaExtras, default_template
+from llava_jax.weights.processor import LlavaExtras
 from llava_jax.weights.source import is_name, is_workdir, load_params, local_folder, parse, run_fingerprint, split
 from llava_jax.weights.tensors import weight_files
 
