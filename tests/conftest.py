@@ -1,9 +1,14 @@
-"""What is true of every test: none asks the Hub, whose names look like paths of two folders; the longest come first."""
+"""What is true of every test: none asks the Hub, whose names look like paths of two folders; the longest come first;
+where few optimisations are asked for (`make test`, not `make parity`), XLA compiles as fast as it can."""
 
 import os
 
 import pytest
 
+from tests import fast_compile
+
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+    os.environ |= fast_compile.environment()
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Files with tests of a minute, in processes of their own: a worker that began one last would leave the others idle.
 LONG = ("test_sharding.py", "test_distributed.py", "test_tower.py", "test_benchmark.py", "test_resume.py")

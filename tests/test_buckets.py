@@ -21,6 +21,7 @@ from llava_jax.train.loop import train
 from llava_jax.types import InputError, Settings
 from llava_jax.weights.load import model_spec, read_projector
 from llava_jax.weights.source import load_params, local_folder
+from tests import fast_compile
 from tests.gcs_server import Bucket, environment, serving
 from tests.test_distributed import finish, launch
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics
@@ -157,7 +158,7 @@ def start(config: pathlib.Path, workdir: str, **variables: str) -> subprocess.Po
     return subprocess.Popen(
         [sys.executable, "-m", "tests.bucket_run", str(config), workdir],
         cwd=pathlib.Path(__file__).parent.parent,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables,
+        env=fast_compile.environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,6 @@
 """Two processes train as one: same numbers, same checkpoints, stopped and failing together."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -16,6 +15,7 @@ from llava_jax.parallel import distributed, sharding
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.types import InputError, MeshSettings
+from tests import fast_compile
 from tests.tiny_run import make_inputs, make_settings, read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,18 +27,13 @@ def launch(count: int, *runs: list[str], devices: int = 8) -> list[subprocess.Po
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices // count}"
-    common = dict(
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS=flags,
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling is most of the time
-    )
+    common = fast_compile.environment(devices // count)
     many = dict(JAX_COORDINATOR_ADDRESS=address, JAX_COORDINATOR_BIND_ADDRESS=address, JAX_NUM_PROCESSES=str(count))
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.host_run", *map(str, runs[min(index, len(runs) - 1)])],
             cwd=ROOT,
-            env=os.environ | common | (many | dict(JAX_PROCESS_ID=str(index)) if count > 1 else {}),
+            env=common | (many | dict(JAX_PROCESS_ID=str(index)) if count > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

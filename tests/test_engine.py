@@ -1,7 +1,6 @@
 """Requests that come and go: streaming, cancelling, stop strings, probabilities, the queue, errors, devices."""
 
 import dataclasses
-import os
 import queue
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from llava_jax import api
 from llava_jax.infer import engine as engines
 from llava_jax.infer.engine import Closed, End, Engine, Failed, Full, Piece
 from llava_jax.types import InputError, Sampling
+from tests import fast_compile
 from tests.tiny_llava import assembled, config, draw_image, model
 
 GREEDY = Sampling(max_new_tokens=24)
@@ -225,8 +225,7 @@ def test_eight_devices_give_the_answers_of_one(tmp_path):
 from tests import test_engine
 test_engine.answer_on_devices({str(tmp_path)!r})
 """
-    cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    env = fast_compile.environment(devices=8)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -31,6 +30,7 @@ from llava_jax.weights.adapters import merge_adapters, merge_difference
 from llava_jax.weights.convert import convert
 from llava_jax.weights.load import read_model
 from llava_jax.weights.peft import write_peft
+from tests import fast_compile
 from tests.test_sharding import TINY
 from tests.tiny_run import LLM, change, make_inputs, make_settings, read_metrics, watched_steps
 
@@ -362,8 +362,7 @@ EIGHT_DEVICES = textwrap.dedent("""
 
 
 def test_eight_devices_and_micro_batches_give_the_same_numbers():
-    cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    env = fast_compile.environment(devices=8)
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("equal") == 3

@@ -1,7 +1,6 @@
 """The mesh and its rules: total coverage, clear errors, and the same numbers on eight devices as on one."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec
 from llava_jax.models import llava
 from llava_jax.parallel.sharding import RULES, check_divisible, make_mesh, spec_of
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, MeshSettings, ModelConfig
+from tests import fast_compile
 
 TINY = ModelConfig(
     vision=ClipConfig(width=32, mlp_width=64, layers=3, heads=4, image_size=16, patch_size=8),
@@ -189,9 +189,7 @@ EIGHT_DEVICES = textwrap.dedent("""
 
 def test_sharded_loss_and_gradient_equal_the_single_device_ones():
     """Packed rows with images, the loss in more than one chunk, on every preset; accumulation and both stages."""
-    # Compiling is nearly all of the time, and what is optimised away is not what is tested.
-    cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    env = fast_compile.environment(devices=8)
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("equal") == len(PRESETS) + 7

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from llava_jax.weights.convert import convert
 from llava_jax.weights.hf import read_llava
 from llava_jax.weights.load import read_model
 from llava_jax.weights.peft import write_peft
+from tests import fast_compile
 from tests.test_sharding import TINY
 from tests.tiny_run import change, make_inputs, make_settings, read_metrics, watched_steps
 
@@ -393,8 +393,7 @@ EIGHT_DEVICES = textwrap.dedent("""
 
 
 def test_eight_devices_give_the_gradients_of_one():
-    cheap = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    env = os.environ | cheap | dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    env = fast_compile.environment(devices=8)
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("equal") == 3

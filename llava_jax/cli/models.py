@@ -21,13 +21,14 @@ SOURCE = (
 
 def demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", default="demo_run", help="folder for everything the demo writes (demo_run)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world and other draws (0)")
 
 
 def demo(args: argparse.Namespace) -> int:
     from llava_jax.demo import story
 
-    announce("demo", workdir=args.workdir)
-    story.play(story.Story(args.workdir, story.Sizes()))
+    announce("demo", workdir=args.workdir, seed=args.seed)
+    story.play(story.Story(args.workdir, story.Sizes(seed=args.seed)))
     return 0
 
 

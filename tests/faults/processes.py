@@ -9,7 +9,6 @@ again (2 for a full disk), and the last run of each kind resumes and ends.
 
 import ctypes
 import json
-import os
 import pathlib
 import resource
 import signal
@@ -25,6 +24,7 @@ from llava_jax.parallel import distributed
 from llava_jax.settings import read_settings, write_settings
 from llava_jax.train import checkpoint, loop
 from llava_jax.types import InputError
+from tests import fast_compile
 from tests.tiny_run import make_inputs, make_settings
 
 RESTARTED = (42, 43, 44, *range(128, 256))
@@ -85,13 +85,12 @@ def start(roles: list[str], config: pathlib.Path, workdir: pathlib.Path) -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    common = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    common["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // len(roles)}"
+    common = fast_compile.environment(2 // len(roles))
     many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.faults.processes", role, str(config), str(workdir)],
-            env=os.environ | common | (many | {"JAX_PROCESS_ID": str(index)} if len(roles) > 1 else {}),
+            env=common | (many | {"JAX_PROCESS_ID": str(index)} if len(roles) > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
