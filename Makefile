@@ -1,4 +1,4 @@
-# make demo    the whole story on this machine's CPU, less than ten minutes on two cores
+# make demo    the whole story on this machine's CPU, five minutes on two idle cores
 # make test    the tests, without torch; XLA optimises little, since compiling is most of the time (parity: all of it)
 # make corruptions  a checkpoint damaged in 200 ways, half a minute: none is restored wrong
 # make faults  the same, and processes that are stopped, killed and stuck, several minutes
