@@ -4,15 +4,19 @@ import errno
 import io
 import json
 import os
+import time
 from unittest import mock
 
 import pytest
 
+from llava_jax.train import goodput
 from llava_jax.train import loop as M
+from llava_jax.train.goodput import BUCKETS, Goodput
 from llava_jax.types import InputError
+from tests.faults.goodput import check
 
 CONTRACT = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
-FIELDS = [*CONTRACT, "data_wait", "compile_seconds", "skipped"]
+FIELDS = [*CONTRACT, "data_wait", "compile_seconds", "skipped", "time", "goodput"]
 
 
 def values(step: int) -> dict:
@@ -21,7 +25,7 @@ def values(step: int) -> dict:
 
 def write(workdir, steps: range, total: int, log_every: int = 1) -> str:
     screen = io.StringIO()
-    with M.open_metrics(str(workdir), range(steps.start, total), log_every, screen) as writer:
+    with M.open_metrics(str(workdir), range(steps.start, total), log_every, Goodput(time.time()), screen) as writer:
         for step in steps:
             writer.write(step, values(step), slots=40)
     return screen.getvalue()
@@ -55,7 +59,7 @@ def test_what_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
 
 def test_time_waited_mfu_and_compiling(tmp_path):
     screen = io.StringIO()
-    with M.open_metrics(str(tmp_path), range(4, 10), 2, screen) as writer:
+    with M.open_metrics(str(tmp_path), range(4, 10), 2, Goodput(time.time()), screen) as writer:
         writer.start_clock(compile_seconds=7.0, ideal_seconds=1e-6)
         for step in range(4, 10):
             writer.write(step, values(step), slots=40, data_wait=0.5 * step)
@@ -82,6 +86,59 @@ def test_resumption_drops_what_comes_again_and_a_torn_line(tmp_path):
     path.write_text(path.read_text() + '{"step": 6, "lo')
     write(tmp_path, range(4, 9), 9)
     assert [row["step"] for row in read(tmp_path)] == list(range(9))
+
+
+class Clock:
+    """Stands for the module `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+
+def test_goodput_adds_up_to_the_wall_time_over_all_starts(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(M, "time", clock)
+    monkeypatch.setattr(goodput, "time", clock)
+
+    def start(steps: range) -> dict:
+        account = Goodput(clock.now)
+        clock.now += 5
+        account.enter("restore")
+        clock.now += 2
+        account.enter("compile")
+        clock.now += 10
+        with M.open_metrics(str(tmp_path), steps, 1, account, io.StringIO()) as writer:
+            for step in steps:
+                account.enter("step")
+                clock.now += 4
+                account.wait(1)
+                writer.write(step, values(step), slots=40)
+                if step % 2:
+                    account.enter("save")
+                    clock.now += 3
+        return read(tmp_path)[-1]["goodput"]
+
+    none = dict.fromkeys(BUCKETS, 0)
+    first = start(range(6))
+    assert first == none | dict(start=7, compile=10, data=6, step=18, checkpoint=6)
+    clock.now += 50  # killed after its last save
+    # From update 4 on: two updates are run again, with the save before them, which comes after line 3.
+    second = start(range(4, 7))
+    assert second == none | dict(start=14, compile=20, data=7, step=21, checkpoint=6, lost=11, down=53)
+    assert sum(second.values()) == clock.now - 1000
+    assert check(tmp_path, clock.now - 1000)[1] and not check(tmp_path, 1.02 * (clock.now - 1000))[1]
+    assert start(range(7))["lost"] == 11 + 7 + 21 + 6  # from the start, where there was no checkpoint
+
+
+def test_goodput_of_a_run_that_began_before_there_was_any(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    write(tmp_path, range(1, 3), 3)
+    assert sum(read(tmp_path)[-1]["goodput"].values()) < 60
 
 
 def test_a_complete_last_line_without_its_newline_is_dropped(tmp_path):

@@ -109,7 +109,7 @@ def change(settings: Settings, group: str, **changes: object) -> Settings:
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    timed = ("seconds", "tokens_per_second", "mfu", "data_wait", "compile_seconds")
+    timed = ("seconds", "tokens_per_second", "mfu", "data_wait", "compile_seconds", "time", "goodput")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 

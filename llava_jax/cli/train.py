@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 from absl import flags
@@ -43,6 +44,7 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
+    began = time.time()
     settings = args.settings()
     from llava_jax.parallel import distributed
     from llava_jax.train import loop, setup
@@ -51,7 +53,7 @@ def train(args: argparse.Namespace) -> int:
         setup.keep_compiled()
         if distributed.is_first():
             announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
-        loop.train(settings, args.workdir)
+        loop.train(settings, args.workdir, began)
     return 0
 
 

@@ -28,6 +28,7 @@ from llava_jax.parallel.sharding import global_batch, make_mesh
 from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import absolute_paths, hold_workdir, with_commits_of
+from llava_jax.train.goodput import Goodput
 from llava_jax.train.profiler import Tracer, tracing
 from llava_jax.train.setup import (
     Run,
@@ -52,30 +53,38 @@ METRICS, REJECTS = "metrics.jsonl", "rejects.jsonl"
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
-def train(settings: Settings, workdir: str) -> None:
+def train(settings: Settings, workdir: str, began: float | None = None) -> None:
     """Train one stage in `workdir`; resumes by itself where a checkpoint of the same config is there.
+
+    `began` is when the process did, in Unix time, for the account of where the time went; None: now.
 
     Several processes that `distributed.connected` has joined train together, each calling this with the same arguments.
     Raises InputError for input that cannot be used, and after `train.max_nonfinite` updates in a row whose loss or
     gradient is not finite; SystemExit(42) after SIGTERM, once the state is saved.
     """
+    goodput = Goodput(began or time.time())
     settings = with_template(absolute_paths(with_commits_of(workdir, settings)))
     with (
         stop_signal() as should_stop,
         watching(settings.train.watchdog) as watchdog,
         hold_workdir(workdir, settings),
     ):
-        done, steps = train_held(settings, workdir, watchdog, should_stop)
-    say(f"{done}/{steps} steps done, saved in {workdir}")
+        done, steps = train_held(settings, workdir, watchdog, should_stop, goodput)
+    say(f"{done}/{steps} steps done, saved in {workdir}\n{goodput}")
     if done < steps:
         say("stopped by SIGTERM: the same command resumes from here")
         raise SystemExit(STOPPED_EXIT_CODE)
 
 
 def train_held(
-    settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool]
+    settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool], goodput: Goodput
 ) -> tuple[int, int]:
     """Train in a workdir that is locked for this run; return (updates done, updates asked for)."""
+
+    def enter(phase: str) -> None:
+        watchdog.enter(phase)
+        goodput.enter(phase)
+
     mesh, train = make_mesh(settings.mesh), settings.train
     row_multiple = batch_ranks(mesh) * train.accumulate
     check_batch_size(train.batch_size, row_multiple, settings.data.pack)
@@ -110,7 +119,7 @@ def train_held(
         if settings.data.eval:
             most = settings.data.max_rejects
             held_out = open_held_out(settings, spec.stage_config, tokenizer, run, lambda rows: Rejects(most, rows).tell)
-        watchdog.enter("restore")
+        enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
             write_settings(os.path.join(workdir, "config.json"), settings)
@@ -120,13 +129,13 @@ def train_held(
         with (
             nullcontext() if held_out is None else closing(held_out.data),
             mirrored as (here, upload),
-            open_metrics(here, todo, train.log_every) as writer,
+            open_metrics(here, todo, train.log_every, goodput) as writer,
             tracing(here, todo, train.profile, workdir) if train.profile else nullcontext() as tracer,
         ):
             rejects.open(here, todo.start)
 
             def start(*inputs: Any) -> Callable:
-                watchdog.enter("compile")
+                enter("compile")
                 step, seconds = compile_step(run, *inputs, train.compiler_options)
                 if writer is not None:
                     writer.start_clock(seconds, ideal_seconds(run, batches.shape))
@@ -140,7 +149,7 @@ def train_held(
                 began = time.monotonic()
 
                 def told_to_stop() -> bool:  # asked before each batch
-                    watchdog.enter("evaluation")
+                    enter("evaluation")
                     return should_stop(n + 1)
 
                 found = evaluate(held_out, state.params, frozen, told_to_stop)
@@ -149,7 +158,7 @@ def train_held(
                 return found
 
             def save(state: TrainState) -> None:
-                watchdog.enter("save")
+                enter("save")
                 upload()  # first, so that no checkpoint is there without the metrics before it
                 checkpoint.save(manager, state, data, meta)
 
@@ -167,9 +176,9 @@ def train_held(
                 save=save,
                 tracer=tracer,
                 should_stop=should_stop,
-                enter=watchdog.enter,
+                enter=enter,
             )
-        watchdog.enter("save")  # what is in flight
+        enter("save")  # what is in flight
         return int(state.step), steps
 
 
@@ -274,6 +283,8 @@ def log_update(
     Raises InputError when `most` updates in a row were not finite.
     """
     values = jax.device_get(values)
+    if writer is not None:
+        writer.goodput.wait(waited)
 
     def where() -> str:  # only on error: the ids are read from disk
         return f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0].tolist())}"
@@ -348,27 +359,34 @@ class Rejects:
 # ---- metrics.jsonl, TensorBoard events, the status line --------------------------------------------------------------
 
 
-def truncate_metrics(path: str, step: int) -> None:
+def truncate_metrics(path: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keep the lines of metrics.jsonl before update `step`: later ones will be written again.
 
-    A last line torn by a kill is dropped. Raises an InputError naming any other broken line.
+    Returns the last line kept and the last of all, {} for none. A last line torn by a kill is dropped. Raises an
+    InputError naming any other broken line.
     """
+    kept: dict[str, Any] = {}
+    last: dict[str, Any] = {}
     if not os.path.exists(path):
-        return
+        return kept, last
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().splitlines(keepends=True)
     earlier = []
     for number, line in enumerate(lines, 1):
         try:
-            logged = json.loads(line)["step"]
+            row = json.loads(line)
+            logged = row["step"]
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise InputError(f"{path} line {number}: not an object with a step, restore or remove the file") from error
+        last = row
         if logged < step and line.endswith("\n"):
+            kept = row
             earlier.append(line)
     with replacing(path) as file:
         file.writelines(earlier)
+    return kept, last
 
 
 class MetricsWriter:
@@ -377,14 +395,16 @@ class MetricsWriter:
     `mfu` is the time that the update's model FLOPs take at the chips' peak over the time it took (null where the peak
     is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
     line after a start and null in the others, `skipped` the updates since the last line that had no targets or were not
-    finite, which have no line. After a pass over held-out rows the line also has `eval_loss`, the mean over their
-    supervised tokens, and `eval_targets`, the number of these. A file that cannot be written does not stop the run:
-    that is said once, and at the end how many lines are lost.
+    finite, which have no line; `time` is the Unix time of the line, `goodput` what the seconds since the first start
+    went to. After a pass over held-out rows the line also has `eval_loss`, the mean over their supervised tokens, and
+    `eval_targets`, the number of these. A file that cannot be written does not stop the run: that is said once, and at
+    the end how many lines are lost.
     """
 
-    def __init__(self, workdir: str, steps: range, log_every: int, screen: TextIO):
+    def __init__(self, workdir: str, steps: range, log_every: int, goodput: Goodput, screen: TextIO):
         path = os.path.join(workdir, METRICS)
-        truncate_metrics(path, steps.start)
+        self.goodput = goodput
+        goodput.resume(*truncate_metrics(path, steps.start))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
         self._lost = self.skipped = 0
         board = os.path.join(workdir, "tensorboard")
@@ -436,7 +456,8 @@ class MetricsWriter:
             **(evaluated or {}),
         }
         figures = [Summary.Value(tag=k, simple_value=v) for k, v in row.items() if k != "step" and v is not None]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=figures))
+        row |= {"time": round(time.time(), 3), "goodput": self.goodput.so_far()}
+        event = Event(wall_time=row["time"], step=step, summary=Summary(value=figures))
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -478,10 +499,12 @@ class MetricsWriter:
 
 
 def open_metrics(
-    workdir: str, steps: range, log_every: int, screen: TextIO | None = None
+    workdir: str, steps: range, log_every: int, goodput: Goodput, screen: TextIO | None = None
 ) -> AbstractContextManager[MetricsWriter | None]:
     """Return a MetricsWriter of the updates `steps` for a `with`; None in all processes but the first."""
-    return closing(MetricsWriter(workdir, steps, log_every, screen or sys.stdout)) if is_first() else nullcontext()
+    if not is_first():
+        return nullcontext()
+    return closing(MetricsWriter(workdir, steps, log_every, goodput, screen or sys.stdout))
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,29 @@
+"""Whether the goodput of a run adds up to its wall time, over all its starts.
+
+`python -m tests.faults.goodput WORKDIR [SECONDS]` prints where the time went and exits with 1 where the sum is more
+than 1 % off SECONDS, as whoever started the run has measured them; without them, off what the lines' own times say.
+"""
+
+import json
+import pathlib
+import sys
+
+from llava_jax.train.goodput import BUCKETS
+
+
+def check(workdir: pathlib.Path, wall: float | None = None) -> tuple[str, bool]:
+    """Return a line for a person, and whether the sum is that of the wall time within 1 %."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    total = sum(last["goodput"].values())
+    if wall is None:
+        wall = last["time"] - first["time"] + sum(first["goodput"].values())
+    shares = ", ".join(f"{name} {last['goodput'][name]:.1f}" for name in BUCKETS)
+    difference = total / wall - 1
+    return f"goodput of {total:.1f} s: {shares}; wall time {wall:.1f} s, {difference:+.2%}", abs(difference) <= 0.01
+
+
+if __name__ == "__main__":
+    line, adds_up = check(pathlib.Path(sys.argv[1]), float(sys.argv[2]) if sys.argv[2:] else None)
+    print(line)
+    sys.exit(not adds_up)
