@@ -84,6 +84,7 @@ RANGES = {
 # Keys that came after runs had been written, and what those runs did. Every config names every key.
 EARLIER_RUNS = {
     "data.exif": "ignore",
+    "data.exclude": "",
     "data.max_rejects": 0.0,
     "mesh.fsdp_inner": 1,
     "train.trainable": "",
@@ -96,7 +97,15 @@ EARLIER_RUNS = {
     "lora.vision_targets": "",
 }
 # Of this machine or in a bucket; data.annotations also where etils.epath and TFDS reach.
-FOLDERS = ("model.vision", "model.llm", "init.model", "init.projector", "data.images", "data.eval_images")
+FOLDERS = (
+    "model.vision",
+    "model.llm",
+    "init.model",
+    "init.projector",
+    "data.images",
+    "data.eval_images",
+    "data.exclude",
+)
 
 
 def settings_from_dict(values: dict) -> Settings:

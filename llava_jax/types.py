@@ -387,6 +387,8 @@ class DataSettings:
     """Rows that may turn out unreadable while the run trains (an image that is damaged): a share of all rows below 1, a
     number from there on. Each is padding in its batch, and named in `rejects.jsonl`; one more stops the run.
     """
+    exclude: str = ""
+    """A file of ids, one a line: rows with such an id are padding in their batches; empty: none."""
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.

@@ -10,6 +10,7 @@ from unittest import mock
 import absl.logging
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -59,6 +60,16 @@ def test_another_tree_shape_or_dtype_is_refused(tmp_path, wanted, says):
         read(tmp_path, wanted(like(make_state(0))))
     assert says in str(error.value)
     assert os.listdir(tmp_path / "checkpoints") == ["2"]  # what does not fit is not damaged
+
+
+def test_clipping_may_be_turned_on_after_a_save(tmp_path):
+    """It is a part of the optimizer that holds nothing; tests/test_loop.py turns it off."""
+    write(tmp_path, [2])
+    wanted = like(make_state(0))
+    (state, _), _, _ = read(tmp_path, wanted._replace(opt_state=(optax.EmptyState(), *wanted.opt_state)))
+    saved = make_state(2)
+    assert same(state, saved._replace(opt_state=(optax.EmptyState(), *saved.opt_state)))
+    assert isinstance(state.opt_state[1], optax.ScaleByAdamState)
 
 
 def damaged_files(step: pathlib.Path) -> list[pathlib.Path]:
@@ -225,13 +236,13 @@ def start(workdir: pathlib.Path, settings: Settings) -> None:
 def test_workdir_of_another_config_is_refused(tmp_path):
     settings = make_settings(tmp_path, "pretrain")
     start(tmp_path / "run", settings)
-    start(tmp_path / "run", change(settings, "optim", lr=0.5))  # nothing trained yet
+    start(tmp_path / "run", change(settings, "optim", b1=0.5))  # nothing trained yet
     write(tmp_path / "run", [2])
     with pytest.raises(InputError) as error:
         start(tmp_path / "run", change(settings, "train", steps=9))
-    assert "optim.lr: 0.5 there, 0.001 asked for; train.steps: 4 there, 9 asked for" in str(error.value)
+    assert "optim.b1: 0.5 there, 0.9 asked for; train.steps: 4 there, 9 asked for" in str(error.value)
     free = change(change(settings, "train", log_every=7, checkpoint_every=1, keep=9, profile=2), "data", workers=2)
-    start(tmp_path / "run", change(free, "optim", lr=0.5))
+    start(tmp_path / "run", change(free, "optim", b1=0.5))
 
 
 @pytest.mark.parametrize("changes", [dict(accumulate=2), dict(fsdp=1)], ids=str)

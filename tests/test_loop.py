@@ -13,6 +13,7 @@ import pytest
 from llava_jax.data import validate
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
+from llava_jax.settings import read_settings
 from llava_jax.train import loop, profiler
 from llava_jax.types import Batch, InputError
 from llava_jax.weights import load
@@ -131,6 +132,25 @@ def test_starting_again_when_done_changes_nothing(runs, capsys):
     loop.train(ran.settings, str(ran.workdir))
     assert "4/4 steps done" in capsys.readouterr().out
     assert files == {p: p.read_bytes() for p in files}
+
+
+def test_named_keys_may_change_when_a_run_resumes(runs, tmp_path, capsys):
+    """Said, and recorded: the config until there is kept. Clipping off is another tree of the optimizer's state."""
+    ran = runs("pretrain")
+    shutil.copytree(ran.workdir, tmp_path / "run")
+    (tmp_path / "ids.txt").write_text("caption-4\n\ncaption-0\n")
+    before = ran.settings.optim
+    settings = change(ran.settings, "optim", lr=before.lr / 2, clip_norm=0.0)
+    settings = change(settings, "data", exclude=str(tmp_path / "ids.txt"))
+    loop.train(settings, str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert f"optim.lr: {before.lr!r} until update 4, {before.lr / 2!r} from there on\n" in said
+    assert f"optim.clip_norm: {before.clip_norm!r} until update 4, 0.0 from there on\n" in said
+    assert "ids.txt leaves out 2 of 7 rows" in said and "resuming at step 4" in said
+    until, now = (read_settings(str(tmp_path / "run" / name)) for name in ("config.until-4.json", "config.json"))
+    assert (until, now) == (ran.settings, settings)
+    with pytest.raises(InputError, match=r"holds a run of another config \(optim.b1: 0.9 there, 0.5 asked for\)"):
+        loop.train(change(settings, "optim", b1=0.5), str(tmp_path / "run"))
 
 
 def test_a_run_does_not_go_on_with_its_rows_in_another_order(runs, monkeypatch):

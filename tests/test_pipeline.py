@@ -67,12 +67,14 @@ def stream(
     rows: Sequence[int] | None = None,
     row_multiple: int = 1,
     on_reject: Callable | None = None,
+    out: Sequence[int] = (),
     **changes,
 ) -> BatchIterator:
     settings = dataclasses.replace(SETTINGS, **changes)
     checked = check_records(records, settings, TOKENIZER, patches=PATCHES)
     sizes = dict(batch_size=batch_size, row_multiple=row_multiple, steps=STEPS, seed=seed)
     plan = plan_batches(records, checked.lengths_A, settings, slots_A=checked.slots_A, **sizes)
+    plan = plan.without(np.isin(plan.order_UC, out))
     model = dict(image_size=SIZE, patches=PATCHES, image_token_id=IMAGE_ID)
     return make_pipeline(records, settings, TOKENIZER, plan, rows=rows, on_reject=on_reject, **model)
 
@@ -176,6 +178,21 @@ def test_packed_rows_hold_what_unpacked_rows_hold(reference, packed):
             assert shown[:slot].all() and not shown[slot:].any()
             together += len(members) > 1
     assert together > len(packed)
+
+
+def test_rows_that_are_left_out_are_padding_in_their_places(reference):
+    out, seen = (2, 5), 0
+    data = stream(out=out)
+    for batch, whole in zip(take(data, 16), reference, strict=True):
+        for b, row in enumerate(whole.rows_BM[:, 0].tolist()):
+            if row in out:
+                seen += 1
+                assert batch.rows_BM[b, 0] == -1 and not batch.segment_ids_BT[b].any() and not batch.targets_BT[b].any()
+                assert not batch.image_mask_BN[b].any()
+            else:
+                assert_equal([Batch(*(x[b] for x in arrays(batch)))], [Batch(*(x[b] for x in arrays(whole)))])
+    assert seen == sum(np.count_nonzero(batch.rows_BM == row) for batch in reference for row in out) > 4
+    data.close()
 
 
 def test_text_alone_has_no_image_slots():

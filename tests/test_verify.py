@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from llava_jax.cli.main import main
+from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import load_tokenizer
-from llava_jax.data.validate import Checked, report_lines, verify
+from llava_jax.data.validate import Checked, excluded_rows, report_lines, verify
 from llava_jax.types import UNPACKED, DataSettings, InputError
 from tests.make_tokenizers import golden_llama
 
@@ -46,6 +47,19 @@ def _verify(tmp_path, images, tokenizer, rows, template="v1", **options) -> Chec
     path.write_text(json.dumps(rows), encoding="utf-8")
     settings = DataSettings(str(path), images, template, "front", "pad", 100, shuffle=False, **UNPACKED)
     return verify(settings, tokenizer, patches=4, **options)[1]
+
+
+def test_rows_are_excluded_by_their_ids(tmp_path):
+    rows, ids = tmp_path / "rows.jsonl", tmp_path / "ids.txt"
+    rows.write_text("".join(json.dumps(_row(name)) + "\n" for name in ("a", "b", 7, "a")))
+    records = load_records(str(rows))
+    ids.write_text("a\r\n 7 \n\n")
+    assert excluded_rows(records, str(ids)) == [0, 2, 3]
+    ids.write_text("b\nnone\nother\n")
+    with pytest.raises(InputError, match="data.exclude=.*: no row has the id 'none', nor 1 more of these; expected"):
+        excluded_rows(records, str(ids))
+    with pytest.raises(InputError, match="data.exclude=.*absent.txt: cannot be read"):
+        excluded_rows(records, str(tmp_path / "absent.txt"))
 
 
 def test_every_bad_row_is_named_with_its_reason(tmp_path, images, tokenizer):

@@ -51,7 +51,8 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """The batches of a run: conversation c of update u is annotation row order_UC[u, c], in batch row rows_UC[u, c].
+    """The batches of a run: conversation c of update u is annotation row order_UC[u, c], in batch row rows_UC[u, c],
+    or in none where that is -1.
 
     `max_per_row` is the largest number of conversations in a row. Both arrays are int32.
     """
@@ -68,6 +69,10 @@ class BatchPlan:
     def members(self, step: int, row: int) -> np.ndarray:
         """Return the annotation rows in row `row` of batch `step`, in the order in which they stand there."""
         return self.order_UC[step, self.rows_UC[step] == row]
+
+    def without(self, out_UC: np.ndarray) -> "BatchPlan":
+        """Return the plan with padding in place of the conversations where `out_UC` is True."""
+        return dataclasses.replace(self, rows_UC=np.where(out_UC, -1, self.rows_UC))
 
 
 def check_batch_size(batch_size: int, row_multiple: int, pack: bool) -> None:

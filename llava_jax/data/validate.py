@@ -36,11 +36,11 @@ from llava_jax.data.tokenize import (
     image_sizes,
     require_file,
 )
-from llava_jax.io import is_bucket, replacing
+from llava_jax.io import is_bucket, opened, replacing
 from llava_jax.types import DataSettings, Encoded, InputError, Record
 
 # Settings that say where a row stands or who reads it, not what it becomes.
-ORDER = ("annotations", "shuffle", "group_by", "pack", "pack_length", "pack_images", "workers")
+ORDER = ("annotations", "exclude", "shuffle", "group_by", "pack", "pack_length", "pack_images", "workers")
 # Rows that are tokenised together (some bring their images along, so not many), and threads that do that: while the
 # tokenizer works outside of Python's lock, the other one reads rows.
 TOGETHER, THREADS = 256, 2
@@ -311,6 +311,23 @@ def looking_in(folder: str) -> Callable[[str | bytes], None]:
     return look
 
 
+def excluded_rows(records: Rows, path: str) -> list[int]:
+    """Return the rows that have one of the ids in a file, one a line. Raises InputError for an id that no row has."""
+    try:
+        with opened(path) as file:
+            ids = {line.strip() for line in file.read().decode().splitlines() if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.exclude={path}: cannot be read ({error}); expected ids of rows, one a line") from error
+    found = {row: name for row in range(len(records)) if (name := records.entry(row).id) in ids}
+    unknown = sorted(ids - set(found.values()))
+    if unknown:
+        more = f", nor {len(unknown) - 1} more of these" if len(unknown) > 1 else ""
+        raise InputError(
+            f"data.exclude={path}: no row has the id {unknown[0]!r}{more}; expected ids of rows, one a line"
+        )
+    return list(found)
+
+
 # ---- what is kept of it -------------------------------------------------------------------------------------------
 
 
@@ -356,7 +373,7 @@ def plan_once(
 ) -> BatchPlan:
     """Return what `plan_batches` makes of these rows, or the plan made of the same before, which a long run keeps."""
     lengths_A, slots_A, words_A = checked.lengths_A, checked.slots_A, checked.words_A
-    facts = {name: getattr(settings, name) for name in ORDER if name not in ("annotations", "workers")}
+    facts = {name: getattr(settings, name) for name in ORDER if name not in ("annotations", "exclude", "workers")}
     rows = hashlib.sha256(b"|".join(array.tobytes() for array in (lengths_A, slots_A, words_A))).hexdigest()
     sizes = batch_size, row_multiple, steps, seed
     name = key_of("plan", code(), rows, settings.max_length, facts, sizes, records.mixture)

@@ -23,6 +23,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -30,7 +31,7 @@ from llava_jax import buckets
 from llava_jax.data import sources
 from llava_jax.io import absolute_path, exists, is_bucket, reached
 from llava_jax.parallel.distributed import check_agreed, check_shared, is_first, of_first, say, text_of_first
-from llava_jax.settings import RANDOM, flatten, read_settings
+from llava_jax.settings import RANDOM, flatten, read_settings, write_settings
 from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
@@ -187,12 +188,12 @@ def _read(folder: str, manager: ocp.CheckpointManager, state: TrainState, is_pro
     so it is where other processes, or a later start, may be able to read it.
     """
     step = int(os.path.basename(folder))
-    args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(state._asdict()), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
-    )
     for is_last in (False, True):
         try:
-            _check_like(folder, manager.item_metadata(step)["state"], state)
+            like = _like_saved(folder, manager.item_metadata(step)["state"], state)
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(like._asdict()), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+            )
             restored = manager.restore(step, args=args)
             break
         except UNREADABLE as error:
@@ -209,6 +210,8 @@ def _read(folder: str, manager: ocp.CheckpointManager, state: TrainState, is_pro
     found = int(restored["state"]["step"]), restored["data"]
     if found != (step, {"batches": step}):
         return None, f"holds step {found[0]} and the position {found[1]} in the data"
+    if like is not state:
+        restored["state"]["opt_state"] = _reclipped(restored["state"]["opt_state"])
     return restored, ""
 
 
@@ -218,14 +221,25 @@ def _leaves(tree: Any) -> dict[str, tuple]:
     return {leaf_path(path): (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in leaves}
 
 
-def _check_like(folder: str, metadata: Any, state: TrainState) -> None:
+def _reclipped(parts: tuple) -> tuple:
+    """Return the parts of an optimizer's state without the first one, clipping, which holds nothing, or with it."""
+    is_clipped = bool(parts) and isinstance(parts[0], optax.EmptyState)
+    return parts[1:] if is_clipped else (optax.EmptyState(), *parts)
+
+
+def _like_saved(folder: str, metadata: Any, state: TrainState) -> TrainState:
+    """Return `state` as the checkpoint holds it: `optim.clip_norm` may have been turned on or off since."""
     if metadata is None:
         raise ValueError("its state has no readable metadata")
     saved, wanted = _leaves(metadata.tree if hasattr(metadata, "tree") else metadata), _leaves(state._asdict())
+    other = state._replace(opt_state=_reclipped(state.opt_state))
+    if saved == _leaves(other._asdict()):
+        return other
     paths = sorted(path for path in {*saved, *wanted} if saved.get(path) != wanted.get(path))
     if paths:
         first = "; ".join(f"{p}: {saved.get(p, 'absent')} there, {wanted.get(p, 'absent')} expected" for p in paths[:5])
         raise InputError(f"{folder} does not fit this model ({first}): expected the model it was saved from")
+    return state
 
 
 def _set_aside(workdir: str, step: int) -> None:
@@ -258,6 +272,8 @@ FREE_KEYS = (
     "data.eval_images",
     "train.eval_every",
 )
+# What may change and does enter them, from the update on at which the run resumes: `write_config` says and records it.
+CHANGED_KEYS = ("optim.lr", "optim.clip_norm", "data.exclude")
 # Nor does the way a batch is split, where neither the loss nor the order of rows nor dropout depends on it.
 MESH_KEYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.fsdp_inner", "train.accumulate")
 
@@ -340,16 +356,34 @@ def check_workdir(workdir: str, settings: Settings) -> None:
         reason = f"its config.json is not that of a run ({error})"
         raise InputError(f"--workdir={workdir}: {reason}: choose another workdir") from error
     if steps:
-        old = dict(flatten(dataclasses.asdict(there)))
-        new = dict(flatten(dataclasses.asdict(absolute_paths(settings))))
-        free = FREE_KEYS + MESH_KEYS if _split_is_free(settings) else FREE_KEYS
-        differ = [key for key in new if new[key] != old[key] and key not in free]
+        free = (*FREE_KEYS, *CHANGED_KEYS, *(MESH_KEYS if _split_is_free(settings) else ()))
+        found = _differences(there, absolute_paths(settings)).items()
+        differ = [f"{key}: {old!r} there, {new!r} asked for" for key, (old, new) in found if key not in free]
         if differ:
-            first = "; ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked for" for key in differ[:5])
+            first = "; ".join(differ[:5])
             raise InputError(
                 f"--workdir={workdir} holds a run of another config ({first}): expected the same config, "
                 "choose another workdir or give the values of its config.json"
             )
+
+
+def _differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two settings differ, with both values."""
+    before, now = (dict(flatten(dataclasses.asdict(settings))) for settings in (old, new))
+    return {key: (before[key], now[key]) for key in now if now[key] != before[key]}
+
+
+def write_config(workdir: str, settings: Settings, step: int) -> None:
+    """Write config.json; where a run resumes at `step` with changed keys, keep the one until there and say them."""
+    path, until = (os.path.join(workdir, name) for name in ("config.json", f"config.until-{step}.json"))
+    if step and exists(path):
+        there = absolute_paths(read_settings(path))
+        changed = {key: values for key, values in _differences(there, settings).items() if key in CHANGED_KEYS}
+        for key, (old, new) in changed.items():
+            say(f"{key}: {old!r} until update {step}, {new!r} from there on")
+        if changed and not exists(until):
+            write_settings(until, there)
+    write_settings(path, settings)
 
 
 def _split_is_free(settings: Settings) -> bool:
@@ -408,6 +442,7 @@ def absolute_paths(settings: Settings) -> Settings:
             images=absolute_path(data.images) if data.images else "",
             eval=sources.absolute(data.eval) if data.eval else "",
             eval_images=absolute_path(data.eval_images) if data.eval_images else "",
+            exclude=absolute_path(data.exclude) if data.exclude else "",
         ),
     )
 

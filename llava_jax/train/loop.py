@@ -21,11 +21,10 @@ from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.rows import Rejected
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
-from llava_jax.data.validate import plan_once
+from llava_jax.data.validate import excluded_rows, plan_once
 from llava_jax.io import is_bucket, replacing
 from llava_jax.parallel.distributed import STOPPED_EXIT_CODE, check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.sharding import global_batch, make_mesh
-from llava_jax.settings import write_settings
 from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import absolute_paths, hold_workdir, with_commits_of
 from llava_jax.train.goodput import Goodput
@@ -105,8 +104,12 @@ def train_held(
         steps=steps,
         seed=settings.seed,
     )
+    excluded = excluded_rows(records, settings.data.exclude) if settings.data.exclude else []
+    if excluded:
+        say(f"data.exclude={settings.data.exclude} leaves out {len(excluded):,} of {len(records):,} rows")
+        batches = batches.without(np.isin(batches.order_UC, excluded))
     run = build_run(settings, spec.stage_config, mesh, steps, batches.shape.length)
-    meta = meta_of(settings, spec, run, records, batches)
+    meta = meta_of(settings, spec, run, records, batches) | {"excluded": excluded}
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
     rejects = Rejects(settings.data.max_rejects, len(records))
     with (
@@ -122,7 +125,7 @@ def train_held(
         enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
-            write_settings(os.path.join(workdir, "config.json"), settings)
+            checkpoint.write_config(workdir, settings, int(state.step))
         todo = range(int(state.step), steps)
         in_bucket = is_first() and is_bucket(workdir)
         mirrored = buckets.mirrored(workdir, METRICS, REJECTS) if in_bucket else nullcontext((workdir, lambda: None))
@@ -301,7 +304,7 @@ def log_update(
         if len(in_row) >= most:
             raise InputError(
                 f"{len(in_row)} updates in a row are not finite and none was applied ({'; '.join(in_row)}): lower "
-                "optim.lr, set optim.clip_norm, or take out these rows, in a new workdir with init.model=orbax: of this"
+                "optim.lr, set optim.clip_norm, or name a file with the ids of these rows in data.exclude, and resume"
             )
         return
     in_row.clear()

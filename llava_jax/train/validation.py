@@ -93,7 +93,7 @@ def held_out_settings(data: DataSettings) -> DataSettings:
 def _each_once(batches: BatchPlan, rows: int) -> BatchPlan:
     """Return the plan without the rows that fill up its last batch from the start of the file."""
     again_UC = np.arange(batches.order_UC.size).reshape(batches.order_UC.shape) >= rows
-    return dataclasses.replace(batches, rows_UC=np.where(again_UC, -1, batches.rows_UC))
+    return batches.without(again_UC)
 
 
 def summed_nll(
