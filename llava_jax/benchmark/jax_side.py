@@ -114,7 +114,7 @@ def starting_point(work: Mapping[str, Any], settings: Settings, run: Run) -> tup
 
 def read_batch(work: Mapping[str, Any]) -> Batch:
     """Return the batch of the file: full rows of one conversation each."""
-    with np.load(work["batch"]) as arrays:
+    with np.load(work["batch"], allow_pickle=False) as arrays:
         tokens_BT, targets_BT, pixels_BNXYC = arrays["tokens"], arrays["targets"], arrays["bytes"]
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
     image_mask_BN = np.ones(pixels_BNXYC.shape[:2], bool)

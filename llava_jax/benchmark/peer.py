@@ -28,9 +28,10 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 def load(work: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Load the model of the folder, or one of its size with random weights where it holds no weights."""
     if work["weights"]:
-        model = LlavaForConditionalGeneration.from_pretrained(work["model"], dtype=dtype, attn_implementation="sdpa")
+        how = dict(dtype=dtype, attn_implementation="sdpa")
+        model = LlavaForConditionalGeneration.from_pretrained(work["model"], trust_remote_code=False, **how)
         return model.to(DEVICE)
-    config = LlavaConfig.from_pretrained(work["model"])
+    config = LlavaConfig.from_pretrained(work["model"], trust_remote_code=False)
     with torch.device(DEVICE):
         return LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
@@ -48,7 +49,7 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     forward = torch.compile(model) if work["compiled"] else model
-    with np.load(work["batch"]) as arrays:
+    with np.load(work["batch"], allow_pickle=False) as arrays:
         tokens = torch.from_numpy(arrays["tokens"]).long().to(DEVICE)
         labels = torch.from_numpy(np.where(arrays["targets"], arrays["tokens"], -100)).long().to(DEVICE)
         pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(DEVICE, model.dtype)
@@ -78,7 +79,7 @@ def train(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     model = load(work, getattr(torch, work["dtype"])).eval()
-    with np.load(work["batch"]) as arrays:
+    with np.load(work["batch"], allow_pickle=False) as arrays:
         tokens = torch.from_numpy(arrays["tokens"]).long().to(DEVICE)
         pixels = torch.from_numpy(arrays["pixels"][:, 0].transpose(0, 3, 1, 2).copy()).to(DEVICE, model.dtype)
     model.generation_config.eos_token_id = None

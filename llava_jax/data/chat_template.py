@@ -5,22 +5,22 @@ conversation before it, rendered with add_generation_prompt, must be how the who
 after its text, which ends the turn; where the template says itself what the model writes ({% generation %}), that is
 trained, with that token. What no prompt leads to, or what stands otherwise in the text than in the row, is an error.
 
-Templates are code of whoever made the tokenizer: they run in Jinja's sandbox.
+Templates are code of whoever made the tokenizer: they run in a sandbox with limits (jinja_limits.py).
 """
 
 import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llava_jax.data.jinja_limits import ERRORS, Limited, compiled
 from llava_jax.data.templates import NONCHARACTER, Span, Template, place_images
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
@@ -86,10 +86,10 @@ class ChatTemplate(Template):
         """Return the text of messages and its {% generation %} blocks; with `prompt` it asks for an answer."""
         values = dict(self.variables) | dict(options)
         try:
-            text = _compiled(self.source).render(
+            text = rendering(self.source)(
                 messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **values
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except ERRORS as error:
             reason = " ".join(f"{error}".split())[:200]
             raise InputError(f"the chat template refuses the conversation ({reason}); {_INSTEAD}") from error
         if _OPEN not in text:
@@ -218,9 +218,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(source: str) -> jinja2.Template:
-    """Compile a template with what transformers gives chat templates, and a date that stays."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    return environment.from_string(source, globals={"raise_exception": _refuse, "strftime_now": _TODAY.strftime})
+def rendering(source: str) -> Callable[..., str]:
+    """Return what renders a template, with what transformers gives chat templates and a date that stays."""
+    names = {"raise_exception": _refuse, "strftime_now": _TODAY.strftime}
+    return compiled(source, Limited([_Generation, loopcontrols]), names)

@@ -69,7 +69,7 @@ def _parse(row: Any) -> Record:
             unread += _unread_of_turn(turn, index)
     images = parse_images(row)
     for image in images:
-        _check_path(image, "image" if row.get("image") is not None else "images")
+        check_path(image, "image" if row.get("image") is not None else "images")
     _check_placeholders(turns, images)
     return Record(name, images, turns, tuple(dict.fromkeys(unread)))
 
@@ -168,7 +168,8 @@ def parse_images(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(images)
 
 
-def _check_path(image: Any, where: str) -> None:
+def check_path(image: Any, where: str) -> None:
+    """Raise InputError for an image that is neither the bytes of a file nor a path that stays below its folder."""
     if isinstance(image, bytes) and image:
         return
     if not isinstance(image, str) or not image.strip():

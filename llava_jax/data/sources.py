@@ -192,10 +192,14 @@ def split_in(folder: str) -> Split | None:
         if os.path.isfile(state):
             with open(state, encoding="utf-8") as file:
                 names = [each["filename"] for each in json.load(file)["_data_files"]]
+            if any(os.path.basename(name) != name for name in names):
+                raise ValueError("a file that is not in the folder")
             return Split(SAVED, tuple(os.path.join(folder, name) for name in names))
         if os.path.isfile(several):
             with open(several, encoding="utf-8") as file:
                 splits = json.load(file)["splits"]
+            if any(os.path.basename(name) != name for name in splits):
+                raise ValueError("a split that is not in the folder")
             split = splits[0] if len(splits) == 1 else "train"
             found = split_in(os.path.join(folder, split)) if split in splits else None
             if found is None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava_jax.data.images import thumbnail
+from llava_jax.data.rows import check_path
 from llava_jax.evaluate.answers import SCORES, field, read_rows, with_text
 from llava_jax.evaluate.mmbench import ROUND
 from llava_jax.evaluate.page import page, section
@@ -214,6 +215,7 @@ def _shown_image(folder: str, name: str | None) -> dict[str, str]:
     if not name:
         return {"problem": "No image."}
     try:
+        check_path(name, "image")
         return {"image": f"data:image/jpeg;base64,{thumbnail(os.path.join(folder, name), THUMBNAIL, 'jpeg')}"}
     except InputError as error:
         return {"problem": str(error)}

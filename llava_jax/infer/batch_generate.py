@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
-from llava_jax.data.rows import parse_images, parse_system, unread_line
+from llava_jax.data.rows import check_path, parse_images, parse_system, unread_line
 from llava_jax.infer.engine import Model
 from llava_jax.infer.generate import question_message
 from llava_jax.io import check_text, check_unicode, read_lines, replacing, unread_keys
@@ -86,8 +86,7 @@ def _question(row: dict[str, Any], where: str, folder: str) -> Question:
     check_text(row["text"], "text")
     paths = []
     for name in parse_images(row):
-        if not isinstance(name, str):
-            raise InputError(f"image is {json.dumps(name)[:80]}; expected a path or a list of paths")
+        check_path(name, "image")
         paths.append(os.path.join(folder, name))
         if not os.path.isfile(paths[-1]):
             raise InputError(f"no image {paths[-1]}; check the line's image and the images folder")

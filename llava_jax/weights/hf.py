@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llava_jax.data.chat_template import rendering
+from llava_jax.data.jinja_limits import ERRORS
 from llava_jax.data.templates import OWN, TEMPLATES, Template, find_template, render
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
@@ -353,10 +353,6 @@ def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
 
 def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
     """Return the probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
-    # As transformers compiles them; its `generation` tags only mark spans.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
     names = {"human": "user", "gpt": "assistant"}
     found = set()
     for as_parts in (False, True):
@@ -366,9 +362,9 @@ def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
             parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
             messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
         try:
-            template = environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
-            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except (TemplateError, TypeError, ValueError, LookupError):
+            rendered = rendering(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))  # they only mark spans
+            text = rendered(messages=messages, add_generation_prompt=True, **tokens)
+        except ERRORS:
             continue
         found |= {text, text.removeprefix(tokens["bos_token"]), text.removeprefix(tokens["bos_token"]).lstrip(" ")}
     return found
