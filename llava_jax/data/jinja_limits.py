@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 SOURCE = 1 << 17  # characters of a template
-SECONDS = 2.0  # of the processor, for one rendering
+SECONDS = 0.5  # of the processor, for one rendering
 MOST = 1 << 21  # characters and elements of a value, and of all that a template writes
 NUMBER = 1 << 7  # the largest width, count or exponent
 # How much these make stands in a text that they are given.
@@ -40,7 +40,7 @@ class Budget:
     def check(self, *values: Any) -> None:
         """Raise TemplateError where time is up, or the values are too large."""
         if time.thread_time() > self._end:
-            raise jinja2.TemplateError(f"it takes more than {SECONDS:.0f} s")
+            raise jinja2.TemplateError(f"it takes more than {SECONDS:g} s")
         for value in values:
             check_size(len(value) if isinstance(value, str) else size_of(value))
 

@@ -20,6 +20,7 @@ ROW_KEYS = ("id", "image", "images", "conversations", "system")
 TURN_KEYS = ("from", "value", "weight")
 # What another program would train otherwise for such a key.
 TRAINING = ("weight", "train", "tools", "chosen", "rejected", "tool_calls", "function_call", "reasoning_content")
+MAX_PATH = 4096  # as Linux has it
 # Most paths; what else a path may be is looked at more closely.
 PLAIN_PATH = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*(?:/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*)*")
 
@@ -33,7 +34,7 @@ class Rejected:
     reason: str
 
     def __str__(self) -> str:
-        return f"row {self.row}{f' (id {self.id!r})' if self.id else ''}: {self.reason}"
+        return f"row {self.row}{f' (id {self.id!r:.80})' if self.id else ''}: {self.reason}"
 
 
 def parse_row(row: Any, where: str) -> Record:
@@ -42,7 +43,7 @@ def parse_row(row: Any, where: str) -> Record:
         return _parse(row)
     except InputError as error:
         name = row_id(row)
-        raise InputError(f"{where}{f' (id {name!r})' if name else ''}: {error}") from None
+        raise InputError(f"{where}{f' (id {name!r:.80})' if name else ''}: {error}") from None
 
 
 def parse_or_reject(row: Any, index: int) -> Record | Rejected:
@@ -126,7 +127,7 @@ def _parse_turn(turn: Any, index: int) -> Turn:
     speaker, text = turn.get("from"), turn.get("value")
     if speaker not in SPEAKERS and (speaker != "system" or index > 0):
         where = ", or system in the first turn" if speaker == "system" else ""
-        raise InputError(f"conversations[{index}]: unknown role {speaker!r} in from, expected human or gpt{where}")
+        raise InputError(f"conversations[{index}]: unknown role {speaker!r:.80} in from, expected human or gpt{where}")
     if not isinstance(text, str):
         problem = "missing value" if "value" not in turn else f"value is {_kind(text)}"
         raise InputError(f"conversations[{index}]: {problem}, expected text")
@@ -148,7 +149,7 @@ def _is_target(turn: dict[str, Any], index: int) -> bool:
     if weight is None:
         return True
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise InputError(f"conversations[{index}]: weight is {weight!r}, expected 0 (not trained) or 1")
+        raise InputError(f"conversations[{index}]: weight is {weight!r:.80}, expected 0 (not trained) or 1")
     if weight == 1 and turn["from"] == "human":
         raise InputError(f"conversations[{index}]: weight 1 on a human turn; only answers can be trained")
     return weight == 1 or turn["from"] == "human"
@@ -174,16 +175,18 @@ def check_path(image: Any, where: str) -> None:
         return
     if not isinstance(image, str) or not image.strip():
         raise InputError(f"{where}: {image!r:.80} is no path; expected one below the images folder")
-    if PLAIN_PATH.fullmatch(image):
+    if len(image) <= MAX_PATH and PLAIN_PATH.fullmatch(image):
         return
     check_unicode(image, where, fix="rename the file in UTF-8")
+    if len(image) > MAX_PATH:
+        raise InputError(f"{where}: a path of {len(image):,} characters; expected at most {MAX_PATH}")
     parts = image.replace("\\", "/").split("/")
     if "://" in image or image.startswith("data:"):
         here = "a path below the images folder, or in a message a data: URL"
         raise InputError(f"{where}: {image!r:.80} is an address; expected {here}")
     absolute = image.startswith(("/", "\\")) or ntpath.splitdrive(image)[0] != ""
     if absolute or ".." in parts or "\0" in image:
-        raise InputError(f"{where}: {image!r} leaves the images folder; expected a relative path without ..")
+        raise InputError(f"{where}: {image!r:.200} leaves the images folder; expected a relative path without ..")
 
 
 def _check_placeholders(turns: tuple[Turn, ...], images: tuple[str | bytes, ...]) -> None:
@@ -321,7 +324,7 @@ def _turn(turn: dict[str, Any], images: _Images) -> dict[str, Any]:
     role = turn.get("from")
     if not isinstance(role, str) or role not in ROLES:
         expected = "user or assistant" if name == "role" else "human or gpt (or user or assistant)"
-        raise InputError(f"unknown role {role!r} in {name}, expected {expected}, or system in the first turn")
+        raise InputError(f"unknown role {role!r:.80} in {name}, expected {expected}, or system in the first turn")
     turn["from"] = ROLES[role]
     if isinstance(turn.get("value"), list):
         turn |= _content(turn["value"], images)
@@ -357,7 +360,7 @@ def _part(part: Any, images: _Images) -> tuple[str | None, Any, dict[str, Any]]:
     part = {name: value for name, value in part.items() if not is_null(value)}
     what = part.get("type")
     if not isinstance(what, str) or what not in PARTS:
-        raise InputError(f"type {what!r} is not read, only text and images are; {EXPECTED_PART}")
+        raise InputError(f"type {what!r:.80} is not read, only text and images are; {EXPECTED_PART}")
     unread = {name: part[name] for name in unread_keys(part, PART_KEYS, TRAINING)}
     for name in PART_KEYS:
         if name in part and name not in PARTS[what] and part[name] != "":
@@ -376,7 +379,9 @@ def _part(part: Any, images: _Images) -> tuple[str | None, Any, dict[str, Any]]:
             source = source["url"]
         return None, image_of(source), unread
     if part.get("index", images.taken) != images.taken:
-        raise InputError(f"index is {part['index']}, expected {images.taken}: the images of a row are shown in order")
+        raise InputError(
+            f"index is {part['index']!r:.80}, expected {images.taken}: the images of a row are shown in order"
+        )
     taken = images.take(1)
     if not taken:
         raise InputError("an image without a source, and the row names no more images; give its path, or images")

@@ -257,12 +257,11 @@ def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
     content = read_json(path, "a tokenizer: copy it again") if os.path.isfile(path) else {"model": {}}
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
-    # Comes with transformers, which raises it for sizes in config.json that contradict each other.
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         source = _auto_tokenizer(folder, names)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises no class of its own
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"{folder}: its tokenizer is Python code in the folder (auto_map in tokenizer_config.json or "
