@@ -26,6 +26,11 @@ WEIGHT_NAMES = tuple(f"{linear.split('/')[1]}_weight" for linear in DECODER_LINE
 # One image in a tokenised conversation, before it is expanded to its P image tokens (LLaVA's IMAGE_TOKEN_INDEX).
 IMAGE_MARK = -200
 
+# How a process ends that the same command may continue: the scripts in launch/ start it again on these, and on signals.
+STOPPED_EXIT_CODE = 42  # SIGTERM, and the state is saved, or there was none to save
+HUNG_EXIT_CODE = 43  # train.watchdog
+LOST_EXIT_CODE = 44  # another process is gone
+
 
 class InputError(Exception):
     """Something the user gave cannot be used: one line that says what, where, what was expected and what to do.

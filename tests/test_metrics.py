@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from llava_jax.train import goodput
 from llava_jax.train import loop as M
-from llava_jax.train.goodput import BUCKETS, Goodput
+from llava_jax.train import watchdog
+from llava_jax.train.watchdog import BUCKETS, Goodput
 from llava_jax.types import InputError
 from tests.faults.goodput import check
 
@@ -103,7 +103,7 @@ class Clock:
 def test_goodput_adds_up_to_the_wall_time_over_all_starts(tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(M, "time", clock)
-    monkeypatch.setattr(goodput, "time", clock)
+    monkeypatch.setattr(watchdog, "time", clock)
 
     def start(steps: range) -> dict:
         account = Goodput(clock.now)

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from safetensors.numpy import load_file, save_file
 
 from llava_jax import api
-from llava_jax.aot.compile import abstract_batch, batch_shape
+from llava_jax.aot.compile import batch_shape
 from llava_jax.data import validate
 from llava_jax.data.images import image_size
 from llava_jax.data.packing import plan_batches
@@ -29,6 +29,7 @@ from llava_jax.data.validate import check_records, verify
 from llava_jax.models.llava import build
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.train.loop import train
+from llava_jax.train.setup import abstract_batch
 from llava_jax.types import ClipConfig, InputError
 from llava_jax.weights import convert, hf, name_table
 from llava_jax.weights.hf_config import default_pinpoints, llava_config, llava_json

@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
 
+from llava_jax.cli.train import leaving_on_sigterm
 from llava_jax.parallel.distributed import is_lost, stop_signal
 from llava_jax.train import watchdog as W
 
@@ -64,6 +66,29 @@ def test_sigterm_ends_at_once_where_nothing_is_to_be_saved(codes, phase, capfd):
     assert capfd.readouterr().err == f"stopped by SIGTERM during {phase}: nothing is to be saved\n"
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_several_leave_together_before_the_first_update(codes, monkeypatch, is_first):
+    """Another process got the signal; the first process leaves last."""
+    monkeypatch.setattr(W, "LAST_SECONDS", 1.5)
+    agreed = threading.Event()
+    with W.watching(0) as watchdog:
+        watchdog.leave_together(lambda n: agreed.is_set() and n == 1, is_first)
+        watchdog.enter("compile")
+        assert not wait(codes, 0.7)
+        agreed.set()
+        assert wait(codes, 1.4) == ([] if is_first else [42])
+        assert wait(codes) == [42]
+
+
+def test_one_of_several_leaves_alone_where_the_others_do_not_answer(codes, monkeypatch):
+    monkeypatch.setattr(W, "TOGETHER_SECONDS", 1.0)
+    with stop_signal(), W.watching(0) as watchdog:
+        watchdog.leave_together(lambda n: False, False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not wait(codes, 0.7)
+        assert wait(codes) == [42]
+
+
 def test_sigterm_is_still_handled_by_who_handled_it(codes, monkeypatch):
     """The step is over in time, and the save has its own."""
     monkeypatch.setattr(W, "TERM_SECONDS", 0.1)
@@ -76,6 +101,15 @@ def test_sigterm_is_still_handled_by_who_handled_it(codes, monkeypatch):
         assert not wait(codes, 0.7)
         watchdog.enter("step")
         assert wait(codes) == [43]
+
+
+def test_sigterm_before_the_start(codes, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), leaving_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert codes == [42] and signal.getsignal(signal.SIGTERM) == before
+    assert capfd.readouterr().err == "stopped by SIGTERM before the start: nothing is to be saved\n"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from llava_jax.aot import hlo
 from llava_jax.aot.cost import estimate
@@ -24,11 +22,11 @@ from llava_jax.data.packing import UNIT, BatchShape, check_batch_size
 from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import weights_in
 from llava_jax.models.llava import overlaid
-from llava_jax.parallel.sharding import batch_sharding, make_mesh, mesh_sizes
+from llava_jax.parallel.sharding import make_mesh, mesh_sizes
 from llava_jax.settings import RANDOM
-from llava_jax.train.setup import Run, build_run, compile_lowered, compiler_options
+from llava_jax.train.setup import Run, abstract_batch, build_run, compile_lowered, compiler_options
 from llava_jax.train.step import batch_ranks
-from llava_jax.types import Batch, InputError, ModelConfig, Settings
+from llava_jax.types import InputError, ModelConfig, Settings
 from llava_jax.weights.load import adapted, at_hand, described, model_spec
 from llava_jax.weights.source import local_folder
 
@@ -103,25 +101,6 @@ def _pack_length(tokens: float, longest: int) -> int:
     """Return the length of packed rows for a shard's `tokens`: the shortest into which the longest row fits."""
     lengths = [UNIT * math.ceil(tokens / rows / UNIT) for rows in range(1, max(1, int(tokens / longest)) + 1)]
     return max(min((length for length in lengths if length >= longest), default=0), longest)
-
-
-def abstract_batch(config: ModelConfig, shape: BatchShape, mesh: Mesh) -> Batch:
-    """Return the batch that `train` gives to its step, as shapes with shardings."""
-    at, size = batch_sharding(mesh), config.vision.image_size
-
-    def array(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((shape.rows, *dims), dtype, sharding=at)
-
-    ids = array(np.int32, shape.length)
-    return Batch(
-        tokens_BT=ids,
-        targets_BT=array(np.bool_, shape.length),
-        segment_ids_BT=ids,
-        positions_BT=ids,
-        pixels_BNXYC=array(np.uint8, shape.images, size, size, 3),
-        image_mask_BN=array(np.bool_, shape.images),
-        feature_index_BT=ids if config.pinpoints else None,
-    )
 
 
 @dataclasses.dataclass(frozen=True)

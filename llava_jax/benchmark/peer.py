@@ -28,8 +28,9 @@ def start(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
 def load(work: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Load the model of the folder, or one of its size with random weights where it holds no weights."""
     if work["weights"]:
-        how = dict(dtype=dtype, attn_implementation="sdpa")
-        model = LlavaForConditionalGeneration.from_pretrained(work["model"], trust_remote_code=False, **how)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            work["model"], trust_remote_code=False, dtype=dtype, attn_implementation="sdpa"
+        )
         return model.to(DEVICE)
     config = LlavaConfig.from_pretrained(work["model"], trust_remote_code=False)
     with torch.device(DEVICE):

@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +18,7 @@ from llava_jax.cli.configs import recipes
 from llava_jax.cli.flags import announce
 from llava_jax.io import is_bucket
 from llava_jax.settings import flatten, nearest, read_settings, settings_from_dict
-from llava_jax.types import InputError, Settings
+from llava_jax.types import STOPPED_EXIT_CODE, InputError, Settings
 
 # What running a user's config file can raise, bugs in that file included; each becomes one line.
 BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, SyntaxError, TypeError)
@@ -45,16 +47,40 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     began = time.time()
-    settings = args.settings()
-    from llava_jax.parallel import distributed
-    from llava_jax.train import loop, setup
+    with leaving_on_sigterm():
+        settings = args.settings()
+        from llava_jax.parallel import distributed
+        from llava_jax.train import loop, setup, watchdog
 
-    with distributed.connected():
-        setup.keep_compiled()
-        if distributed.is_first():
-            announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
-        loop.train(settings, args.workdir, began)
+        limit = settings.train.watchdog
+        with (
+            distributed.connected(limit),
+            distributed.stop_signal() as should_stop,
+            watchdog.watching(limit, began) as watched,
+        ):
+            setup.keep_compiled()
+            if distributed.is_first():
+                announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
+            loop.train_watched(settings, args.workdir, watched, should_stop)
     return 0
+
+
+@contextlib.contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """Leave with 42 on SIGTERM until another handler is there: while modules are imported, or processes connect."""
+
+    def leave(*_: object) -> None:
+        print("stopped by SIGTERM before the start: nothing is to be saved", file=sys.stderr, flush=True)
+        os._exit(STOPPED_EXIT_CODE)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def split_config(word: str) -> tuple[str, str, str]:

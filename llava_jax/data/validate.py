@@ -59,13 +59,15 @@ FIGURES = np.dtype(
 class Checked:
     """What was found in all rows: their FIGURES, the rows that cannot be trained, and the image files that can be.
 
-    `unread` says of each key that is not read in how many rows it stands.
+    `unread` says of each key that is not read in how many rows it stands, `missing` which of the rows that are kept
+    have an image that does not exist: training leaves these out.
     """
 
     figures_A: np.ndarray
     rejected: tuple[Rejected, ...]
     images: frozenset[str]
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
+    missing: tuple[Rejected, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -137,9 +139,16 @@ def summary(checked: Checked, max_length: int) -> list[str]:
     for figure, what in ("leading", "answers before the first question"), ("open", "last questions without an answer"):
         if checked.count(figure):
             lines.append(f"{what} left out: {checked.count(figure):,}")
+    if checked.missing:
+        lines.append(f"data.max_rejects allows {len(checked.missing)} rows without their images: {checked.missing[0]}")
     if checked.unread:
         lines.append(unread_line(checked.unread, "rows"))
     return lines
+
+
+def rejects_allowed(settings: DataSettings, rows: int) -> int:
+    """Return how many of `rows` may turn out unreadable: data.max_rejects."""
+    return int(settings.max_rejects if settings.max_rejects >= 1 else settings.max_rejects * rows)
 
 
 # ---- the check ----------------------------------------------------------------------------------------------------
@@ -154,6 +163,7 @@ def check_records(
     tiling: Tiling | None = None,
     look: Callable[[str | bytes], None] = require_file,
     dump: TextIO | None = None,
+    may_miss: int = 0,
 ) -> Checked:
     """Check every row. Raises InputError only for what spoils all of them, such as an unknown template.
 
@@ -163,17 +173,21 @@ def check_records(
         tiling: with data.aspect=anyres, how an image becomes tiles; its header then says how many tokens it takes.
         look: raises InputError for an image that cannot be used, and is asked about once each path.
         dump: what is trained is written there, a line of JSON for each row that is kept.
+        may_miss: rows that are kept though `look` refuses their images; where there are more, all of them are rejected.
     """
     check_end(tokenizer, tokenizer.template(settings.template))
     if not records:
         raise InputError(f"{settings.annotations}: no rows; expected at least one")
-    check = _Check(records, settings, tokenizer, patches, tiling, look)
+    check = _Check(records, settings, tokenizer, patches, tiling, look, may_miss > 0)
     figures_A, rejected, unread = np.zeros(len(records), FIGURES), [], collections.Counter()
+    missing: list[Rejected] = []
     for row, found in enumerate(check.rows()):
         if isinstance(found, Rejected):
             rejected.append(found)
             continue
         figures_A[row] = found.figures
+        if found.missing:
+            missing.append(Rejected(row, found.id, found.missing))
         if found.unread:
             unread.update(found.unread)
         if dump is not None:
@@ -182,7 +196,9 @@ def check_records(
             line = {"id": found.id, "tokens": tokens.tolist(), "targets": targets.astype(int).tolist(), "text": text}
             dump.write(json.dumps(line, ensure_ascii=False) + "\n")
     good = frozenset(path for path, problem in check.images.items() if problem is None)
-    return Checked(figures_A, tuple(rejected), good, dict(unread))
+    if len(missing) > may_miss:
+        rejected, missing = sorted([*rejected, *missing], key=lambda problem: problem.row), []
+    return Checked(figures_A, tuple(rejected), good, dict(unread), tuple(missing))
 
 
 def verify(
@@ -214,12 +230,16 @@ def report_lines(checked: Checked, max_length: int) -> list[str]:
 
 
 class _Trained(NamedTuple):
-    """The id of a row that can be trained, what is trained of it, its FIGURES, and its keys that are not read."""
+    """The id of a row that can be trained, what is trained of it, its FIGURES, and its keys that are not read.
+
+    `missing` says which of its images does not exist.
+    """
 
     id: str
     encoded: Encoded
     figures: tuple[int, ...]
     unread: tuple[str, ...]
+    missing: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +252,7 @@ class _Check:
     patches: int
     tiling: Tiling | None
     look: Callable[[str | bytes], None]
+    may_miss: bool
     images: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> Iterator[_Trained | Rejected]:
@@ -265,9 +286,15 @@ class _Check:
         ]
 
     def _row(self, row: int, record: Record, encoded: Encoded | None) -> _Trained | Rejected:
+        missing = ""
         try:
-            for path in image_paths(record, self.settings):
-                self._require_image(path)
+            try:
+                for path in image_paths(record, self.settings):
+                    self._require_image(path)
+            except InputError as error:
+                if not self.may_miss:
+                    raise
+                missing = str(error)
             encoded = encoded or encode_turns(record, self.settings, self.tokenizer)
             counts, slots = self.patches, len(record.images)
             if self.tiling is not None:
@@ -282,7 +309,7 @@ class _Check:
         speakers = [turn.speaker for turn in record.turns if turn.speaker != "system"]
         leading = speakers[:1] == ["gpt"] and self.tokenizer.template(self.settings.template).drop_leading_answer
         figures = (length, targets, full - length, slots, words, leading, speakers[-1:] == ["human"])
-        return _Trained(record.id, trained, figures, record.unread)
+        return _Trained(record.id, trained, figures, record.unread, missing)
 
     def _require_image(self, path: str | bytes) -> None:
         if isinstance(path, bytes):
@@ -341,9 +368,9 @@ def check_once(
     kept: how many tokens a row has then depends on the sizes of its images, which may change in their files.
     """
     check_end(tokenizer, tokenizer.template(settings.template))
-    look = looking_in(settings.images)
+    look, may_miss = looking_in(settings.images), rejects_allowed(settings, len(records))
     if len(records) < KEPT_ROWS or tiling is not None:
-        return check_records(records, settings, tokenizer, patches=patches, tiling=tiling, look=look)
+        return check_records(records, settings, tokenizer, patches=patches, tiling=tiling, look=look, may_miss=may_miss)
     facts = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ORDER}
     name = key_of("check", code(), records.fingerprint, tokenizer.fingerprint, patches, facts)
     kept = recall(name)
@@ -353,8 +380,8 @@ def check_once(
             for image in images:
                 look(image)
             return Checked(kept["figures"], (), frozenset(images), json.loads(kept["unread"].tobytes()))
-    checked = check_records(records, settings, tokenizer, patches=patches, look=look)
-    if not checked.rejected:
+    checked = check_records(records, settings, tokenizer, patches=patches, look=look, may_miss=may_miss)
+    if not checked.rejected and not checked.missing:
         images = "\0".join(sorted(checked.images)).encode()
         unread = np.frombuffer(json.dumps(checked.unread).encode(), np.uint8)
         keep(name, {"figures": checked.figures_A, "images": np.frombuffer(images, np.uint8), "unread": unread})

@@ -26,14 +26,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llava_jax.io import WRITE_ERRORS, no_room
-from llava_jax.types import InputError
+from llava_jax.types import LOST_EXIT_CODE, InputError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-# How a process ends that the same command may continue: the scripts in launch/ start it again on these, and on signals.
-STOPPED_EXIT_CODE = 42  # SIGTERM, and the state is saved
-HUNG_EXIT_CODE = 43  # train.watchdog
-LOST_EXIT_CODE = 44  # another process is gone
 # What the errors of collectives and of jax's coordination service say when another process is gone.
 LOST = re.compile(
     r"heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|connection (reset|refused|closed)|gloo.*(closed|timed out)",
@@ -43,6 +39,7 @@ LOST = re.compile(
 START_SECONDS = 300  # that the processes wait for one another
 HEARTBEAT_SECONDS = 30  # until the others notice that a process died (jax: 100)
 SHUTDOWN_SECONDS = 60  # that a finished process waits for the others (jax: 300); the last save is over by then
+LAST_SECONDS = 2.0  # that the first process waits for the others, which abort without it, to leave by themselves
 VISIBLE_SECONDS = 20.0  # until a network file system must show a new file on every host
 
 
@@ -50,34 +47,36 @@ VISIBLE_SECONDS = 20.0  # until a network file system must show a new file on ev
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(limit: int = 0) -> Iterator[None]:
     """Join the other processes of the run, if there are any; must come before the first use of a device.
 
-    When one of several processes fails, it prints why and exits at once, with code 2 for bad input and a full disk; the
-    others notice and exit, with LOST_EXIT_CODE or by a signal. Raises InputError for an environment that contradicts
-    itself.
+    It waits for them START_SECONDS, or `limit` seconds if that is less and not 0. When one of several processes fails,
+    it prints why and exits at once, with code 2 for bad input and a full disk; the others notice and exit, with
+    LOST_EXIT_CODE or by a signal. Raises InputError for an environment that contradicts itself.
     """
     arguments = distributed_arguments(os.environ)
     if arguments is not None:
-        join(arguments)
+        join(arguments, min(limit or START_SECONDS, START_SECONDS))
     try:
         with ExitStack() as stack:
-            if jax.distributed.is_initialized() and jax.process_count() > 1:
-                stack.push(end_at_once)
+            if jax.distributed.is_initialized():
+                stack.push(end_with_others)
             yield
     finally:
         jax.distributed.shutdown()
 
 
-def join(arguments: dict[str, Any]) -> None:
+def join(arguments: dict[str, Any], seconds: int) -> None:
     """Call jax.distributed.initialize with our time limits; a TPU that belongs to no cluster stays on its own."""
     try:
-        jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=START_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
+        with ThreadPoolExecutor(1) as pool:  # so that the main thread handles SIGTERM meanwhile
+            pool.submit(
+                jax.distributed.initialize,
+                **arguments,
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            ).result()
     except jax.errors.JaxRuntimeError as error:
         end_at_once(type(error), error, error.__traceback__)
     except ValueError as error:
@@ -142,8 +141,19 @@ def has_tpu_device() -> bool:
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def end_at_once(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-    """Exit at once when this process fails while others run: an orderly exit would wait for them, and they for us."""
+def end_with_others(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    """Call `end_at_once` unless this process is on its own; asked only here, since the answer takes a device."""
+    if error is not None and jax.process_count() > 1:
+        end_at_once(kind, error, trace, LAST_SECONDS if is_first() else 0.0)
+
+
+def end_at_once(
+    kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, seconds: float = 0.0
+) -> None:
+    """Exit when this process fails while others run: an orderly exit would wait for them, and they for us.
+
+    It says why, and waits so many seconds: what is wrong here may be wrong in the others.
+    """
     if error is None or isinstance(error, SystemExit):
         return
     code = 1
@@ -161,6 +171,7 @@ def end_at_once(kind: type[BaseException] | None, error: BaseException | None, t
         traceback.print_exception(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(seconds)
     os._exit(code)
 
 
@@ -181,7 +192,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     signal on, and all of them stop after the next update that none has finished. A single process notices no signal
     outside the main thread.
     """
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         yield multihost_utils.reached_preemption_sync_point
         return
     event = threading.Event()
@@ -225,6 +236,11 @@ def check_agreed(values: dict[str, str]) -> None:
 def of_first(flag: bool) -> bool:
     """Return the first process's flag; every process must call it."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def any_of(flag: bool) -> bool:
+    """Return whether the flag of any process is true; every process must call it."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def text_of_first(work: Callable[[], str]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +22,12 @@ from llava_jax.data.packing import check_batch_size
 from llava_jax.data.pipeline import BatchIterator
 from llava_jax.data.rows import Rejected
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
-from llava_jax.data.validate import excluded_rows, plan_once
+from llava_jax.data.validate import excluded_rows, plan_once, rejects_allowed
 from llava_jax.io import is_bucket, replacing
-from llava_jax.parallel.distributed import STOPPED_EXIT_CODE, check_agreed, is_first, say, stop_signal
+from llava_jax.parallel.distributed import any_of, check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.sharding import global_batch, make_mesh
 from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import absolute_paths, hold_workdir, with_commits_of
-from llava_jax.train.goodput import Goodput
 from llava_jax.train.profiler import Tracer, tracing
 from llava_jax.train.setup import (
     Run,
@@ -44,45 +44,42 @@ from llava_jax.train.setup import (
 )
 from llava_jax.train.step import Metrics, TrainState, batch_ranks
 from llava_jax.train.validation import Evaluated, evaluate, open_held_out
-from llava_jax.train.watchdog import Watchdog, watching
-from llava_jax.types import InputError, Record, Settings
+from llava_jax.train.watchdog import Goodput, Watchdog, watching
+from llava_jax.types import STOPPED_EXIT_CODE, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
 
 METRICS, REJECTS = "metrics.jsonl", "rejects.jsonl"
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
-def train(settings: Settings, workdir: str, began: float | None = None) -> None:
+def train(settings: Settings, workdir: str) -> None:
     """Train one stage in `workdir`; resumes by itself where a checkpoint of the same config is there.
-
-    `began` is when the process did, in Unix time, for the account of where the time went; None: now.
 
     Several processes that `distributed.connected` has joined train together, each calling this with the same arguments.
     Raises InputError for input that cannot be used, and after `train.max_nonfinite` updates in a row whose loss or
     gradient is not finite; SystemExit(42) after SIGTERM, once the state is saved.
     """
-    goodput = Goodput(began or time.time())
+    with stop_signal() as should_stop, watching(settings.train.watchdog) as watchdog:
+        train_watched(settings, workdir, watchdog, should_stop)
+
+
+def train_watched(settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool]) -> None:
+    """Do what `train` does, under a watchdog that has begun before: `stop_signal` gives `should_stop`."""
+    if jax.process_count() > 1:
+        watchdog.leave_together(should_stop, is_first())
     settings = with_template(absolute_paths(with_commits_of(workdir, settings)))
-    with (
-        stop_signal() as should_stop,
-        watching(settings.train.watchdog) as watchdog,
-        hold_workdir(workdir, settings),
-    ):
-        done, steps = train_held(settings, workdir, watchdog, should_stop, goodput)
-    say(f"{done}/{steps} steps done, saved in {workdir}\n{goodput}")
+    with hold_workdir(workdir, settings):
+        done, steps = train_held(settings, workdir, watchdog, should_stop)
+    say(f"{done}/{steps} steps done, saved in {workdir}\n{watchdog.goodput}")
     if done < steps:
         say("stopped by SIGTERM: the same command resumes from here")
         raise SystemExit(STOPPED_EXIT_CODE)
 
 
 def train_held(
-    settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool], goodput: Goodput
+    settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool]
 ) -> tuple[int, int]:
     """Train in a workdir that is locked for this run; return (updates done, updates asked for)."""
-
-    def enter(phase: str) -> None:
-        watchdog.enter(phase)
-        goodput.enter(phase)
 
     mesh, train = make_mesh(settings.mesh), settings.train
     row_multiple = batch_ranks(mesh) * train.accumulate
@@ -111,7 +108,14 @@ def train_held(
     run = build_run(settings, spec.stage_config, mesh, steps, batches.shape.length)
     meta = meta_of(settings, spec, run, records, batches) | {"excluded": excluded}
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
-    rejects = Rejects(settings.data.max_rejects, len(records))
+    over: list[InputError] = []
+
+    def stop_all(error: InputError) -> None:
+        over.append(error)
+        os.kill(os.getpid(), signal.SIGTERM)  # which jax passes on to the other processes
+
+    stop = stop_all if jax.process_count() > 1 else None
+    rejects = Rejects(rejects_allowed(settings.data, len(records)), stop)
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, train.keep) as manager,
@@ -120,9 +124,9 @@ def train_held(
         say(opening(settings, spec, run, len(records), batches))
         held_out = None
         if settings.data.eval:
-            most = settings.data.max_rejects
-            held_out = open_held_out(settings, spec.stage_config, tokenizer, run, lambda rows: Rejects(most, rows).tell)
-        enter("restore")
+            tell_of = lambda rows: Rejects(rejects_allowed(settings.data, rows), stop).tell  # noqa: E731
+            held_out = open_held_out(settings, spec.stage_config, tokenizer, run, tell_of)
+        watchdog.enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         if is_first():
             checkpoint.write_config(workdir, settings, int(state.step))
@@ -132,13 +136,13 @@ def train_held(
         with (
             nullcontext() if held_out is None else closing(held_out.data),
             mirrored as (here, upload),
-            open_metrics(here, todo, train.log_every, goodput) as writer,
+            open_metrics(here, todo, train.log_every, watchdog.goodput) as writer,
             tracing(here, todo, train.profile, workdir) if train.profile else nullcontext() as tracer,
         ):
             rejects.open(here, todo.start)
 
             def start(*inputs: Any) -> Callable:
-                enter("compile")
+                watchdog.enter("compile")
                 step, seconds = compile_step(run, *inputs, train.compiler_options)
                 if writer is not None:
                     writer.start_clock(seconds, ideal_seconds(run, batches.shape))
@@ -152,7 +156,7 @@ def train_held(
                 began = time.monotonic()
 
                 def told_to_stop() -> bool:  # asked before each batch
-                    enter("evaluation")
+                    watchdog.enter("evaluation")
                     return should_stop(n + 1)
 
                 found = evaluate(held_out, state.params, frozen, told_to_stop)
@@ -161,7 +165,7 @@ def train_held(
                 return found
 
             def save(state: TrainState) -> None:
-                enter("save")
+                watchdog.enter("save")
                 upload()  # first, so that no checkpoint is there without the metrics before it
                 checkpoint.save(manager, state, data, meta)
 
@@ -179,9 +183,11 @@ def train_held(
                 save=save,
                 tracer=tracer,
                 should_stop=should_stop,
-                enter=enter,
+                enter=watchdog.enter,
             )
-        enter("save")  # what is in flight
+        watchdog.enter("save")  # what is in flight
+        if any_of(bool(over)):
+            raise over[0] if over else InputError("another process stopped the run, and says why")
         return int(state.step), steps
 
 
@@ -209,8 +215,8 @@ def run_updates(
 
     The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
     batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
-    is saved. When a row cannot be read, of held-out ones too, a single process saves the updates done and raises;
-    several processes only raise, because the others have started the next update already.
+    is saved. When a row cannot be read, of held-out ones too, a single process saves the updates done and raises; among
+    several the others have started the next update already, and `Rejects` has all of them stop after it.
     """
     pending = None
 
@@ -316,24 +322,26 @@ def log_update(
 
 
 class Rejects:
-    """The rows that turned out unreadable, `most` (a share of all `rows` below 1) at most, in rejects.jsonl.
+    """The rows that turned out unreadable, `most` at most, in rejects.jsonl.
 
     Each process names those that it reads, in a file of its own: rejects.1.jsonl is the second one's. In a bucket only
-    the first one has a file, and the others say it.
+    the first one has a file, and the others say it. One too many is raised, or given to `stop` where that ends the run
+    after the next update, with the state saved.
     """
 
-    def __init__(self, most: float, rows: int):
-        self._most = int(most if most >= 1 else most * rows)
+    def __init__(self, most: int, stop: Callable[[InputError], None] | None = None):
+        self._most, self._stop = most, stop
         self._found: set[int] = set()
-        self._path = ""
+        self._path, self._first = "", -1
 
     @property
     def tell(self) -> Callable[[Rejected, int], None] | None:
         """What is called with a row and the batch it is missing from; None where none may be missing."""
-        return self._tell if self._most else None
+        return self._tell if self._most or self._stop else None
 
     def open(self, workdir: str, step: int) -> None:
         """Continue the file of `workdir` at update `step`; those after it will be found again."""
+        self._first = step
         if is_bucket(workdir):
             return
         index = jax.process_index()
@@ -346,11 +354,14 @@ class Rejects:
     def _tell(self, rejected: Rejected, batch: int) -> None:
         if rejected.row in self._found:
             return  # in an earlier epoch
-        if len(self._found) == self._most:
-            raise InputError(
+        if len(self._found) >= self._most:
+            error = InputError(
                 f"{rejected}: {self._most} rows before it were unreadable, which is all that data.max_rejects allows; "
                 "fix them, or train on what `prepare verify --output=FILE` writes"
             )
+            if self._stop is None or batch == self._first:  # nothing is to be saved
+                raise error
+            self._stop(error)  # this row stays padding until then
         self._found.add(rejected.row)
         print(f"warning: left out {rejected}", file=sys.stderr, flush=True)
         if self._path:
@@ -446,7 +457,7 @@ class MetricsWriter:
             return
         now = time.monotonic()
         seconds = (now - self._last) / self._pending_steps
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             **{name: float(values[name]) for name in ("loss", "grad_norm", "lr")},
             **{name: int(values[name]) for name in ("targets", "tokens")},

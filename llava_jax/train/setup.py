@@ -33,12 +33,12 @@ from llava_jax.models.layers import is_codes, stored_as
 from llava_jax.models.llava import ADAPTERS, build, logical_axes, overlaid, partition, split_parts
 from llava_jax.parallel.chips import CHIP_OF_KIND, GIB, TUNED
 from llava_jax.parallel.distributed import say
-from llava_jax.parallel.sharding import local_rows, mesh_sizes, param_shardings, place, tower_split
+from llava_jax.parallel.sharding import batch_sharding, local_rows, mesh_sizes, param_shardings, place, tower_split
 from llava_jax.settings import STAGES, alternatives, trainable_pattern
 from llava_jax.train import checkpoint
 from llava_jax.train.optim import describe, leaf_path, make_optimizer, make_schedule, warmup_steps
 from llava_jax.train.step import LossConfig, TrainState, batch_ranks, make_step, state_shardings, train_step
-from llava_jax.types import DataSettings, InputError, ModelConfig, OptimSettings, Settings, TrainSettings
+from llava_jax.types import Batch, DataSettings, InputError, ModelConfig, OptimSettings, Settings, TrainSettings
 from llava_jax.weights.hf import chat_template_note
 from llava_jax.weights.load import (
     ModelSpec,
@@ -215,6 +215,25 @@ def split_rank(config: ModelConfig, mesh: Mesh) -> ModelConfig:
 
 def _placed(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, at: x.update(sharding=at), abstract, shardings)
+
+
+def abstract_batch(config: ModelConfig, shape: BatchShape, mesh: Mesh) -> Batch:
+    """Return the batch that `train` gives to its step, as shapes with shardings."""
+    at, size = batch_sharding(mesh), config.vision.image_size
+
+    def array(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shape.rows, *dims), dtype, sharding=at)
+
+    ids = array(np.int32, shape.length)
+    return Batch(
+        tokens_BT=ids,
+        targets_BT=array(np.bool_, shape.length),
+        segment_ids_BT=ids,
+        positions_BT=ids,
+        pixels_BNXYC=array(np.uint8, shape.images, size, size, 3),
+        image_mask_BN=array(np.bool_, shape.images),
+        feature_index_BT=ids if config.pinpoints else None,
+    )
 
 
 # ---- the step as a compiled program ----------------------------------------------------------------------------------

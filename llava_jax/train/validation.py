@@ -18,7 +18,7 @@ from llava_jax.models.clip import normalise_batch
 from llava_jax.models.llava import build
 from llava_jax.parallel.distributed import say
 from llava_jax.parallel.sharding import batch_sharding, global_batch, replicated
-from llava_jax.train.setup import Run, choose_attention, open_data, read_records
+from llava_jax.train.setup import Run, abstract_batch, choose_attention, open_data, read_records
 from llava_jax.train.step import LossConfig, Params, batch_ranks, loss_terms
 from llava_jax.types import Batch, DataSettings, InputError, ModelConfig, Pixels, Settings
 
@@ -26,12 +26,12 @@ Evaluated = dict[str, float | int]
 
 
 class HeldOut(NamedTuple):
-    """Batches of held-out rows, each row once, and the jitted pass over one of them."""
+    """Batches of held-out rows, each row once, and the compiled pass over one of them."""
 
     mesh: Mesh
     batches: BatchPlan
     data: BatchIterator
-    nll: jax.stages.Wrapped
+    nll: jax.stages.Compiled
 
 
 def open_held_out(
@@ -41,7 +41,7 @@ def open_held_out(
     run: Run,
     on_reject: Callable[[int], Callable[[Rejected, int], None] | None],
 ) -> HeldOut:
-    """Check and open the rows of `data.eval`. Raises InputError for rows that cannot be used.
+    """Check and open the rows of `data.eval`, and compile the pass. Raises InputError for rows that cannot be used.
 
     A batch has as many conversations as a microbatch of the training, so that it takes less memory.
 
@@ -78,9 +78,9 @@ def open_held_out(
         partial(summed_nll, config=loss, pixels=config.vision.pixels),
         in_shardings=(*at, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
-    )
+    ).lower(run.state.params, run.frozen, abstract_batch(config, batches.shape, mesh))
     tell = on_reject(len(records))
-    return HeldOut(mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll)
+    return HeldOut(mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll.compile())
 
 
 def held_out_settings(data: DataSettings) -> DataSettings:

@@ -8,7 +8,7 @@ import json
 import pathlib
 import sys
 
-from llava_jax.train.goodput import BUCKETS
+from llava_jax.train.watchdog import BUCKETS
 
 
 def check(workdir: pathlib.Path, wall: float | None = None) -> tuple[str, bool]:

@@ -1,0 +1,137 @@
+"""Kill storm: two processes of two devices, killed again and again, give the numbers of a run that nobody killed.
+
+`python -m tests.faults.storm [--kills=30] [--steps=300] [--seed=0]` trains packed rows with images, once undisturbed
+and once under a supervisor that kills one process or both with SIGKILL (two thirds at an update, the others at a random
+moment from the start on) and starts both again as long as their exit codes are those on which launch/ does. It prints
+what was lost, and exits with 1 unless the metrics are those of the undisturbed run to the bit, no more updates were
+lost than between two checkpoints while one more is being written, and nothing hung or stayed behind.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import pathlib
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from llava_jax.settings import write_settings
+from tests.faults import trainers
+from tests.tiny_run import make_inputs, make_settings, read_metrics
+
+SAVE_EVERY = 4
+ROLES = ["step@0.03"] * 2
+GONE_SECONDS = 60
+
+
+class Attempt(NamedTuple):
+    """One start of both processes."""
+
+    first: int  # update that it began with
+    last: int  # updates done when the signal was sent, or at the end
+    codes: list[int]
+    hung: bool
+    orphans: int
+
+
+def logged(workdir: pathlib.Path) -> int:
+    """Updates in metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def attempt(config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, kill: dict | None) -> Attempt:
+    """Train until `kill` says, and wait until both processes are gone."""
+    both, began = trainers.start(ROLES, config, workdir, logs, devices=4), time.monotonic()
+
+    def due() -> bool:
+        if "seconds" in kill:
+            return time.monotonic() - began > kill["seconds"]
+        return both[0].has_said("at step") and logged(workdir) >= kill["update"]
+
+    while all(trainer.code() is None for trainer in both):
+        if kill is not None and due():
+            for index in kill["processes"]:
+                both[index].send(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+        if time.monotonic() - began > 300:
+            break
+    last = logged(workdir)
+    is_gone = trainers.wait(both, GONE_SECONDS)
+    resumed = re.search(r"^resuming at step (\d+)", both[0].log.read_text(errors="replace"), re.MULTILINE)
+    codes = [trainer.code() or 0 for trainer in both]
+    return Attempt(int(resumed[1]) if resumed else 0, last, codes, not is_gone, trainers.alive(workdir))
+
+
+def storm(config: pathlib.Path, folder: pathlib.Path, kills: list[dict]) -> list[Attempt]:
+    """Start again until both processes end with 0, or with a code that launch/ does not start again."""
+    attempts: list[Attempt] = []
+    left = list(kills)
+    while True:
+        kill = left.pop(0) if left else None
+        found = attempt(config, folder / "storm", folder / f"log{len(attempts)}", kill)
+        attempts.append(found)
+        print(
+            f"{len(attempts):>3}  {kill or 'the end'}  updates {found.first} to {found.last}  exit {found.codes}",
+            flush=True,
+        )
+        if not all(code in trainers.RESTARTED for code in found.codes):
+            return attempts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, began = random.Random(args.seed), time.monotonic()
+    kills = []
+    for n in range(args.kills):
+        processes = rng.choice(([0], [1], [0, 1]))
+        update = int((n + rng.random()) * args.steps / (args.kills + 1))
+        kills.append({"processes": processes} | ({"seconds": rng.uniform(1, 15)} if n % 3 == 2 else {"update": update}))
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        make_inputs(folder)
+        how = dict(data__pack=True, data__max_length=112, optim__warmup_ratio=0.1)
+        often = dict(train__watchdog=trainers.WATCHDOG, train__checkpoint_every=SAVE_EVERY, train__keep=2)
+        settings = make_settings(folder, "finetune", train__steps=args.steps, train__batch_size=8, **how, **often)
+        write_settings(str(folder / "config.json"), settings)
+        whole = attempt(folder / "config.json", folder / "whole", folder / "whole.log", None)
+        print(f"undisturbed: {whole.last} updates, exit {whole.codes}, {time.monotonic() - began:.0f} s", flush=True)
+        attempts = storm(folder / "config.json", folder, kills)
+        wanted, found = read_metrics(folder / "whole"), read_metrics(folder / "storm")
+    lost = [max(0, one.last - next_one.first) for one, next_one in itertools.pairwise(attempts)]
+    figures = {
+        "kills": sum(any(code == 137 for code in one.codes) for one in attempts),
+        "starts": len(attempts),
+        "ended": attempts[-1].codes,
+        "updates": len(found),
+        "different": sum(a != b for a, b in itertools.zip_longest(wanted, found)),
+        "lost": sum(lost),
+        "most_lost": max(lost, default=0),
+        "hung": sum(one.hung for one in attempts),
+        "orphans": sum(one.orphans for one in attempts),
+        "codes": dict(sorted(collections.Counter(code for one in attempts for code in one.codes).items())),
+        "seconds": round(time.monotonic() - began),
+    }
+    print(json.dumps(figures))
+    is_right = (
+        whole.codes == attempts[-1].codes == [0, 0]
+        and len(wanted) == args.steps
+        and figures["different"] == figures["hung"] == figures["orphans"] == 0
+        # A checkpoint is whole by the time that the next but one begins.
+        and figures["most_lost"] <= 2 * SAVE_EVERY
+    )
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
