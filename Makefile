@@ -1,7 +1,8 @@
 # make demo    the whole story on this machine's CPU, five minutes on two idle cores
 # make test    the tests, without torch; XLA optimises little, since compiling is most of the time (parity: all of it)
 # make corruptions  a checkpoint damaged in 200 ways, half a minute: none is restored wrong
-# make faults  the same, and processes that are stopped, killed and stuck, several minutes
+# make faults  the same, and processes that are stopped, killed and stuck, bad rows and updates, about 15 minutes
+# make storm   two processes killed 30 times on the way to update 300, about ten minutes
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
 # make bench   speed and memory beside torch and transformers
@@ -15,7 +16,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test corruptions faults parity ecosystem bench page load docs package lint types
+.PHONY: demo test corruptions faults storm parity ecosystem bench page load docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -36,6 +37,13 @@ corruptions: .venv/.dev
 
 faults: corruptions
 	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.processes
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.terms
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.rejects
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.nonfinite
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.layouts
+
+storm: .venv/.dev
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.storm
 
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity

@@ -389,8 +389,9 @@ class DataSettings:
     eval_images: str = ""
     """Folder that their image paths are relative to; empty: `data.images`."""
     max_rejects: float = 0.001
-    """Rows that may turn out unreadable while the run trains (an image that is damaged): a share of all rows below 1, a
-    number from there on. Each is padding in its batch, and named in `rejects.jsonl`; one more stops the run.
+    """Rows that may turn out unreadable while the run trains (an image that is damaged, or missing but with
+    anyres): a share of all rows below 1, a number from there on. Each is padding in its batch, and named in
+    `rejects.jsonl`; one more stops the run.
     """
     exclude: str = ""
     """A file of ids, one a line: rows with such an id are padding in their batches; empty: none."""

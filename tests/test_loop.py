@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llava_jax.data import validate
+from llava_jax.data.rows import Rejected
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.settings import read_settings
@@ -398,6 +399,30 @@ def test_a_row_that_cannot_be_read_is_padding_and_named(inputs, tmp_path, capsys
     (tmp_path / "images" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"row \d \(id 'row-\d'\): .*1 rows before it were unreadable.*max_rejects"):
         loop.train(settings, str(tmp_path / "second"))
+
+
+def test_a_missing_image_counts_as_a_row_that_cannot_be_read(inputs, tmp_path, capsys):
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    (tmp_path / "images" / "3.png").unlink()  # of the rows 3 and 7
+    how = dict(data__images=str(tmp_path / "images"), data__shuffle=False, train__steps=2)
+    loop.train(make_settings(inputs, "finetune", data__max_rejects=2.0, **how), str(tmp_path / "run"))
+    assert "data.max_rejects allows 2 rows without their images: row 3 (id 'row-3')" in capsys.readouterr().out
+    found = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["id"]) for line in found] == [(0, "row-3"), (1, "row-7")]
+    with pytest.raises(InputError, match="2 of 8 rows cannot be trained"):
+        loop.train(make_settings(inputs, "finetune", data__max_rejects=1.0, **how), str(tmp_path / "few"))
+
+
+def test_one_row_too_many_is_raised_where_nothing_is_to_be_saved_and_else_stops_all(tmp_path):
+    told = []
+    rejects = loop.Rejects(1, told.append)
+    rejects.open(str(tmp_path), 5)
+    rejects.tell(Rejected(0, "a", "gone"), 5)
+    with pytest.raises(InputError, match="row 1 .*max_rejects"):
+        rejects.tell(Rejected(1, "b", "gone"), 5)
+    rejects.tell(Rejected(2, "c", "gone"), 6)
+    assert [str(error).partition(":")[0] for error in told] == ["row 2 (id 'c')"]
+    assert (tmp_path / "rejects.jsonl").read_text().count('"reason": "gone"') == 2
 
 
 def test_updates_in_a_row_that_are_not_finite_stop_the_run(inputs, tmp_path, capsys):

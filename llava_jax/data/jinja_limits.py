@@ -99,7 +99,7 @@ class Limited(ImmutableSandboxedEnvironment):
             check_size(size_of(text) * int(times))
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # ty: ignore[invalid-method-override]
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget, name, owner = context.parent[BUDGET], getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
         budget.check(owner, *args, *kwargs.values())
         if name in METHODS_LEFT_OUT:

@@ -13,7 +13,6 @@ import itertools
 import json
 import pathlib
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -64,9 +63,8 @@ def attempt(config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, kil
             break
     last = logged(workdir)
     is_gone = trainers.wait(both, GONE_SECONDS)
-    resumed = re.search(r"^resuming at step (\d+)", both[0].log.read_text(errors="replace"), re.MULTILINE)
     codes = [trainer.code() or 0 for trainer in both]
-    return Attempt(int(resumed[1]) if resumed else 0, last, codes, not is_gone, trainers.alive(workdir))
+    return Attempt(both[0].resumed(), last, codes, not is_gone, trainers.alive(workdir))
 
 
 def storm(config: pathlib.Path, folder: pathlib.Path, kills: list[dict]) -> list[Attempt]:

@@ -8,13 +8,12 @@ stopped.
 
 import json
 import pathlib
-import re
 import signal
 import sys
 import tempfile
 
 from llava_jax.settings import write_settings
-from tests.faults.trainers import WATCHDOG, Case, attempt, start, wait
+from tests.faults.trainers import WATCHDOG, Case, attempt, run
 from tests.tiny_run import make_inputs, make_settings, read_metrics
 
 SECONDS = 30
@@ -53,10 +52,8 @@ def trained(workdir: pathlib.Path) -> list[dict]:
 
 def finish(count: int, config: pathlib.Path, workdir: pathlib.Path) -> int:
     """Train to the end; return the update that this start began with, -1 where it did not end well."""
-    trainers = start(["none"] * count, config, workdir, workdir.with_suffix(".log"))
-    wait(trainers, 120)
-    resumed = re.search(r"^resuming at step (\d+)", trainers[0].log.read_text(errors="replace"), re.MULTILINE)
-    return -1 if any(trainer.code() for trainer in trainers) else int(resumed[1] if resumed else 0)
+    trainers = run(["none"] * count, config, workdir, workdir.with_suffix(".log"))
+    return -1 if any(trainer.code() for trainer in trainers) else trainers[0].resumed()
 
 
 def main(chosen: list[str]) -> int:

@@ -161,8 +161,16 @@ class Trainer:
     def __init__(self, process: subprocess.Popen, log: pathlib.Path):
         self._process, self.log = process, log
 
+    def lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()
+
     def has_said(self, mark: str) -> bool:
-        return any(line.startswith(mark) for line in self.log.read_text(errors="replace").splitlines())
+        return any(line.startswith(mark) for line in self.lines())
+
+    def resumed(self) -> int:
+        """Return the update that this start began with."""
+        said = [line for line in self.lines() if line.startswith("resuming at step ")]
+        return int(said[0].rpartition(" ")[2]) if said else 0
 
     def wait_for(self, mark: str, seconds: float = 120.0) -> bool:
         """Return whether a line that starts with `mark` came before the process ended, or so much time has passed."""
@@ -220,6 +228,15 @@ def wait(trainers: Sequence[Trainer], seconds: float) -> bool:
     return True
 
 
+def run(
+    roles: Sequence[str], config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, devices: int = 2
+) -> list[Trainer]:
+    """Start processes as `start` does and wait until they end; those that do not are killed."""
+    trainers = start(roles, config, workdir, logs, devices)
+    wait(trainers, 300)
+    return trainers
+
+
 def kill(trainers: Sequence[Trainer]) -> None:
     for trainer in trainers:
         if trainer.code() is None:
@@ -259,7 +276,7 @@ def attempt(case: Case, config: pathlib.Path, workdir: pathlib.Path, logs: pathl
     print(f"{case.name:<52}{took:>6.1f} s  exit {said}{'' if is_right else '  WRONG'}", flush=True)
     if not is_right:
         for trainer in trainers:
-            print("".join(f"    {line}\n" for line in trainer.log.read_text(errors="replace").splitlines()[-15:]))
+            print("".join(f"    {line}\n" for line in trainer.lines()[-15:]))
     return is_right
 
 
