@@ -59,6 +59,7 @@ FROM_0 = (
     "train.checkpoint_every",
     "train.vision_blocks",
     "train.eval_every",
+    "train.eval_generate",
     "train.watchdog",
     "data.max_rejects",
 )
@@ -92,10 +93,13 @@ EARLIER_RUNS = {
     "data.eval": "",
     "data.eval_images": "",
     "train.eval_every": 0,
+    "train.eval_generate": 0,
+    "train.keep_best": False,
     "train.max_nonfinite": 1,
     "train.watchdog": 3600,
     "lora.vision_targets": "",
 }
+ABOUT_EVAL = ("data.eval_images", "train.eval_every", "train.eval_generate", "train.keep_best")
 # Of this machine or in a bucket; data.annotations also where etils.epath and TFDS reach.
 FOLDERS = (
     "model.vision",
@@ -117,11 +121,7 @@ def settings_from_dict(values: dict) -> Settings:
     train = settings.train
     if train.steps == train.epochs == 0:
         raise InputError("train.steps and train.epochs are both 0: set one of them")
-    if not settings.data.eval and (settings.data.eval_images or train.eval_every):
-        raise InputError(
-            f"data.eval_images={settings.data.eval_images} and train.eval_every={train.eval_every} are about the rows "
-            "of data.eval, which is empty: name them, or leave both out"
-        )
+    _check_eval(settings)
     _check_order(settings.data)
     if settings.data.pack and train.loss_norm == "rank_mean":
         raise InputError(
@@ -287,6 +287,16 @@ def _check_value(key: str, value: Any) -> None:
         if not ((value >= low if low_in else value > low) and (value <= high if high_in else value < high)):
             bounds = f"{'[' if low_in else '('}{low}, {high}{']' if high_in else ')'}"
             raise InputError(f"config key {key}: expected a number in {bounds}, got {value!r}")
+
+
+def _check_eval(settings: Settings) -> None:
+    """Raise InputError for a key about held-out rows where there are none."""
+    values = dict(flatten(dataclasses.asdict(settings)))
+    given = [key for key in ABOUT_EVAL if values[key]]
+    if given and not settings.data.eval:
+        raise InputError(
+            f"{given[0]}={values[given[0]]} is about the rows of data.eval, which is empty: name them, or leave it out"
+        )
 
 
 def _check_order(data: DataSettings) -> None:

@@ -497,6 +497,14 @@ class TrainSettings:
     """
     eval_every: int = 0
     """Updates between passes over the rows of `data.eval`; 0: one, after the last update."""
+    eval_generate: int = 0
+    """How many rows of `data.eval`, the first ones, are also asked their first question at each pass: exact match of
+    the greedy answers, or ROUGE-L where a reference has more than five words; 0: none.
+    """
+    keep_best: bool = False
+    """Also save after a pass over the rows of `data.eval` that found a smaller loss than any before, and keep that
+    checkpoint whatever `train.keep` says.
+    """
     vision_blocks: int = 0
     """Of the tower only its last so many blocks that run may learn (`model.feature_layer` -2 leaves the very last one
     out); 0: every block and the embeddings, as far as `train.trainable` says.

@@ -59,7 +59,8 @@ def inputs(tmp_path_factory) -> pathlib.Path:
     small = dict(train__batch_size=8, data__max_length=48, mesh__tensor=2)
     held_out = dict(data__eval=f"{folder}/captions.json", train__eval_every=3)
     long = make_settings(folder, "finetune", train__steps=STEPS, train__checkpoint_every=2, **held_out, **small)
-    ranks = make_settings(folder, "pretrain", train__steps=2, train__loss_norm="rank_mean", **small)
+    asked = dict(data__eval=f"{folder}/captions.json", train__eval_generate=3)
+    ranks = make_settings(folder, "pretrain", train__steps=2, train__loss_norm="rank_mean", **asked, **small)
     write_settings(str(folder / "global_token.json"), long)
     write_settings(str(folder / "rank_mean.json"), ranks)
     return folder
@@ -99,7 +100,7 @@ def close(a: list[dict], b: list[dict], within: float) -> None:
     for ours, theirs in zip(a, b, strict=True):
         assert (ours["targets"], ours["tokens"], ours["lr"]) == (theirs["targets"], theirs["tokens"], theirs["lr"])
         # A pass over held-out rows may have been cut short by SIGTERM.
-        for name in ("loss", "grad_norm", *({"eval_loss"} & ours.keys() & theirs.keys())):
+        for name in ("loss", "grad_norm", *({"eval_loss", "eval_exact_match"} & ours.keys() & theirs.keys())):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=within), (name, ours["step"])
 
 
@@ -109,7 +110,9 @@ def test_two_processes_give_the_numbers_of_one(ran, inputs):
     assert len(whole) == STEPS
     assert [row["step"] for row in whole if "eval_loss" in row] == [2, 5, 7]
     close(read_metrics(inputs / "two"), whole, 1e-6)
-    close(read_metrics(inputs / "two_ranks"), read_metrics(inputs / "one_ranks"), 1e-6)
+    asked = read_metrics(inputs / "one_ranks")
+    assert asked[-1]["eval_answers"] == 3
+    close(read_metrics(inputs / "two_ranks"), asked, 1e-6)
 
 
 def test_sigterm_on_one_host_stops_all_after_the_same_step(ran):

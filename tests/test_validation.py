@@ -1,5 +1,6 @@
 """Rows held out from training: their loss is the model's own, and measuring it changes no number of the training."""
 
+import argparse
 import json
 import pathlib
 
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 
 from llava_jax import api
+from llava_jax.cli.models import step_of
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import encode_record, load_tokenizer
+from llava_jax.evaluate.rouge import rouge_l
 from llava_jax.train import loop, validation
 from llava_jax.types import InputError
-from tests.tiny_run import make_inputs, make_settings, read_metrics
+from llava_jax.weights.source import best_step
+from tests.tiny_run import make_inputs, make_settings, read_metrics, watched_steps
 
 STEPS = 40
 
@@ -27,10 +31,13 @@ def inputs(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module", params=[False, True], ids=["unpacked", "packed"])
 def runs(request, inputs, tmp_path_factory):
     """(settings with held-out rows, workdir of that run, workdir of the same run without them)."""
-    how = dict(train__steps=STEPS, train__checkpoint_every=0, data__max_length=96, data__pack=request.param)
+    how = dict(
+        train__steps=STEPS, train__checkpoint_every=0, optim__lr=5e-3, data__max_length=96, data__pack=request.param
+    )
     plain = make_settings(inputs, "finetune", **how)
     # Seven rows in batches of four: the last one is not full.
-    measured = make_settings(inputs, "finetune", data__eval=f"{inputs}/captions.json", train__eval_every=5, **how)
+    held_out = dict(data__eval=f"{inputs}/captions.json", train__eval_every=5, train__keep=1, train__keep_best=True)
+    measured = make_settings(inputs, "finetune", train__eval_generate=7 if request.param else 3, **held_out, **how)
     folders = [tmp_path_factory.mktemp("run") for _ in range(2)]
     for settings, folder in zip((measured, plain), folders, strict=True):
         loop.train(settings, str(folder))
@@ -46,6 +53,9 @@ def test_training_is_the_same_to_the_last_bit(runs):
     rows = read_metrics(measured)
     assert [row["step"] for row in rows if "eval_loss" in row] == list(range(4, STEPS, 5))
     assert without(rows) == read_metrics(plain) and len(rows) == STEPS
+    best = min((row for row in rows if "eval_loss" in row), key=lambda row: row["eval_loss"])
+    assert best_step(str(measured)) == best["step"] + 1
+    assert {path.name for path in (measured / "checkpoints").iterdir()} == {str(best["step"] + 1), str(STEPS)}
     ours, theirs = (api.load(f"orbax:{folder}").params for folder in (measured, plain))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
@@ -79,6 +89,53 @@ def test_the_loss_is_that_of_the_models_logits_on_each_row_once(runs, inputs):
     assert last["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_answers_are_those_of_the_saved_model(runs, inputs):
+    """The references of the first three rows are short, those of all seven are not."""
+    settings, measured, _ = runs
+    last = read_metrics(measured)[-1]
+    assert last["eval_answers"] == settings.train.eval_generate
+    if settings.data.pack:
+        assert 0 < last["eval_rouge_l"] <= 100
+        return
+    rows = json.loads((inputs / "captions.json").read_text())[:3]
+    images = [f"{inputs}/images/{row['image']}" for row in rows]
+    said = api.load(f"orbax:{measured}").generate(["<image>"] * 3, images, max_new_tokens=32)
+    right = [
+        answer.rstrip(".") == row["conversations"][1]["value"][:-1] for answer, row in zip(said, rows, strict=True)
+    ]
+    assert last["eval_exact_match"] == pytest.approx(100 * sum(right) / 3) and any(right)
+
+
+def test_the_best_checkpoint_stays_and_is_known_after_a_kill(inputs, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, KeyboardInterrupt, 2.0, 4.0, 1.5, 2.0])
+
+    def measure(*_):
+        found = next(losses)
+        if found is KeyboardInterrupt:
+            raise found
+        return {"eval_loss": found, "eval_targets": 1}
+
+    monkeypatch.setattr(loop, "evaluate", measure)
+    monkeypatch.setattr(loop, "compile_step", watched_steps(loop.compile_step)[0])
+    how = dict(data__eval=f"{inputs}/captions.json", train__eval_every=1, train__keep_best=True, train__keep=1)
+    settings = make_settings(inputs, "pretrain", train__steps=6, train__checkpoint_every=0, data__max_length=32, **how)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(settings, str(tmp_path))
+    loop.train(settings, str(tmp_path))  # from the best one, after which none was saved
+    assert next(losses, "all used") == "all used"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6"}
+    args = argparse.Namespace(step="best")
+    assert step_of(args, f"orbax:{tmp_path}") == 2
+    with pytest.raises(InputError, match="no checkpoint says the loss"):
+        step_of(args, str(inputs / "llava"))
+
+
+def test_rouge_l_by_hand():
+    # "a b c d" and "b a c": two words in order in both.
+    assert rouge_l("A b, c d.", "b a c") == pytest.approx(2 * 2 / 7)
+    assert (rouge_l("", "a"), rouge_l("a", ""), rouge_l("a dog", "A dog!")) == (0, 0, 1)
+
+
 def test_a_signal_cuts_a_pass_short():
     class Endless:
         data = batches = None
@@ -96,7 +153,10 @@ def test_a_signal_cuts_a_pass_short():
     [
         (dict(train__eval_every=5), "data.eval, which is empty"),
         (dict(data__eval_images="somewhere"), "data.eval, which is empty"),
+        (dict(train__keep_best=True), "data.eval, which is empty"),
+        (dict(train__eval_generate=5), "data.eval, which is empty"),
         (dict(data__eval="nowhere.json"), "nowhere.json"),
+        (dict(data__eval="{0}/captions.json", train__eval_generate=8), "data.eval has 7 rows"),
         (dict(data__eval="{0}/captions.json:0.5,{0}/rows.json:0.5"), "each held-out row counts once"),
         (dict(data__eval="{0}/broken.json"), "broken.json: 1 of 1 rows cannot be trained"),
     ],

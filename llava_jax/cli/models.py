@@ -19,6 +19,9 @@ SOURCE = (
 )
 
 
+BEST = "best"
+
+
 def demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", default="demo_run", help="folder for everything the demo writes (demo_run)")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world and other draws (0)")
@@ -162,9 +165,22 @@ def companion_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", default="", metavar="DIR", help="the CLIP folder that a llava:DIR only names")
     base = "the model that adapters (peft:DIR, llava:DIR) or a stage-1 llava:DIR belong to, where they only name one"
     parser.add_argument("--base", default="", metavar="DIR", help=base)
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="the checkpoint of a workdir of train to take; the newest by default"
+    step = (
+        "the checkpoint of a workdir of train to take: a number, or best, the smallest eval_loss; the newest by default"
     )
+    parser.add_argument("--step", type=checkpoint, metavar="N", help=step)
+
+
+def checkpoint(text: str) -> int | str:
+    """Return what --step names."""
+    return text if text == BEST else int(text)
+
+
+def step_of(args: argparse.Namespace, source: str) -> int | None:
+    """Return the checkpoint of --step. Raises InputError where the best one is not known."""
+    from llava_jax.weights.source import best_step, split
+
+    return best_step(split(source)[1]) if args.step == BEST else args.step
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -174,7 +190,9 @@ def convert(args: argparse.Namespace) -> int:
     source = vars(args)["from"]
     given = dict(dtype=args.dtype, template=args.template, vision=args.vision, base=args.base)
     announce("convert", source=source, target=args.to, **given, push=args.push)
-    rest = dict(mm_vision_tower=args.mm_vision_tower, step=args.step, pad_vocab=args.pad_vocab, force=args.force)
+    rest = dict(
+        mm_vision_tower=args.mm_vision_tower, step=step_of(args, source), pad_vocab=args.pad_vocab, force=args.force
+    )
     if args.push and args.to.startswith("projector:"):
         raise InputError(f"--push={args.push}: uploads a folder and --to={args.to} is a file; use `hf upload`")
     if args.push:
@@ -190,8 +208,9 @@ def load(args: argparse.Namespace) -> "Llava":
     import llava_jax.api as api
     from llava_jax.parallel.sharding import mesh_sizes
 
-    companions = dict(vision=args.vision, base=args.base, step=args.step)
-    model = api.load(args.model, args.template, **companions, tensor=args.tensor, weights=args.weights)
+    step = step_of(args, args.model)
+    companions = dict(vision=args.vision, base=args.base)
+    model = api.load(args.model, args.template, **companions, step=step, tensor=args.tensor, weights=args.weights)
     about = model.about
     announce(
         f"model {model.name}",

@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 
 from llava_jax.infer.beam import beam_search
-from llava_jax.infer.sample import Draw, next_token
+from llava_jax.infer.sample import Draw, draw_of, next_token
 from llava_jax.models.llama import Cache, empty_cache
 from llava_jax.models.llava import Llava, merge
 from llava_jax.parallel.sharding import RULES, batch_sharding, constrain, replicated
-from llava_jax.types import ModelConfig
+from llava_jax.types import ModelConfig, Sampling
 
 
 class Prompt(NamedTuple):
@@ -378,3 +378,39 @@ def beam_ids(
         size=size,
     )
     return [[int(token) for token in row if token >= 0] for row in np.asarray(out_BM)]
+
+
+# ---- a batch at once ------------------------------------------------------------------------------------------------
+
+
+def greedy_ids(placed: PlacedModel, prompts: Sequence[Prompt], limit: int) -> list[list[int]]:
+    """Return the ids that greedy decoding answers each prompt with, at most `limit` (2 or more) of them.
+
+    All are answered together, by the programs of the engine. The processes of a mesh call it with the same prompts.
+    """
+    config, graphdef, rows = placed.config, placed.graphdef, placed.rows(len(prompts))
+    pixels_NXYC = np.concatenate([prompt.pixels for prompt in prompts])
+    ends = np.cumsum([len(prompt.pixels) for prompt in prompts]).tolist()
+    given = [Row(prompt, range(end - len(prompt.pixels), end)) for prompt, end in zip(prompts, ends, strict=True)]
+    pool_CPD = None
+    if ends[-1]:
+        size = placed.rows(row_bucket(ends[-1]))
+        pixels_NXYC = np.pad(pixels_NXYC, ((0, size - ends[-1]), (0, 0), (0, 0), (0, 0)))
+        pool_CPD = placed.replicate(np.zeros((size, config.vision.patches, config.llm.width), jnp.dtype(config.dtype)))
+        shown = placed.place((pixels_NXYC, np.arange(size, dtype=np.int32)))
+        pool_CPD = encode_images(placed.params, pool_CPD, *shown, graphdef=graphdef)
+    inputs, limit_R = collate(given, config, rows), np.zeros(rows, np.int32)
+    limit_R[: len(prompts)] = limit
+    slots = empty_slots(config=config, rows=rows, size=bucket(inputs.tokens_BT.shape[1] + limit))
+    draw, slot_R = draw_of([Sampling()] * rows, [0] * rows), np.arange(rows, dtype=np.int32)
+    arrays = placed.place((inputs, limit_R, draw, slot_R))
+    slots, first, _ = admit(
+        placed.params, slots, pool_CPD, *arrays, placed.stops_QV, graphdef=graphdef, config=config, top=0
+    )
+    keep_R = placed.place(np.ones(rows, bool))
+    _, rest, _ = decode(
+        placed.params, slots, placed.stops_QV, keep_R, np.int32(0), graphdef=graphdef, steps=limit - 1, top=0
+    )
+    first_R1, rest_RM = jax.device_get(placed.replicate((first.ids_BM, rest.ids_BM)))
+    ids_RM = np.concatenate([first_R1, rest_RM], axis=1)[: len(prompts)]
+    return [row[row >= 0].tolist() for row in ids_RM]

@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import grain
@@ -74,11 +75,28 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
+@dataclasses.dataclass
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest steps, and of those in `losses` the one with the smallest."""
+
+    newest: int
+    losses: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return which of the checkpoints, oldest first, stay."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = min((step for step in steps if step in self.losses), key=lambda step: self.losses[step], default=None)
+        return [step == best or step in steps[-self.newest :] for step in steps]
+
+
 @contextmanager
-def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
+def open_manager(
+    workdir: str, keep: int, losses: Mapping[int, float] = MappingProxyType({})
+) -> Iterator[ocp.CheckpointManager]:
     """Yield the run's CheckpointManager; on every way out the save in flight is finished before it is closed.
 
-    Raises InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
+    It keeps `keep` checkpoints, and the one with the smallest of `losses`, which may change meanwhile. Raises
+    InputError where a save, in flight or at the end, finds the disk full; none stays half-written.
     """
     folder = absolute_path(os.path.join(workdir, "checkpoints"))
     for name in ("absl", "asyncio"):
@@ -86,7 +104,7 @@ def open_manager(workdir: str, keep: int) -> Iterator[ocp.CheckpointManager]:
     with reached(folder):
         manager = ocp.CheckpointManager(
             folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, losses), cleanup_tmp_directories=True),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
@@ -271,6 +289,8 @@ FREE_KEYS = (
     "data.eval",
     "data.eval_images",
     "train.eval_every",
+    "train.eval_generate",
+    "train.keep_best",
 )
 # What may change and does enter them, from the update on at which the run resumes: `write_config` says and records it.
 CHANGED_KEYS = ("optim.lr", "optim.clip_norm", "data.exclude")

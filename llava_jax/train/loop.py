@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -47,8 +48,15 @@ from llava_jax.train.validation import Evaluated, evaluate, open_held_out
 from llava_jax.train.watchdog import Goodput, Watchdog, watching
 from llava_jax.types import STOPPED_EXIT_CODE, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
+from llava_jax.weights.source import EVAL_LOSS, eval_losses
 
 METRICS, REJECTS = "metrics.jsonl", "rejects.jsonl"
+# Figures of held-out rows in the status line.
+HELD_OUT = {
+    "eval_loss": "eval loss {:.4f}  ",
+    "eval_exact_match": "exact match {:.1f}%  ",
+    "eval_rouge_l": "ROUGE-L {:.1f}%  ",
+}
 QUIET_SECONDS = 10.0  # between status lines where the screen is a file
 
 
@@ -116,9 +124,10 @@ def train_held(
 
     stop = stop_all if jax.process_count() > 1 else None
     rejects = Rejects(rejects_allowed(settings.data, len(records)), stop)
+    losses: dict[int, float] = {}  # of held-out rows, at the checkpoints there are
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_manager(workdir, train.keep) as manager,
+        checkpoint.open_manager(workdir, train.keep, losses) as manager,
         closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh, rejects.tell)) as data,
     ):
         say(opening(settings, spec, run, len(records), batches))
@@ -128,6 +137,7 @@ def train_held(
             held_out = open_held_out(settings, spec.stage_config, tokenizer, run, tell_of)
         watchdog.enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
+        losses |= eval_losses(workdir) if train.keep_best else {}
         if is_first():
             checkpoint.write_config(workdir, settings, int(state.step))
         todo = range(int(state.step), steps)
@@ -164,10 +174,16 @@ def train_held(
                     writer.stop_clock(time.monotonic() - began)
                 return found
 
-            def save(state: TrainState) -> None:
+            def is_best(evaluated: Evaluated) -> bool:
+                return train.keep_best and evaluated.get(EVAL_LOSS, math.inf) < min(losses.values(), default=math.inf)
+
+            def save(state: TrainState, evaluated: Evaluated) -> None:
                 watchdog.enter("save")
                 upload()  # first, so that no checkpoint is there without the metrics before it
-                checkpoint.save(manager, state, data, meta)
+                found = {name: evaluated[name] for name in evaluated if name == EVAL_LOSS}
+                if train.keep_best and found:
+                    losses[int(state.step)] = found[EVAL_LOSS]
+                checkpoint.save(manager, state, data, meta | found)
 
             state = run_updates(
                 run,
@@ -179,6 +195,7 @@ def train_held(
                 save_every=train.checkpoint_every,
                 start=start,
                 validate=validate,
+                is_best=is_best,
                 log=partial(log_update, writer=writer, records=records, in_row=[], most=train.max_nonfinite),
                 save=save,
                 tracer=tracer,
@@ -205,13 +222,16 @@ def run_updates(
     save_every: int,
     start: Callable[..., Callable],
     validate: Callable[[int, TrainState, Metrics], Evaluated],
+    is_best: Callable[[Evaluated], bool],
     log: Callable[..., None],
-    save: Callable[[TrainState], None],
+    save: Callable[[TrainState, Evaluated], None],
     tracer: Tracer | None,
     should_stop: Callable[[int], bool],
     enter: Callable[[str], None],
 ) -> TrainState:
-    """Run the updates `steps` with what `start` compiles; save every `save_every`, when told to stop, and at the end.
+    """Run the updates `steps` with what `start` compiles.
+
+    Save every `save_every`, after a pass over held-out rows that `is_best`, when told to stop, and at the end.
 
     The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
     batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
@@ -223,7 +243,7 @@ def run_updates(
     def save_done() -> None:
         if pending is not None and jax.process_count() == 1:
             log(*pending)
-            save(state)
+            save(state, {})
 
     for n in steps:
         before = time.monotonic()
@@ -252,11 +272,11 @@ def run_updates(
         except InputError:
             save_done()
             raise
-        stopped = should_stop(n + 1)
-        if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0):
+        stopped, evaluated = should_stop(n + 1), pending[-1]
+        if stopped or n + 1 == steps.stop or (save_every and (n + 1) % save_every == 0) or is_best(evaluated):
             log(*pending)
             pending = None
-            save(state)
+            save(state, evaluated)
         if stopped:
             break
     return state
@@ -410,9 +430,8 @@ class MetricsWriter:
     is unknown), `data_wait` the seconds a step waited for its batch, `compile_seconds` those of the start, in the first
     line after a start and null in the others, `skipped` the updates since the last line that had no targets or were not
     finite, which have no line; `time` is the Unix time of the line, `goodput` what the seconds since the first start
-    went to. After a pass over held-out rows the line also has `eval_loss`, the mean over their supervised tokens, and
-    `eval_targets`, the number of these. A file that cannot be written does not stop the run: that is said once, and at
-    the end how many lines are lost.
+    went to. After a pass over held-out rows the line also has what `validation.evaluate` returns. A file that cannot be
+    written does not stop the run: that is said once, and at the end how many lines are lost.
     """
 
     def __init__(self, workdir: str, steps: range, log_every: int, goodput: Goodput, screen: TextIO):
@@ -494,7 +513,7 @@ class MetricsWriter:
         done, total = row["step"] + 1, self._steps.stop
         left = (now - self._start) / max(1, done - self._steps.start) * (total - done)
         mfu = "" if row["mfu"] is None else f"MFU {100 * row['mfu']:.1f}%  "
-        held_out = f"eval loss {row['eval_loss']:.4f}  " if "eval_loss" in row else ""
+        held_out = "".join(text.format(row[name]) for name, text in HELD_OUT.items() if name in row)
         line = (
             f"step {done}/{total} ({100 * done / total:.0f}%)  loss {row['loss']:.4f}  {held_out}"
             f"grad norm {row['grad_norm']:.3g}  lr {row['lr']:.3g}  {row['tokens_per_second']:,.0f} tokens/s  "

@@ -18,20 +18,23 @@ from llava_jax.models.clip import normalise_batch
 from llava_jax.models.llava import build
 from llava_jax.parallel.distributed import say
 from llava_jax.parallel.sharding import batch_sharding, global_batch, replicated
+from llava_jax.train.answers import Questions, answer, open_questions
 from llava_jax.train.setup import Run, abstract_batch, choose_attention, open_data, read_records
 from llava_jax.train.step import LossConfig, Params, batch_ranks, loss_terms
 from llava_jax.types import Batch, DataSettings, InputError, ModelConfig, Pixels, Settings
+from llava_jax.weights.source import EVAL_LOSS
 
 Evaluated = dict[str, float | int]
 
 
 class HeldOut(NamedTuple):
-    """Batches of held-out rows, each row once, and the compiled pass over one of them."""
+    """Batches of held-out rows, each row once, the compiled pass over one of them, and what some of them ask."""
 
     mesh: Mesh
     batches: BatchPlan
     data: BatchIterator
     nll: jax.stages.Compiled
+    questions: Questions | None = None
 
 
 def open_held_out(
@@ -79,8 +82,11 @@ def open_held_out(
         in_shardings=(*at, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     ).lower(run.state.params, run.frozen, abstract_batch(config, batches.shape, mesh))
+    questions = open_questions(settings, data, tokenizer, run, records) if settings.train.eval_generate else None
     tell = on_reject(len(records))
-    return HeldOut(mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll.compile())
+    return HeldOut(
+        mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll.compile(), questions
+    )
 
 
 def held_out_settings(data: DataSettings) -> DataSettings:
@@ -108,7 +114,7 @@ def summed_nll(
 def evaluate(held_out: HeldOut, params: Params, frozen: Params, should_stop: Callable[[], bool]) -> Evaluated:
     """Return `eval_loss`, the loss of a supervised token, and `eval_targets`, their number; nothing when told to stop.
 
-    Several processes call this together; each reads its own rows.
+    With questions also what `answer` returns. Several processes call this together; each reads its own rows.
     """
     sums: list[Any] = []
     held_out.data.set_state({"batches": 0})
@@ -121,4 +127,8 @@ def evaluate(held_out: HeldOut, params: Params, frozen: Params, should_stop: Cal
     totals, targets = zip(*jax.device_get(sums), strict=True)
     if sum(targets) == 0:
         raise InputError("data.eval: no token of its rows is supervised, expected at least one; check these rows")
-    return {"eval_loss": float(np.sum(totals, dtype=np.float64)) / int(sum(targets)), "eval_targets": int(sum(targets))}
+    found = {EVAL_LOSS: float(np.sum(totals, dtype=np.float64)) / sum(targets), "eval_targets": int(sum(targets))}
+    if held_out.questions is None:
+        return found
+    answered = answer(held_out.questions, params, frozen, should_stop)
+    return found | answered if answered else {}

@@ -1,5 +1,6 @@
 """What a SRC names (hf:DIR, llava:DIR, orbax:DIR, or a DIR recognised by its files), and the checkpoints of a run."""
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -169,6 +170,7 @@ def absolute_folder(path: str, name: str) -> str:
 
 # What reading a truncated, emptied or foreign checkpoint raises (orbax and tensorstore mostly ValueError).
 UNREADABLE = (ValueError, OSError, KeyError)
+EVAL_LOSS = "eval_loss"  # in the metrics and a checkpoint's meta
 
 
 def load_params(workdir: str, step: int | None = None, part: str | None = None) -> tuple[int, dict, dict]:
@@ -224,6 +226,24 @@ def checkpoint_meta(workdir: str, step: int) -> dict:
     """Return what the checkpoint of a step says about itself; raises one of UNREADABLE where it cannot be read."""
     with opened(os.path.join(_folder(workdir, step), "meta", "metadata")) as file:
         return json.load(file)
+
+
+def eval_losses(workdir: str) -> dict[int, float]:
+    """Return the loss of held-out rows at each checkpoint that was saved after a pass over them."""
+    found = {}
+    for step in sorted(steps_on_disk(workdir)):
+        with contextlib.suppress(*UNREADABLE):  # whoever wants that checkpoint says so
+            meta = checkpoint_meta(workdir, step)
+            found |= {step: meta[EVAL_LOSS]} if EVAL_LOSS in meta else {}
+    return found
+
+
+def best_step(workdir: str) -> int:
+    """Return the checkpoint at which held-out rows had the smallest loss. Raises InputError where none was measured."""
+    losses = eval_losses(workdir)
+    if not losses:
+        raise InputError(f"{workdir}: no checkpoint says the loss of held-out rows, as runs with data.eval save them")
+    return min(losses, key=losses.__getitem__)
 
 
 def _read_params(workdir: str, step: int, part: str | None) -> tuple[dict, dict]:

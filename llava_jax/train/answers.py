@@ -1,0 +1,117 @@
+"""Held-out rows answered during training, with the weights where they lie: how many answers are right, or how close."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llava_jax.data.images import load_tiles, normalised
+from llava_jax.data.tiles import spread, tiling
+from llava_jax.data.tokenize import TextTokenizer, encode_record, image_paths, image_sizes
+from llava_jax.evaluate.exact_match import normalise
+from llava_jax.evaluate.rouge import rouge_l
+from llava_jax.infer.generate import PlacedModel, Prompt, bucket, greedy_ids
+from llava_jax.infer.sample import AnswerDecoder, stop_table
+from llava_jax.models.llava import build, join_parts, overlaid
+from llava_jax.parallel.sharding import place, replicated
+from llava_jax.train.setup import Run
+from llava_jax.train.step import Params
+from llava_jax.types import DataSettings, InputError, ModelConfig, Record, Settings
+
+SHORT = 5  # words; where no reference has more, an answer is right or wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """The first questions of held-out rows: `prompts` (pixels still bytes) and the answers of the rows to them.
+
+    `model` is without weights, `at_once` are answered together, with at most `limit` ids.
+    """
+
+    model: PlacedModel
+    prompts: list[Prompt]
+    references: list[str]
+    tokenizer: TextTokenizer
+    stop: Sequence[str]
+    at_once: int
+    limit: int
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the answer that ids spell."""
+        decoder = AnswerDecoder(self.tokenizer, self.stop)
+        return "".join(decoder.push(token) for token in ids) + decoder.finish()
+
+    @property
+    def are_short(self) -> bool:
+        return all(len(text.split()) <= SHORT for text in self.references)
+
+
+def open_questions(
+    settings: Settings, data: DataSettings, tokenizer: TextTokenizer, run: Run, rows: Sequence[Record]
+) -> Questions:
+    """Read the first `train.eval_generate` of the held-out `rows`; `data` is how they are read.
+
+    What stands before a row's first answer, as it is trained, is asked. Raises InputError for a row that cannot be.
+    """
+    train, config = settings.train, run.config
+    if train.eval_generate > len(rows):
+        raise InputError(f"train.eval_generate={train.eval_generate}: data.eval has {len(rows)} rows, expected no more")
+    rules = tokenizer.template(data.template)
+    # What spells a stop is cut from the text: only ids end an answer on the device.
+    stops_QV = stop_table((), tokenizer.stop_ids(rules), [""] * config.llm.vocab_size)
+    config = dataclasses.replace(config, remat="none", attention="xla")
+    model = PlacedModel(build(config)[0], {}, config, place(stops_QV, replicated(run.mesh)), run.mesh)
+    asked = Questions(model, [], [], tokenizer, rules.stop, train.batch_size // train.accumulate, 0)
+    longest = 0
+    for row in range(train.eval_generate):
+        try:
+            prompt, answer = _first_question(rows[row], data, config, tokenizer)
+        except InputError as error:
+            raise InputError(f"data.eval row {row}: {error}") from None
+        asked.prompts.append(prompt)
+        asked.references.append(asked.text(answer.tolist()))
+        longest = max(longest, len(answer))
+    room = config.llm.max_positions - max(len(prompt.tokens) for prompt in asked.prompts)
+    return dataclasses.replace(asked, limit=max(2, min(bucket(longest + 1), room)))
+
+
+def _first_question(
+    record: Record, data: DataSettings, config: ModelConfig, tokenizer: TextTokenizer
+) -> tuple[Prompt, np.ndarray]:
+    """Return what is asked first in a row, and the ids of its answer."""
+    size, patches, tiles = config.vision.image_size, config.vision.patches, None
+    sizes: list[tuple[int, int]] = []
+    if config.pinpoints:
+        tiles, sizes = tiling(config), image_sizes(record, data)
+    counts = patches if tiles is None else tiles.tokens(sizes)
+    tokens, targets = encode_record(record, data, tokenizer, config.image_token_id, counts)
+    start = int(targets.argmax())
+    end = start + int(np.append(targets[start:], False).argmin())
+    pixels = [np.zeros((0, size, size, 3), np.uint8)]
+    for path in image_paths(record, data):
+        pixels.append(load_tiles(path, size, data.aspect, tiles, config.vision.pixels, data.exif))
+    index_T = None if tiles is None else spread(tokens, config.image_token_id, tiles.feature_index(sizes))[:start]
+    return Prompt(tokens[:start], np.concatenate(pixels), index_T), tokens[start:end]
+
+
+def answer(
+    questions: Questions, params: Params, frozen: Params, should_stop: Callable[[], bool]
+) -> dict[str, float | int]:
+    """Return the figure of greedy answers in percent and their number, `eval_answers`; nothing when told to stop.
+
+    It is `eval_exact_match` where all references are SHORT, else `eval_rouge_l`. Several processes call this together.
+    """
+    model = dataclasses.replace(questions.model, params=join_parts(overlaid(frozen, params)))
+    how, said = model.config.vision.pixels, []
+    for first in range(0, len(questions.prompts), questions.at_once):
+        if should_stop():
+            return {}
+        prompts = questions.prompts[first : first + questions.at_once]
+        ready = [prompt._replace(pixels=normalised(prompt.pixels, how)) for prompt in prompts]
+        said += [questions.text(ids) for ids in greedy_ids(model, ready, questions.limit)]
+    pairs = list(zip(said, questions.references, strict=True))
+    if questions.are_short:
+        name, scores = "eval_exact_match", [normalise(given) == normalise(right) for given, right in pairs]
+    else:
+        name, scores = "eval_rouge_l", [rouge_l(given, right) for given, right in pairs]
+    return {name: 100.0 * sum(scores) / len(scores), "eval_answers": len(scores)}
