@@ -75,6 +75,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.eval_every = 0  # updates between passes over data.eval; 0: one, at the end
     c.train.eval_generate = 0  # so many of its rows are answered at each pass, too
     c.train.keep_best = False  # the checkpoint with the smallest loss of held-out rows stays, too
+    c.train.wandb = ""  # project of Weights & Biases that the metrics go to, too
     c.train.trainable = ""  # "projector|llm|vision/layers": what learns, by path; empty: what the stage says
     c.train.max_nonfinite = 10  # updates in a row that are not finite, each skipped, until the run stops
     c.train.watchdog = 3600  # seconds until a phase counts as stuck; 0: never

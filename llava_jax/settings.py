@@ -95,6 +95,7 @@ EARLIER_RUNS = {
     "train.eval_every": 0,
     "train.eval_generate": 0,
     "train.keep_best": False,
+    "train.wandb": "",
     "train.max_nonfinite": 1,
     "train.watchdog": 3600,
     "lora.vision_targets": "",

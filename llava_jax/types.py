@@ -505,6 +505,9 @@ class TrainSettings:
     """Also save after a pass over the rows of `data.eval` that found a smaller loss than any before, and keep that
     checkpoint whatever `train.keep` says.
     """
+    wandb: str = ""
+    """Project of Weights & Biases that the metrics are also written to; a resumed run continues its run there.
+    """
     vision_blocks: int = 0
     """Of the tower only its last so many blocks that run may learn (`model.feature_layer` -2 leaves the very last one
     out); 0: every block and the embeddings, as far as `train.trainable` says.

@@ -1,6 +1,8 @@
 """What a run writes: the fields of metrics.jsonl, its truncation on resumption, the status line."""
 
+import contextlib
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -11,9 +13,11 @@ import pytest
 
 from llava_jax.train import loop as M
 from llava_jax.train import watchdog
+from llava_jax.train.wandb_run import WandbRun
 from llava_jax.train.watchdog import BUCKETS, Goodput
 from llava_jax.types import InputError
 from tests.faults.goodput import check
+from tests.tiny_run import make_settings
 
 CONTRACT = ["step", "loss", "grad_norm", "lr", "targets", "tokens", "seconds", "tokens_per_second", "mfu"]
 FIELDS = [*CONTRACT, "data_wait", "compile_seconds", "skipped", "time", "goodput"]
@@ -55,6 +59,43 @@ def test_what_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
     assert [row["step"] for row in read(tmp_path)] == list(range(30))
     said = capsys.readouterr().err.splitlines()
     assert "No space left" in said[0] and said[1:] == ["warning: 30 lines of metrics could not be written"]
+
+
+def test_wandb_gets_the_lines_in_one_run_over_resumes_and_never_stops_training(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = make_settings(tmp_path, "finetune", train__wandb="project")
+
+    def logged(steps: range) -> None:
+        with contextlib.closing(WandbRun(settings, str(tmp_path), str(tmp_path))) as run:
+            with M.open_metrics(
+                str(tmp_path), range(steps.start, 6), 1, Goodput(time.time()), io.StringIO(), run
+            ) as writer:
+                for step in steps:
+                    writer.write(step, values(step), 40, 0.0, {"eval_loss": 1.5})
+
+    logged(range(3))
+    logged(range(2, 4))
+    name = (tmp_path / "wandb_id").read_text()
+    runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    # A line is in the run's history and in its summary.
+    assert [path.read_bytes().count(b"tokens_per_second") for path in runs] == [6, 4]
+    assert not capsys.readouterr().err
+    with mock.patch.object(wandb.Run, "log", side_effect=ConnectionResetError("Connection lost")):
+        logged(range(4, 6))
+    assert [row["step"] for row in read(tmp_path)] == list(range(6))
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["warning: wandb fails (Connection lost); training continues without"]
+    (tmp_path / "wandb_id").write_text("no/id")
+    logged(range(5, 6))
+    assert "training continues without" in capsys.readouterr().err
+
+
+def test_wandb_that_is_not_there_is_said_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'pip install "llava-jax\[wandb\]"'):
+        M.train(make_settings(tmp_path, "finetune", train__wandb="project"), str(tmp_path / "run"))
 
 
 def test_time_waited_mfu_and_compiling(tmp_path):

@@ -291,6 +291,7 @@ FREE_KEYS = (
     "train.eval_every",
     "train.eval_generate",
     "train.keep_best",
+    "train.wandb",
 )
 # What may change and does enter them, from the update on at which the run resumes: `write_config` says and records it.
 CHANGED_KEYS = ("optim.lr", "optim.clip_norm", "data.exclude")

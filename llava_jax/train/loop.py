@@ -45,6 +45,7 @@ from llava_jax.train.setup import (
 )
 from llava_jax.train.step import Metrics, TrainState, batch_ranks
 from llava_jax.train.validation import Evaluated, evaluate, open_held_out
+from llava_jax.train.wandb_run import RUN_ID, WandbRun, check_installed
 from llava_jax.train.watchdog import Goodput, Watchdog, watching
 from llava_jax.types import STOPPED_EXIT_CODE, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
@@ -88,8 +89,9 @@ def train_held(
     settings: Settings, workdir: str, watchdog: Watchdog, should_stop: Callable[[int], bool]
 ) -> tuple[int, int]:
     """Train in a workdir that is locked for this run; return (updates done, updates asked for)."""
-
     mesh, train = make_mesh(settings.mesh), settings.train
+    if train.wandb:
+        check_installed(train.wandb)
     row_multiple = batch_ranks(mesh) * train.accumulate
     check_batch_size(train.batch_size, row_multiple, settings.data.pack)
     compiler_options(train.compiler_options, mesh.devices.flat[0].device_kind)
@@ -142,11 +144,14 @@ def train_held(
             checkpoint.write_config(workdir, settings, int(state.step))
         todo = range(int(state.step), steps)
         in_bucket = is_first() and is_bucket(workdir)
-        mirrored = buckets.mirrored(workdir, METRICS, REJECTS) if in_bucket else nullcontext((workdir, lambda: None))
+        mirrored = (
+            buckets.mirrored(workdir, METRICS, REJECTS, RUN_ID) if in_bucket else nullcontext((workdir, lambda: None))
+        )
         with (
             nullcontext() if held_out is None else closing(held_out.data),
             mirrored as (here, upload),
-            open_metrics(here, todo, train.log_every, watchdog.goodput) as writer,
+            closing(WandbRun(settings, workdir, here)) if train.wandb and is_first() else nullcontext() as wandb_run,
+            open_metrics(here, todo, train.log_every, watchdog.goodput, wandb_run=wandb_run) as writer,
             tracing(here, todo, train.profile, workdir) if train.profile else nullcontext() as tracer,
         ):
             rejects.open(here, todo.start)
@@ -434,7 +439,15 @@ class MetricsWriter:
     written does not stop the run: that is said once, and at the end how many lines are lost.
     """
 
-    def __init__(self, workdir: str, steps: range, log_every: int, goodput: Goodput, screen: TextIO):
+    def __init__(
+        self,
+        workdir: str,
+        steps: range,
+        log_every: int,
+        goodput: Goodput,
+        screen: TextIO,
+        wandb_run: WandbRun | None = None,
+    ):
         path = os.path.join(workdir, METRICS)
         self.goodput = goodput
         goodput.resume(*truncate_metrics(path, steps.start))
@@ -445,7 +458,7 @@ class MetricsWriter:
         # The thread of tensorboardX's SummaryWriter ends where the disk is full, and its caller then waits for ever.
         self._board = EventsWriter(os.path.join(board, "events"))
         self._board.write_event(Event(step=steps.start, session_log=SessionLog(status=SessionLog.START)))
-        self._steps, self._log_every, self._screen = steps, log_every, screen
+        self._steps, self._log_every, self._screen, self._wandb_run = steps, log_every, screen, wandb_run
         self._last_line = -QUIET_SECONDS
         self._start = self._last = time.monotonic()
         self._pending_steps, self._pending_tokens, self._pending_wait = 0, 0, 0.0
@@ -500,6 +513,8 @@ class MetricsWriter:
             if not self._lost:
                 print(f"warning: metrics cannot be written ({error}); training continues without", file=sys.stderr)
             self._lost += 1
+        if self._wandb_run is not None:
+            self._wandb_run.write(row)
         self._last, self._pending_steps, self._pending_tokens, self._pending_wait = now, 0, 0, 0.0
         self._compile_seconds, self.skipped = None, 0
         self._show(row, slots, last or bool(evaluated))
@@ -532,12 +547,17 @@ class MetricsWriter:
 
 
 def open_metrics(
-    workdir: str, steps: range, log_every: int, goodput: Goodput, screen: TextIO | None = None
+    workdir: str,
+    steps: range,
+    log_every: int,
+    goodput: Goodput,
+    screen: TextIO | None = None,
+    wandb_run: WandbRun | None = None,
 ) -> AbstractContextManager[MetricsWriter | None]:
     """Return a MetricsWriter of the updates `steps` for a `with`; None in all processes but the first."""
     if not is_first():
         return nullcontext()
-    return closing(MetricsWriter(workdir, steps, log_every, goodput, screen or sys.stdout))
+    return closing(MetricsWriter(workdir, steps, log_every, goodput, screen or sys.stdout, wandb_run))
 
 
 def duration(seconds: float) -> str:
