@@ -7,6 +7,7 @@
 # make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
 # make bench   speed and memory beside torch and transformers
 # make page    the page of serve in headless Chromium, with screenshots: make page MODEL=demo_run/finetune
+# make report  the page of `evaluate report` in headless Chromium, with screenshots
 # make load    many clients on serve, then schemathesis: make load MODEL=demo_run/finetune
 # make docs    the documentation, warnings as errors, its notebooks executed
 # make package wheel and sdist, each installed into an empty environment and used in an empty folder
@@ -16,7 +17,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test corruptions faults storm parity ecosystem bench page load docs package lint types
+.PHONY: demo test corruptions faults storm parity ecosystem bench page report load docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -64,6 +65,10 @@ bench: .venv/.runtime .venv-parity/.parity
 
 page: .venv/.runtime .venv-page/.ready
 	.venv-page/bin/python -m tests.show_page --model=$(MODEL)
+
+report: .venv/.runtime .venv-page/.ready
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.show_report write build/report
+	.venv-page/bin/python -m tests.show_report drive build/report
 
 load: .venv/.runtime .venv-page/.ready
 	JAX_PLATFORMS=cpu .venv/bin/python -m tests.show_server --model=$(MODEL)

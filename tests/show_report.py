@@ -1,5 +1,7 @@
 """The report of two made-up runs of `evaluate suite`, driven in headless Chromium.
 
+`make report` does both:
+
     python -m tests.show_report write DIR
     python -m tests.show_report drive DIR [--chromium=/usr/bin/chromium]
 

@@ -9,10 +9,10 @@ import pytest
 
 from llava_jax import api
 from llava_jax.cli import main
-from llava_jax.evaluate import report
+from llava_jax.evaluate import gqa, report
 from llava_jax.infer import batch_generate
 from llava_jax.prepare import questions
-from tests import bench_files
+from tests import bench_files, tiny_llava
 from tests.teacher_server import Faults, TeacherServer
 from tests.test_images import png_header
 
@@ -105,6 +105,27 @@ def test_all_twelve_are_scored_as_by_hand_after_two_kills(tmp_path, answering, c
     letter = "Answer with the option's letter from the given choices directly."
     assert asked["seed", "5"] == f"What do you see?\nA. 1\nB. 2\nC. 3\nD. 4\n{letter}"
     assert asked["scienceqa", "2"] == f"Context: N/A\nQuestion: Which noun?\nOptions: (A) x (B) y\n{letter}"
+
+
+def test_a_model_answers_the_suite_as_it_answers_alone(tmp_path, monkeypatch, capsys):
+    bench_files.write_all(tmp_path / "all")
+    folder, images = tmp_path / "data" / "gqa", tmp_path / "data" / "gqa" / "data" / "images"
+    shutil.copytree(tmp_path / "all" / "gqa", folder)
+    model = tiny_llava.model(str(tmp_path))
+    monkeypatch.setattr(api, "load", lambda *args, **options: model)
+    path = folder / "data" / "testdev_balanced_questions.json"
+    entries = json.loads(path.read_text())
+    short = "Answer the question using a single word or phrase."
+    asked = [f"{entry['question']}\n{short}" for entry in entries.values()]
+    said = model.generate(asked, [str(images / "n7.jpg")] * 2)
+    entries["1"]["answer"] = gqa.normalise(said[0])
+    bench_files.dump(path, entries)
+    words = ["evaluate", "suite", "--model=tiny", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'out'}"]
+    assert main.main(words) == 0
+    rows = (tmp_path / "out" / "gqa" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(row)["text"] for row in rows] == said and said[0] != said[1]
+    assert json.loads((tmp_path / "out" / "suite.json").read_text())["results"] == {"gqa": 50.0}
+    assert ["tiny", "50.0"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_without_a_judge_the_figures_of_judges_stay_open(tmp_path, answering, capsys):
