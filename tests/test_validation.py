@@ -184,11 +184,12 @@ def test_a_held_out_row_that_turns_out_unreadable_is_left_out_and_said_or_loses_
     whole = (inputs / "images" / "0.png").read_bytes()
     (inputs / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (inputs / "cut.json").write_text(json.dumps(rows))
-    how = dict(data__eval=f"{inputs}/cut.json", train__eval_every=2)
-    loop.train(make_settings(inputs, "finetune", data__max_rejects=1.0, **how), str(tmp_path / "run"))
+    # Adapters with dropout: a pass drops nothing.
+    how = dict(data__eval=f"{inputs}/cut.json", train__eval_every=2, train__eval_generate=1, lora__dropout=0.1)
+    loop.train(make_settings(inputs, "lora", data__max_rejects=1.0, **how), str(tmp_path / "run"))
     assert capsys.readouterr().err.count("left out row 1") == 1
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row] == [1, 3]
     with pytest.raises(InputError, match="cut.png"):
-        loop.train(make_settings(inputs, "finetune", data__max_rejects=0.0, **how), str(tmp_path / "strict"))
+        loop.train(make_settings(inputs, "lora", data__max_rejects=0.0, **how), str(tmp_path / "strict"))
     assert [row["step"] for row in read_metrics(tmp_path / "strict")] == [0, 1]
     assert (tmp_path / "strict" / "checkpoints" / "2").is_dir()

@@ -63,6 +63,7 @@ def open_held_out(
         raise InputError(f"data.eval={data.annotations}: {error}") from None
     if records.mixture is not None:
         raise InputError(f"data.eval={data.annotations}: weights mix rows of training; each held-out row counts once")
+    run = run._replace(config=without_dropout(run.config))
     mesh, size = run.mesh, settings.train.batch_size // settings.train.accumulate
     batches = plan_once(
         records,
@@ -87,6 +88,12 @@ def open_held_out(
     return HeldOut(
         mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll.compile(), questions
     )
+
+
+def without_dropout(config: ModelConfig) -> ModelConfig:
+    """Return the config of the same weights, whose adapters drop nothing and so hold no seeds."""
+    lora = config.lora
+    return config if lora is None else dataclasses.replace(config, lora=dataclasses.replace(lora, dropout=0.0))
 
 
 def held_out_settings(data: DataSettings) -> DataSettings:
