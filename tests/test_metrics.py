@@ -67,15 +67,16 @@ def test_wandb_gets_the_lines_in_one_run_over_resumes_and_never_stops_training(t
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = make_settings(tmp_path, "finetune", train__wandb="project")
 
-    def logged(steps: range) -> None:
+    def logged(steps: range) -> str:
+        screen = io.StringIO()
         with contextlib.closing(WandbRun(settings, str(tmp_path), str(tmp_path))) as run:
-            with M.open_metrics(
-                str(tmp_path), range(steps.start, 6), 1, Goodput(time.time()), io.StringIO(), run
-            ) as writer:
+            account = Goodput(time.time())
+            with M.open_metrics(str(tmp_path), range(steps.start, 6), 1, account, screen, run) as writer:
                 for step in steps:
-                    writer.write(step, values(step), 40, 0.0, {"eval_loss": 1.5})
+                    writer.write(step, values(step), 40, 0.0, {"eval_loss": 1.5, "eval_exact_match": 50.0})
+        return screen.getvalue()
 
-    logged(range(3))
+    assert logged(range(3)).count("eval loss 1.5000  exact match 50.0%  ") == 3
     logged(range(2, 4))
     name = (tmp_path / "wandb_id").read_text()
     runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
