@@ -66,11 +66,11 @@ def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:
 
 
 def bucket(length: int) -> int:
-    """Pad `length` tokens to a size: a multiple of 32, or of a quarter of the next power of two.
+    """Pad `length` tokens to a size: a multiple of 16, or of a quarter of the next power of two.
 
     It bounds the compilations: two sizes for twice the length.
     """
-    unit = max(32, row_bucket(length) // 4)
+    unit = max(16, row_bucket(length) // 4)
     return max(1, -(-length // unit)) * unit
 
 
