@@ -1,6 +1,7 @@
 """A stage from settings to saved weights, in this process: what moves, what is refused, what comes out."""
 
 import dataclasses
+import contextlib
 import json
 import pathlib
 import re
@@ -399,6 +400,14 @@ def test_a_row_that_cannot_be_read_is_padding_and_named(inputs, tmp_path, capsys
     (tmp_path / "images" / "0.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"row \d \(id 'row-\d'\): .*1 rows before it were unreadable.*max_rejects"):
         loop.train(settings, str(tmp_path / "second"))
+
+
+def test_processes_can_agree_to_stop_before_the_first_update_is_over(inputs, tmp_path, monkeypatch):
+    """jax has them stop at one more than the highest number asked with: unasked, at 1, which a resumed run is past."""
+    asked = []
+    monkeypatch.setattr(loop, "stop_signal", lambda: contextlib.nullcontext(asked.append))
+    loop.train(make_settings(inputs, "pretrain", train__steps=2), str(tmp_path))
+    assert asked == [0, 1, 2]
 
 
 def test_a_missing_image_counts_as_a_row_that_cannot_be_read(inputs, tmp_path, capsys):

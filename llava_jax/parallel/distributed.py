@@ -188,8 +188,9 @@ def is_lost(error: BaseException | None) -> bool:
 def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Yield a function of the number of updates done that turns True once a process has received SIGTERM.
 
-    Call it after every update: it turns True on all hosts after the same one. Among several processes jax passes the
-    signal on, and all of them stop after the next update that none has finished. A single process notices no signal
+    Call it before the first update and after every one: it turns True on all hosts after the same one. Among several
+    processes jax passes the signal on, and all of them stop at one more than the highest number that any has asked
+    with: the next update that none has finished. A single process notices no signal
     outside the main thread.
     """
     if jax.distributed.is_initialized():

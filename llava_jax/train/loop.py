@@ -264,6 +264,8 @@ def run_updates(
             # The first batch is waited for before the clock starts.
             step, waited = start(state, frozen, arrays), 0.0
             enter("step")
+            # From here on processes that are told to stop do so after the next number that none has asked with.
+            should_stop(n)
         if tracer is not None:
             tracer.before(n, state)
         state, values = step(state, frozen, arrays)
