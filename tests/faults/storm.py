@@ -28,10 +28,22 @@ ROLES = ["step@0.03"] * 2
 GONE_SECONDS = 60
 
 
+class Kill(NamedTuple):
+    """Which processes get SIGKILL, and when: after so many updates, or so many seconds after the start."""
+
+    processes: tuple[int, ...]
+    update: int | None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        when = f"{self.seconds:.1f} s" if self.update is None else f"update {self.update}"
+        return f"process {' and '.join(map(str, self.processes))} at {when}"
+
+
 class Attempt(NamedTuple):
     """One start of both processes."""
 
-    first: int  # update that it began with
+    first: int | None  # update that it began with; None: it did not get there
     last: int  # updates done when the signal was sent, or at the end
     codes: list[int]
     hung: bool
@@ -44,30 +56,29 @@ def logged(workdir: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def attempt(config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, kill: dict | None) -> Attempt:
+def attempt(config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, kill: Kill | None) -> Attempt:
     """Train until `kill` says, and wait until both processes are gone."""
     both, began = trainers.start(ROLES, config, workdir, logs, devices=4), time.monotonic()
 
-    def due() -> bool:
-        if "seconds" in kill:
-            return time.monotonic() - began > kill["seconds"]
-        return both[0].has_said("at step") and logged(workdir) >= kill["update"]
+    def due(kill: Kill) -> bool:
+        if kill.update is None:
+            return time.monotonic() - began > kill.seconds
+        return both[0].has_said("at step") and logged(workdir) >= kill.update
 
-    while all(trainer.code() is None for trainer in both):
-        if kill is not None and due():
-            for index in kill["processes"]:
+    while all(trainer.code() is None for trainer in both) and time.monotonic() - began < 300:
+        if kill is not None and due(kill):
+            for index in kill.processes:
                 both[index].send(signal.SIGKILL)
             break
-        time.sleep(0.005)
-        if time.monotonic() - began > 300:
-            break
+        time.sleep(0.01)
     last = logged(workdir)
     is_gone = trainers.wait(both, GONE_SECONDS)
     codes = [trainer.code() or 0 for trainer in both]
-    return Attempt(both[0].resumed(), last, codes, not is_gone, trainers.alive(workdir))
+    is_begun = both[0].has_said("resuming") or both[0].has_said("compiled")
+    return Attempt(both[0].resumed() if is_begun else None, last, codes, not is_gone, trainers.alive(workdir))
 
 
-def storm(config: pathlib.Path, folder: pathlib.Path, kills: list[dict]) -> list[Attempt]:
+def storm(config: pathlib.Path, folder: pathlib.Path, kills: list[Kill]) -> list[Attempt]:
     """Start again until both processes end with 0, or with a code that launch/ does not start again."""
     attempts: list[Attempt] = []
     left = list(kills)
@@ -75,10 +86,8 @@ def storm(config: pathlib.Path, folder: pathlib.Path, kills: list[dict]) -> list
         kill = left.pop(0) if left else None
         found = attempt(config, folder / "storm", folder / f"log{len(attempts)}", kill)
         attempts.append(found)
-        print(
-            f"{len(attempts):>3}  {kill or 'the end'}  updates {found.first} to {found.last}  exit {found.codes}",
-            flush=True,
-        )
+        title = "nobody" if kill is None else str(kill)
+        print(f"{title:<30} updates {found.first} to {found.last}, exit {found.codes}", flush=True)
         if not all(code in trainers.RESTARTED for code in found.codes):
             return attempts
 
@@ -92,9 +101,9 @@ def main() -> int:
     rng, began = random.Random(args.seed), time.monotonic()
     kills = []
     for n in range(args.kills):
-        processes = rng.choice(([0], [1], [0, 1]))
+        processes = rng.choice(((0,), (1,), (0, 1)))
         update = int((n + rng.random()) * args.steps / (args.kills + 1))
-        kills.append({"processes": processes} | ({"seconds": rng.uniform(1, 15)} if n % 3 == 2 else {"update": update}))
+        kills.append(Kill(processes, None, rng.uniform(1, 15)) if n % 3 == 2 else Kill(processes, update))
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make_inputs(folder)
@@ -106,15 +115,19 @@ def main() -> int:
         print(f"undisturbed: {whole.last} updates, exit {whole.codes}, {time.monotonic() - began:.0f} s", flush=True)
         attempts = storm(folder / "config.json", folder, kills)
         wanted, found = read_metrics(folder / "whole"), read_metrics(folder / "storm")
-    lost = [max(0, one.last - next_one.first) for one, next_one in itertools.pairwise(attempts)]
+    lost, reached = [0], 0
+    for one in attempts:
+        if one.first is not None:
+            lost.append(max(0, reached - one.first))
+        reached = one.last
     figures = {
-        "kills": sum(any(code == 137 for code in one.codes) for one in attempts),
+        "kills": sum(137 in one.codes for one in attempts),
         "starts": len(attempts),
         "ended": attempts[-1].codes,
         "updates": len(found),
         "different": sum(a != b for a, b in itertools.zip_longest(wanted, found)),
         "lost": sum(lost),
-        "most_lost": max(lost, default=0),
+        "most_lost": max(lost),
         "hung": sum(one.hung for one in attempts),
         "orphans": sum(one.orphans for one in attempts),
         "codes": dict(sorted(collections.Counter(code for one in attempts for code in one.codes).items())),
