@@ -22,6 +22,7 @@ from llava_jax.types import InputError
 NO_ROOM = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 # What Python, tensorstore and safetensors raise where a disk is full.
 WRITE_ERRORS = (OSError, ValueError, SafetensorError)
+SMALL_FILE = 1 << 27  # bytes; the largest tokenizer.json has a quarter of it
 PIECE, SCANNED = 1 << 16, 1 << 24  # bytes that are parsed, and looked through, at a time
 BOM = codecs.BOM_UTF8
 # A surrogate's escape without its other half, of which ijson's parser in C makes a question mark.
@@ -90,6 +91,13 @@ def read_json(path: str, expected: str) -> Any:
     except (ValueError, RecursionError) as error:
         why = LFS_POINTER if is_lfs_pointer(path) else f"not JSON ({error})"
         raise InputError(f"{path}: {why}; expected {expected}") from error
+
+
+def check_small(path: str) -> None:
+    """Raise InputError for a local file that is much larger than any that describes a model or its tokenizer."""
+    size = os.path.getsize(path)
+    if size > SMALL_FILE:
+        raise InputError(f"{path}: has {size:,} bytes, of such a file at most {SMALL_FILE:,} are read; copy it again")
 
 
 def is_bucket(path: str) -> bool:

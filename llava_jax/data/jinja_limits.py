@@ -17,7 +17,7 @@ from jinja2.visitor import NodeTransformer
 
 SOURCE = 1 << 17  # characters of a template
 SECONDS = 0.5  # of the processor, for one rendering
-MOST = 1 << 21  # characters and elements of a value, and of all that a template writes
+MOST = 1 << 20  # characters and elements of a value, and of all that a template writes
 NUMBER = 1 << 7  # the largest width, count or exponent
 # How much these make stands in a text that they are given.
 METHODS_LEFT_OUT = ("format", "format_map", "expandtabs", "translate", "maketrans")

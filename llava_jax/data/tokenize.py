@@ -24,7 +24,7 @@ import tokenizers
 from llava_jax.data.chat_template import AddedToken, chat_template
 from llava_jax.data.images import image_size
 from llava_jax.data.templates import NONCHARACTER, OWN, SPECIAL_STRINGS, Span, Template, find_template, render
-from llava_jax.io import LFS_POINTER, is_lfs_pointer, read_json
+from llava_jax.io import LFS_POINTER, check_small, is_lfs_pointer, read_json
 from llava_jax.types import IMAGE_MARK, IMAGE_PLACEHOLDER, DataSettings, Encoded, InputError, ModelConfig, Record
 
 # A template's special strings enter the text as Unicode noncharacters: no conversation may hold those, so nothing a
@@ -39,6 +39,7 @@ KNOWN = 16
 # Key of an exported tokenizer_config.json, with the `post_processor` that begins texts with BOS: exports leave that to
 # the chat template.
 EXPORT_KEY = "llava_jax"
+MOST_IDS = 1 << 24  # a table of them is made
 # model_type of the original code's folders -> that of the decoder inside.
 ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -77,6 +78,8 @@ class TextTokenizer:
         self._splitter = _make_splitter(self._codec, self._marks, [*own.values()])
         vocabulary = source.get_vocab()
         self.size = max(vocabulary.values()) + 1
+        if self.size > MOST_IDS:
+            raise InputError(f"the tokenizer's largest id is {self.size - 1:,}, expected one below {MOST_IDS:,}")
         exported = "post_processor" in source.init_kwargs.get(EXPORT_KEY, {})
         self.bos_id = source.bos_token_id if exported or adds_bos(source) else None
         own = source.eos_token_id
@@ -243,6 +246,8 @@ def _stamp(folder: str) -> tuple[tuple[str, int, int], ...]:
 def _read_folder(folder: str, stamp: tuple[tuple[str, int, int], ...]) -> tuple[TextTokenizer, Any]:
     """Return the tokenizer as ours and as transformers', built once: it takes seconds."""
     names = [name for name, _, _ in stamp]
+    for name in names:
+        check_small(os.path.join(folder, name))
     try:
         return _build(folder, names)
     except InputError:
@@ -259,6 +264,8 @@ def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
         raise InputError(f"{path}: no tokenizer in it; expected the file that save_pretrained writes")
     try:
         source = _auto_tokenizer(folder, names)
+        is_fast = getattr(source, "is_fast", False)
+        found = TextTokenizer(source, _ends_of_model(folder, source.get_vocab())) if is_fast else None
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no class of its own
@@ -269,9 +276,9 @@ def _build(folder: str, names: Sequence[str]) -> tuple[TextTokenizer, Any]:
             ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error
-    if not getattr(source, "is_fast", False):
+    if found is None:
         raise InputError(f"{folder}: {type(source).__name__} gives no character offsets; save it with a tokenizer.json")
-    return TextTokenizer(source, _ends_of_model(folder, source.get_vocab())), source
+    return found, source
 
 
 def _auto_tokenizer(folder: str, names: Sequence[str]) -> Any:

@@ -77,6 +77,11 @@ def read_llava(
 
 def read_llava_config(folder: str, companions: Companions = HERE) -> tuple[ModelConfig, LlavaExtras]:
     """Read what `read_llava` says, without the weights."""
+    with hf_config.in_form(folder, "config.json or the settings next to it"):
+        return _llava_config(folder, companions)
+
+
+def _llava_config(folder: str, companions: Companions) -> tuple[ModelConfig, LlavaExtras]:
     if is_adapter(folder):
         return read_llava_config(peft.base_of(folder, companions.base), Companions(companions.vision))
     where = os.path.join(folder, "config.json")
@@ -265,7 +270,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     ours = {key: value for key, value in mine.items() if key not in ("vocab_size", "tuned_tower")}
     tuned_tower = mine.get("tuned_tower", False)
     if not isinstance(tuned_tower, bool):
-        raise InputError(f"{where}: llava_jax.tuned_tower is {tuned_tower!r}; expected true or false")
+        raise InputError(f"{where}: llava_jax.tuned_tower is {tuned_tower!r:.80}; expected true or false")
     tiled = given["model_type"] == "llava_next"
     if is_original(given):
         tiled = given.get("image_aspect_ratio") == "anyres"
@@ -274,7 +279,7 @@ def _extras(given: Mapping[str, Any], folder: str, where: str) -> LlavaExtras:
     for key, value in ours.items():
         if value not in allowed.get(key, ()):
             raise InputError(
-                f"{where}: llava_jax.{key} is {value!r}; expected one of {', '.join(allowed.get(key, ()))}"
+                f"{where}: llava_jax.{key} is {value!r:.80}; expected one of {', '.join(allowed.get(key, ()))}"
             )
     template = None if "template" in ours else recognised_template(folder)
     aspect = read_images(folder)

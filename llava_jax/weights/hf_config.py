@@ -1,14 +1,16 @@
 """Hugging Face's config.json and our configs, both ways; defaults of the published classes fill what is left out."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from llava_jax import io
+from llava_jax.data.rows import check_unicode
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
 from llava_jax.weights.families import DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
 
@@ -60,14 +62,14 @@ def read_config(folder: str, expected: str) -> Json:
 def _int(values: Mapping[str, Any], key: str, where: str) -> int:
     value = values[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{where}: {key} is {value!r}; expected a whole number of at least 1")
+        raise InputError(f"{where}: {key} is {value!r:.80}; expected a whole number of at least 1")
     return value
 
 
 def _number(values: Mapping[str, Any], key: str, where: str) -> float:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise InputError(f"{where}: {key} is {value!r}; expected a number above 0")
+        raise InputError(f"{where}: {key} is {value!r:.80}; expected a number above 0")
     return float(value)
 
 
@@ -114,10 +116,10 @@ def _rope(values: Mapping[str, Any], max_positions: int, where: str) -> RopeConf
     """Read both spellings: rope_parameters (transformers 5) and rope_theta with rope_scaling (4)."""
     scaling = config_value(values, "rope") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise InputError(f"{where}: rope is {scaling!r}; expected one flat object (no rope per kind of layer)")
+        raise InputError(f"{where}: rope is {scaling!r:.80}; expected one flat object (no rope per kind of layer)")
     partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise InputError(f"{where}: partial_rotary_factor {partial!r} is not supported; expected 1")
+        raise InputError(f"{where}: partial_rotary_factor {partial!r:.80} is not supported; expected 1")
     merged = {"rope_theta": values["rope_theta"], **{k: v for k, v in scaling.items() if v is not None}}
     merged["rope_type"] = merged.get("rope_type", merged.get("type", "default"))
     kind = _choice(merged, "rope_type", ("default", "linear", "llama3"), where)
@@ -225,7 +227,7 @@ def llava_config(config: Mapping[str, Any], where: str, dtype: str = "float32") 
     )
     if isinstance(result.image_token_id, bool) or not isinstance(result.image_token_id, int):
         raise InputError(
-            f"{where}: the image token (image_token_id or image_token_index) is {image_token!r}; expected an id"
+            f"{where}: the image token (image_token_id or image_token_index) is {image_token!r:.80}; expected an id"
         )
     return result
 
@@ -241,8 +243,8 @@ def pinpoints(given: Any, vision: ClipConfig, where: str) -> tuple[tuple[int, in
     pairs = isinstance(given, list) and given and all(isinstance(pair, list) and len(pair) == 2 for pair in given)
     if not pairs or not all(isinstance(side, int) and side > 0 and side % size == 0 for pair in given for side in pair):
         raise InputError(
-            f"{where}: image_grid_pinpoints is {given!r}; expected a list of [height, width], each a multiple of the "
-            f"vision tower's {size} pixels"
+            f"{where}: image_grid_pinpoints is {given!r:.80}; expected a list of [height, width], each a "
+            f"multiple of the vision tower's {size} pixels"
         )
     return tuple((height, width) for height, width in given)
 
@@ -270,7 +272,7 @@ def feature_layer(given: Any, vision: ClipConfig, where: str) -> int:
 def check_feature_layer(layer: Any, vision: ClipConfig, where: str) -> None:
     """Raise InputError unless `layer` is one index into the layers+1 hidden states, past the embeddings."""
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise InputError(f"{where}: vision feature layer is {layer!r}; expected one whole number such as -2")
+        raise InputError(f"{where}: vision feature layer is {layer!r:.80}; expected one whole number such as -2")
     held = layer + vision.layers + 1 if layer < 0 else layer
     if not 1 <= held <= vision.layers:
         raise InputError(f"{where}: vision feature layer {layer} is outside the {vision.layers} layers of the tower")
@@ -430,8 +432,9 @@ def folder_value(folder: str, fact: str) -> tuple[Any, str]:
 def special_tokens(folder: str) -> dict[str, str]:
     """Return the bos, eos, unk and pad token that the tokenizer's own files name, as text."""
     found: dict[str, str] = {}
-    for _, tokens in _stated(folder, _special_fact(folder)):
-        found = tokens | found
+    with in_form(folder, "special tokens"):
+        for _, tokens in _stated(folder, _special_fact(folder)):
+            found = tokens | found
     return found
 
 
@@ -440,10 +443,11 @@ def contradictions(folder: str) -> list[str]:
     unused = {"special tokens", "special tokens next to added_tokens_decoder"} - {_special_fact(folder)}
     lines = []
     for fact in PLACES.keys() - unused:
-        stated = [(place, _comparable(fact, value)) for place, value in _stated(folder, fact)]
-        taken, said = next((each for each in stated if _says(each[1])), ("", None))
-        others = ((place, _difference(said, value)) for place, value in stated if taken)
-        place, difference = next((each for each in others if each[1]), ("", None))
+        with in_form(folder, fact):
+            stated = [(place, _comparable(fact, value)) for place, value in _stated(folder, fact)]
+            taken, said = next((each for each in stated if _says(each[1])), ("", None))
+            others = ((place, _difference(said, value)) for place, value in stated if taken)
+            place, difference = next((each for each in others if each[1]), ("", None))
         if difference:
             lines.append(f"{folder}: {fact}: {taken} says {difference[0]} and {place} {difference[1]}; {taken} counts")
     return sorted(lines)
@@ -454,7 +458,12 @@ def read_json(path: str) -> dict[str, Any]:
 
     Raises InputError, which names the file, when it is missing, a git-lfs pointer, broken or no object.
     """
+    if os.path.isfile(path):
+        io.check_small(path)
     value = io.read_json(path, "a Hugging Face JSON file: copy it again from where it came from")
+    with io.opened(path) as file:
+        if io.LONE.search(file.read()):  # or the text of an escape
+            check_unicode(json.dumps(value, ensure_ascii=False), path, fix="copy it again")
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -463,6 +472,15 @@ def read_json(path: str) -> dict[str, Any]:
 def write_json(folder: str, name: str, value: Mapping[str, Any]) -> None:
     with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def in_form(where: str, what: str) -> Iterator[None]:
+    """Raise InputError in place of what reading JSON raises that has a list for an object, or the like."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {what}: in a form that is not read ({error!r:.200}); copy it again") from error
 
 
 def _says(value: Any) -> bool:
@@ -490,6 +508,7 @@ def _stated(folder: str, fact: str) -> list[tuple[str, Any]]:
         if fact.startswith("weights"):
             value = name
         elif name.endswith(".jinja"):
+            io.check_small(path)
             with open(path, encoding="utf-8") as file:
                 value = file.read()
         else:
@@ -600,7 +619,9 @@ def with_pixels(vision: ClipConfig, folder: str) -> ClipConfig:
         numbers = given.get(key)
         if numbers is not None:
             if not isinstance(numbers, list) or len(numbers) != 3 or {*map(type, numbers)} - {int, float}:
-                raise InputError(f"{path}: {key} is {numbers}; expected three numbers")
+                raise InputError(f"{path}: {key} is {numbers!r:.80}; expected three numbers")
+            if not all(0 <= number <= 1 for number in numbers) or (name == "std" and 0 in numbers):
+                raise InputError(f"{path}: {key} is {numbers!r:.80}; expected shares of the brightest value")
             values[name] = tuple(float(number) for number in numbers)
     if given.get("resample") is not None:
         known = {number: name for name, number in RESAMPLE.items()}

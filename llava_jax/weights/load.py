@@ -174,14 +174,16 @@ def _for_run(settings: Settings, config: ModelConfig) -> ModelConfig:
 def vision_config(spec: str) -> ClipConfig:
     """Return ClipConfig of `model.vision`: a CLIP or SigLIP folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.vision", spec, CLIPS)
-    config = CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
-    return config if spec.startswith(RANDOM) else hf_config.with_pixels(config, spec)
+    with hf_config.in_form("model.vision", spec):
+        config = CLIPS[spec.removeprefix(RANDOM)] if given is None else hf_config.clip_config(given, where)
+        return config if spec.startswith(RANDOM) else hf_config.with_pixels(config, spec)
 
 
 def llm_config(spec: str) -> LlamaConfig:
     """Return LlamaConfig of `model.llm`: a decoder's folder, `random:NAME` or `random:FILE.json`."""
     given, where = _config_json("model.llm", spec, LLAMAS)
-    return LLAMAS[spec.removeprefix(RANDOM)] if given is None else hf_config.llama_config(given, where)
+    with hf_config.in_form("model.llm", spec):
+        return LLAMAS[spec.removeprefix(RANDOM)] if given is None else hf_config.llama_config(given, where)
 
 
 def _config_json(key: str, spec: str, named: dict) -> tuple[dict | None, str]:

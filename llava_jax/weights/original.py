@@ -74,7 +74,7 @@ def _tower(folder: str, given: Mapping[str, Any], override: str) -> str:
     found = override or peft.found(named, folder)
     if not found:
         raise InputError(
-            f"{folder}: its vision tower {named!r} (mm_vision_tower) is no folder here; name it: "
+            f"{folder}: its vision tower {named!r:.80} (mm_vision_tower) is no folder here; name it: "
             "llava-jax convert --from=… --vision=DIR --to=hf:DIR (or --vision=OWNER/NAME on the Hub)"
         )
     return found
@@ -157,7 +157,7 @@ def template(original: Original, name: str) -> str:
 def _one_of(given: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> Any:
     if given.get(key) not in allowed:
         names = ", ".join(repr(value) for value in allowed if value is not None) or "none"
-        raise InputError(f"{where}: {key} is {given.get(key)!r}, which is not supported; expected {names}")
+        raise InputError(f"{where}: {key} is {given.get(key)!r:.80}, which is not supported; expected {names}")
     return given.get(key)
 
 

@@ -164,8 +164,8 @@ def _indexed(folder: str, index: str) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
             raise InputError(
-                f"{os.path.join(folder, index)}: {name} is said to be in {shard!r}; expected the name of a file in the "
-                "folder"
+                f"{os.path.join(folder, index)}: {name} is said to be in {shard!r:.80}; expected the name of a file in "
+                "the folder"
             )
         shards.add(shard)
     absent = sorted(shard for shard in shards if not os.path.isfile(os.path.join(folder, shard)))

@@ -184,7 +184,9 @@ def _read(content: bytes) -> Any:
     memo: dict[Any, Any] = {}
 
     def since_mark() -> list[Any]:
-        start = max(index for index, item in enumerate(stack) if isinstance(item, _Mark))
+        start = len(stack) - 1
+        while not isinstance(stack[start], _Mark):
+            start -= 1  # IndexError where there is none
         items = stack[start + 1 :]
         del stack[start:]
         return items

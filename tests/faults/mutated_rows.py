@@ -98,14 +98,14 @@ def known_images() -> Iterator[tuple[str, bytes, bool]]:
         (f"{w}x{h}", png(w, h), ok)
         for w, h, ok in ((200, 1, True), (201, 1, False), (1, 10_000, False), (10_000, 1, False))
     )
-    yield from ((f"{w}x{h}", png(w, h), False) for w, h in ((65_500, 1), (8001, 8001)))
+    yield from ((f"{w}x{h}", png(w, h), False) for w, h in ((65_500, 1), (32_769, 200)))
     yield from (
         (f"says {w}x{h}", png(w, h, rows=b"\0" * 99), False)
-        for w, h in ((12_000, 12_000), (2**31 - 1, 9), (0, 5), (5, 0), (7000, 7000))
+        for w, h in ((12_000, 12_000), (8001, 8001), (2**31 - 1, 9), (0, 5), (5, 0), (7000, 7000))
     )
-    yield "zTXt bomb", png(9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8), 9))), True
-    yield "iCCP bomb", png(9, 9, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8), 9))), True
-    yield "deflate bomb", png(9, 9, rows=bytes(10**8)), True
+    yield "zTXt bomb", png(9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7), 9))), True
+    yield "iCCP bomb", png(9, 9, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**7), 9))), True
+    yield "deflate bomb", png(9, 9, rows=bytes(10**7)), True
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

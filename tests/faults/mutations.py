@@ -6,6 +6,7 @@ import faulthandler
 import random
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,7 +72,7 @@ def alarm(seconds: int) -> Iterator[None]:
 
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(3 * seconds, exit=True)
+    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
