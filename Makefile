@@ -3,6 +3,7 @@
 # make corruptions  a checkpoint damaged in 200 ways, half a minute: none is restored wrong
 # make faults  the same, and processes that are stopped, killed and stuck, bad rows and updates, about 15 minutes
 # make storm   two processes killed 30 times on the way to update 300, about ten minutes
+# make hostile 300 hostile model folders, 10,000 damaged images and rows, about three minutes: each is one line
 # make parity  the comparison with torch and transformers, today's and 4.46.3
 # make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
 # make bench   speed and memory beside torch and transformers
@@ -17,7 +18,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test corruptions faults storm parity ecosystem bench page report load docs package lint types
+.PHONY: demo test corruptions faults storm hostile parity ecosystem bench page report load docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -45,6 +46,10 @@ faults: corruptions
 
 storm: .venv/.dev
 	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.storm
+
+hostile: .venv/.dev
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.hostile_models
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.mutated_rows
 
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
