@@ -6,7 +6,8 @@
 
 All sizes share every value. Rates and stages are LLaVA-OneVision's (arXiv 2408.03326, on SigLIP and Qwen2), whose data
 has videos and several images a conversation besides; grids of up to four tiles next to the whole image are those of
-scripts/train/direct_finetune_siglip_a4.sh of LLaVA-VL/LLaVA-NeXT. No model of this recipe has been published.
+scripts/train/direct_finetune_siglip_a4.sh of LLaVA-VL/LLaVA-NeXT. Conversations are written by the chat template that
+comes with Qwen3. No model of this recipe has been published.
 
 The data: LLaVA-1.5's captions; for stage 1.5 lmms-lab/LLaVA-ReCap-* (558K, 118K and CC3M) and
 lmms-lab/LLaVA-OneVision-Mid-Data; then lmms-lab/LLaVA-NeXT-Data or lmms-lab/LLaVA-OneVision-Data.
@@ -44,7 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         c.optim.lr = 1e-3
         c.train.batch_size = 256
         return c
-    c.data.template = "chatml_direct"
+    c.data.template = "tokenizer"
     c.data.aspect = "anyres"
     c.data.max_length = 8192
     c.optim.lr = 1e-5

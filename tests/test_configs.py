@@ -61,6 +61,7 @@ def test_recipe_of_newer_backbones():
         ("finetune", 1e-5, "^vision/=2e-6", STAGES["mid"]),
     ]
     assert stages["mid"].init.projector and stages["finetune"].init.model == "orbax:runs/llava_qwen_0.6b_mid"
+    assert [s.data.template for s in stages.values()] == ["plain", "tokenizer", "tokenizer"]
     assert all(s.model.llm == "weights/Qwen3-0.6B" and "siglip2" in s.model.vision for s in stages.values())
 
 
