@@ -1,7 +1,7 @@
 """A stage from settings to saved weights, in this process: what moves, what is refused, what comes out."""
 
-import dataclasses
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
