@@ -5,7 +5,7 @@
 # make storm   two processes killed 30 times on the way to update 300, about ten minutes
 # make hostile 300 hostile model folders, 10,000 damaged images and rows, about three minutes: each is one line
 # make parity  the comparison with torch and transformers, today's and 4.46.3
-# make ecosystem  an export in the programs of others, each in an environment of its own: ids, targets, answers
+# make ecosystem  exports in the programs of others, each in an environment of its own: ids, targets, answers, logits
 # make bench   speed and memory beside torch and transformers
 # make page    the page of serve in headless Chromium, with screenshots: make page MODEL=demo_run/finetune
 # make report  the page of `evaluate report` in headless Chromium, with screenshots
@@ -31,6 +31,9 @@ MODEL ?= $(DEMO)/finetune
 demo: .venv/.runtime
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax demo --workdir=$(DEMO)
 
+$(DEMO)/report.json:
+	$(MAKE) demo
+
 test: .venv/.dev
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
@@ -54,14 +57,19 @@ hostile: .venv/.dev
 parity: .venv-parity/.parity .venv-parity-446/.parity
 	JAX_PLATFORMS=cpu .venv-parity/bin/python -m pytest -q tests/parity
 
-ecosystem: .venv/.dev .venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready .venv-ecosystem-lmms-eval/.ready
+FOREIGN := $(patsubst %,.venv-ecosystem-%/.ready,transformers trl lmms-eval easydel)
+ecosystem: .venv/.dev $(DEMO)/report.json $(FOREIGN) .venv-ecosystem-vllm/.ready .venv-ecosystem-llama-cpp/.ready
 	rm -rf build/ecosystem
-	JAX_PLATFORMS=cpu .venv/bin/python -m tests.ecosystem.make_export build/ecosystem
+	JAX_PLATFORMS=cpu .venv/bin/python -m tests.ecosystem.make_export build/ecosystem $(DEMO)
 	HF_HUB_OFFLINE=1 .venv-ecosystem-transformers/bin/python tests/ecosystem/check_transformers.py build/ecosystem
 	HF_HUB_OFFLINE=1 .venv-ecosystem-trl/bin/python tests/ecosystem/check_trl.py build/ecosystem
 	$(call install,.venv-ecosystem-lmms-eval,--no-deps -e .)
 	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu .venv-ecosystem-lmms-eval/bin/python tests/ecosystem/check_lmms_eval.py \
 		build/ecosystem
+	HF_HUB_OFFLINE=1 .venv-ecosystem-vllm/bin/python tests/ecosystem/check_vllm.py build/ecosystem
+	HF_HUB_OFFLINE=1 NO_LOCAL_GGUF=1 .venv-ecosystem-llama-cpp/bin/python tests/ecosystem/check_llama_cpp.py \
+		build/ecosystem .venv-ecosystem-llama-cpp/source
+	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu .venv-ecosystem-easydel/bin/python tests/ecosystem/check_easydel.py build/ecosystem
 
 bench: .venv/.runtime .venv-parity/.parity
 	JAX_PLATFORMS=cpu .venv/bin/python -m llava_jax benchmark train --peer
@@ -145,9 +153,24 @@ install = $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-ve
 	@$(call install,.venv-page,-r requirements-page.txt)
 	@touch $@
 
-.venv-ecosystem-transformers/.ready .venv-ecosystem-trl/.ready .venv-ecosystem-lmms-eval/.ready: \
-		.venv-ecosystem-%/.ready: \
-		tests/ecosystem/requirements-%.txt .venv-ecosystem-%/.python-$(VERSION)
+$(FOREIGN): .venv-ecosystem-%/.ready: tests/ecosystem/requirements-%.txt .venv-ecosystem-%/.python-$(VERSION)
 	@echo "installing tests/ecosystem/requirements-$*.txt (torch: several minutes the first time)"
 	@$(call install,.venv-ecosystem-$*,-r tests/ecosystem/requirements-$*.txt)
+	@touch $@
+
+.venv-ecosystem-vllm/.ready: tests/ecosystem/requirements-vllm.txt .venv-ecosystem-vllm/.python-$(VERSION)
+	@echo "installing tests/ecosystem/requirements-vllm.txt (torch with CUDA's libraries, 6 GB: several minutes)"
+	@$(call install,.venv-ecosystem-vllm,--no-deps -r tests/ecosystem/requirements-vllm.txt)
+	@touch $@
+
+# The wheel has no converters, so the source stays.
+.venv-ecosystem-llama-cpp/.ready: tests/ecosystem/requirements-llama-cpp.txt \
+		.venv-ecosystem-llama-cpp/.python-$(VERSION)
+	@echo "building tests/ecosystem/requirements-llama-cpp.txt (ten minutes on one core)"
+	@rm -rf $(@D)/source $(@D)/download
+	@$(PYTHON) -m pip download -qq --no-deps -c $< -d $(@D)/download llama-cpp-python
+	@mkdir $(@D)/source
+	@tar -xzf $(@D)/download/*.tar.gz -C $(@D)/source --strip-components=1
+	@CMAKE_ARGS="-DLLAMA_OPENSSL=OFF -DMTMD_VIDEO=OFF -DGGML_CPU_REPACK=OFF -DGGML_LLAMAFILE=OFF" \
+		CMAKE_BUILD_PARALLEL_LEVEL=1 $(call install,$(@D),-r $<)
 	@touch $@
