@@ -176,6 +176,12 @@ def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two settings differ, with both values."""
+    before, now = (dict(flatten(dataclasses.asdict(settings))) for settings in (old, new))
+    return {key: (before[key], now[key]) for key in now if now[key] != before[key]}
+
+
 def parse_groups(text: str) -> list[tuple[re.Pattern, float]]:
     """Return the learning-rate groups of 'pattern=lr,pattern=lr' as (compiled pattern, lr), in order."""
     groups = []

@@ -73,8 +73,10 @@ def test_every_form_has_a_card_that_says_how_it_is_loaded(runs, tmp_path, form, 
 def test_an_older_checkpoint_has_its_own_figures(runs, inputs, tmp_path):
     settings = make_settings(inputs, "finetune", train__checkpoint_every=1, train__steps=2)
     train(settings, str(tmp_path / "run"))
+    write_settings(str(tmp_path / "run" / "config.until-1.json"), change(settings, "optim", lr=0.5, clip_norm=9.0))
     text = made_from(str(tmp_path / "run"), "--from", step=1).text
     assert "`, 1 update\n" in text and "at update 1:" in text
+    assert "\nUntil update 1: optim.lr 0.5, optim.clip_norm 9.0.\n" in text
 
 
 def test_what_is_not_known_is_left_out(inputs, tmp_path):

@@ -32,7 +32,7 @@ from llava_jax import buckets
 from llava_jax.data import sources
 from llava_jax.io import absolute_path, exists, is_bucket, reached
 from llava_jax.parallel.distributed import check_agreed, check_shared, is_first, of_first, say, text_of_first
-from llava_jax.settings import RANDOM, flatten, read_settings, write_settings
+from llava_jax.settings import RANDOM, differences, read_settings, write_settings
 from llava_jax.train.optim import leaf_path
 from llava_jax.train.step import TrainState
 from llava_jax.types import InputError, Settings
@@ -378,7 +378,7 @@ def check_workdir(workdir: str, settings: Settings) -> None:
         raise InputError(f"--workdir={workdir}: {reason}: choose another workdir") from error
     if steps:
         free = (*FREE_KEYS, *CHANGED_KEYS, *(MESH_KEYS if _split_is_free(settings) else ()))
-        found = _differences(there, absolute_paths(settings)).items()
+        found = differences(there, absolute_paths(settings)).items()
         differ = [f"{key}: {old!r} there, {new!r} asked for" for key, (old, new) in found if key not in free]
         if differ:
             first = "; ".join(differ[:5])
@@ -388,18 +388,12 @@ def check_workdir(workdir: str, settings: Settings) -> None:
             )
 
 
-def _differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which two settings differ, with both values."""
-    before, now = (dict(flatten(dataclasses.asdict(settings))) for settings in (old, new))
-    return {key: (before[key], now[key]) for key in now if now[key] != before[key]}
-
-
 def write_config(workdir: str, settings: Settings, step: int) -> None:
     """Write config.json; where a run resumes at `step` with changed keys, keep the one until there and say them."""
     path, until = (os.path.join(workdir, name) for name in ("config.json", f"config.until-{step}.json"))
     if step and exists(path):
         there = absolute_paths(read_settings(path))
-        changed = {key: values for key, values in _differences(there, settings).items() if key in CHANGED_KEYS}
+        changed = {key: values for key, values in differences(there, settings).items() if key in CHANGED_KEYS}
         for key, (old, new) in changed.items():
             say(f"{key}: {old!r} until update {step}, {new!r} from there on")
         if changed and not exists(until):

@@ -7,17 +7,19 @@ run or the folder says that the model comes from; what is not known is left out.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from llava_jax import buckets
 from llava_jax.data.sources import HUB, TFDS, is_dataset, split_sources
 from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.hub import TOWER
-from llava_jax.io import absolute_path, exists, opened
-from llava_jax.settings import DTYPES, RANDOM, flatten, read_settings
+from llava_jax.io import absolute_path, exists, is_bucket, opened
+from llava_jax.settings import DTYPES, RANDOM, differences, flatten, read_settings
 from llava_jax.types import InputError, LazyTensor, ModelConfig, Settings
 from llava_jax.weights.hf import chat_template_note
 from llava_jax.weights.hf_config import llama_json
@@ -413,10 +415,20 @@ def _stage_text(workdir: str, step: int, settings: Settings) -> str:
     if projector and not is_workdir(projector):
         lines += [f"Projector at the start: {_named(projector)}.", ""]
     lines += ["```", *(f"{key}: {values[key]}" for key in keys if values[key] != ""), "```"]
+    for until, before in _earlier(workdir, step):
+        changed = [f"{key} {old}" for key, (old, _) in differences(before, settings).items() if key in keys]
+        lines += ["", f"Until update {until:,}: {', '.join(changed)}."] if changed else []
     if logged:
         figures = f"loss {logged['loss']:.4g}, gradient norm {logged['grad_norm']:.4g}"
         lines += ["", f"Logged last, at update {logged['step'] + 1:,}: {figures}."]
     return "\n".join(lines)
+
+
+def _earlier(workdir: str, step: int) -> list[tuple[int, Settings]]:
+    """Return the configs with which a run began, before it was resumed with others, and the update each ends at."""
+    files = buckets.names(workdir) if is_bucket(workdir) else os.listdir(workdir)
+    found = sorted(int(match[1]) for match in map(re.compile(r"config\.until-(\d+)\.json").fullmatch, files) if match)
+    return [(n, read_settings(os.path.join(workdir, f"config.until-{n}.json"))) for n in found if n <= step]
 
 
 def _data(annotations: str) -> str:
