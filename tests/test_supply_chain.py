@@ -3,16 +3,15 @@
 import ast
 import json
 import pathlib
-import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import llava_jax
-from llava_jax.data import jinja_limits
-from llava_jax.data.chat_template import rendering
+from llava_jax.data.chat_template import chat_template
 from llava_jax.data.records import load_records
+from llava_jax.data.templates import try_jinja
 from llava_jax.infer.batch_generate import read_questions
 from llava_jax.types import InputError
 from llava_jax.weights.tensors import open_folder
@@ -116,52 +115,33 @@ def test_saved_data_sets_stay_in_their_folder(tmp_path, name, content):
         load_records(str(tmp_path))
 
 
-GROWS = "{% set n = namespace(x='aa', y=[1]) %}{% for i in range(60) %}TURN{% endfor %}{{ n.x }}{{ n.y }}"
-LARGE = "{% set a = 'a' * 100000 %}"
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{% for a in range(99999) %}" + "x" * 100 + "{% endfor %}",
+    ],
+    ids=lambda source: source[:30],
+)
+def test_chat_templates_have_limits(source):
+    with pytest.raises(InputError, match="the chat template takes more than 2 s of the processor or 512 MiB"):
+        chat_template(source, (), ())
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% for a in range(99999) %}" + "x" * 100_000 + "{% endfor %}",
-        "{{ 'a' * 10 ** 9 }}",
-        "{{ 9 ** (9 ** 9) }}",
-        *(GROWS.replace("TURN", f"{{% set n.x = {text} %}}") for text in ("n.x ~ n.x", "n.x + n.x", "[n.x, n.x]|join")),
-        GROWS.replace("TURN", "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"),
-        GROWS.replace("TURN", "{% set n.y = [n.y, n.y] %}"),
-        GROWS.replace("TURN", "{% set n.y = [n.y, n.y] %}").replace("{{ n.y }}", "{{ n.y == [n.y] }}"),
-        LARGE + "{{ a.replace('a', a) }}",
-        LARGE + "{{ a|replace('a', a) }}",
-        LARGE + "{{ range(99999)|join(a) }}",
-        LARGE + "{{ range(99999)|map('replace', '', a)|list }}",
-        *("{{ 'a'|center(10 ** 9) }}", "{{ 'a'.ljust(10 ** 9) }}", "{{ 'a\nb'|indent(10 ** 9) }}"),
-        *("{{ '{:>1000000000}'.format(1) }}", "{{ '%1000000000d' % 1 }}", "{{ '%1000000000d'|format(1) }}"),
-        *("{{ lipsum(100000) }}", "{{ 'ab'|slice(10 ** 9)|list }}", "{{ 1.5|round(10 ** 9, 'ceil') }}"),
-        "x" * 200_000,
         "{{ " + "(" * 50_000 + " }}",
         "{% include '/etc/passwd' %}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+        "{{ raise_exception('no') }}",
     ],
-    ids=lambda source: source[:20],
+    ids=lambda source: source[:30],
 )
-def test_chat_templates_have_limits(monkeypatch, source):
-    monkeypatch.setattr(jinja_limits, "SECONDS", 0.1)
-    monkeypatch.setattr(jinja_limits, "MOST", 1 << 18)
-    before = time.thread_time()
-    with pytest.raises(jinja_limits.ERRORS):
-        rendering(source)(messages=[])
-    assert time.thread_time() - before < 2
-
-
-def test_a_template_within_the_limits_is_rendered_as_ever():
-    source = (
-        "{% for m in messages if m.role != 'x' %}{{ loop.index ~ ':' ~ m['content']|trim|replace('a', 'bb') }}"
-        "{{ ', '.join(['1', '2']) }}{{ '-' * 3 }}{{ 2 ** 3 + 7 % 4 }}{{ m.items()|list|length }}{{ [3, 1]|sort }}"
-        "{% if 'a' in m.content and 1 < 2 <= 2 %}{{ m|tojson }}{% endif %}{% endfor %}"
-    )
-    said = rendering(source)(messages=[{"role": "user", "content": " a cat\n"}, {"role": "x", "content": ""}])
-    assert said == '1:bb cbbt1, 2---112[1, 3]{"content": " a cat\\n", "role": "user"}'
+def test_chat_templates_that_cannot_be_rendered_are_refused(source):
+    with pytest.raises(InputError, match="the chat template"):
+        chat_template(source, (), ())
+    assert try_jinja(source, [[{"role": "user", "content": "Why?"}]], {}) == [None]

@@ -5,23 +5,25 @@ conversation before it, rendered with add_generation_prompt, must be how the who
 after its text, which ends the turn; where the template says itself what the model writes ({% generation %}), that is
 trained, with that token. What no prompt leads to, or what stands otherwise in the text than in the row, is an error.
 
-Templates are code of whoever made the tokenizer: they run in a sandbox with limits (jinja_limits.py).
+Templates are code of whoever made the tokenizer: they run in Jinja's sandbox, after one question in a process of its
+own that has limits (jinja_child.py).
 """
 
 import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_jax.data.jinja_limits import ERRORS, Limited, compiled
-from llava_jax.data.templates import NONCHARACTER, Span, Template, place_images
+from llava_jax.data.jinja_child import REFUSALS
+from llava_jax.data.templates import NONCHARACTER, Span, Template, place_images, try_jinja
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -86,10 +88,10 @@ class ChatTemplate(Template):
         """Return the text of messages and its {% generation %} blocks; with `prompt` it asks for an answer."""
         values = dict(self.variables) | dict(options)
         try:
-            text = rendering(self.source)(
+            text = _compiled(self.source).render(
                 messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **values
             )
-        except ERRORS as error:
+        except REFUSALS as error:
             reason = " ".join(f"{error}".split())[:200]
             raise InputError(f"the chat template refuses the conversation ({reason}); {_INSTEAD}") from error
         if _OPEN not in text:
@@ -178,6 +180,7 @@ def chat_template(source: str, variables: tuple[tuple[str, str], ...], added: tu
     """Return the template of a Jinja text, tried with one question; InputError where it cannot be trained with."""
     template = ChatTemplate(source=source, variables=variables, added=added, bos=False)
     messages = [template._message(turn, "keep") for turn in _PROBE]
+    try_jinja(source, [messages], dict(variables))
     whole, marked = template.rendered(messages)
     asked, at_once = (template.rendered(messages[:1], prompt=True, options=o)[0] for o in ((), _ANSWER_AT_ONCE))
     options = _ANSWER_AT_ONCE if at_once != asked and whole.startswith(at_once) else ()
@@ -218,7 +221,9 @@ def _refuse(message: str) -> NoReturn:
 
 
 @functools.lru_cache(maxsize=4)
-def rendering(source: str) -> Callable[..., str]:
-    """Return what renders a template, with what transformers gives chat templates and a date that stays."""
-    names = {"raise_exception": _refuse, "strftime_now": _TODAY.strftime}
-    return compiled(source, Limited([_Generation, loopcontrols]), names)
+def _compiled(source: str) -> jinja2.Template:
+    """Compile a template with what transformers gives chat templates, and a date that stays."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    return environment.from_string(source, globals={"raise_exception": _refuse, "strftime_now": _TODAY.strftime})

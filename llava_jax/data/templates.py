@@ -13,11 +13,17 @@ Text that looks like a role, a header or a stop is ordinary text.
 """
 
 import dataclasses
+import functools
 import itertools
+import json
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from llava_jax.data import jinja_child
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
 # Marks that the text of a conversation may not hold: tokenize and chat_template put them into texts.
@@ -325,3 +331,27 @@ TEMPLATES |= {
 # Strings that templates write as tokens of their own.
 SPECIAL_STRINGS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", *IM_START_END)
 SPECIAL_STRINGS += ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+# ---- templates in Jinja, tried --------------------------------------------------------------------------------------
+
+# What marks the text of the model for transformers.
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+def try_jinja(source: str, chats: Sequence[Sequence[Mapping[str, Any]]], values: Mapping[str, str]) -> list[str | None]:
+    """Return prompts as a chat template writes them for `chats`, None for one that it refuses.
+
+    They are written by a process of its own. Raises InputError where that takes more time or memory than its limits.
+    """
+    return _tried(json.dumps({"source": GENERATION.sub("", source), "chats": chats, "values": values}))
+
+
+@functools.lru_cache(maxsize=64)
+def _tried(asked: str) -> list[str | None]:
+    child = subprocess.run([sys.executable, "-P", jinja_child.__file__], input=asked, capture_output=True, text=True)
+    if child.returncode in (jinja_child.TOO_MUCH, -signal.SIGXCPU, -signal.SIGKILL, -signal.SIGSEGV):
+        limits = f"{jinja_child.SECONDS} s of the processor or {jinja_child.MEBIBYTES} MiB"
+        raise InputError(f"the chat template takes more than {limits} for a question; use another tokenizer folder")
+    child.check_returncode()
+    return json.loads(child.stdout)

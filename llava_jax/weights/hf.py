@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.data.chat_template import rendering
-from llava_jax.data.jinja_limits import ERRORS
-from llava_jax.data.templates import OWN, TEMPLATES, Template, find_template, render
+from llava_jax.data.templates import OWN, TEMPLATES, Template, find_template, render, try_jinja
 from llava_jax.data.tokenize import load_tokenizer
 from llava_jax.models.llava import build
 from llava_jax.settings import CHOICES
@@ -359,17 +357,16 @@ def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
 def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
     """Return the probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
     names = {"human": "user", "gpt": "assistant"}
-    found = set()
+    chats = []
     for as_parts in (False, True):
         messages = []
         for turn in _PROBE:
             text = turn.text.removeprefix("<image>\n")
             parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
             messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
-        try:
-            rendered = rendering(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))  # they only mark spans
-            text = rendered(messages=messages, add_generation_prompt=True, **tokens)
-        except ERRORS:
-            continue
-        found |= {text, text.removeprefix(tokens["bos_token"]), text.removeprefix(tokens["bos_token"]).lstrip(" ")}
+        chats.append(messages)
+    bos, found = tokens["bos_token"], set()
+    for text in try_jinja(source, chats, tokens):
+        if text is not None:
+            found |= {text, text.removeprefix(bos), text.removeprefix(bos).lstrip(" ")}
     return found

@@ -76,7 +76,7 @@ def llama_answers(folder: pathlib.Path, text: pathlib.Path, mmproj: pathlib.Path
 
 
 class ClassTokenLast(torch.nn.Module):
-    """The tower's first layer as llama.cpp has it: the class token comes last, while rows 1 to P are still the features.
+    """The tower's first layer as llama.cpp has it: the class token comes last, while rows 1 to P are the features.
 
     So each patch gets its neighbour's position, and the decoder sees the class token in place of the first patch
     (https://github.com/ggml-org/llama.cpp/issues/25814).
