@@ -422,16 +422,19 @@ def test_a_missing_image_counts_as_a_row_that_cannot_be_read(inputs, tmp_path, c
         loop.train(make_settings(inputs, "finetune", data__max_rejects=1.0, **how), str(tmp_path / "few"))
 
 
-def test_one_row_too_many_is_raised_where_nothing_is_to_be_saved_and_else_stops_all(tmp_path):
-    told = []
-    rejects = loop.Rejects(1, told.append)
-    rejects.open(str(tmp_path), 5)
-    rejects.tell(Rejected(0, "a", "gone"), 5)
-    with pytest.raises(InputError, match="row 1 .*max_rejects"):
-        rejects.tell(Rejected(1, "b", "gone"), 5)
-    rejects.tell(Rejected(2, "c", "gone"), 6)
-    assert [str(error).partition(":")[0] for error in told] == ["row 2 (id 'c')"]
-    assert (tmp_path / "rejects.jsonl").read_text().count('"reason": "gone"') == 2
+def test_several_processes_count_their_rejected_rows_together(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda rows: np.stack([rows, [3, 7, -1]]))
+    rejects = loop.Rejects(make_settings(inputs, "pretrain", data__max_rejects=2.0).data)
+    tell = rejects.among(100)
+    rejects.open(str(tmp_path), 0)
+    tell(Rejected(3, "a", "gone"), 0)  # the other process reads it, too
+    rejects.check_total()
+    for row in (4, 5, 6):
+        tell(Rejected(row, "b", "gone"), 1)
+    with pytest.raises(InputError, match="4 rows or more were unreadable, and data.max_rejects allows 2"):
+        rejects.check_total()
+    assert (tmp_path / "rejects.jsonl").read_text().count('"reason": "gone"') == 4
 
 
 def test_updates_in_a_row_that_are_not_finite_stop_the_run(inputs, tmp_path, capsys):

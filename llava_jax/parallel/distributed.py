@@ -239,11 +239,6 @@ def of_first(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
-def any_of(flag: bool) -> bool:
-    """Return whether the flag of any process is true; every process must call it."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
-
-
 def text_of_first(work: Callable[[], str]) -> str:
     """Return in all processes what `work` returns in the first one, 1,000 bytes at most; every process must call it.
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
 from tensorboardX.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]
@@ -25,7 +25,7 @@ from llava_jax.data.rows import Rejected
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.data.validate import excluded_rows, plan_once, rejects_allowed
 from llava_jax.io import is_bucket, replacing
-from llava_jax.parallel.distributed import any_of, check_agreed, is_first, say, stop_signal
+from llava_jax.parallel.distributed import check_agreed, is_first, say, stop_signal
 from llava_jax.parallel.sharding import global_batch, make_mesh
 from llava_jax.train import checkpoint
 from llava_jax.train.checkpoint import absolute_paths, hold_workdir, with_commits_of
@@ -47,7 +47,7 @@ from llava_jax.train.step import Metrics, TrainState, batch_ranks
 from llava_jax.train.validation import Evaluated, evaluate, open_held_out
 from llava_jax.train.wandb_run import RUN_ID, WandbRun, check_installed
 from llava_jax.train.watchdog import Goodput, Watchdog, watching
-from llava_jax.types import STOPPED_EXIT_CODE, InputError, Record, Settings
+from llava_jax.types import STOPPED_EXIT_CODE, DataSettings, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
 from llava_jax.weights.source import EVAL_LOSS, eval_losses
 
@@ -118,25 +118,18 @@ def train_held(
     run = build_run(settings, spec.stage_config, mesh, steps, batches.shape.length)
     meta = meta_of(settings, spec, run, records, batches) | {"excluded": excluded}
     check_agreed({"the config": repr(settings), "what the run reads": json.dumps(meta)})
-    over: list[InputError] = []
-
-    def stop_all(error: InputError) -> None:
-        over.append(error)
-        os.kill(os.getpid(), signal.SIGTERM)  # which jax passes on to the other processes
-
-    stop = stop_all if jax.process_count() > 1 else None
-    rejects = Rejects(rejects_allowed(settings.data, len(records)), stop)
+    rejects, held_out_rejects = Rejects(settings.data), Rejects(settings.data)
+    tell = rejects.among(len(records))
     losses: dict[int, float] = {}  # of held-out rows, at the checkpoints there are
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(workdir, train.keep, losses) as manager,
-        closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh, rejects.tell)) as data,
+        closing(open_data(settings.data, spec.config, tokenizer, records, batches, mesh, tell)) as data,
     ):
         say(opening(settings, spec, run, len(records), batches))
         held_out = None
         if settings.data.eval:
-            tell_of = lambda rows: Rejects(rejects_allowed(settings.data, rows), stop).tell  # noqa: E731
-            held_out = open_held_out(settings, spec.stage_config, tokenizer, run, tell_of)
+            held_out = open_held_out(settings, spec.stage_config, tokenizer, run, held_out_rejects.among)
         watchdog.enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
         losses |= eval_losses(workdir) if train.keep_best else {}
@@ -189,6 +182,8 @@ def train_held(
                 if train.keep_best and found:
                     losses[int(state.step)] = found[EVAL_LOSS]
                 checkpoint.save(manager, state, data, meta | found)
+                rejects.check_total()
+                held_out_rejects.check_total()
 
             state = run_updates(
                 run,
@@ -208,8 +203,6 @@ def train_held(
                 enter=watchdog.enter,
             )
         watchdog.enter("save")  # what is in flight
-        if any_of(bool(over)):
-            raise over[0] if over else InputError("another process stopped the run, and says why")
         return int(state.step), steps
 
 
@@ -240,8 +233,8 @@ def run_updates(
 
     The device never waits for the host: while an update runs, the metrics of the previous one are read and the next
     batch is fetched and copied. The latest metrics are read before every save, so that no state after a failed update
-    is saved. When a row cannot be read, of held-out ones too, a single process saves the updates done and raises; among
-    several the others have started the next update already, and `Rejects` has all of them stop after it.
+    is saved. When a row cannot be read, of held-out ones too, a single process saves the updates done and raises;
+    several processes only raise, because the others have started the next update already.
     """
     pending = None
 
@@ -349,26 +342,24 @@ def log_update(
 
 
 class Rejects:
-    """The rows that turned out unreadable, `most` at most, in rejects.jsonl.
+    """The rows that turned out unreadable, data.max_rejects at most, in rejects.jsonl.
 
     Each process names those that it reads, in a file of its own: rejects.1.jsonl is the second one's. In a bucket only
-    the first one has a file, and the others say it. One too many is raised, or given to `stop` where that ends the run
-    after the next update, with the state saved.
+    the first one has a file, and the others say it. In a single process one too many is an InputError at once; several
+    count theirs together after each save.
     """
 
-    def __init__(self, most: int, stop: Callable[[InputError], None] | None = None):
-        self._most, self._stop = most, stop
+    def __init__(self, data: DataSettings):
+        self._data, self._most, self._path = data, 0, ""
         self._found: set[int] = set()
-        self._path, self._first = "", -1
 
-    @property
-    def tell(self) -> Callable[[Rejected, int], None] | None:
-        """What is called with a row and the batch it is missing from; None where none may be missing."""
-        return self._tell if self._most or self._stop else None
+    def among(self, rows: int) -> Callable[[Rejected, int], None] | None:
+        """Return what is called with one of so many rows and the batch it is missing from; None: none may be."""
+        self._most = rejects_allowed(self._data, rows)
+        return self._tell if self._most else None
 
     def open(self, workdir: str, step: int) -> None:
         """Continue the file of `workdir` at update `step`; those after it will be found again."""
-        self._first = step
         if is_bucket(workdir):
             return
         index = jax.process_index()
@@ -381,20 +372,30 @@ class Rejects:
     def _tell(self, rejected: Rejected, batch: int) -> None:
         if rejected.row in self._found:
             return  # in an earlier epoch
-        if len(self._found) >= self._most:
-            error = InputError(
+        if len(self._found) == self._most and jax.process_count() == 1:
+            raise InputError(
                 f"{rejected}: {self._most} rows before it were unreadable, which is all that data.max_rejects allows; "
                 "fix them, or train on what `prepare verify --output=FILE` writes"
             )
-            if self._stop is None or batch == self._first:  # nothing is to be saved
-                raise error
-            self._stop(error)  # this row stays padding until then
         self._found.add(rejected.row)
         print(f"warning: left out {rejected}", file=sys.stderr, flush=True)
         if self._path:
             row = {"step": batch, "row": rejected.row, "id": rejected.id, "reason": rejected.reason}
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def check_total(self) -> None:
+        """Raise InputError in all processes alike when there are too many; each must call it."""
+        if jax.process_count() == 1 or not self._most:
+            return
+        rows = np.full(self._most + 1, -1, np.int32)
+        rows[: len(self._found)] = sorted(self._found)[: self._most + 1]
+        total = np.count_nonzero(np.unique(multihost_utils.process_allgather(rows)) >= 0)
+        if total > self._most:
+            raise InputError(
+                f"{total} rows or more were unreadable, and data.max_rejects allows {self._most}: the state is saved; "
+                "train on what `prepare verify --output=FILE` writes, or allow more and resume"
+            )
 
 
 # ---- metrics.jsonl, TensorBoard events, the status line --------------------------------------------------------------

@@ -61,7 +61,7 @@ def main(chosen: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make_inputs(folder)
-        how = dict(train__watchdog=WATCHDOG, train__batch_size=8, data__max_length=48, train__eval_every=5)
+        how = dict(train__watchdog=WATCHDOG, train__batch_size=8, data__max_length=48, train__eval_every=1)
         often = dict(train__steps=60, train__checkpoint_every=4, data__eval=f"{folder}/captions.json")
         write_settings(str(folder / "config.json"), make_settings(folder, "finetune", **how, **often))
         for count, points in ((1, POINTS), (2, POINTS_OF_TWO)):
