@@ -48,8 +48,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make_rows(folder)
-        how = dict(data__shuffle=False, data__max_length=48, train__batch_size=BATCH, optim__schedule="constant")
+        how = dict(data__shuffle=False, data__max_length=48, train__batch_size=BATCH, train__checkpoint_every=2)
         settings = make_settings(folder, "finetune", train__max_nonfinite=3, optim__warmup_ratio=0.0, **how)
+        settings = change(settings, "optim", schedule="constant")
 
         def train(title: str, rows: str, role: str, steps: int, model: str = settings.init.model) -> list[Trainer]:
             given = change(change(settings, "data", annotations=f"{folder}/{rows}.json"), "train", steps=steps)
