@@ -438,13 +438,25 @@ def test_several_processes_count_their_rejected_rows_together(inputs, tmp_path, 
 
 
 def test_updates_in_a_row_that_are_not_finite_stop_the_run(inputs, tmp_path, capsys):
-    settings = make_settings(inputs, "pretrain", data__shuffle=False, train__checkpoint_every=1, train__steps=9)
-    settings = change(change(settings, "optim", lr=1e30, warmup_ratio=0.0), "train", max_nonfinite=2)
-    with pytest.raises(InputError, match=r"2 updates in a row are not finite and none .*step 1, .*caption-4.*step 2, "):
-        loop.train(settings, str(tmp_path))
+    """It resumes as docs/howto/resume.md says: from before the weights were spoilt, at another rate, without a row."""
+    how = dict(data__shuffle=False, train__checkpoint_every=1, train__keep=9, train__steps=6, train__max_nonfinite=2)
+    settings = make_settings(inputs, "pretrain", optim__lr=1e30, optim__warmup_ratio=0.1, **how)
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"2 updates in a row are not finite .*step 2, .*caption-\d.*step 3, "):
+        loop.train(settings, str(run))
     assert capsys.readouterr().err.count("are not finite; the update was skipped") == 2
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    before = read_metrics(run)
+    assert [row["step"] for row in before] == [0, 1]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["1", "2", "3"]
+    for spoilt in ("2", "3"):
+        (run / "checkpoints" / spoilt).rename(tmp_path / spoilt)
+    (tmp_path / "bad.txt").write_text("caption-4\n")
+    settings = change(change(settings, "optim", lr=1e-3, clip_norm=0.5), "data", exclude=str(tmp_path / "bad.txt"))
+    loop.train(settings, str(run))
+    assert "resuming at step 1\n" in capsys.readouterr().out and (run / "config.until-1.json").exists()
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5] and all(row["lr"] < 2e-3 for row in rows)
+    assert rows[0] == before[0] and rows[1]["tokens"] < before[1]["tokens"]  # without caption-4
 
 
 @pytest.mark.parametrize(
