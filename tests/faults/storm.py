@@ -4,7 +4,8 @@
 and once under a supervisor that kills one process or both with SIGKILL (two thirds at an update, the others at a random
 moment from the start on) and starts both again as long as their exit codes are those on which launch/ does. It prints
 what was lost, and exits with 1 unless the metrics are those of the undisturbed run to the bit, no more updates were
-lost than between two checkpoints while one more is being written, and nothing hung or stayed behind.
+lost than between two checkpoints while one more is being written, nothing hung or stayed behind, and the goodput in the
+metrics adds up to the wall time.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import time
 from typing import NamedTuple
 
 from llava_jax.settings import write_settings
-from tests.faults import trainers
+from tests.faults import goodput, trainers
 from tests.tiny_run import make_inputs, make_settings, read_metrics
 
 SAVE_EVERY = 4
@@ -48,6 +49,7 @@ class Attempt(NamedTuple):
     codes: list[int]
     hung: bool
     orphans: int
+    began: float  # when the first process had read its modules; seconds of the monotonic clock
 
 
 def logged(workdir: pathlib.Path) -> int:
@@ -65,7 +67,10 @@ def attempt(config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, kil
             return time.monotonic() - began > kill.seconds
         return both[0].has_said("at step") and logged(workdir) >= kill.update
 
+    training = 0.0
     while all(trainer.code() is None for trainer in both) and time.monotonic() - began < 300:
+        if not training and both[0].has_said("at start"):
+            training = time.monotonic()
         if kill is not None and due(kill):
             for index in kill.processes:
                 both[index].send(signal.SIGKILL)
@@ -75,7 +80,7 @@ def attempt(config: pathlib.Path, workdir: pathlib.Path, logs: pathlib.Path, kil
     is_gone = trainers.wait(both, GONE_SECONDS)
     codes = [trainer.code() or 0 for trainer in both]
     is_begun = both[0].has_said("resuming") or both[0].has_said("compiled")
-    return Attempt(both[0].resumed() if is_begun else None, last, codes, not is_gone, trainers.alive(workdir))
+    return Attempt(both[0].resumed() if is_begun else None, last, codes, not is_gone, trainers.alive(workdir), training)
 
 
 def storm(config: pathlib.Path, folder: pathlib.Path, kills: list[Kill]) -> list[Attempt]:
@@ -114,6 +119,9 @@ def main() -> int:
         whole = attempt(folder / "config.json", folder / "whole", folder / "whole.log", None)
         print(f"undisturbed: {whole.last} updates, exit {whole.codes}, {time.monotonic() - began:.0f} s", flush=True)
         attempts = storm(folder / "config.json", folder, kills)
+        wall = time.monotonic() - attempts[0].began
+        line, off = goodput.check(folder / "storm", wall)
+        print(line, flush=True)
         wanted, found = read_metrics(folder / "whole"), read_metrics(folder / "storm")
     lost, reached = [0], 0
     for one in attempts:
@@ -140,6 +148,7 @@ def main() -> int:
         and figures["different"] == figures["hung"] == figures["orphans"] == 0
         # A checkpoint is whole by the time that the next but one begins.
         and figures["most_lost"] <= 2 * SAVE_EVERY
+        and abs(off) <= max(0.01, 3 / wall)  # in a short storm what comes after the last line counts for more
     )
     return 0 if is_right else 1
 
