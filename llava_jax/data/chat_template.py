@@ -31,7 +31,7 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 # template writes are tokens; what stands around a {% generation %} block.
 _BREAK, _OPEN, _CLOSE = "\ufdef", "\ufdee", "\ufded"
 # What a template is told that knows a mode without thinking: rows hold answers.
-_ANSWER_AT_ONCE = (("enable_thinking", False),)
+_ANSWER_AT_ONCE, _THINKING = (("enable_thinking", False),), (("enable_thinking", True),)
 # Templates may write the date. What is trained, and what a resumed run reads, must not depend on the day; this one is
 # what Llama 3's templates write where they know no date.
 _TODAY = datetime.date(2024, 7, 26)
@@ -107,7 +107,8 @@ class ChatTemplate(Template):
         """Return where `whole` holds the last of `messages`, an answer, with the token that ends its turn."""
         body = messages[-1]["content"].strip()
         number = sum(message["role"] == "assistant" for message in messages)
-        asked = (self.rendered(messages[:-1], prompt=True, options=o)[0] for o in dict.fromkeys((self.options, ())))
+        ways = dict.fromkeys((self.options, (), _THINKING))
+        asked = (self.rendered(messages[:-1], prompt=True, options=way)[0] for way in ways)
         start = next((len(text) for text in asked if whole.startswith(text)), None)
         if start is None:
             raise InputError(f"the chat template rewrites what it wrote before answer {number}; {_INSTEAD}")

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llava_jax.data.chat_template import ChatTemplate
+from llava_jax.data.chat_template import ChatTemplate, Options
 from llava_jax.data.templates import Span, Template, render
 from llava_jax.data.tokenize import EXPORT_KEY, adds_bos, auto_tokenizer, encode, load_tokenizer
 from llava_jax.hub import TOKENIZER_FILES
@@ -177,7 +177,7 @@ def _chat(extras: LlavaExtras) -> str:
 
     rules = tokenizer.template(extras.template)
     if isinstance(rules, ChatTemplate):
-        return with_images(rules.source, extras.image_position)
+        return with_images(rules.source, extras.image_position, rules.options)
     return chat_jinja(rules, image_position=extras.image_position, spelled=spelled, after_bos=_after_bos(extras))
 
 
@@ -559,8 +559,12 @@ def _statements(parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
-def with_images(source: str, image_position: str) -> str:
-    """Return a tokenizer's own chat template so that it takes images: unchanged behind what makes parts to text."""
+def with_images(source: str, image_position: str, options: Options = ()) -> str:
+    """Return a tokenizer's own chat template so that it takes images: unchanged behind what makes parts to text.
+
+    `options` are those that prompts were trained with; they become what programs get that give none.
+    """
     text = _TEXT + (_FRONT if image_position == "front" else "")
     before = _TEXTS.replace("TEXT\n", text).replace("IMAGE", json.dumps(IMAGE_PLACEHOLDER))
-    return source if source.startswith(before) else before + source
+    defaults = [f"{{%- set {name} = {name} | default({json.dumps(value)}) %}}\n" for name, value in options]
+    return "".join([before, *defaults, source.removeprefix(before)])

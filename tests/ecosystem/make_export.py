@@ -54,7 +54,8 @@ def write_model(folder: str, name: str) -> None:
     tokenizer = load_tokenizer(source)
     llm = LlamaConfig(vocab_size=tokenizer.size, **SIZE | decoder)
     pinpoints = ((48, 96), (96, 48), (96, 96)) if aspect == "anyres" else ()
-    config = ModelConfig(vision, llm, tokenizer.image_token_id(llm.vocab_size), pinpoints=pinpoints)
+    image_id = tokenizer.image_token_id(llm.vocab_size)
+    config = ModelConfig(vision, llm, image_token_id=image_id, pinpoints=pinpoints)
     write_llava(folder, config, sharp_params(config), LlavaExtras("tokenizer", aspect, tokenizer=source))
 
 
