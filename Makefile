@@ -1,5 +1,6 @@
 # make demo    the whole story on this machine's CPU, five minutes on two idle cores
 # make test    the tests, without torch; XLA optimises little, since compiling is most of the time (parity: all of it)
+# make compiled  the published steps and decoding, compiled for TPUs: nothing has grown
 # make corruptions  a checkpoint damaged in 200 ways, half a minute: none is restored wrong
 # make faults  the same, and processes that are stopped, killed and stuck, bad rows and updates, about 15 minutes
 # make storm   two processes killed 30 times on the way to update 300, about ten minutes
@@ -18,7 +19,7 @@
 # Each target sets up its own environment (.venv, .venv-parity, .venv-parity-446) and does so again only when a
 # requirements file or the Python changes: make test PYTHON=python3.12.
 
-.PHONY: demo test corruptions faults storm hostile parity ecosystem bench page report load docs package lint types
+.PHONY: demo test compiled corruptions faults storm hostile parity ecosystem bench page report load docs package lint types
 .DELETE_ON_ERROR:
 
 # The first of these that runs and is new enough; `make PYTHON=/path/to/python test` overrides it.
@@ -36,6 +37,9 @@ $(DEMO)/report.json:
 
 test: .venv/.dev
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal
+
+compiled: .venv/.dev
+	.venv/bin/python -m pytest -q tests/compiled
 
 corruptions: .venv/.dev
 	JAX_PLATFORMS=cpu .venv/bin/python -m tests.faults.corruptions

@@ -1,13 +1,11 @@
-"""The published steps on 64 v5e chips do not grow: hashed here, compiled only when they changed."""
+"""What the stored plans of the published steps are compared by."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 
 from tests import plan_baseline
-from tests.plan_baseline import CHECKED, ENTRIES, ROOT, grown
+from tests.plan_baseline import CHECKED, ENTRIES, grown
 
 FIGURES = {
     "peak_bytes": 1000,
@@ -22,13 +20,6 @@ FIGURES = {
     "unknown_loops": 0,
     "fits": True,
 }
-
-
-def test_the_published_steps_have_not_grown():
-    argv = [sys.executable, "-m", "tests.plan_baseline", "--check"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert all(name in done.stdout for name in CHECKED)
 
 
 def test_what_stays_or_shrinks_passes():
