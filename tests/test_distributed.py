@@ -243,7 +243,7 @@ def test_pods_that_do_not_find_each_other_do_not_train_alone(monkeypatch):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
     monkeypatch.setattr(distributed, "has_tpu_device", lambda: False)
     with pytest.raises(InputError, match="jax does not find the others"):
-        distributed.join({})
+        distributed.join({}, 1)
     monkeypatch.setattr(distributed, "has_tpu_device", lambda: True)
     distributed.join({})
 
