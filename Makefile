@@ -70,7 +70,8 @@ ecosystem: .venv/.dev $(DEMO)/report.json $(FOREIGN) .venv-ecosystem-vllm/.ready
 	$(call install,.venv-ecosystem-lmms-eval,--no-deps -e .)
 	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu .venv-ecosystem-lmms-eval/bin/python tests/ecosystem/check_lmms_eval.py \
 		build/ecosystem
-	HF_HUB_OFFLINE=1 .venv-ecosystem-vllm/bin/python tests/ecosystem/check_vllm.py build/ecosystem
+	HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 .venv-ecosystem-vllm/bin/python tests/ecosystem/check_vllm.py \
+		build/ecosystem
 	HF_HUB_OFFLINE=1 NO_LOCAL_GGUF=1 .venv-ecosystem-llama-cpp/bin/python tests/ecosystem/check_llama_cpp.py \
 		build/ecosystem .venv-ecosystem-llama-cpp/source
 	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu .venv-ecosystem-easydel/bin/python tests/ecosystem/check_easydel.py build/ecosystem

@@ -16,7 +16,7 @@ from PIL import Image
 
 def compare(folder: pathlib.Path, name: str, questions: list[dict], dtype: str) -> int:
     """Ask one model, check the ids of the prompts, and return how many answers are the same."""
-    model = vllm.LLM(str(folder / name), dtype=dtype, enforce_eager=True, gpu_memory_utilization=0.2)
+    model = vllm.LLM(str(folder / name), dtype=dtype, enforce_eager=True, kv_cache_memory_bytes=2**28)
     conversations = []
     for asked in questions:
         image = {"type": "image_pil", "image_pil": Image.open(folder / asked["image"])}
