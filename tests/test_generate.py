@@ -155,7 +155,7 @@ def test_images_lengths_and_sampling_compile_nothing():
 
 def test_buckets():
     assert [bucket(n) for n in (1, 17, 33, 79, 129, 512, 513, 769)] == [16, 32, 48, 96, 192, 512, 768, 1024]
-    assert [group_size(n) for n in (1, 3, 4, 15, 16, 40, 64)] == [1, 1, 4, 4, 16, 16, 64]
+    assert [group_size(n) for n in (1, 2, 3, 11, 12, 47, 48, 64)] == [1, 1, 4, 4, 16, 16, 64, 64]
 
 
 @pytest.mark.parametrize(

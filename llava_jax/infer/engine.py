@@ -248,7 +248,7 @@ class Features:
         for name in pixels:
             used = len(self._entries)
             self._entries[name] = self._entries.popitem(last=False)[1] if used == self._size else used
-        fill = self._placed.rows(len(pixels)) - len(pixels)
+        fill = self._placed.rows(group_size(len(pixels))) - len(pixels)
         entry_N = np.array([self._entries[name] for name in pixels] + [self._size] * fill, np.int32)
         given = self._placed.place((np.stack([*pixels.values(), *[next(iter(pixels.values()))] * fill]), entry_N))
         self.pool_CPD = encode_images(self._placed.params, self.pool_CPD, *given, graphdef=self._placed.graphdef)
@@ -511,7 +511,7 @@ class Engine:
 
     def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Inputs, np.ndarray]:
         """Return what is prefilled, and the most ids of each row."""
-        entries, rows = self._features.entries(tickets), self.placed.rows(len(tickets))
+        entries, rows = self._features.entries(tickets), self.placed.rows(group_size(len(tickets)))
         given = [
             Row(ticket.prompt, shown, ticket.start, ticket.source)
             for ticket, shown in zip(tickets, entries, strict=True)

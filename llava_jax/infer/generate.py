@@ -80,8 +80,9 @@ def row_bucket(rows: int) -> int:
 
 
 def group_size(waiting: int) -> int:
-    """Return how many of `waiting` rows to run at once, a power of four: few compilations, and no row is padding."""
-    return 4 ** ((waiting.bit_length() - 1) // 2)
+    """Return for how many of `waiting` rows to make room at once: the largest power of four that they fill to three
+    quarters, so that few sizes are compiled."""
+    return 4 ** ((waiting * 4 // 3).bit_length() - 1 >> 1)
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
