@@ -79,11 +79,14 @@ class Processor:
         turns, images = read_messages(messages)
         return self._tokens(turns, self._sizes(images))[0]
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Return these tokens and the pixels of the images (a LLaVA-NeXT's: of their tiles), in order."""
+    def prompt(self, messages: Sequence[Message], pixels: np.ndarray | None = None) -> Prompt:
+        """Return these tokens and the pixels of the images (a LLaVA-NeXT's: of their tiles), in order.
+
+        `pixels` are those of a prompt with the same images, which are then not read.
+        """
         turns, images = read_messages(messages)
         tokens, _ = self._tokens(turns, self._sizes(images))
-        return self._with_pixels(tokens, images)
+        return self._with_pixels(tokens, images, pixels)
 
     def answered(self, messages: Sequence[Message], answer: str) -> tuple[Prompt, np.ndarray]:
         """Return the same with an answer, and bool[t]: which tokens are the answer and what ends it, as in training."""
@@ -93,17 +96,20 @@ class Processor:
         tokens, targets = self._tokens((*before, Turn("gpt", answer)), self._sizes(images), open_turn=False)
         return self._with_pixels(tokens, images), targets
 
-    def _with_pixels(self, tokens: np.ndarray, images: Sequence[ImageLike]) -> Prompt:
-        sizes, tiles, how = self._sizes(images), self.tiling, self.config.vision.pixels
-        size = self.config.vision.image_size
+    def _with_pixels(self, tokens: np.ndarray, images: Sequence[ImageLike], pixels: np.ndarray | None = None) -> Prompt:
+        pixels = self._pixels(images) if pixels is None else pixels
+        if self.tiling is None:
+            return Prompt(tokens, pixels)
+        feature_index = self.tiling.feature_index(self._sizes(images))
+        return Prompt(tokens, pixels, spread(tokens, self.config.image_token_id, feature_index))
+
+    def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
+        tiles, how, size = self.tiling, self.config.vision.pixels, self.config.vision.image_size
         arrays = [np.zeros((0, size, size, 3), np.float32)]
         for image in images:
             image = image if isinstance(image, Image.Image) else os.fspath(image)
             arrays.append(normalised(load_tiles(image, size, self.aspect, tiles, how, self.exif), how))
-        if tiles is None:
-            return Prompt(tokens, np.concatenate(arrays))
-        feature_index = spread(tokens, self.config.image_token_id, tiles.feature_index(sizes))
-        return Prompt(tokens, np.concatenate(arrays), feature_index)
+        return np.concatenate(arrays)
 
     def _tokens(
         self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], open_turn: bool = True
@@ -383,8 +389,8 @@ class Llava:
 
     # What infer/ asks for.
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        return self.processor.prompt(messages)
+    def prompt(self, messages: Sequence[Message], pixels: np.ndarray | None = None) -> Prompt:
+        return self.processor.prompt(messages, pixels)
 
     def length(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a prompt, its images without reading them."""

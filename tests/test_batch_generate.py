@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from llava_jax import api
+from llava_jax.data.images import load_tiles
 from llava_jax.infer import batch_generate
 from llava_jax.infer.batch_generate import answer_file
 from llava_jax.infer.engine import Engine
@@ -93,10 +95,10 @@ def test_what_is_answered_is_on_disk_before_the_next_one_is_asked(tiny, asked):
         def engine(self, slots):
             return Engine(tiny, slots=slots)  # not the one with more slots that another test may have left
 
-        def prompt(self, messages):
+        def prompt(self, messages, pixels):
             if lines(asked / "a.jsonl"):
                 raise Killed
-            return tiny.prompt(messages)
+            return tiny.prompt(messages, pixels)
 
     with pytest.raises(Killed):
         run(Dying(), asked)
@@ -105,6 +107,17 @@ def test_what_is_answered_is_on_disk_before_the_next_one_is_asked(tiny, asked):
     run(tiny, asked, "straight.jsonl")
     assert count == 7 - kept < 7 and f"{kept} answered already" in progress
     assert (asked / "a.jsonl").read_bytes() == (asked / "straight.jsonl").read_bytes()
+
+
+def test_an_image_is_read_once_for_questions_that_follow_each_other(tiny, asked, monkeypatch):
+    rows = [dict(question_id=n, image=f"{name}.png", text=f"What is {n}?") for n, name in enumerate("0110")]
+    (asked / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = []
+    monkeypatch.setattr(api, "load_tiles", lambda path, *how: read.append(path[-5:]) or load_tiles(path, *how))
+    run(tiny, asked)
+    assert read == ["0.png", "1.png", "0.png"]
+    for row, asked_ in zip(lines(asked / "a.jsonl"), rows, strict=True):
+        assert row["text"] == tiny.generate(asked_["text"], str(asked / asked_["image"]), max_new_tokens=6)[0]
 
 
 def test_an_answer_belongs_to_what_its_image_held(tiny, asked):

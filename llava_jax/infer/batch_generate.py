@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeVar
 
 from llava_jax.data.rows import check_path, parse_images, parse_system, unread_line
 from llava_jax.infer.engine import Model
-from llava_jax.infer.generate import question_message
+from llava_jax.infer.generate import Prompt, question_message
 from llava_jax.io import check_text, check_unicode, read_lines, replacing, unread_keys
 from llava_jax.types import InputError, Sampling
 
@@ -214,14 +214,23 @@ def answer_file(
             print(unread_line(unread, "questions"), file=progress)
         print(f"{len(asked)} questions, {already} answered already, {batch_size} at a time", file=progress)
         start = time.monotonic()
-        ready = (_asked(question, model.prompt) for question in left)
-        for answered, answer in enumerate(model.engine(batch_size).answers(ready, sampling), 1):
+        for answered, answer in enumerate(model.engine(batch_size).answers(_prompts(left, model), sampling), 1):
             file.write(_line(_answer(left[answer.index], answer.text, model.name, metadata)))
             file.flush()
             if answered % batch_size == 0 or answered == len(left):
                 _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
         _sort_answers(answers, asked)
         return len(left)
+
+
+def _prompts(questions: Sequence[Question], model: Model) -> Iterator[Prompt]:
+    """Yield the prompt of each question; the images are read once for questions that follow each other."""
+    images, pixels = None, None
+    for question in questions:
+        images, known = question.images, pixels if question.images == images else None
+        prompt = _asked(question, functools.partial(model.prompt, pixels=known))
+        pixels = prompt.pixels
+        yield prompt
 
 
 def _asked(question: Question, of: Callable[[list[dict[str, Any]]], Result]) -> Result:
