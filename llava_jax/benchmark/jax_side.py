@@ -143,11 +143,12 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
         for tokens_T, pixels_NXYC in zip(batch.tokens_BT, batch.pixels_BNXYC, strict=True)
     ]
     longest = max(len(prompt.tokens) for prompt in prompts) + work["new_tokens"]
-    engine = Engine(IdModel(placed), slots=len(prompts), max_length=longest)
     seconds = clock(jax.default_backend())
 
     def answer(count: int) -> tuple[float, list[list[int]]]:
         began = seconds()
+        # An engine of its own: nothing is known of the prompts from the turn before.
+        engine = Engine(IdModel(placed), slots=len(prompts), max_length=longest)
         ids = [answer.ids for answer in sorted(engine.answers(prompts, Sampling(max_new_tokens=count)))]
         return seconds() - began, ids
 
