@@ -2,8 +2,8 @@
 
 `python -m tests.show_engine --demo=DIR [--questions=2000] [--clients=64]` on a workdir of `llava-jax demo` prints
 
-- seconds a question of a file, one `generate` after the other, each with its image read and encoded anew, and through
-  `answer_file`, killed in the middle and resumed; and whether the answers are the same;
+- seconds, of the clock and of CPU, a question of a file, one `generate` after the other, each with its image read and
+  encoded anew, and through `answer_file`, killed in the middle and resumed; and whether the answers are the same;
 - seconds a request of clients that stream at once, and of the same requests one after the other on one slot;
 - with `--weights=int8` instead: the share of held-out questions answered exactly by the model and by its weights of
   eight bits, and the error of the logits.
@@ -32,6 +32,19 @@ SHORT, LONG = Sampling(max_new_tokens=12), Sampling(max_new_tokens=64)
 SAMPLE = 200  # questions that are asked one at a time
 
 
+def clock() -> np.ndarray:
+    """Return seconds of the clock, and seconds of all cores that this process has used."""
+    return np.array([time.monotonic(), time.process_time()])
+
+
+def shown(seconds: np.ndarray) -> str:
+    return f"{seconds[0] * 1e3:.2f} ms ({seconds[1] * 1e3:.2f} of CPU)"
+
+
+def gain(before: np.ndarray, after: np.ndarray) -> str:
+    return "{:.2f} times faster ({:.2f} by CPU)".format(*before / after)
+
+
 def answered(model, path: str, images: str, answers: str, slots: int) -> None:
     answer_file(model, path, images, answers, SHORT, batch_size=slots, progress=io.StringIO())
 
@@ -48,27 +61,23 @@ def show_file(model, folder: str, count: int, slots: int, source: str) -> None:
         single = []
         for question in asked[: SAMPLE + 20]:
             if len(single) == 20:
-                began = time.monotonic()
+                began = clock()
             # An engine of its own: nothing is known from the question before.
             engine = Engine(model, slots=1)
             single += [answer.text for answer in engine.answers([model.prompt(question.messages)], SHORT)]
-        alone = (time.monotonic() - began) / SAMPLE
-        began = time.monotonic()
+        alone = (clock() - began) / SAMPLE
+        began = clock()
         answered(model, path, images, os.path.join(work, "warm.jsonl"), slots)
-        first = time.monotonic() - began
+        first = (clock() - began)[0]
         model = api.load(source)  # knows none of the images, and finds its programs compiled
-        began = time.monotonic()
+        began = clock()
         answered(model, path, images, os.path.join(work, "a.jsonl"), slots)
-        together = (time.monotonic() - began) / count
+        together = (clock() - began) / count
         with open(os.path.join(work, "a.jsonl"), encoding="utf-8") as file:
             whole = file.read()
         same = [json.loads(line)["text"] for line in whole.splitlines()][: len(single)] == single
-        print(
-            f"a question of {count}: {alone * 1e3:.2f} ms alone, {together * 1e3:.2f} ms of a file with {slots} slots,"
-        )
-        print(
-            f"  {alone / together:.2f} times faster, same answers: {same}; {first:.1f} s in all when it compiles first"
-        )
+        print(f"a question of {count}: {shown(alone)} alone, {shown(together)} of a file with {slots} slots,")
+        print(f"  {gain(alone, together)}, same answers: {same}; {first:.1f} s in all when it compiles first")
         flags = [f"--model={source}", f"--questions={path}", f"--images={images}", f"--answers={work}/killed.jsonl"]
         flags += ["--max_new_tokens=12", f"--batch_size={slots}"]
         command = [sys.executable, "-m", "llava_jax", "generate", *flags]
@@ -90,9 +99,9 @@ def show_clients(model, folder: str, count: int, slots: int) -> None:
     alone, engine = [], Engine(model, slots=1)
     for prompt in (prompts[0], *prompts):
         if len(alone) == 1:
-            began = time.monotonic()
+            began = clock()
         alone.append("".join(engine.stream(prompt, LONG)))
-    one = (time.monotonic() - began) / count
+    one = (clock() - began) / count
     together, first = [""] * count, [0.0] * count
     engine = Engine(model, slots=slots)
 
@@ -105,16 +114,14 @@ def show_clients(model, folder: str, count: int, slots: int) -> None:
     for _ in range(2):
         together, first = [""] * count, [0.0] * count
         threads = [threading.Thread(target=client, args=[number]) for number in range(count)]
-        began = time.monotonic()
+        began = clock()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        many = (time.monotonic() - began) / count
-    print(
-        f"a request: {one * 1e3:.2f} ms one after the other, {many * 1e3:.2f} ms of {count} clients on {slots} slots,"
-    )
-    print(f"  {one / many:.2f} times the throughput, same answers: {together == alone[1:]},")
+        many = (clock() - began) / count
+    print(f"a request: {shown(one)} one after the other, {shown(many)} of {count} clients on {slots} slots,")
+    print(f"  {gain(one, many)}, same answers: {together == alone[1:]},")
     print(f"  first text after {sorted(first)[int(0.95 * count)]:.3f} s (95 %)")
 
 
