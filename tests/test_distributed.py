@@ -245,7 +245,7 @@ def test_pods_that_do_not_find_each_other_do_not_train_alone(monkeypatch):
     with pytest.raises(InputError, match="jax does not find the others"):
         distributed.join({}, 1)
     monkeypatch.setattr(distributed, "has_tpu_device", lambda: True)
-    distributed.join({})
+    distributed.join({}, 1)
 
 
 def refuse(**_: object) -> None:
