@@ -26,7 +26,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.image_position = "front"  # keep: where the row has it
     c.data.aspect = "pad"  # crop, squash (SigLIP's), anyres (tiles)
     c.data.max_rejects = 0.001  # rows that may turn out unreadable or lack their image: a share below 1, else a number
-    c.data.exclude = ""  # a file of ids, one a line, of rows that are left out
+    c.data.exclude = ""  # a file of ids (or #N, row N), one a line, of rows that are left out
     c.data.exif = "apply"  # turn images upright as EXIF says; ignore: as stored, as the original
     c.data.max_length = 2048
     c.data.shuffle = True

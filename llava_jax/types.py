@@ -394,7 +394,7 @@ class DataSettings:
     `rejects.jsonl`; one more stops the run.
     """
     exclude: str = ""
-    """A file of ids, one a line: rows with such an id are padding in their batches; empty: none."""
+    """A file of ids, or of #N for row N, one a line: such rows are padding in their batches; empty: none."""
 
 
 # A conversation a row, read by one thread: the rest of DataSettings where there is no config.

@@ -14,10 +14,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from llava_jax.settings import write_settings
+from llava_jax.settings import read_settings, write_settings
 from llava_jax.train import checkpoint as C
 from llava_jax.types import InputError, Settings
-from llava_jax.weights.source import load_params, run_fingerprint
+from llava_jax.weights.source import earlier_configs, load_params, run_fingerprint
 from tests.faults.corruptions import DAMAGES, STEPS, State, attempt, like, make_state, numbers, same, write
 from tests.tiny_run import change, make_settings
 
@@ -304,3 +304,26 @@ def test_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match="is a file"):
         start(tmp_path / "run", make_settings(tmp_path, "pretrain"))
+
+
+def test_changed_keys_are_kept_for_the_updates_that_they_made(tmp_path):
+    first = make_settings(tmp_path, "finetune")
+    slow, clipped = (change(first, "optim", **values) for values in (dict(lr=1e-5), dict(clip_norm=0.5)))
+
+    def kept() -> dict[int, Settings]:
+        return {
+            step: read_settings(str(tmp_path / f"config.until-{step}.json")) for step in earlier_configs(str(tmp_path))
+        }
+
+    first = C.absolute_paths(first)
+    for settings, step, expected in (
+        (first, 0, {}),
+        (slow, 40, {40: first}),
+        (slow, 40, {40: first}),  # killed before the next checkpoint
+        (clipped, 30, {30: first}),  # the checkpoint at 40 was moved away: what was slow is gone with it
+        (slow, 60, {30: first, 60: C.absolute_paths(clipped)}),
+        (first, 20, {}),
+    ):
+        C.write_config(str(tmp_path), C.absolute_paths(settings), step)
+        assert kept() == expected
+        assert read_settings(str(tmp_path / "config.json")) == C.absolute_paths(settings)

@@ -107,6 +107,8 @@ def test_questions_cannot_leave_their_images(tmp_path, image):
     [
         ("state.json", {"_data_files": [{"filename": "../rows.arrow"}]}),
         ("dataset_dict.json", {"splits": ["../data"]}),
+        ("dataset_dict.json", {"splits": [".."]}),
+        ("dataset_dict.json", {"splits": ["."]}),
     ],
 )
 def test_saved_data_sets_stay_in_their_folder(tmp_path, name, content):
@@ -120,12 +122,15 @@ def test_saved_data_sets_stay_in_their_folder(tmp_path, name, content):
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 'a' * 10 ** 9 }}",
+        "{% if not add_generation_prompt %}{{ 'a' * 10 ** 9 }}{% endif %}",
+        "{% if messages|length == 1 %}{{ 'a' * 10 ** 9 }}{% endif %}",
+        "x" * 2_000_000,
         "{% for a in range(99999) %}" + "x" * 100 + "{% endfor %}",
     ],
     ids=lambda source: source[:30],
 )
 def test_chat_templates_have_limits(source):
-    with pytest.raises(InputError, match="the chat template takes more than 2 s of the processor or 512 MiB"):
+    with pytest.raises(InputError, match="takes more than 2 s of the processor, 512 MiB or 1,048,576 characters"):
         chat_template(source, (), ())
 
 
@@ -144,4 +149,4 @@ def test_chat_templates_have_limits(source):
 def test_chat_templates_that_cannot_be_rendered_are_refused(source):
     with pytest.raises(InputError, match="the chat template"):
         chat_template(source, (), ())
-    assert try_jinja(source, [[{"role": "user", "content": "Why?"}]], {}) == [None]
+    assert try_jinja(source, [{"messages": [{"role": "user", "content": "Why?"}]}]) == [None]

@@ -55,6 +55,8 @@ def test_rows_are_excluded_by_their_ids(tmp_path):
     records = load_records(str(rows))
     ids.write_text("a\r\n 7 \n\n")
     assert excluded_rows(records, str(ids)) == [0, 2, 3]
+    ids.write_text("#1\nb\n#2")
+    assert excluded_rows(records, str(ids)) == [1, 2]
     ids.write_text("b\nnone\nother\n")
     with pytest.raises(InputError, match="data.exclude=.*: no row has the id 'none', nor 1 more of these; expected"):
         excluded_rows(records, str(ids))

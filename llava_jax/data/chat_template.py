@@ -5,24 +5,22 @@ conversation before it, rendered with add_generation_prompt, must be how the who
 after its text, which ends the turn; where the template says itself what the model writes ({% generation %}), that is
 trained, with that token. What no prompt leads to, or what stands otherwise in the text than in the row, is an error.
 
-Templates are code of whoever made the tokenizer: they run in Jinja's sandbox, after one question in a process of its
+Templates are code of whoever made the tokenizer: they run in Jinja's sandbox, first for an exchange in a process of its
 own that has limits (jinja_child.py).
 """
 
 import dataclasses
-import datetime
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_jax.data.jinja_child import REFUSALS
+from llava_jax.data.jinja_child import compiled
 from llava_jax.data.templates import NONCHARACTER, Span, Template, place_images, try_jinja
 from llava_jax.types import IMAGE_PLACEHOLDER, InputError, Turn
 
@@ -32,9 +30,11 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _BREAK, _OPEN, _CLOSE = "\ufdef", "\ufdee", "\ufded"
 # What a template is told that knows a mode without thinking: rows hold answers.
 _ANSWER_AT_ONCE, _THINKING = (("enable_thinking", False),), (("enable_thinking", True),)
-# Templates may write the date. What is trained, and what a resumed run reads, must not depend on the day; this one is
-# what Llama 3's templates write where they know no date.
-_TODAY = datetime.date(2024, 7, 26)
+# What a template can raise, however it is written.
+_REFUSALS = (
+    *(jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(NameError, RuntimeError, SyntaxError, TypeError, ValueError),
+)
 _BLANK = re.compile(r"\s*")
 _INSTEAD = "change the row, or train with another data.template"
 _PROBE = (Turn("human", "What is this?"), Turn("gpt", "A cat."))
@@ -82,16 +82,17 @@ class ChatTemplate(Template):
                 runs.append(self.answer(whole, messages[: index + 1], marked[number] if marked else None))
         return self._spans(whole, runs)
 
+    def _values(self, messages: Sequence[Mapping[str, str]], prompt: bool, options: Options) -> dict[str, Any]:
+        given = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None}
+        return given | dict(self.variables) | dict(options)
+
     def rendered(
         self, messages: Sequence[Mapping[str, str]], *, prompt: bool = False, options: Options = ()
     ) -> tuple[str, list[range]]:
         """Return the text of messages and its {% generation %} blocks; with `prompt` it asks for an answer."""
-        values = dict(self.variables) | dict(options)
         try:
-            text = _compiled(self.source).render(
-                messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **values
-            )
-        except REFUSALS as error:
+            text = _compiled(self.source).render(self._values(messages, prompt, options))
+        except _REFUSALS as error:
             reason = " ".join(f"{error}".split())[:200]
             raise InputError(f"the chat template refuses the conversation ({reason}); {_INSTEAD}") from error
         if _OPEN not in text:
@@ -181,7 +182,8 @@ def chat_template(source: str, variables: tuple[tuple[str, str], ...], added: tu
     """Return the template of a Jinja text, tried with one question; InputError where it cannot be trained with."""
     template = ChatTemplate(source=source, variables=variables, added=added, bos=False)
     messages = [template._message(turn, "keep") for turn in _PROBE]
-    try_jinja(source, [messages], dict(variables))
+    prompts = [template._values(messages[:1], True, options) for options in ((), _ANSWER_AT_ONCE)]
+    try_jinja(source, [template._values(messages, False, ()), *prompts])  # before any is rendered in this process
     whole, marked = template.rendered(messages)
     asked, at_once = (template.rendered(messages[:1], prompt=True, options=o)[0] for o in ((), _ANSWER_AT_ONCE))
     options = _ANSWER_AT_ONCE if at_once != asked and whole.startswith(at_once) else ()
@@ -217,14 +219,6 @@ class _Generation(Extension):
         return [opened, *body, closed]
 
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
 @functools.lru_cache(maxsize=4)
 def _compiled(source: str) -> jinja2.Template:
-    """Compile a template with what transformers gives chat templates, and a date that stays."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    return environment.from_string(source, globals={"raise_exception": _refuse, "strftime_now": _TODAY.strftime})
+    return compiled(source, [_Generation])

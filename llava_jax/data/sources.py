@@ -182,6 +182,11 @@ def _named(splits: Iterable[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
+def _is_below(name: str) -> bool:
+    """Return whether a name is one of a file or folder right below another."""
+    return name not in ("", ".", "..") and os.path.basename(name) == name
+
+
 def split_in(folder: str) -> Split | None:
     """Return what a folder of this machine holds: saved by `datasets`, or in Parquet; None for neither.
 
@@ -192,13 +197,13 @@ def split_in(folder: str) -> Split | None:
         if os.path.isfile(state):
             with open(state, encoding="utf-8") as file:
                 names = [each["filename"] for each in json.load(file)["_data_files"]]
-            if any(os.path.basename(name) != name for name in names):
+            if not all(map(_is_below, names)):
                 raise ValueError("a file that is not in the folder")
             return Split(SAVED, tuple(os.path.join(folder, name) for name in names))
         if os.path.isfile(several):
             with open(several, encoding="utf-8") as file:
                 splits = json.load(file)["splits"]
-            if any(os.path.basename(name) != name for name in splits):
+            if not all(map(_is_below, splits)):
                 raise ValueError("a split that is not in the folder")
             split = splits[0] if len(splits) == 1 else "train"
             found = split_in(os.path.join(folder, split)) if split in splits else None

@@ -339,19 +339,27 @@ SPECIAL_STRINGS += ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
-def try_jinja(source: str, chats: Sequence[Sequence[Mapping[str, Any]]], values: Mapping[str, str]) -> list[str | None]:
-    """Return prompts as a chat template writes them for `chats`, None for one that it refuses.
+def try_jinja(source: str, renderings: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Return what a chat template writes with the variables of each rendering, None where it refuses them.
 
-    They are written by a process of its own. Raises InputError where that takes more time or memory than its limits.
+    A process of its own does it. Raises InputError where that takes more time or memory than its limits.
     """
-    return _tried(json.dumps({"source": GENERATION.sub("", source), "chats": chats, "values": values}))
+    source = GENERATION.sub("", source)
+    if len(source) > jinja_child.CHARACTERS:
+        raise _too_much()
+    return _tried(json.dumps({"source": source, "renderings": renderings}))
 
 
 @functools.lru_cache(maxsize=64)
 def _tried(asked: str) -> list[str | None]:
     child = subprocess.run([sys.executable, "-P", jinja_child.__file__], input=asked, capture_output=True, text=True)
     if child.returncode in (jinja_child.TOO_MUCH, -signal.SIGXCPU, -signal.SIGKILL, -signal.SIGSEGV):
-        limits = f"{jinja_child.SECONDS} s of the processor or {jinja_child.MEBIBYTES} MiB"
-        raise InputError(f"the chat template takes more than {limits} for a question; use another tokenizer folder")
-    child.check_returncode()
+        raise _too_much()
+    if child.returncode:
+        raise InputError(f"the chat template cannot be tried: {child.stderr.strip()[-200:]}")
     return json.loads(child.stdout)
+
+
+def _too_much() -> InputError:
+    limits = f"{jinja_child.SECONDS} s of the processor, {jinja_child.MEBIBYTES} MiB or {jinja_child.CHARACTERS:,}"
+    return InputError(f"the chat template takes more than {limits} characters; use another tokenizer folder")

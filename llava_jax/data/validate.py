@@ -339,14 +339,17 @@ def looking_in(folder: str) -> Callable[[str | bytes], None]:
 
 
 def excluded_rows(records: Rows, path: str) -> list[int]:
-    """Return the rows that have one of the ids in a file, one a line. Raises InputError for an id that no row has."""
+    """Return the rows that a file names, a line each: an id, or # and the number of a row, from 0.
+
+    Raises InputError for a name that no row has.
+    """
     try:
         with opened(path) as file:
             ids = {line.strip() for line in file.read().decode().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.exclude={path}: cannot be read ({error}); expected ids of rows, one a line") from error
-    found = {row: name for row in range(len(records)) if (name := records.entry(row).id) in ids}
-    unknown = sorted(ids - set(found.values()))
+    found = {row: names for row in range(len(records)) if (names := {records.entry(row).id, f"#{row}"} & ids)}
+    unknown = sorted(ids.difference(*found.values()))
     if unknown:
         more = f", nor {len(unknown) - 1} more of these" if len(unknown) > 1 else ""
         raise InputError(

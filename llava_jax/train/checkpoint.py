@@ -41,6 +41,7 @@ from llava_jax.weights.source import (
     UNREADABLE,
     absolute,
     absolute_folder,
+    earlier_configs,
     first_line,
     is_name,
     repository,
@@ -389,16 +390,25 @@ def check_workdir(workdir: str, settings: Settings) -> None:
 
 
 def write_config(workdir: str, settings: Settings, step: int) -> None:
-    """Write config.json; where a run resumes at `step` with changed keys, keep the one until there and say them."""
-    path, until = (os.path.join(workdir, name) for name in ("config.json", f"config.until-{step}.json"))
-    if step and exists(path):
-        there = absolute_paths(read_settings(path))
+    """Write config.json; where a run resumes at `step` with changed keys, keep the one until there and say them.
+
+    Configs until later updates are removed: those updates are done again.
+    """
+    folder = epath.Path(workdir)
+    earlier = earlier_configs(workdir)
+    last = min((until for until in earlier if until >= step), default=None)
+    path = folder / ("config.json" if last is None else f"config.until-{last}.json")
+    if step and path.exists():
+        there = absolute_paths(read_settings(str(path)))
         changed = {key: values for key, values in differences(there, settings).items() if key in CHANGED_KEYS}
         for key, (old, new) in changed.items():
             say(f"{key}: {old!r} until update {step}, {new!r} from there on")
-        if changed and not exists(until):
-            write_settings(until, there)
-    write_settings(path, settings)
+        if changed:
+            write_settings(str(folder / f"config.until-{step}.json"), there)
+    for until in earlier:
+        if until > step:
+            (folder / f"config.until-{until}.json").unlink()
+    write_settings(str(folder / "config.json"), settings)
 
 
 def _split_is_free(settings: Settings) -> bool:

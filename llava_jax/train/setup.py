@@ -329,6 +329,9 @@ def restore_or_start(
         state, saved = restored
         check_unchanged(workdir, saved, meta)
         say(f"resuming at step {int(state.step)}")
+        before, now = saved.get("excluded", []), meta["excluded"]
+        if before != now:
+            say(f"data.exclude: {len(before):,} rows were left out until there, {len(now):,} are from there on")
         return state, read_params(spec, run.frozen)
     return first_state(run, trainable_pattern(settings), read_params(spec, overlaid(run.frozen, run.state.params)))
 

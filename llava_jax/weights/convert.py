@@ -7,18 +7,16 @@ run or the folder says that the model comes from; what is not known is left out.
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from llava_jax import buckets
 from llava_jax.data.sources import HUB, TFDS, is_dataset, split_sources
 from llava_jax.data.templates import check_template
 from llava_jax.data.tokenize import check_vocabulary, load_tokenizer
 from llava_jax.hub import TOWER
-from llava_jax.io import absolute_path, exists, is_bucket, opened
+from llava_jax.io import absolute_path, exists, opened
 from llava_jax.settings import DTYPES, RANDOM, differences, flatten, read_settings
 from llava_jax.types import InputError, LazyTensor, ModelConfig, Settings
 from llava_jax.weights.hf import chat_template_note
@@ -32,6 +30,7 @@ from llava_jax.weights.processor import LlavaExtras
 from llava_jax.weights.source import (
     UNREADABLE,
     checkpoint_meta,
+    earlier_configs,
     first_line,
     is_name,
     is_workdir,
@@ -426,9 +425,8 @@ def _stage_text(workdir: str, step: int, settings: Settings) -> str:
 
 def _earlier(workdir: str, step: int) -> list[tuple[int, Settings]]:
     """Return the configs with which a run began, before it was resumed with others, and the update each ends at."""
-    files = buckets.names(workdir) if is_bucket(workdir) else os.listdir(workdir)
-    found = sorted(int(match[1]) for match in map(re.compile(r"config\.until-(\d+)\.json").fullmatch, files) if match)
-    return [(n, read_settings(os.path.join(workdir, f"config.until-{n}.json"))) for n in found if n <= step]
+    found = [until for until in earlier_configs(workdir) if until <= step]
+    return [(until, read_settings(os.path.join(workdir, f"config.until-{until}.json"))) for until in found]
 
 
 def _data(annotations: str) -> str:

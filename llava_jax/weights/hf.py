@@ -357,16 +357,16 @@ def _chat_template(folder: str) -> tuple[dict[str, str], str | None]:
 def _rendered(source: str, tokens: dict[str, str]) -> set[str]:
     """Return the probe as the chat template writes it, content as text and as parts, with and without its own BOS."""
     names = {"human": "user", "gpt": "assistant"}
-    chats = []
+    renderings = []
     for as_parts in (False, True):
         messages = []
         for turn in _PROBE:
             text = turn.text.removeprefix("<image>\n")
             parts = [{"type": "image"}] * (text != turn.text) + [{"type": "text", "text": text}]
             messages.append({"role": names[turn.speaker], "content": parts if as_parts else turn.text})
-        chats.append(messages)
+        renderings.append({"messages": messages, "add_generation_prompt": True, **tokens})
     bos, found = tokens["bos_token"], set()
-    for text in try_jinja(source, chats, tokens):
+    for text in try_jinja(source, renderings):
         if text is not None:
             found |= {text, text.removeprefix(bos), text.removeprefix(bos).lstrip(" ")}
     return found

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from llava_jax import io
-from llava_jax.data.rows import check_unicode
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, Pixels, RopeConfig
 from llava_jax.weights.families import DECODERS, FIXED, FOREIGN, ROPE_KEYS, TOWERS
 
@@ -463,7 +462,7 @@ def read_json(path: str) -> dict[str, Any]:
     value = io.read_json(path, "a Hugging Face JSON file: copy it again from where it came from")
     with io.opened(path) as file:
         if io.LONE.search(file.read()):  # or the text of an escape
-            check_unicode(json.dumps(value, ensure_ascii=False), path, fix="copy it again")
+            io.check_unicode(json.dumps(value, ensure_ascii=False), path, fix="copy it again")
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

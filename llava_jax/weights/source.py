@@ -170,6 +170,7 @@ def absolute_folder(path: str, name: str) -> str:
 
 # What reading a truncated, emptied or foreign checkpoint raises (orbax and tensorstore mostly ValueError).
 UNREADABLE = (ValueError, OSError, KeyError)
+EARLIER_CONFIG = re.compile(r"config\.until-(\d+)\.json")
 EVAL_LOSS = "eval_loss"  # in the metrics and a checkpoint's meta
 
 
@@ -300,3 +301,9 @@ def steps_on_disk(workdir: str) -> list[int]:
         with reached(workdir):
             return ocp.utils.checkpoint_steps(folder)  # whose saves are complete: nothing is renamed there
     return [int(name) for name in os.listdir(folder) if name.isdigit()] if os.path.isdir(folder) else []
+
+
+def earlier_configs(workdir: str) -> list[int]:
+    """Return the updates until which a run had other settings than those of its config.json."""
+    files = buckets.names(workdir) if is_bucket(workdir) else os.listdir(workdir)
+    return sorted(int(match[1]) for match in map(EARLIER_CONFIG.fullmatch, files) if match)
