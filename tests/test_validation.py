@@ -1,8 +1,10 @@
 """Rows held out from training: their loss is the model's own, and measuring it changes no number of the training."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -13,8 +15,9 @@ from llava_jax.cli.models import step_of
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import encode_record, load_tokenizer
 from llava_jax.evaluate.rouge import rouge_l
-from llava_jax.train import loop, validation
-from llava_jax.types import InputError
+from llava_jax.parallel.sharding import make_mesh
+from llava_jax.train import answers, loop, validation
+from llava_jax.types import InputError, Record, Turn
 from llava_jax.weights.source import best_step
 from tests.tiny_run import make_inputs, make_settings, read_metrics, watched_steps
 
@@ -128,6 +131,29 @@ def test_the_best_checkpoint_stays_and_is_known_after_a_kill(inputs, tmp_path, m
     assert step_of(args, f"orbax:{tmp_path}") == 2
     with pytest.raises(InputError, match="no checkpoint says the loss"):
         step_of(args, str(inputs / "llava"))
+
+
+@pytest.mark.parametrize("template", ["v0", "v0_mmtag", "qwen", "llama_3", "v1", "plain"])
+def test_a_question_is_asked_as_generate_asks_it(inputs, template):
+    """Where the headers of a template are trained, too, and with what comes before and after the question."""
+    settings = make_settings(inputs, "finetune", data__template=template, data__eval="-", train__eval_generate=1)
+    llava = api.load(f"{inputs}/llava")
+    tokenizer = llava.processor.tokenizer
+    config = dataclasses.replace(llava.config, llm=dataclasses.replace(llava.config.llm, max_positions=512))
+    run = types.SimpleNamespace(config=config, mesh=make_mesh(settings.mesh))
+    question, image = "<image>" if template == "plain" else "What is\n<image>", f"{inputs}/images/0.png"
+    turns = [Turn("human", question), Turn("gpt", " A red square.\n")]
+    ask = [{"role": "user", "content": [{"type": "text", "text": question}, {"type": "image", "image": image}]}]
+    if template != "plain":
+        # An answer that is not trained is part of the question, and later images are not.
+        turns = [Turn("human", "Hello!"), Turn("gpt", "Hi.", False), *turns, Turn("human", "<image>"), Turn("gpt", "?")]
+        ask = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}, *ask]
+    record = Record("a", ("0.png", "1.png")[: 1 + (template != "plain")], tuple(turns))
+    asked = answers.open_questions(settings, settings.data, tokenizer, run, [record])
+    processor = dataclasses.replace(llava.processor, config=config, template=template)
+    np.testing.assert_array_equal(asked.prompts[0].tokens, processor.tokens(ask))
+    assert asked.references == ["A red square."] and len(asked.prompts[0].pixels) == 1
+    assert asked.limit > len(tokenizer.encode_text("A red square."))
 
 
 def test_rouge_l_by_hand():

@@ -1,13 +1,15 @@
 """Held-out rows answered during training, with the weights where they lie: how many answers are right, or how close."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from llava_jax.data.images import load_tiles, normalised
+from llava_jax.data.templates import render
 from llava_jax.data.tiles import spread, tiling
-from llava_jax.data.tokenize import TextTokenizer, encode_record, image_paths, image_sizes
+from llava_jax.data.tokenize import TextTokenizer, encode, expand, image_paths, image_sizes
 from llava_jax.evaluate.exact_match import normalise
 from llava_jax.evaluate.rouge import rouge_l
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, greedy_ids
@@ -51,7 +53,7 @@ def open_questions(
 ) -> Questions:
     """Read the first `train.eval_generate` of the held-out `rows`; `data` is how they are read.
 
-    What stands before a row's first answer, as it is trained, is asked. Raises InputError for a row that cannot be.
+    What stands before a row's first answer is asked. Raises InputError for a row that cannot be.
     """
     train, config = settings.train, run.config
     if train.eval_generate > len(rows):
@@ -62,36 +64,41 @@ def open_questions(
     config = dataclasses.replace(config, remat="none", attention="xla")
     model = PlacedModel(build(config)[0], {}, config, place(stops_QV, replicated(run.mesh)), run.mesh)
     asked = Questions(model, [], [], tokenizer, rules.stop, train.batch_size // train.accumulate, 0)
-    longest = 0
+    longest, room = 0, config.llm.max_positions
     for row in range(train.eval_generate):
         try:
             prompt, answer = _first_question(rows[row], data, config, tokenizer)
         except InputError as error:
             raise InputError(f"data.eval row {row}: {error}") from None
+        room = min(room, config.llm.max_positions - len(prompt.tokens))
+        if room < 2:
+            raise InputError(f"data.eval row {row}: its first question leaves no room for an answer; shorten it")
         asked.prompts.append(prompt)
-        asked.references.append(asked.text(answer.tolist()))
-        longest = max(longest, len(answer))
-    room = config.llm.max_positions - max(len(prompt.tokens) for prompt in asked.prompts)
-    return dataclasses.replace(asked, limit=max(2, min(bucket(longest + 1), room)))
+        asked.references.append(answer)
+        longest = max(longest, len(tokenizer.encode_text(answer)))
+    return dataclasses.replace(asked, limit=max(2, min(bucket(longest + 2), room)))
 
 
 def _first_question(
     record: Record, data: DataSettings, config: ModelConfig, tokenizer: TextTokenizer
-) -> tuple[Prompt, np.ndarray]:
-    """Return what is asked first in a row, and the ids of its answer."""
-    size, patches, tiles = config.vision.image_size, config.vision.patches, None
+) -> tuple[Prompt, str]:
+    """Return what is asked before a row's first trained answer, in the words of `generate`, and that answer."""
+    turns, rules, size, tiles = record.turns, tokenizer.template(data.template), config.vision.image_size, None
+    pairs = enumerate(itertools.pairwise(turn.speaker for turn in turns), 1)
+    at = next((i for i, speakers in pairs if speakers == ("human", "gpt") and turns[i].target), 0)
+    spans = render(turns[:at], rules, image_position=data.image_position, open_turn=True)
+    encoded = encode(spans, tokenizer, bos=rules.bos)
+    record = dataclasses.replace(record, images=record.images[: encoded.images])
     sizes: list[tuple[int, int]] = []
     if config.pinpoints:
         tiles, sizes = tiling(config), image_sizes(record, data)
-    counts = patches if tiles is None else tiles.tokens(sizes)
-    tokens, targets = encode_record(record, data, tokenizer, config.image_token_id, counts)
-    start = int(targets.argmax())
-    end = start + int(np.append(targets[start:], False).argmin())
+    counts = config.vision.patches if tiles is None else tiles.tokens(sizes)
+    tokens, _ = expand(encoded.tokens, encoded.targets, config.image_token_id, counts, max_length=None)
     pixels = [np.zeros((0, size, size, 3), np.uint8)]
     for path in image_paths(record, data):
         pixels.append(load_tiles(path, size, data.aspect, tiles, config.vision.pixels, data.exif))
-    index_T = None if tiles is None else spread(tokens, config.image_token_id, tiles.feature_index(sizes))[:start]
-    return Prompt(tokens[:start], np.concatenate(pixels), index_T), tokens[start:end]
+    index_T = None if tiles is None else spread(tokens, config.image_token_id, tiles.feature_index(sizes))
+    return Prompt(tokens, np.concatenate(pixels), index_T), turns[at].text.strip()
 
 
 def answer(
