@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import types
 
@@ -110,25 +111,37 @@ def test_answers_are_those_of_the_saved_model(runs, inputs):
 
 
 def test_the_best_checkpoint_stays_and_is_known_after_a_kill(inputs, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0, KeyboardInterrupt, 2.0, 4.0, 1.5, 2.0])
+    killed = KeyboardInterrupt
+    losses = iter([math.inf, math.nan, 1.0, killed, 2.0, killed, 3.0, 4.0])
 
     def measure(*_):
         found = next(losses)
-        if found is KeyboardInterrupt:
+        if found is killed:
             raise found
         return {"eval_loss": found, "eval_targets": 1}
 
+    def train(rows: str) -> None:
+        loop.train(make_settings(inputs, "pretrain", data__eval=f"{inputs}/{rows}", **how), str(tmp_path))
+
+    def kept() -> set[str]:
+        return {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
     monkeypatch.setattr(loop, "evaluate", measure)
     monkeypatch.setattr(loop, "compile_step", watched_steps(loop.compile_step)[0])
-    how = dict(data__eval=f"{inputs}/captions.json", train__eval_every=1, train__keep_best=True, train__keep=1)
-    settings = make_settings(inputs, "pretrain", train__steps=6, train__checkpoint_every=0, data__max_length=32, **how)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(settings, str(tmp_path))
-    loop.train(settings, str(tmp_path))  # from the best one, after which none was saved
+    how = dict(train__steps=6, train__checkpoint_every=2, train__eval_every=1, train__keep_best=True, train__keep=1)
+    how |= dict(data__max_length=32)
+    args, run = argparse.Namespace(step="best"), f"orbax:{tmp_path}"
+    with pytest.raises(killed):
+        train("captions.json")
+    assert kept() == {"3"}  # not the one before it, whose loss is no number
+    with pytest.raises(killed):
+        train("captions.json")
+    assert kept() == {"3", "4"} and step_of(args, run) == 3
+    others = json.loads((inputs / "captions.json").read_text())[1:]
+    (inputs / "others.json").write_text(json.dumps(others))
+    train("others.json")  # whose losses are compared with one another alone
     assert next(losses, "all used") == "all used"
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6"}
-    args = argparse.Namespace(step="best")
-    assert step_of(args, f"orbax:{tmp_path}") == 2
+    assert kept() == {"5", "6"} and step_of(args, run) == 5
     with pytest.raises(InputError, match="no checkpoint says the loss"):
         step_of(args, str(inputs / "llava"))
 
@@ -170,7 +183,7 @@ def test_a_signal_cuts_a_pass_short():
         def set_state(self, state):
             self.state = state
 
-    held_out = validation.HeldOut(None, type("Plan", (), {"steps": 3}), Data(), None)
+    held_out = validation.HeldOut("", None, type("Plan", (), {"steps": 3}), Data(), None)
     assert validation.evaluate(held_out, {}, {}, lambda: True) == {}
 
 

@@ -42,6 +42,7 @@ from llava_jax.weights.source import (
     absolute,
     absolute_folder,
     earlier_configs,
+    eval_losses,
     first_line,
     is_name,
     repository,
@@ -198,6 +199,19 @@ def restore(
             "from a copy, or choose another workdir to start again"
         )
     return None
+
+
+def best_loss(workdir: str, rows: str) -> dict[int, float]:
+    """Return {step: loss} of the best checkpoint by `eval_losses`, {} without one; every process must call it.
+
+    The first one reads: what decides over a save must be the same in all.
+    """
+
+    def read() -> str:
+        losses = eval_losses(workdir, rows)
+        return json.dumps(sorted(losses.items(), key=lambda item: item[1])[:1])
+
+    return dict(json.loads(text_of_first(read)))
 
 
 def _read(folder: str, manager: ocp.CheckpointManager, state: TrainState, is_proven: bool) -> tuple[Any, str]:

@@ -49,7 +49,7 @@ from llava_jax.train.wandb_run import RUN_ID, WandbRun, check_installed
 from llava_jax.train.watchdog import Goodput, Watchdog, watching
 from llava_jax.types import STOPPED_EXIT_CODE, DataSettings, InputError, Record, Settings
 from llava_jax.weights.load import model_spec, read_projector, with_template
-from llava_jax.weights.source import EVAL_LOSS, eval_losses
+from llava_jax.weights.source import EVAL_LOSS, EVAL_ROWS
 
 METRICS, REJECTS = "metrics.jsonl", "rejects.jsonl"
 # Figures of held-out rows in the status line.
@@ -132,7 +132,8 @@ def train_held(
             held_out = open_held_out(settings, spec.stage_config, tokenizer, run, held_out_rejects.among)
         watchdog.enter("restore")
         state, frozen = restore_or_start(workdir, settings, spec, run, manager, data, meta)
-        losses |= eval_losses(workdir) if train.keep_best else {}
+        if held_out is not None and train.keep_best:
+            losses |= checkpoint.best_loss(workdir, held_out.rows)
         if is_first():
             checkpoint.write_config(workdir, settings, int(state.step))
         todo = range(int(state.step), steps)
@@ -178,9 +179,11 @@ def train_held(
             def save(state: TrainState, evaluated: Evaluated) -> None:
                 watchdog.enter("save")
                 upload()  # first, so that no checkpoint is there without the metrics before it
-                found = {name: evaluated[name] for name in evaluated if name == EVAL_LOSS}
+                loss, found = evaluated.get(EVAL_LOSS, math.nan), {}
+                if held_out is not None and math.isfinite(loss):
+                    found = {EVAL_LOSS: loss, EVAL_ROWS: held_out.rows}
                 if train.keep_best and found:
-                    losses[int(state.step)] = found[EVAL_LOSS]
+                    losses[int(state.step)] = loss
                 checkpoint.save(manager, state, data, meta | found)
                 rejects.check_total()
                 held_out_rejects.check_total()

@@ -28,8 +28,12 @@ Evaluated = dict[str, float | int]
 
 
 class HeldOut(NamedTuple):
-    """Batches of held-out rows, each row once, the compiled pass over one of them, and what some of them ask."""
+    """Batches of held-out rows, each row once, the compiled pass over one of them, and what some of them ask.
 
+    `rows` is the fingerprint of their annotations.
+    """
+
+    rows: str
     mesh: Mesh
     batches: BatchPlan
     data: BatchIterator
@@ -85,9 +89,8 @@ def open_held_out(
     ).lower(run.state.params, run.frozen, abstract_batch(config, batches.shape, mesh))
     questions = open_questions(settings, data, tokenizer, run, records) if settings.train.eval_generate else None
     tell = on_reject(len(records))
-    return HeldOut(
-        mesh, batches, open_data(data, config, tokenizer, records, batches, mesh, tell), nll.compile(), questions
-    )
+    reader = open_data(data, config, tokenizer, records, batches, mesh, tell)
+    return HeldOut(records.fingerprint, mesh, batches, reader, nll.compile(), questions)
 
 
 def without_dropout(config: ModelConfig) -> ModelConfig:

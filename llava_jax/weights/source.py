@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -172,6 +173,7 @@ def absolute_folder(path: str, name: str) -> str:
 UNREADABLE = (ValueError, OSError, KeyError)
 EARLIER_CONFIG = re.compile(r"config\.until-(\d+)\.json")
 EVAL_LOSS = "eval_loss"  # in the metrics and a checkpoint's meta
+EVAL_ROWS = "eval_rows"  # in a checkpoint's meta: the fingerprint of the rows that have this loss
 
 
 def load_params(workdir: str, step: int | None = None, part: str | None = None) -> tuple[int, dict, dict]:
@@ -229,14 +231,19 @@ def checkpoint_meta(workdir: str, step: int) -> dict:
         return json.load(file)
 
 
-def eval_losses(workdir: str) -> dict[int, float]:
-    """Return the loss of held-out rows at each checkpoint that was saved after a pass over them."""
+def eval_losses(workdir: str, rows: str | None = None) -> dict[int, float]:
+    """Return the loss of held-out rows at each checkpoint that was saved after a pass over them, where it is finite.
+
+    `rows` is their fingerprint, None that of the last pass: losses of other rows are no measure.
+    """
     found = {}
-    for step in sorted(steps_on_disk(workdir)):
+    for step in sorted(steps_on_disk(workdir), reverse=True):
         with contextlib.suppress(*UNREADABLE):  # whoever wants that checkpoint says so
             meta = checkpoint_meta(workdir, step)
-            found |= {step: meta[EVAL_LOSS]} if EVAL_LOSS in meta else {}
-    return found
+            if math.isfinite(meta.get(EVAL_LOSS, math.nan)):
+                rows = meta.get(EVAL_ROWS, "") if rows is None else rows
+                found |= {step: meta[EVAL_LOSS]} if meta.get(EVAL_ROWS, "") == rows else {}
+    return dict(sorted(found.items()))
 
 
 def best_step(workdir: str) -> int:
