@@ -57,7 +57,7 @@ def inputs(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
     small = dict(train__batch_size=8, data__max_length=48, mesh__tensor=2)
-    held_out = dict(data__eval=f"{folder}/captions.json", train__eval_every=3)
+    held_out = dict(data__eval=f"{folder}/captions.json", train__eval_every=3, train__keep_best=True)
     long = make_settings(folder, "finetune", train__steps=STEPS, train__checkpoint_every=2, **held_out, **small)
     asked = dict(data__eval=f"{folder}/captions.json", train__eval_generate=3)
     ranks = make_settings(folder, "pretrain", train__steps=2, train__loss_norm="rank_mean", **asked, **small)

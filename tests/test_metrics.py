@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import tempfile
 import time
 from unittest import mock
 
@@ -83,16 +84,42 @@ def test_wandb_gets_the_lines_in_one_run_over_resumes_and_never_stops_training(t
     logged(range(2, 4))
     name = (tmp_path / "wandb_id").read_text()
     runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+
+    def counts() -> list[int]:
+        return [path.read_bytes().count(b"tokens_per_second") for path in runs]
+
+    # wandb's own process writes them, a moment later.
+    end = time.monotonic() + 20
+    while counts() != [6, 4] and time.monotonic() < end:
+        time.sleep(0.05)
     # A line is in the run's history and in its summary.
-    assert [path.read_bytes().count(b"tokens_per_second") for path in runs] == [6, 4]
+    assert counts() == [6, 4]
     assert warnings() == []
-    with mock.patch.object(wandb.Run, "log", side_effect=ConnectionResetError("Connection lost")):
+    with mock.patch.object(wandb.Run, "log", side_effect=Exception("Connection lost")):
         logged(range(4, 6))
     assert [row["step"] for row in read(tmp_path)] == list(range(6))
     assert warnings() == ["warning: wandb fails (Connection lost); training continues without"]
     (tmp_path / "wandb_id").write_text("no/id")
     logged(range(5, 6))
     assert "training continues without" in warnings()[0]
+
+
+def test_wandb_gets_a_new_id_for_an_empty_one_and_writes_no_file_into_a_bucket(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    (here / "wandb_id").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    settings = make_settings(tmp_path, "finetune", train__wandb="project")
+    for workdir in ("gs://bucket/run", str(here)):
+        with mock.patch.object(wandb, "init", side_effect=Exception("no service")) as init:
+            WandbRun(settings, workdir, str(here)).close()
+        assert init.call_args.kwargs["id"] == (here / "wandb_id").read_text() != ""
+        assert (init.call_args.kwargs["dir"] == str(here)) == (workdir == str(here))
+    assert [path.name for path in here.iterdir()] == ["wandb_id"] and len(list(elsewhere.iterdir())) == 1
+    assert capsys.readouterr().err.count("wandb fails (no service)") == 2
 
 
 def test_wandb_that_is_not_there_is_said_at_the_start(tmp_path, monkeypatch):
