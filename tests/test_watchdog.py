@@ -103,6 +103,18 @@ def test_sigterm_is_still_handled_by_who_handled_it(codes, monkeypatch):
         assert wait(codes) == [43]
 
 
+def test_the_update_after_a_pass_has_its_own_time(codes, monkeypatch):
+    """Several processes that are told to stop during a pass finish it, and do one more update."""
+    monkeypatch.setattr(W, "TERM_SECONDS", 0.6)
+    with stop_signal(), W.watching(0) as watchdog:
+        watchdog.enter("evaluation")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not wait(codes, 0.7)
+        watchdog.enter("step")
+        assert not wait(codes, 0.55)
+        assert wait(codes) == [43]
+
+
 def test_sigterm_before_the_start(codes, capfd):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), leaving_on_sigterm():

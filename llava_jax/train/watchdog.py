@@ -22,8 +22,9 @@ from llava_jax.parallel.distributed import LAST_SECONDS
 from llava_jax.types import HUNG_EXIT_CODE, STOPPED_EXIT_CODE
 
 STEP_SECONDS = 600  # the least that a step may take, and 20 times as long as usual
-TERM_SECONDS = 25  # from SIGTERM until the step is over, or six times as long as usual
+TERM_SECONDS = 25  # from SIGTERM, or a pass or save after it, until the step is over, or six times as long as usual
 UNSAVED = ("start", "restore", "compile")  # before the first update: there is nothing to save
+UNHURRIED = ("evaluation", "save")  # after SIGTERM, too: several processes finish them and do one more update
 TOGETHER_SECONDS = 8  # that a process which is told to stop waits until the others know
 
 # What an update costs: lost where it is run again.
@@ -91,6 +92,7 @@ class Watchdog:
         self._steps: deque[float] = deque(maxlen=100)
         self._now = ("start", time.monotonic())
         self._told: float | None = None
+        self._unhurried = 0.0
         self._should_stop: Callable[[int], bool] | None = None
         self._last_seconds, self._agreed = 0.0, float("inf")
         self._ear, self.mouth = os.pipe()
@@ -100,6 +102,8 @@ class Watchdog:
         """Begin a phase: start, restore, compile, step, evaluation, save."""
         self.goodput.enter(phase)
         before, since = self._now
+        if before in UNHURRIED:
+            self._unhurried = time.monotonic()
         self._now = phase, time.monotonic()
         if before == "step":
             self._steps.append(self._now[1] - since)
@@ -133,7 +137,8 @@ class Watchdog:
             if self._limit and now - since > limit:
                 faulthandler.dump_traceback()
                 _end(f"error: {phase} takes more than {limit:.0f} s (train.watchdog): stuck", HUNG_EXIT_CODE)
-            if self._told is not None and phase == "step" and now - self._told > max(TERM_SECONDS, 6 * usual):
+            since = max(self._told or now, self._unhurried)
+            if self._told is not None and phase == "step" and now - since > max(TERM_SECONDS, 6 * usual):
                 faulthandler.dump_traceback()
                 _end("error: SIGTERM is not obeyed: stuck in a step", HUNG_EXIT_CODE)
 
