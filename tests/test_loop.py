@@ -437,6 +437,20 @@ def test_several_processes_count_their_rejected_rows_together(inputs, tmp_path, 
     assert (tmp_path / "rejects.jsonl").read_text().count('"reason": "gone"') == 4
 
 
+def test_rows_that_more_processes_found_unreadable_still_count(inputs, tmp_path):
+    """One process resumes at update 4; the other's file was torn by a kill."""
+    for name, rows in (("rejects.jsonl", {1: 0}), ("rejects.1.jsonl", {2: 3, 3: 4})):
+        (tmp_path / name).write_text("".join(json.dumps(dict(step=rows[row], row=row)) + "\n" for row in rows) + '{"st')
+    rejects = loop.Rejects(make_settings(inputs, "pretrain", data__max_rejects=3.0).data)
+    tell = rejects.among(100)
+    rejects.open(str(tmp_path), 4)
+    assert [len((tmp_path / name).read_text().splitlines()) for name in ("rejects.jsonl", "rejects.1.jsonl")] == [1, 1]
+    for row in (2, 3):
+        tell(Rejected(row, "a", "gone"), 4)
+    with pytest.raises(InputError, match="3 rows before it were unreadable"):
+        tell(Rejected(4, "b", "gone"), 5)
+
+
 def test_updates_in_a_row_that_are_not_finite_stop_the_run(inputs, tmp_path, capsys):
     """It resumes as docs/howto/resume.md says: from before the weights were spoilt, at another rate, without a row."""
     how = dict(data__shuffle=False, train__checkpoint_every=1, train__keep=9, train__steps=6, train__max_nonfinite=2)

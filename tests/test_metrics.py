@@ -215,7 +215,7 @@ def test_goodput_of_a_run_that_began_before_there_was_any(tmp_path):
 def test_a_complete_last_line_without_its_newline_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}')
-    M.truncate_metrics(str(path), 5)
+    M.truncate_lines(str(path), 5)
     assert path.read_text() == '{"step": 0}\n'
 
 
@@ -223,7 +223,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(InputError, match="metrics.jsonl line 2"):
-        M.truncate_metrics(str(path), 5)
+        M.truncate_lines(str(path), 5)
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03")])

@@ -1,6 +1,7 @@
 """Run one training stage from start to end: mesh, data, model, restore or start, updates, saves, metrics."""
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -362,15 +363,19 @@ class Rejects:
         return self._tell if self._most else None
 
     def open(self, workdir: str, step: int) -> None:
-        """Continue the file of `workdir` at update `step`; those after it will be found again."""
+        """Continue the file of `workdir` at update `step`; those after it will be found again.
+
+        What all processes found counts. There may have been more of them: the first one cuts the files that are left.
+        """
         if is_bucket(workdir):
             return
-        index = jax.process_index()
-        self._path = os.path.join(workdir, f"rejects.{index}.jsonl" if index else REJECTS)
-        truncate_metrics(self._path, step)
-        if os.path.exists(self._path):
-            with open(self._path, encoding="utf-8") as file:
-                self._found = {json.loads(line)["row"] for line in file}
+        count, index = jax.process_count(), jax.process_index()
+        ours = [os.path.join(workdir, f"rejects.{i}.jsonl" if i else REJECTS) for i in range(count)]
+        self._path = ours[index]
+        for path in glob.glob(os.path.join(glob.escape(workdir), "rejects.*jsonl")):
+            self._found |= {json.loads(line)["row"] for line in lines_before(path, step)[0]}
+            if path == self._path or (path not in ours and is_first()):
+                truncate_lines(path, step)
 
     def _tell(self, rejected: Rejected, batch: int) -> None:
         if rejected.row in self._found:
@@ -404,16 +409,25 @@ class Rejects:
 # ---- metrics.jsonl, TensorBoard events, the status line --------------------------------------------------------------
 
 
-def truncate_metrics(path: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keep the lines of metrics.jsonl before update `step`: later ones will be written again.
+def truncate_lines(path: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keep the lines of metrics or rejects before update `step`, as `lines_before` has them: others come again.
 
-    Returns the last line kept and the last of all, {} for none. A last line torn by a kill is dropped. Raises an
-    InputError naming any other broken line.
+    Returns the last line kept and the last of all, {} for none.
     """
-    kept: dict[str, Any] = {}
-    last: dict[str, Any] = {}
     if not os.path.exists(path):
-        return kept, last
+        return {}, {}
+    earlier, last = lines_before(path, step)
+    with replacing(path) as file:
+        file.writelines(earlier)
+    return json.loads(earlier[-1]) if earlier else {}, last
+
+
+def lines_before(path: str, step: int) -> tuple[list[str], dict[str, Any]]:
+    """Return the lines of a file before update `step`, and the last of all as it is decoded, {} for none.
+
+    A last line torn by a kill is left out. Raises an InputError naming any other broken line.
+    """
+    last: dict[str, Any] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().splitlines(keepends=True)
     earlier = []
@@ -427,11 +441,8 @@ def truncate_metrics(path: str, step: int) -> tuple[dict[str, Any], dict[str, An
             raise InputError(f"{path} line {number}: not an object with a step, restore or remove the file") from error
         last = row
         if logged < step and line.endswith("\n"):
-            kept = row
             earlier.append(line)
-    with replacing(path) as file:
-        file.writelines(earlier)
-    return kept, last
+    return earlier, last
 
 
 class MetricsWriter:
@@ -456,7 +467,7 @@ class MetricsWriter:
     ):
         path = os.path.join(workdir, METRICS)
         self.goodput = goodput
-        goodput.resume(*truncate_metrics(path, steps.start))
+        goodput.resume(*truncate_lines(path, steps.start))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, close() does
         self._lost = self.skipped = 0
         board = os.path.join(workdir, "tensorboard")
