@@ -187,7 +187,7 @@ def test_goodput_adds_up_to_the_wall_time_over_all_starts(tmp_path, monkeypatch)
             for step in steps:
                 account.enter("step")
                 clock.now += 4
-                account.wait(1)
+                account.count_waiting(1)
                 writer.write(step, values(step), slots=40)
                 if step % 2:
                     account.enter("save")

@@ -175,16 +175,27 @@ def test_rouge_l_by_hand():
     assert (rouge_l("", "a"), rouge_l("a", ""), rouge_l("a dog", "A dog!")) == (0, 0, 1)
 
 
-def test_a_signal_cuts_a_pass_short():
-    class Endless:
-        data = batches = None
+def test_a_signal_cuts_a_pass_short(monkeypatch):
+    seen = []
 
     class Data:
         def set_state(self, state):
-            self.state = state
+            self.batches = iter("abc"[state["batches"] :])
 
-    held_out = validation.HeldOut("", None, type("Plan", (), {"steps": 3}), Data(), None)
-    assert validation.evaluate(held_out, {}, {}, lambda: True) == {}
+        def __next__(self):
+            return next(self.batches)
+
+    def nll(params, frozen, batch):
+        seen.append(batch)
+        return 2.0, 1
+
+    monkeypatch.setattr(validation, "global_batch", lambda batch, mesh, rows: batch)
+    plan = types.SimpleNamespace(steps=3, shape=types.SimpleNamespace(rows=1))
+    held_out = validation.HeldOut("", None, plan, Data(), nll)
+    assert validation.evaluate(held_out, {}, {}, lambda: len(seen) == 2) == {}
+    assert seen == ["a", "b"]
+    # The next pass begins with the first batch.
+    assert validation.evaluate(held_out, {}, {}, lambda: False) == {"eval_loss": 2.0, "eval_targets": 3}
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def log_update(
     """
     values = jax.device_get(values)
     if writer is not None:
-        writer.goodput.wait(waited)
+        writer.goodput.count_waiting(waited)
 
     def where() -> str:  # only on error: the ids are read from disk
         return f"step {n}, rows {', '.join(f'{row} (id {records[row].id})' for row in rows[rows >= 0].tolist())}"

@@ -52,7 +52,7 @@ class Goodput:
         self._seconds[self._at] += now - self._since
         self._at, self._since = PHASES.get(phase, phase), now
 
-    def wait(self, seconds: float) -> None:
+    def count_waiting(self, seconds: float) -> None:
         """Count seconds of the updates as waiting for a batch."""
         self._seconds["step"] -= seconds
         self._seconds["data"] += seconds
