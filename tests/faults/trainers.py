@@ -73,7 +73,7 @@ def slowed(function: Callable[..., Any], phase: str, seconds: float) -> Callable
 
 def full(save: Callable[..., None]) -> Callable[..., None]:
     def fails(*args: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))  # the log still fits
         save(*args)
 
     return fails
