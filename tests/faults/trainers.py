@@ -250,7 +250,7 @@ class Case(NamedTuple):
 
     name: str
     roles: tuple[str, ...]
-    mark: str  # a line of the first of `told` that is waited for; "": none
+    mark: str  # a line of each of `told` that is waited for; "": none
     told: tuple[int, ...]  # processes that get `sent`
     sent: signal.Signals | None
     seconds: float  # until all but those that are frozen are gone
@@ -262,7 +262,7 @@ def attempt(case: Case, config: pathlib.Path, workdir: pathlib.Path, logs: pathl
     trainers = start(case.roles, config, workdir, logs)
     frozen = case.told if case.sent == signal.SIGSTOP else ()
     ending = [trainer for index, trainer in enumerate(trainers) if index not in frozen]
-    is_there = not case.mark or trainers[case.told[0]].wait_for(case.mark)
+    is_there = not case.mark or all(trainers[index].wait_for(case.mark) for index in case.told)
     began = time.monotonic()
     for index in case.told if case.sent is not None else ():
         trainers[index].send(case.sent)
