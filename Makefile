@@ -36,7 +36,7 @@ $(DEMO)/report.json:
 	$(MAKE) demo
 
 test: .venv/.dev
-	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -q -n 3 --dist worksteal
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 compiled: .venv/.dev
 	.venv/bin/python -m pytest -q tests/compiled
