@@ -214,6 +214,31 @@ def test_a_prompt_that_begins_as_an_earlier_one_starts_from_it(tiny, monkeypatch
     assert together == found and starts[0] == 0 and all(starts[1:])
 
 
+def test_a_process_that_ends_meanwhile_waits_for_the_answer(tmp_path):
+    code = f"""
+from tests import test_engine
+test_engine.leave({str(tmp_path)!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=fast_compile.environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["leaving", "End"]), done.stderr[-3000:]
+
+
+def leave(folder: str) -> None:
+    """Return with the first words of an answer."""
+    first, asked = threading.Event(), model(folder)
+
+    def emit(event):
+        first.set()
+        if not isinstance(event, Piece):
+            print(type(event).__name__)
+
+    Engine(asked, slots=1).submit(asked.prompt(api.question(QUESTIONS[1], None)), GREEDY, emit)
+    first.wait(60)
+    print("leaving")
+
+
 # ---- several devices -------------------------------------------------------------------------------------------------
 
 WIDE = config(heads=8, kv_heads=4, head_dim=8)

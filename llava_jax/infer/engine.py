@@ -342,7 +342,8 @@ class Engine:
                 raise Full(f"{self._waiting} requests wait already")
             self._queue.append(ticket)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                # No daemon: an interpreter that ends while one is inside XLA aborts. It waits for the last answer.
+                self._thread = threading.Thread(target=self._run, name="engine")
                 self._thread.start()
         return ticket
 
