@@ -75,7 +75,8 @@ def test_rows_of_several_sources_stand_one_after_another(tmp_path):
     assert load_records(f"{first}:1,{second}:2").mixture == Mixture((2, 2), (1.0, 2.0))
 
 
-def test_a_file_elsewhere_is_copied_once(tmp_path, cache):
+def test_a_file_elsewhere_is_copied_once(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")  # whose credentials nobody looks for
     content, opened = json.dumps([row("far")]).encode(), []
 
     def open_(_, path, mode):
