@@ -1,5 +1,6 @@
 """LLaVA (arXiv 2304.08485): a vision tower, a projector, and a decoder that reads image features as tokens."""
 
+import functools
 import re
 from typing import Any
 
@@ -151,8 +152,13 @@ class Llava(nnx.Module):
 
 def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     """Return the model without weights: its graph definition and float32 ShapeDtypeStructs as a plain dict."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
+    graphdef, state = _traced(config)
     return graphdef, nnx.to_pure_dict(state)
+
+
+@functools.cache  # a run asks five times, and a tenth of a second each
+def _traced(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
 
 
 def init(config: ModelConfig, seed: int, wanted: Params | None = None) -> Params:
