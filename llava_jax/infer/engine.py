@@ -13,7 +13,7 @@ import itertools
 import queue
 import threading
 import zlib
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -320,31 +320,8 @@ class Engine:
 
         Raises InputError for what cannot be asked, Full where the queue is, Closed where nothing is taken.
         """
-        check_sampling(sampling)
-        if "" in stop:
-            raise InputError("stop: a string is empty; expected text that ends an answer")
-        if logprobs is not None and not 0 <= logprobs <= LOGPROBS:
-            raise InputError(f"logprobs is {logprobs}; expected 0 to {LOGPROBS}")
-        if logprobs is not None and sampling.beams > 1:
-            raise InputError("logprobs: beam search gives none; set beams to 1")
-        left = self.max_length - len(prompt.tokens)
-        if left < 1:
-            raise InputError(
-                f"prompt of {len(prompt.tokens)} tokens (image tokens included), but this model holds "
-                f"{self.max_length} with room for an answer: shorten the text or give fewer images"
-            )
-        ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs)
-        ticket.limit, ticket.chunks = min(ticket.limit, left), _chunks(ticket, self.placed.config)
-        with self._lock:
-            if self._closed:
-                raise Closed("the engine takes no more requests")
-            if len(self._queue) >= self._waiting:
-                raise Full(f"{self._waiting} requests wait already")
-            self._queue.append(ticket)
-            if self._thread is None:
-                # No daemon: an interpreter that ends while one is inside XLA aborts. It waits for the last answer.
-                self._thread = threading.Thread(target=self._run, name="engine")
-                self._thread.start()
+        ticket = self._ticket(prompt, sampling, emit, stop, logprobs)
+        self._enqueue([ticket])
         return ticket
 
     def close(self, timeout: float) -> None:
@@ -377,13 +354,18 @@ class Engine:
         """
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         tickets: dict[int, Ticket] = {}
-        pieces: dict[int, list[Piece]] = {}
+        pieces: defaultdict[int, list[Piece]] = defaultdict(list)
         waiting = enumerate(prompts)
         try:
             while True:
-                for index, prompt in itertools.islice(waiting, 2 * self.slots - len(tickets)):
-                    pieces[index] = []
-                    tickets[index] = self.submit(prompt, sampling, functools.partial(_put, events, index), stop=stop)
+                # The first ones together, so that they are prefilled together.
+                most = 2 * self.slots if tickets else self.slots
+                new = {
+                    index: self._ticket(prompt, sampling, functools.partial(_put, events, index), stop)
+                    for index, prompt in itertools.islice(waiting, most - len(tickets))
+                }
+                self._enqueue(list(new.values()))
+                tickets |= new
                 if not tickets:
                     return
                 index, event = events.get()
@@ -393,12 +375,45 @@ class Engine:
                     pieces[index].append(event)
                     continue
                 del tickets[index]
-                given = pieces.pop(index)
+                given = pieces.pop(index, [])
                 text, ids = "".join(piece.text for piece in given), [token for piece in given for token in piece.ids]
                 yield Answer(index, text, ids)
         finally:
             for ticket in tickets.values():
                 ticket.cancel()
+
+    def _ticket(
+        self, prompt: Prompt, sampling: Sampling, emit: Emit, stop: Sequence[str] = (), logprobs: int | None = None
+    ) -> Ticket:
+        check_sampling(sampling)
+        if "" in stop:
+            raise InputError("stop: a string is empty; expected text that ends an answer")
+        if logprobs is not None and not 0 <= logprobs <= LOGPROBS:
+            raise InputError(f"logprobs is {logprobs}; expected 0 to {LOGPROBS}")
+        if logprobs is not None and sampling.beams > 1:
+            raise InputError("logprobs: beam search gives none; set beams to 1")
+        left = self.max_length - len(prompt.tokens)
+        if left < 1:
+            raise InputError(
+                f"prompt of {len(prompt.tokens)} tokens (image tokens included), but this model holds "
+                f"{self.max_length} with room for an answer: shorten the text or give fewer images"
+            )
+        ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs)
+        ticket.limit, ticket.chunks = min(ticket.limit, left), _chunks(ticket, self.placed.config)
+        return ticket
+
+    def _enqueue(self, tickets: Sequence[Ticket]) -> None:
+        """Queue requests, all of them before the engine looks at the first."""
+        with self._lock:
+            if self._closed:
+                raise Closed("the engine takes no more requests")
+            if len(self._queue) + len(tickets) > self._waiting:
+                raise Full(f"{self._waiting} requests wait already")
+            self._queue.extend(tickets)
+            if self._thread is None and tickets:
+                # No daemon: an interpreter that ends while one is inside XLA aborts. It waits for the last answer.
+                self._thread = threading.Thread(target=self._run, name="engine")
+                self._thread.start()
 
     # ---- the engine's thread ----
 
