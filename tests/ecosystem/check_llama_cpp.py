@@ -39,6 +39,7 @@ def write_sentencepiece(folder: pathlib.Path) -> None:
         kind = kinds.UNKNOWN if text == "<unk>" else kind
         model.pieces.add(piece=text, type=kind, score=-ranks.get(text, len(ranks)))
     model.trainer_spec.model_type = sentencepiece.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
 
 
