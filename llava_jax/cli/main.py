@@ -5,6 +5,7 @@ answers at once.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import os
@@ -272,8 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when jax first meets a GPU; it takes 75 % otherwise, and what `compile` finds to fit would not.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
     take_any_text()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        with train.leaving_on_sigterm() if given[:1] == ["train"] else contextlib.nullcontext():
+            return run(given)
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -47,21 +47,20 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     began = time.time()
-    with leaving_on_sigterm():
-        settings = args.settings()
-        from llava_jax.parallel import distributed
-        from llava_jax.train import loop, setup, watchdog
+    settings = args.settings()
+    from llava_jax.parallel import distributed
+    from llava_jax.train import loop, setup, watchdog
 
-        limit = settings.train.watchdog
-        with (
-            distributed.connected(limit),
-            distributed.stop_signal() as should_stop,
-            watchdog.watching(limit, began) as watched,
-        ):
-            setup.keep_compiled()
-            if distributed.is_first():
-                announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
-            loop.train_watched(settings, args.workdir, watched, should_stop)
+    limit = settings.train.watchdog
+    with (
+        distributed.connected(limit),
+        distributed.stop_signal() as should_stop,
+        watchdog.watching(limit, began) as watched,
+    ):
+        setup.keep_compiled()
+        if distributed.is_first():
+            announce("train", stage=settings.stage, config=" ".join(args.passed), workdir=args.workdir)
+        loop.train_watched(settings, args.workdir, watched, should_stop)
     return 0
 
 
