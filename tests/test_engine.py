@@ -5,6 +5,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -116,12 +117,15 @@ def test_a_full_queue_and_a_closed_engine(tiny, prompts, whole):
     engine, ready = Engine(tiny, slots=1, waiting=1), threading.Event()
     reader = Reader()
     engine.submit(prompts[0], GREEDY, lambda event: (ready.wait(60), reader.emit(event)))
-    while engine.queued:
+    end = time.monotonic() + 60
+    while engine.queued and time.monotonic() < end:
         pass
     second = ask(engine, prompts[1])[0]
-    with pytest.raises(Full, match="1 requests wait already"):
-        ask(engine, prompts[2])
-    ready.set()
+    try:
+        with pytest.raises(Full, match="1 requests wait already, and no more than 1 may"):
+            ask(engine, prompts[2])
+    finally:
+        ready.set()  # or the engine's thread waits at each event, and Python for it
     engine.close(60)
     assert reader.all().text == whole[0] and second.all().text == whole[1] and not engine.alive
     with pytest.raises(Closed):
@@ -220,23 +224,25 @@ from tests import test_engine
 test_engine.leave({str(tmp_path)!r})
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=fast_compile.environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=fast_compile.environment(), capture_output=True, text=True, timeout=150
     )
     assert (done.returncode, done.stdout.split()) == (0, ["leaving", "End"]), done.stderr[-3000:]
 
 
 def leave(folder: str) -> None:
-    """Return with the first words of an answer."""
-    first, asked = threading.Event(), model(folder)
+    """Return with the first words of an answer, while the engine makes the others."""
+    first, left, asked = threading.Event(), threading.Event(), model(folder)
 
     def emit(event):
         first.set()
+        left.wait(60)
         if not isinstance(event, Piece):
             print(type(event).__name__)
 
     Engine(asked, slots=1).submit(asked.prompt(api.question(QUESTIONS[1], None)), GREEDY, emit)
-    first.wait(60)
+    assert first.wait(60)
     print("leaving")
+    left.set()
 
 
 # ---- several devices -------------------------------------------------------------------------------------------------

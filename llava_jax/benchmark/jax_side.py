@@ -148,7 +148,7 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     def answer(count: int) -> tuple[float, list[list[int]]]:
         began = seconds()
         # An engine of its own: nothing is known of the prompts from the turn before.
-        engine = Engine(IdModel(placed), slots=len(prompts), max_length=longest)
+        engine = Engine(IdModel(placed), slots=len(prompts), max_length=longest, waiting=len(prompts))
         ids = [answer.ids for answer in sorted(engine.answers(prompts, Sampling(max_new_tokens=count)))]
         return seconds() - began, ids
 

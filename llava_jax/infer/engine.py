@@ -364,8 +364,9 @@ class Engine:
                     index: self._ticket(prompt, sampling, functools.partial(_put, events, index), stop)
                     for index, prompt in itertools.islice(waiting, most - len(tickets))
                 }
-                self._enqueue(list(new.values()))
                 tickets |= new
+                if new:
+                    self._enqueue(list(new.values()))
                 if not tickets:
                     return
                 index, event = events.get()
@@ -408,10 +409,11 @@ class Engine:
             if self._closed:
                 raise Closed("the engine takes no more requests")
             if len(self._queue) + len(tickets) > self._waiting:
-                raise Full(f"{self._waiting} requests wait already")
+                raise Full(f"{len(self._queue)} requests wait already, and no more than {self._waiting} may")
             self._queue.extend(tickets)
-            if self._thread is None and tickets:
-                # No daemon: an interpreter that ends while one is inside XLA aborts. It waits for the last answer.
+            if self._thread is None:
+                # Not a daemon: Python aborts where it ends while such a thread is inside XLA. So it waits for the
+                # last answer, or, where that is cancelled, for the call that the device is at.
                 self._thread = threading.Thread(target=self._run, name="engine")
                 self._thread.start()
 
