@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from llava_jax.cli.train import leaving_on_sigterm
+from llava_jax.cli import main
 from llava_jax.parallel.distributed import is_lost, stop_signal
 from llava_jax.train import watchdog as W
 
@@ -115,13 +115,19 @@ def test_the_update_after_a_pass_has_its_own_time(codes, monkeypatch):
         assert wait(codes) == [43]
 
 
-def test_sigterm_before_the_start(codes, capfd):
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit), leaving_on_sigterm():
+def test_sigterm_before_the_start(codes, capfd, monkeypatch):
+    """While the arguments of `train` are read, and the config file that they name runs."""
+
+    def told(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(main, "split_passed", told)
+    with pytest.raises(SystemExit):
+        main.main(("train", "--config=tiny", "--workdir=run"))
     assert codes == [42] and signal.getsignal(signal.SIGTERM) == before
-    assert capfd.readouterr().err == "stopped by SIGTERM before the start: nothing is to be saved\n"
+    assert capfd.readouterr().err == "stopped by SIGTERM: nothing is to be saved\n"
 
 
 @pytest.mark.parametrize(

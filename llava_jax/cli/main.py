@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     take_any_text()
     given = sys.argv[1:] if argv is None else argv
     try:
-        with train.leaving_on_sigterm() if given[:1] == ["train"] else contextlib.nullcontext():
+        with train.leaving_on_sigterm() if given and given[0] == "train" else contextlib.nullcontext():
             return run(given)
     except InputError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -69,7 +69,7 @@ def leaving_on_sigterm() -> Iterator[None]:
     """Leave with 42 on SIGTERM until another handler is there: while modules are imported, or processes connect."""
 
     def leave(*_: object) -> None:
-        print("stopped by SIGTERM before the start: nothing is to be saved", file=sys.stderr, flush=True)
+        print("stopped by SIGTERM: nothing is to be saved", file=sys.stderr, flush=True)
         os._exit(STOPPED_EXIT_CODE)
 
     if threading.current_thread() is not threading.main_thread():
