@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from PIL import Image
 
@@ -21,13 +20,14 @@ from llava_jax.data.images import image_size, load_tiles, normalised
 from llava_jax.data.templates import Template, check_template, render
 from llava_jax.data.tiles import Tiling, rows_of_tiles, spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, expand, load_tokenizer
+from llava_jax.infer import passes
 from llava_jax.infer.conversation import Conversation
 from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.io import check_text, check_unicode, unread_keys
-from llava_jax.models.layers import merge_head_axes, merge_heads, quantise
-from llava_jax.models.llava import build, logical_axes
+from llava_jax.models.layers import merge_head_axes, merge_heads, quantise, unstacked, unstacked_axes
+from llava_jax.models.llava import build, logical_axes, unstacked_model
 from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated
 from llava_jax.settings import DTYPES
 from llava_jax.types import (
@@ -239,7 +239,8 @@ def question(text: str, images: ImageLike | Sequence[ImageLike] | None) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class Llava:
-    """A model that answers; made by `load`. `params` is the plain nested dict {vision, projector, llm}.
+    """A model that answers; made by `load`. `params` is the plain nested dict {vision, projector, llm}, in which
+    llm/layers has the decoder's blocks by their number.
 
     `weights` is a checksum of the projector, which every stage of training changes. `template_assumed`: neither the
     source nor its user named the template.
@@ -364,8 +365,7 @@ class Llava:
             pixels_BNXYC, feature_index_BT = rows_of_tiles(tokens_BT, pixels_BCHW, image_sizes, self.config)
         else:
             pixels_BNXYC, feature_index_BT = _rows_of_images(tokens_BT, pixels_BCHW, self.config), None
-        graphdef = self.placed.graphdef
-        return np.asarray(_logits(graphdef, self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT))
+        return np.asarray(_logits(self.config, self.params, tokens_BT, pixels_BNXYC, mask_BT, feature_index_BT))
 
     def score(self, messages: Sequence[Message], answer: str) -> tuple[float, bool]:
         """Return the log-probability of an answer to a conversation, and whether greedy decoding would give it.
@@ -380,7 +380,7 @@ class Llava:
         tokens_BT = np.pad(prompt.tokens, (0, padding))[None]
         mask_BT = np.pad(np.ones_like(prompt.tokens), (0, padding))[None]
         shown = None if pixels is None else pixels[None]
-        logits_BTV = _logits(self.placed.graphdef, self.params, tokens_BT, shown, mask_BT, index_BT)
+        logits_BTV = _logits(self.config, self.params, tokens_BT, shown, mask_BT, index_BT)
         places = np.flatnonzero(targets)
         logprobs_TV = np.asarray(jax.nn.log_softmax(logits_BTV[0, places - 1]))
         wanted = prompt.tokens[places]
@@ -402,10 +402,13 @@ class Llava:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(
-    graphdef: nnx.GraphDef, params: Any, tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, feature_index_BT: Any
+    config: ModelConfig, params: Any, tokens_BT: Any, pixels_BNXYC: Any, mask_BT: Any, feature_index_BT: Any
 ) -> jax.Array:
     positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-    return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC, mask_BT, positions_BT, feature_index_BT)
+    model = unstacked_model(config, params)
+    features_BPD = None if pixels_BNXYC is None else model.image_features(pixels_BNXYC)
+    x_BTD = model.embed_and_merge(tokens_BT, features_BPD, feature_index_BT)
+    return model.llm.logits(passes.prefill(model.llm, x_BTD, positions_BT, mask_BT)[0])
 
 
 def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig) -> np.ndarray | None:
@@ -480,42 +483,42 @@ def load(
 
 
 def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: int = 0) -> Llava:
-    """Return the model of parameters (numpy, jax or `LazyTensor`), placed on the devices in the dtype of its config.
+    """Return the model of parameters (numpy or `LazyTensor`), placed on the devices in the dtype of its config.
 
     `tensor` is as in `load`.
     """
     config = processor.config
     dense = dataclasses.replace(config, int8=False)
     abstract = build(dense)[1]
-    abstract = abstract | {"llm": jax.eval_shape(merge_heads, abstract["llm"])}
+    abstract |= {"llm": jax.eval_shape(lambda llm: unstacked(merge_heads(llm)), abstract["llm"])}
     mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
     if mesh is None:
         shardings = jax.tree.map(lambda _: at, abstract)
     else:
         axes = logical_axes(dense)
-        shardings = param_shardings(axes | {"llm": merge_head_axes(axes["llm"])}, abstract, mesh)
+        llm = unstacked_axes(merge_head_axes(axes["llm"]), config.llm.layers)
+        shardings = param_shardings(axes | {"llm": llm}, abstract, mesh)
 
     def put(path: tuple, x: Any, at: jax.sharding.Sharding) -> Any:
         whole = (
             place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
         )
-        name = "/".join(key.key for key in path[2:-1])
-        if not config.int8 or path[0].key != "llm" or name not in DECODER_LINEARS or path[-1].key != "kernel":
+        module = "/".join(key.key for key in path[3:-1])
+        if not config.int8 or path[0].key != "llm" or module not in DECODER_LINEARS or path[-1].key != "kernel":
             return whole
-        codes, scale = _quantise(whole, 2 if name == "attn/o" else 1)
+        codes, scale = _quantise(whole, 2 if module == "attn/o" else 1)
         return {"codes": codes, "scale": scale}
 
-    cast = jax.tree_util.tree_map_with_path(put, params | {"llm": merge_heads(params["llm"])}, shardings)
+    by_block = params | {"llm": unstacked(merge_heads(params["llm"]))}
+    cast = jax.tree_util.tree_map_with_path(put, by_block, shardings)
     stops_QV = jax.device_put(processor.stop_table(), at if mesh is None else replicated(mesh))
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)
-    return Llava(name, PlacedModel(build(config)[0], cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
+    return Llava(name, PlacedModel(cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantise(kernel: jax.Array, in_dims: int) -> tuple[jax.Array, jax.Array]:
-    return jax.vmap(lambda x: quantise(x, in_dims))(kernel)
+_quantise = jax.jit(quantise, static_argnums=1)
 
 
 def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:

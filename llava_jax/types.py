@@ -142,6 +142,10 @@ class LazyTensor:
             array[...] = self.one(0)
         return array
 
+    def layer(self, layer: int) -> "LazyTensor":
+        """Return one layer of a stack, still in its file."""
+        return LazyTensor(self.shape[1:], self.dtype, False, lambda _: self.one(layer))
+
     def reshape(self, *shape: int) -> "LazyTensor":
         """Return the parameter in another shape, of as many layers where it is stacked, still in its file."""
         return dataclasses.replace(self, shape=shape, one=lambda layer: self.one(layer).reshape(shape[self.stacked :]))

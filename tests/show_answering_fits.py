@@ -35,17 +35,17 @@ def lowered(mesh, llm, slots, tokens, answer):
         row_bucket,
     )
     from llava_jax.infer.sample import draw_of
-    from llava_jax.models.layers import merge_head_axes, merge_heads, stored_as
+    from llava_jax.models.layers import merge_head_axes, merge_heads, stored_as, unstacked, unstacked_axes
     from llava_jax.models.llava import build, logical_axes
     from llava_jax.parallel.sharding import batch_sharding, param_shardings, replicated, spec_of
     from llava_jax.types import ModelConfig, Sampling
     from llava_jax.weights.load import CLIPS
 
     config = ModelConfig(CLIPS["clip-l-14-336"], llm, dtype="bfloat16")
-    graphdef, params = build(config)
-    axes = logical_axes(config)
-    params = stored_as(params | {"llm": jax.eval_shape(merge_heads, params["llm"])}, "bfloat16")
-    at = param_shardings(axes | {"llm": merge_head_axes(axes["llm"])}, params, mesh)
+    params, axes = build(config)[1], logical_axes(config)
+    by_block = jax.eval_shape(lambda tree: unstacked(merge_heads(tree)), params["llm"])
+    params = stored_as(params | {"llm": by_block}, "bfloat16")
+    at = param_shardings(axes | {"llm": unstacked_axes(merge_head_axes(axes["llm"]), llm.layers)}, params, mesh)
     params = jax.tree.map(lambda x, at: x.update(sharding=at), params, at)
 
     def abstract(tree, at):
@@ -53,7 +53,7 @@ def lowered(mesh, llm, slots, tokens, answer):
 
     def slot(x):
         heads = "batch", "kv_heads", "length", "head_dim"
-        return NamedSharding(mesh, spec_of(heads[: 1 if x.ndim == 1 else None], x.ndim))
+        return NamedSharding(mesh, spec_of(heads[: x.ndim], x.ndim))
 
     def row(x):
         return batch_sharding(mesh)
@@ -75,15 +75,15 @@ def lowered(mesh, llm, slots, tokens, answer):
     side = config.vision.image_size
     pixels = np.zeros((count, side, side, 3), np.float32)
     draw = draw_of([Sampling()] * count, [0] * count)
-    how = dict(graphdef=graphdef, config=config, top=0)
+    how = dict(config=config, top=0)
 
     def prefilled(inputs):
         rows = abstract((inputs, one, draw, one), row)
         return admit.lower(params, state, pool, *rows, stops, **how)
 
-    tower = encode_images.lower(params, pool, *abstract((pixels, one), row), graphdef=graphdef)
+    tower = encode_images.lower(params, pool, *abstract((pixels, one), row), config=config)
     keep = abstract(np.zeros(slots, bool), row)
-    step = decode.lower(params, state, stops, keep, np.int32(0), graphdef=graphdef, steps=STEPS, top=0)
+    step = decode.lower(params, state, stops, keep, np.int32(0), config=config, steps=STEPS, top=0)
     cached, pooled = (sum(_on_chip(leaf) for leaf in jax.tree.leaves(tree)) for tree in (state, pool))
     suffix = np.zeros((count, bucket(64)), np.int32)
     return {

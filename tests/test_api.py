@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from llava_jax import api
 from llava_jax.data.images import preprocess
 from llava_jax.data.templates import TEMPLATES, render
 from llava_jax.data.tokenize import encode
+from llava_jax.models import llava
 from llava_jax.train.loop import train
 from llava_jax.types import IMAGE_MARK, InputError, Sampling, Turn
 from llava_jax.weights import hf
 from llava_jax.weights.hf_export import write_llava
 from llava_jax.weights.processor import LlavaExtras
-from tests.tiny_llava import VOCAB, draw_image, model
+from tests.tiny_llava import VOCAB, config, draw_image, model, sharp_params
 from tests.tiny_run import make_inputs, make_settings
 
 QUESTIONS = ["What is this?", "Tell me about the two of them.", "Who are you?"]
@@ -42,7 +44,7 @@ def exported(tiny, tmp_path_factory) -> pathlib.Path:
     base = tmp_path_factory.mktemp("exported")
     tokenizer = str(tmp_path_factory.getbasetemp() / "tokenizer")
     extras = LlavaExtras("v0", image_position="keep", tokenizer=tokenizer)
-    write_llava(str(base / "folder"), tiny.config, tiny.params, extras)
+    write_llava(str(base / "folder"), tiny.config, sharp_params(config()), extras)
     return base / "folder"
 
 
@@ -96,7 +98,7 @@ def test_an_answer_ends_at_the_first_stop_string(tiny, monkeypatch):
     free = tiny.generate("Who are you?", max_new_tokens=12)[0]
     stop = free[4:6]
     monkeypatch.setitem(TEMPLATES, "stopping", dataclasses.replace(tiny.processor.rules, stop=(stop,)))
-    stopped = api.assemble("tiny", tiny.params, dataclasses.replace(tiny.processor, template="stopping"))
+    stopped = api.assemble("tiny", sharp_params(config()), dataclasses.replace(tiny.processor, template="stopping"))
     assert stopped.generate("Who are you?", max_new_tokens=12) == [free[: free.find(stop)].strip()]
     assert "".join(stopped.stream(asked, max_new_tokens=12)) == free[: free.find(stop)].strip()
     # The device stopped there: nothing was drawn in vain.
@@ -145,7 +147,8 @@ def test_logits_of_either_padding_equal_the_model_on_each_row(tiny, shown):
     for prompt in prompts:
         images = prompt.pixels.transpose(0, 3, 1, 2) if len(prompt.pixels) else None
         singles.append(tiny.logits(prompt.tokens[None], images)[0])
-    direct = nnx.merge(tiny.placed.graphdef, tiny.params)(prompts[1].tokens[None], prompts[1].pixels[None])[0]
+    whole = nnx.merge(llava.build(config())[0], jax.tree.map(jnp.asarray, sharp_params(config())))
+    direct = whole(prompts[1].tokens[None], prompts[1].pixels[None])[0]
     np.testing.assert_allclose(singles[1], direct, atol=1e-5 * np.abs(direct).max())
     for side in ("left", "right"):
         tokens, mask = (np.zeros((3, longest), np.int64) for _ in range(2))
@@ -186,8 +189,9 @@ def test_logits_refuse_images_that_do_not_fit(tiny):
 
 
 def test_weights_of_eight_bits(tiny, shown):
+    config_of_eight_bits = dataclasses.replace(tiny.config, int8=True)
     small = api.assemble(
-        "small", tiny.params, dataclasses.replace(tiny.processor, config=dataclasses.replace(tiny.config, int8=True))
+        "small", sharp_params(config()), dataclasses.replace(tiny.processor, config=config_of_eight_bits)
     )
     prompt = tiny.prompt(api.question(QUESTIONS[0], shown[0]))
     images = prompt.pixels.transpose(0, 3, 1, 2)
@@ -195,10 +199,10 @@ def test_weights_of_eight_bits(tiny, shown):
     error = np.sqrt(np.mean((whole - rounded) ** 2)) / whole.std()
     assert 1e-4 < error < 0.05 and small.about["dtype"] == "float32, int8 weights"
     assert small.generate(QUESTIONS, shown, max_new_tokens=4)
-    up = small.params["llm"]["layers"]["mlp"]["up"]["kernel"]
+    up = small.params["llm"]["layers"][1]["mlp"]["up"]["kernel"]
     assert up["codes"].dtype == jnp.int8 and np.abs(up["codes"]).max() == 127
-    kernel = tiny.params["llm"]["layers"]["mlp"]["up"]["kernel"]
-    np.testing.assert_allclose(up["codes"] * up["scale"][:, None], kernel, atol=np.max(up["scale"]) / 2 + 1e-6)
+    kernel = tiny.params["llm"]["layers"][1]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(up["codes"] * up["scale"], kernel, atol=np.max(up["scale"]) / 2 + 1e-6)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ def test_an_exported_folder_says_how_it_is_asked(exported, tiny):
     assert loaded.name == "folder" and loaded.config.dtype == "float32" and loaded.weights == tiny.weights
     assert bare.about["template"] == "v1" and bare.params["projector"]["linear_1"]["kernel"].dtype == jnp.bfloat16
     asked = dataclasses.replace(tiny.processor, template="v0", aspect="crop", image_position="keep")
-    same = api.assemble("same", tiny.params, asked)
+    same = api.assemble("same", sharp_params(config()), asked)
     question = ("What is this?", draw_image(0))
     assert loaded.generate(*question, max_new_tokens=8) == same.generate(*question, max_new_tokens=8)
 

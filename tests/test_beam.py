@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,19 +12,17 @@ from flax import nnx
 from llava_jax.infer import beam
 from llava_jax.infer.engine import Engine, IdModel
 from llava_jax.infer.generate import Prompt
+from llava_jax.models import llava
 from llava_jax.types import InputError, Sampling
-from tests.test_generate import PROMPTS, SHORT, ids_of, placed
+from tests.test_generate import CONFIG, PROMPTS, SHORT, ids_of, placed
+from tests.tiny_llava import sharp_params
 
 
 @functools.cache
 def next_log_probabilities() -> callable:
     """log p [n, V] after each of n sequences of one length."""
-    graphdef = placed().graphdef
-
-    @jax.jit
-    def run(params, tokens_BT, pixels_BNXYC, last):
-        logits = nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC)
-        return jax.nn.log_softmax(logits[:, last])
+    model = nnx.merge(llava.build(CONFIG)[0], jax.tree.map(jnp.asarray, sharp_params(CONFIG)))
+    run = jax.jit(lambda tokens, pixels, last: jax.nn.log_softmax(model(tokens, pixels)[:, last]))
 
     def after(given: Prompt, answers: list[list[int]]) -> np.ndarray:
         tokens = np.zeros((4, 64), np.int32)
@@ -32,7 +31,7 @@ def next_log_probabilities() -> callable:
         pixels = np.zeros((4, 1, 16, 16, 3), np.float32)
         pixels[:, : len(given.pixels)] = given.pixels
         last = len(given.tokens) + len(answers[0]) - 1
-        return np.asarray(run(placed().params, tokens, pixels, last))[: len(answers)]
+        return np.asarray(run(tokens, pixels, last))[: len(answers)]
 
     return after
 

@@ -273,7 +273,7 @@ def answer_on_devices(folder: str) -> None:
         assert len(set(found)) == 3
         expected = expected or found
         assert found == expected, (count, tensor)
-        kernel = asked.params["llm"]["layers"]["mlp"]["up"]["kernel"]
+        kernel = asked.params["llm"]["layers"][0]["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size * tensor == kernel.size
     with pytest.raises(InputError, match=r"tensor=8: expected one of \[1, 2, 4\], .* 8 devices and 4 attention heads"):
         assembled(folder, WIDE, 8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_jax.infer import generate, sample
+from llava_jax.infer import generate, passes, sample
 from llava_jax.infer.engine import Engine, IdModel
 from llava_jax.infer.generate import (
     PlacedModel,
@@ -23,6 +23,7 @@ from llava_jax.infer.generate import (
     prefill,
 )
 from llava_jax.models import llava
+from llava_jax.models.layers import unstacked
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import VOCAB, config, sharp_params
 
@@ -39,7 +40,8 @@ DRAWS = {
 def placed(stop_ids: tuple[int, ...] = ()) -> PlacedModel:
     params = jax.tree.map(jnp.asarray, sharp_params(CONFIG))
     stops = sample.stop_table([], stop_ids, [""] * VOCAB)
-    return PlacedModel(llava.build(CONFIG)[0], params, CONFIG, jnp.asarray(stops))
+    params |= {"llm": unstacked(params["llm"])}
+    return PlacedModel(params, CONFIG, jnp.asarray(stops))
 
 
 def ids_of(model: PlacedModel, prompts: list[Prompt], sampling: Sampling, slots: int = 8) -> list[list[int]]:
@@ -60,18 +62,15 @@ SHORT = [PROMPTS[0], PROMPTS[1], PROMPTS[3], PROMPTS[4]]
 @functools.cache
 def full_logits() -> callable:
     """Logits [1, T, V] of a whole sequence, padded to one length so that it compiles once."""
-    graphdef = placed().graphdef
-
-    @jax.jit
-    def run(params, tokens_BT, pixels_BNXYC):
-        return nnx.merge(graphdef, params)(tokens_BT, pixels_BNXYC)
+    model = nnx.merge(llava.build(CONFIG)[0], jax.tree.map(jnp.asarray, sharp_params(CONFIG)))
+    run = jax.jit(lambda tokens_BT, pixels_BNXYC: model(tokens_BT, pixels_BNXYC))
 
     def logits(tokens: list[int], pixels: np.ndarray) -> np.ndarray:
         padded = np.zeros((1, 128), np.int32)
         padded[0, : len(tokens)] = tokens
         images = np.zeros((1, 2, 16, 16, 3), np.float32)
         images[0, : len(pixels)] = pixels
-        return np.asarray(run(placed().params, padded, images))[0, : len(tokens)]
+        return np.asarray(run(padded, images))[0, : len(tokens)]
 
     return logits
 
@@ -86,10 +85,10 @@ def test_cached_decode_gives_the_logits_of_the_full_forward():
         collate([Row(*pair) for pair in zip(PROMPTS, entries, strict=True)], CONFIG, len(PROMPTS)),
         jnp.zeros((len(images), PATCHES, CONFIG.llm.width)),
     )
-    pool = encode_images(placed().params, pool, images, np.arange(len(images)), graphdef=placed().graphdef)
-    size = inputs.tokens_BT.shape[1] + steps
-    logits, cache = prefill(placed().params, inputs, pool, graphdef=placed().graphdef, config=CONFIG, size=size)
-    step = jax.jit(lambda params, token, cache: decode_step(nnx.merge(placed().graphdef, params), token, cache))
+    pool = encode_images(placed().params, pool, images, np.arange(len(images)), config=CONFIG)
+    logits, cache = prefill(placed().params, inputs, pool, config=CONFIG)
+    cache = passes.widened(cache, cache.size + steps)
+    step = jax.jit(lambda params, token, cache: decode_step(llava.unstacked_model(CONFIG, params), token, cache))
     seen = [np.asarray(logits)]
     for token_B in forced.T:
         logits, cache = step(placed().params, token_B, cache)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llava_jax.models import llama, llava
+from llava_jax.infer import passes
+from llava_jax.models import llava
+from llava_jax.models.layers import merge_heads, unstacked
 from tests.test_sharding import TINY
 
 
@@ -98,14 +100,18 @@ def test_prefill_and_decode_equal_the_full_pass_for_rows_of_different_length(mod
     x = model.embed_and_merge(tokens, model.image_features(pixels))[:, :8]
     segments = (jnp.arange(8) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
-    hidden, cache = model.llm.prefill(x, positions, segments, llama.empty_cache(TINY.llm, 2, 16, "float32"))
+    params = llava.init(TINY, 0)
+    params |= {"llm": unstacked(merge_heads(params["llm"]))}
+    llm = llava.unstacked_model(TINY, params).llm
+    hidden, cache = passes.prefill(llm, x, positions, segments)
     np.testing.assert_allclose(model.llm.logits(hidden)[0, :6], full[0, :6], atol=1e-5)
+    cache = passes.widened(cache, 16)
     for _ in range(3):
         step = jnp.take_along_axis(tokens, cache.length_B[:, None], axis=1)
-        hidden, new = model.llm.decode(model.llm.embed(step), cache)
+        hidden, new = passes.extend(llm, llm.embed(step), cache)
         want = jnp.take_along_axis(full, cache.length_B[:, None, None], axis=1)
         np.testing.assert_allclose(model.llm.logits(hidden), want, atol=1e-5)
-        cache = new
+        cache = new._replace(length_B=new.length_B + 1)
     assert cache.length_B.tolist() == [9, 11]
 
 

@@ -69,8 +69,9 @@ EIGHT_DEVICES = textwrap.dedent("""
     import dataclasses
     import jax, numpy as np
     from flax import nnx
-    from llava_jax.models import llama, llava
-    from llava_jax.models.layers import merge_heads
+    from llava_jax.infer import passes
+    from llava_jax.models import llava
+    from llava_jax.models.layers import merge_heads, unstacked
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.settings import STAGES
     from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads
@@ -170,10 +171,11 @@ EIGHT_DEVICES = textwrap.dedent("""
 
     # Heads that are one dimension are split as heads are, in the pass over whole rows and in a step of decoding.
     def last_logits(params, tokens, positions):
-        model = nnx.merge(graphdef, params)
+        llm = unstacked(params["llm"])
+        model = llava.unstacked_model(TINY, params | {"llm": llm})
         x, ones = model.llm.embed(tokens), np.ones(tokens.shape, np.int32)
-        _, cache = model.llm.prefill(x[:, :8], positions, ones[:, :8], llama.empty_cache(TINY.llm, B, 16, "float32"))
-        return model.llm.logits(model.llm.decode(x[:, 8:9], cache)[0])
+        _, cache = passes.prefill(model.llm, x[:, :8], positions, ones[:, :8])
+        return model.llm.logits(passes.extend(model.llm, x[:, 8:9], passes.widened(cache, 16))[0])
 
     params = llava.init(TINY, 0)
     asked = tokens[:, :9].clip(0, 59), positions[:, :8].astype(np.int32)

@@ -8,21 +8,27 @@ import pathlib
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llava_jax import api
 from llava_jax.cli.models import step_of
 from llava_jax.data.records import load_records
 from llava_jax.data.tokenize import encode_record, load_tokenizer
 from llava_jax.evaluate.rouge import rouge_l
+from llava_jax.infer import passes
+from llava_jax.models import llava
 from llava_jax.parallel.sharding import make_mesh
 from llava_jax.train import answers, loop, validation
-from llava_jax.types import InputError, Record, Turn
+from llava_jax.types import InputError, LoraConfig, Record, Turn
 from llava_jax.weights.source import best_step
+from tests.test_sharding import TINY
 from tests.tiny_run import make_inputs, make_settings, read_metrics, watched_steps
 
 STEPS = 40
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=("attn/q", "attn/o", "mlp/down"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +114,21 @@ def test_answers_are_those_of_the_saved_model(runs, inputs):
         answer.rstrip(".") == row["conversations"][1]["value"][:-1] for answer, row in zip(said, rows, strict=True)
     ]
     assert last["eval_exact_match"] == pytest.approx(100 * sum(right) / 3) and any(right)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(lora=LORA), dict(lora=LORA, nf4=True)], ids=["all", "lora", "qlora"])
+def test_answers_run_on_the_weights_that_are_trained(changes):
+    config = dataclasses.replace(TINY, **changes)
+    # Adapters begin with no effect.
+    params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x + 0.01, llava.init(config, 0))
+    whole = nnx.merge(llava.build(config)[0], params).llm
+    by_block = llava.unstacked_model(config, answers.for_answers(llava.split_parts(params), config)).llm
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 5, TINY.llm.width))
+    positions_BT = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    hidden_BTD, cache = passes.prefill(by_block, x_BTD[:, :4], positions_BT[:, :4], jnp.ones((2, 4), jnp.int32))
+    last_B1D = passes.extend(by_block, x_BTD[:, 4:], passes.widened(cache, 5))[0]
+    got_BTD = jnp.concatenate([hidden_BTD, last_B1D], axis=1)
+    np.testing.assert_allclose(got_BTD, whole(x_BTD, positions_BT), atol=1e-5)
 
 
 def test_the_best_checkpoint_stays_and_is_known_after_a_kill(inputs, tmp_path, monkeypatch):

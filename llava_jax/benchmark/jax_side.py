@@ -25,7 +25,7 @@ from llava_jax.data.validate import check_records
 from llava_jax.infer.engine import Engine, IdModel
 from llava_jax.infer.generate import PlacedModel, Prompt
 from llava_jax.models.flops import step_flops
-from llava_jax.models.layers import merge_heads, stored_as
+from llava_jax.models.layers import merge_heads, stored_as, unstacked
 from llava_jax.models.llava import build, init, overlaid
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import settings_from_dict, trainable_pattern
@@ -126,17 +126,22 @@ def model_config(work: Mapping[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, dtype=work["dtype"], remat=work["remat"])
 
 
+def for_answers(params: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters as infer/ takes them."""
+    return params | {"llm": unstacked(merge_heads(params["llm"]))}
+
+
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     config = model_config(work)
     if work["weights"]:
-        params = jax.device_put(hf.read_llava(work["model"], dtype=work["dtype"])[1])
+        params = jax.device_put(for_answers(hf.read_llava(work["model"], dtype=work["dtype"])[1]))
     else:
-        params = init(config, 0, stored_as(build(config)[1], work["dtype"]))
-    params["llm"] = merge_heads(params["llm"])
+        wanted = stored_as(build(config)[1], work["dtype"])
+        params = jax.jit(lambda: for_answers(init(config, 0, wanted)))()
     # An automaton that never reaches its last state: no id ends an answer.
     never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
-    placed = PlacedModel(build(config)[0], params, config, never)
+    placed = PlacedModel(params, config, never)
     batch = read_batch(work)
     prompts = [
         Prompt(tokens_T, normalised(pixels_NXYC, config.vision.pixels))

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from llava_jax.models.llama import Cache
-from llava_jax.models.llava import Llava
+from llava_jax.infer.passes import Cache, widened
+from llava_jax.models.llava import Llava, unstacked_model
+from llava_jax.types import ModelConfig
 
 # "Impossible", as transformers has it: finite, so that impossible beams still have an order.
 NEVER = -1.0e9
@@ -45,7 +45,7 @@ def _begin(logits_BV: jax.Array, cache: Cache, limit_B: jax.Array, beams: int, s
     """Start all beams of a row from its prompt, with only the first one possible, so that they differ afterwards."""
     B, W = logits_BV.shape[0], beams
     ids_BWM = jnp.full((B, W, size), -1, jnp.int32)
-    k, v = (jnp.repeat(x, W, axis=1) for x in (cache.k_LBKSH, cache.v_LBKSH))
+    cache = widened(cache, cache.size + size)
     return Beams(
         step=jnp.int32(0),
         running_BWM=ids_BWM,
@@ -56,7 +56,7 @@ def _begin(logits_BV: jax.Array, cache: Cache, limit_B: jax.Array, beams: int, s
         is_finished_BW=jnp.zeros((B, W), bool),
         open_B=limit_B > 0,
         logits_RV=jnp.repeat(logits_BV, W, axis=0),
-        cache=Cache(k, v, jnp.repeat(cache.length_B, W)),
+        cache=cache.map(lambda x: jnp.repeat(x, W, axis=0), jnp.repeat(cache.length_B, W)),
     )
 
 
@@ -100,7 +100,7 @@ def _advance(state: Beams, limit_B: jax.Array, stops_QV: jax.Array, keep: int) -
     return state, _pick(token_BK, next_BW), _pick(parent_BK, next_BW)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "step", "beams", "size"))
+@functools.partial(jax.jit, static_argnames=("config", "step", "beams", "size"))
 def beam_search(
     params: dict[str, Any],
     logits_BV: jax.Array,
@@ -108,7 +108,7 @@ def beam_search(
     limit_B: jax.Array,
     stops_QV: jax.Array,
     *,
-    graphdef: nnx.GraphDef,
+    config: ModelConfig,
     step: Callable[[Llava, jax.Array, Cache], tuple[jax.Array, Cache]],
     beams: int,
     size: int,
@@ -118,7 +118,7 @@ def beam_search(
     `limit_B` is the most ids a row may draw (0: none, the row is filling); `stops_QV` is sample.stop_table's;
     `step(model, token_R, cache)` is generate.decode_step, over R = B * beams rows.
     """
-    model: Llava = nnx.merge(graphdef, params)
+    model = unstacked_model(config, params)
     B, W, V = logits_BV.shape[0], beams, logits_BV.shape[1]
     # Enough that W can continue when every beam is also continued by the end token and by one that completes a stop.
     keep = min(W * V, 3 * W)
@@ -126,8 +126,8 @@ def beam_search(
     def grow(state: Beams) -> Beams:
         state, token_BW, parent_BW = _advance(state, limit_B, stops_QV, keep)
         rows_R = (jnp.arange(B)[:, None] * W + parent_BW).reshape(-1)
-        k, v = (x[:, rows_R] for x in (state.cache.k_LBKSH, state.cache.v_LBKSH))
-        logits_RV, cache = step(model, token_BW.reshape(-1), Cache(k, v, state.cache.length_B))
+        cache = state.cache.map(lambda x: x[rows_R], state.cache.length_B)
+        logits_RV, cache = step(model, token_BW.reshape(-1), cache)
         return state._replace(logits_RV=logits_RV, cache=cache)
 
     state = jax.lax.while_loop(lambda state: jnp.any(state.open_B), grow, _begin(logits_BV, cache, limit_B, W, size))

@@ -251,7 +251,7 @@ class Features:
         fill = self._placed.rows(group_size(len(pixels))) - len(pixels)
         entry_N = np.array([self._entries[name] for name in pixels] + [self._size] * fill, np.int32)
         given = self._placed.place((np.stack([*pixels.values(), *[next(iter(pixels.values()))] * fill]), entry_N))
-        self.pool_CPD = encode_images(self._placed.params, self.pool_CPD, *given, graphdef=self._placed.graphdef)
+        self.pool_CPD = encode_images(self._placed.params, self.pool_CPD, *given, config=self._placed.config)
 
 
 class Engine:
@@ -554,7 +554,6 @@ class Engine:
             limit_R,
             *placed.place((draw, slot_R)),
             placed.stops_QV,
-            graphdef=placed.graphdef,
             config=placed.config,
             top=_top(tickets),
         )
@@ -569,7 +568,7 @@ class Engine:
         if self._state is None:
             empty = empty_slots(config=self.placed.config, rows=self.slots, size=size)
             self._state = empty if self.placed.mesh else self.placed.replicate(empty)
-        elif size > self._state.cache.k_LBKSH.shape[3]:
+        elif size > self._state.cache.size:
             self._state = resized(self._state, size=size)
 
     def _search(self, group: dict[int, Ticket]) -> None:
@@ -591,7 +590,7 @@ class Engine:
             placed.stops_QV,
             keep_B,
             np.int32(enough),
-            graphdef=placed.graphdef,
+            config=placed.config,
             steps=STEPS,
             top=_top(tickets),
         )

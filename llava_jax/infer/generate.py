@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from llava_jax.infer import passes
 from llava_jax.infer.beam import beam_search
+from llava_jax.infer.passes import Cache, empty_cache, widened
 from llava_jax.infer.sample import Draw, draw_of, next_token
-from llava_jax.models.llama import Cache, empty_cache
-from llava_jax.models.llava import Llava, merge
+from llava_jax.models.llava import Llava, merge, unstacked_model
 from llava_jax.parallel.sharding import RULES, batch_sharding, constrain, replicated
 from llava_jax.types import ModelConfig, Sampling
 
@@ -31,10 +31,9 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PlacedModel:
-    """A model on its devices: graph, weights, the automaton of its stops (`sample.stop_table`) and, over several
-    devices, their mesh."""
+    """A model on its devices: its weights with the decoder's blocks one by one (`layers.unstacked`), the
+    automaton of its stops (`sample.stop_table`) and, over several devices, their mesh."""
 
-    graphdef: nnx.GraphDef
     params: dict[str, Any]
     config: ModelConfig
     stops_QV: jax.Array
@@ -88,12 +87,12 @@ def group_size(waiting: int) -> int:
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="pool_CPD")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="pool_CPD")
 def encode_images(
-    params: dict[str, Any], pool_CPD: jax.Array, pixels_NXYC: Any, entry_N: Any, *, graphdef: nnx.GraphDef
+    params: dict[str, Any], pool_CPD: jax.Array, pixels_NXYC: Any, entry_N: Any, *, config: ModelConfig
 ) -> jax.Array:
     """Write the features of images into entries of the pool; an entry that it does not have is dropped."""
-    features_NPD = nnx.merge(graphdef, params).image_features(pixels_NXYC[:, None])
+    features_NPD = unstacked_model(config, params).image_features(pixels_NXYC[:, None])
     return constrain(pool_CPD.at[entry_N].set(features_NPD.astype(pool_CPD.dtype)), *("activation",) * 3)
 
 
@@ -153,20 +152,18 @@ def _features(row: Row, config: ModelConfig) -> np.ndarray:
     return np.where(index_T < 0, index_T.clip(-1), np.array(row.entries)[index_T.clip(0) // P] * P + index_T % P)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config", "size"))
+@functools.partial(jax.jit, static_argnames="config")
 def prefill(
     params: dict[str, Any],
     inputs: Inputs,
     pool_CPD: jax.Array | None,
     prefix: Cache | None = None,
     *,
-    graphdef: nnx.GraphDef,
     config: ModelConfig,
-    size: int = 0,
 ) -> tuple[jax.Array, Cache]:
-    """Return logits float32[B, V] after each row's last token, and its cache: `prefix` with the row, else `size` slots
-    with the row alone."""
-    model: Llava = nnx.merge(graphdef, params)
+    """Return logits float32[B, V] after each row's last token, and its cache: `prefix` with the row, else T slots with
+    the row alone."""
+    model = unstacked_model(config, params)
     B, T = inputs.tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     x_BTD = model.llm.embed(inputs.tokens_BT)
@@ -177,10 +174,9 @@ def prefill(
         x_BTD = merge(x_BTD, taken_BTD, inputs.tokens_BT == config.image_token_id, index_BT, newline_D)
     if prefix is None:
         segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
-        empty = empty_cache(config.llm, B, size, config.dtype)
-        hidden_BTD, cache = model.llm.prefill(x_BTD, positions_BT, segment_ids_BT, empty)
+        hidden_BTD, cache = passes.prefill(model.llm, x_BTD, positions_BT, segment_ids_BT)
     else:
-        hidden_BTD, cache = model.llm.extend(x_BTD, prefix)
+        hidden_BTD, cache = passes.extend(model.llm, x_BTD, prefix)
         cache = cache._replace(length_B=prefix.length_B + inputs.length_B)
     last_B1D = jnp.take_along_axis(hidden_BTD, inputs.length_B[:, None, None] - 1, axis=1)
     return model.llm.logits(last_B1D)[:, 0], cache
@@ -188,8 +184,8 @@ def prefill(
 
 def decode_step(model: Llava, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Return logits float32[B, V] after one more token a row."""
-    hidden_B1D, cache = model.llm.decode(model.llm.embed(token_B[:, None]), cache)
-    return model.llm.logits(hidden_B1D)[:, 0], cache
+    hidden_B1D, cache = passes.extend(model.llm, model.llm.embed(token_B[:, None]), cache)
+    return model.llm.logits(hidden_B1D)[:, 0], cache._replace(length_B=cache.length_B + 1)
 
 
 # ---- slots ----------------------------------------------------------------------------------------------------------
@@ -221,7 +217,7 @@ class Drawn(NamedTuple):
 def _pinned(slots: Slots) -> Slots:
     """Keep the layout over the mesh from call to call."""
     heads = "batch", "kv_heads", "length", "head_dim"
-    return jax.tree.map(lambda x: constrain(x, *heads[: 1 if x.ndim == 1 else None]), slots)
+    return jax.tree.map(lambda x: constrain(x, *heads[: x.ndim]), slots)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "size"))
@@ -236,9 +232,7 @@ def empty_slots(*, config: ModelConfig, rows: int, size: int) -> Slots:
 @functools.partial(jax.jit, static_argnames="size")
 def resized(slots: Slots, *, size: int) -> Slots:
     """Return the slots with room for more tokens each."""
-    more = size - slots.cache.k_LBKSH.shape[3]
-    k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, more), (0, 0))) for x in slots.cache[:2])
-    return _pinned(slots._replace(cache=Cache(k, v, slots.cache.length_B)))
+    return _pinned(slots._replace(cache=widened(slots.cache, size)))
 
 
 def _advance(slots: Slots, logits_BV: jax.Array, stops_QV: jax.Array, top: int) -> tuple[Slots, Drawn]:
@@ -255,7 +249,7 @@ def _advance(slots: Slots, logits_BV: jax.Array, stops_QV: jax.Array, top: int) 
     return slots._replace(last_B=token_B, step_B=step_B, stop_B=stop_B, done_B=done_B), drawn
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config", "top"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="slots")
 def admit(
     params: dict[str, Any],
     slots: Slots,
@@ -266,7 +260,6 @@ def admit(
     slot_R: Any,
     stops_QV: jax.Array,
     *,
-    graphdef: nnx.GraphDef,
     config: ModelConfig,
     top: int,
 ) -> tuple[Slots, Drawn, jax.Array]:
@@ -281,7 +274,7 @@ def admit(
         draw: how each row draws.
         slot_R: int32, where each goes; a row for a slot that there is not is dropped.
         stops_QV: the automaton of the stops.
-        graphdef, config: of the model.
+        config: of the model.
         top: how many of the likeliest ids are returned with each; 0: no probabilities.
 
     Returns:
@@ -289,21 +282,20 @@ def admit(
     """
     prefix, size = None, inputs.tokens_BT.shape[1]
     if inputs.start_B is not None:
-        k, v = (x[:, inputs.source_B] for x in slots.cache[:2])
-        prefix, size = Cache(k, v, inputs.start_B), k.shape[3]
-    logits_RV, cache = prefill(params, inputs, pool_CPD, prefix, graphdef=graphdef, config=config, size=size)
+        prefix, size = slots.cache.map(lambda x: x[inputs.source_B], inputs.start_B), slots.cache.size
+    logits_RV, cache = prefill(params, inputs, pool_CPD, prefix, config=config)
     zeros_R = jnp.zeros_like(limit_R)
     rows = Slots(cache, zeros_R, zeros_R, limit_R, zeros_R, zeros_R > 0, draw)
     rows, drawn = _advance(rows, logits_RV, stops_QV, top)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot_R].set(new) if old.ndim == 1 else old.at[:, slot_R, :, :size].set(new)
+        return old.at[slot_R].set(new) if old.ndim == 1 else old.at[slot_R, :, :size].set(new)
 
     merged = _pinned(jax.tree.map(put, slots, rows))
     return merged, jax.tree.map(lambda x: x[:, None], drawn), rows.stop_B == stops_QV.shape[0] - 1
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "steps", "top"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("config", "steps", "top"), donate_argnames="slots")
 def decode(
     params: dict[str, Any],
     slots: Slots,
@@ -311,7 +303,7 @@ def decode(
     keep_B: Any,
     enough: Any,
     *,
-    graphdef: nnx.GraphDef,
+    config: ModelConfig,
     steps: int,
     top: int,
 ) -> tuple[Slots, Drawn, jax.Array]:
@@ -323,14 +315,14 @@ def decode(
         stops_QV: the automaton of the stops.
         keep_B: bool, False for slots that draw no more.
         enough: int32, ends the call once no more than so many slots draw.
-        graphdef: of the model.
+        config: of the model.
         steps: ids a slot.
         top: as in `admit`.
 
     Returns:
         The slots, what was drawn, and whether each slot has reached a stop, bool[B].
     """
-    model: Llava = nnx.merge(graphdef, params)
+    model = unstacked_model(config, params)
     slots = slots._replace(done_B=slots.done_B | ~keep_B)
     B, like = slots.last_B.shape[0], jax.eval_shape(lambda: _advance(slots, _no_logits(slots, stops_QV), stops_QV, top))
     out = jax.tree.map(lambda x: jnp.full((B, steps, *x.shape[1:]), -1, x.dtype), like[1])
@@ -364,16 +356,15 @@ def beam_ids(
     placed: PlacedModel, inputs: Inputs, pool_CPD: jax.Array | None, limit_B: Any, beams: int
 ) -> list[list[int]]:
     """Return the ids that beam search answers each row with, at most `limit_B` of them."""
-    graphdef, size = placed.graphdef, bucket(int(np.max(limit_B)))
-    total = inputs.tokens_BT.shape[1] + size
-    logits_BV, cache = prefill(placed.params, inputs, pool_CPD, graphdef=graphdef, config=placed.config, size=total)
+    size = bucket(int(np.max(limit_B)))
+    logits_BV, cache = prefill(placed.params, inputs, pool_CPD, config=placed.config)
     out_BM = beam_search(
         placed.params,
         logits_BV,
         cache,
         limit_B,
         placed.stops_QV,
-        graphdef=graphdef,
+        config=placed.config,
         step=decode_step,
         beams=beams,
         size=size,
@@ -389,7 +380,7 @@ def greedy_ids(placed: PlacedModel, prompts: Sequence[Prompt], limit: int) -> li
 
     All are answered together, by the programs of the engine. The processes of a mesh call it with the same prompts.
     """
-    config, graphdef, rows = placed.config, placed.graphdef, placed.rows(len(prompts))
+    config, rows = placed.config, placed.rows(len(prompts))
     pixels_NXYC = np.concatenate([prompt.pixels for prompt in prompts])
     ends = np.cumsum([len(prompt.pixels) for prompt in prompts]).tolist()
     given = [Row(prompt, range(end - len(prompt.pixels), end)) for prompt, end in zip(prompts, ends, strict=True)]
@@ -399,18 +390,16 @@ def greedy_ids(placed: PlacedModel, prompts: Sequence[Prompt], limit: int) -> li
         pixels_NXYC = np.pad(pixels_NXYC, ((0, size - ends[-1]), (0, 0), (0, 0), (0, 0)))
         pool_CPD = placed.replicate(np.zeros((size, config.vision.patches, config.llm.width), jnp.dtype(config.dtype)))
         shown = placed.place((pixels_NXYC, np.arange(size, dtype=np.int32)))
-        pool_CPD = encode_images(placed.params, pool_CPD, *shown, graphdef=graphdef)
+        pool_CPD = encode_images(placed.params, pool_CPD, *shown, config=config)
     inputs, limit_R = collate(given, config, rows), np.zeros(rows, np.int32)
     limit_R[: len(prompts)] = limit
     slots = empty_slots(config=config, rows=rows, size=bucket(inputs.tokens_BT.shape[1] + limit))
     draw, slot_R = draw_of([Sampling()] * rows, [0] * rows), np.arange(rows, dtype=np.int32)
     arrays = placed.place((inputs, limit_R, draw, slot_R))
-    slots, first, _ = admit(
-        placed.params, slots, pool_CPD, *arrays, placed.stops_QV, graphdef=graphdef, config=config, top=0
-    )
+    slots, first, _ = admit(placed.params, slots, pool_CPD, *arrays, placed.stops_QV, config=config, top=0)
     keep_R = placed.place(np.ones(rows, bool))
     _, rest, _ = decode(
-        placed.params, slots, placed.stops_QV, keep_R, np.int32(0), graphdef=graphdef, steps=limit - 1, top=0
+        placed.params, slots, placed.stops_QV, keep_R, np.int32(0), config=config, steps=limit - 1, top=0
     )
     first_R1, rest_RM = jax.device_get(placed.replicate((first.ids_BM, rest.ids_BM)))
     ids_RM = np.concatenate([first_R1, rest_RM], axis=1)[: len(prompts)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.parallel.sharding import constrain, matmul, unshard
-from llava_jax.types import REMAT_NAMES
+from llava_jax.types import REMAT_NAMES, LazyTensor
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -180,10 +180,29 @@ def stored_as(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: x if is_codes(x) else cast(x), tree)
 
 
+def unstacked(llm: dict[str, Any]) -> dict[str, Any]:
+    """Return a decoder's parameters with its blocks one by one, {layer: block}, as infer/ runs them."""
+    return llm | {"layers": dict(enumerate(blocks_of(llm["layers"])))}
+
+
+def blocks_of(stack: Any) -> list[Any]:
+    """Return the blocks of a stack of them."""
+
+    def block(layer: int) -> Any:
+        return jax.tree.map(lambda x: x.layer(layer) if isinstance(x, LazyTensor) else x[layer], stack)
+
+    return [block(layer) for layer in range(jax.tree.leaves(stack)[0].shape[0])]
+
+
+def unstacked_axes(llm: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the logical axes of a decoder's parameters after `unstacked`."""
+    return llm | {"layers": dict.fromkeys(range(count), llm["layers"])}
+
+
 def merge_heads(params: dict[str, Any]) -> dict[str, Any]:
     """Return a decoder's parameters with the kernels of queries, keys and values as matrices [L, D, N * H].
 
-    A TPU decodes with these as they lie in memory; one of [L, D, N, H] it would copy. Merged ones stay as they are.
+    A TPU decodes with these as they lie in memory; one of [L, D, N, H] it would copy.
     """
     return _over_heads(params, lambda x, kept: x.reshape(*x.shape[:kept], math.prod(x.shape[kept:])))
 

@@ -1,13 +1,13 @@
-"""LLaMA decoder (arXiv 2302.13971) and its kin, driven by the Hugging Face config: training, prefill and decode."""
+"""LLaMA decoder (arXiv 2302.13971) and its kin, driven by the Hugging Face config."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llava_jax.models.attention import angles, attend_to_cache, attention, rotate
+from llava_jax.models.attention import angles, attention, rotate
 from llava_jax.models.layers import Embed, Linear, RMSNorm, remat_policy
 from llava_jax.parallel.sharding import constrain, unshard
 from llava_jax.types import LlamaConfig
@@ -15,22 +15,6 @@ from llava_jax.types import LlamaConfig
 # cosines and sines [B, T, H / 2]; keys and values [B, T, K, H]
 Rope = tuple[jax.Array, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, and how many slots of each row are filled.
-
-    A head's slots are adjacent: the products of a step read them so, and in another order they would first be copied.
-    """
-
-    k_LBKSH: jax.Array
-    v_LBKSH: jax.Array
-    length_B: jax.Array
-
-
-def empty_cache(config: LlamaConfig, batch: int, size: int, dtype: str | jnp.dtype) -> Cache:
-    shape = (config.layers, batch, config.kv_heads, size, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
 class Attention(nnx.Module):
@@ -110,22 +94,6 @@ class Block(nnx.Module):
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return constrain(x_BTD, "batch", "length", "activation"), kv
 
-    def extend(
-        self, x_BTD: jax.Array, rope: Rope, cache: Cache, layer: jax.Array, seen_BTS: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """Run T tokens a row: write their keys and values from slot length_B of `layer` on, attend to what is seen."""
-        # The barrier keeps the order of heads in memory from spreading to the weights, all of which would be copied.
-        projected = jax.lax.optimization_barrier(self.attn.project(self.attn_norm(x_BTD)))
-        q, k, v = self.attn.heads(projected, rope)
-        B, T, K, _ = k.shape
-        slots_BT = cache.length_B[:, None] + jnp.arange(T)
-        slot = layer, jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], slots_BT[:, None]
-        k_LBKSH, v_LBKSH = (
-            old.at[slot].set(new.swapaxes(1, 2)) for old, new in ((cache.k_LBKSH, k), (cache.v_LBKSH, v))
-        )
-        x_BTD = x_BTD + self.attn.o(attend_to_cache(q, k_LBKSH[layer], v_LBKSH[layer], seen_BTS))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), Cache(k_LBKSH, v_LBKSH, cache.length_B)
-
 
 class Llama(nnx.Module):
     """Decoder over embeddings, so that image features can stand where tokens stand."""
@@ -143,7 +111,8 @@ class Llama(nnx.Module):
         self.config, self.remat = config, remat
         self.embed = Embed(config.vocab_size, config.width, dtype, rngs=rngs)
         blocks = jax.vmap(lambda r: Block(config, attention, attention_block, rngs=r))
-        self.layers = blocks(rngs.split(config.layers))
+        # A stack, over which a pass loops; a list in `llava.unstacked_model`.
+        self.layers: Any = blocks(rngs.split(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
         if not config.tied:
             self.head = Linear((config.width,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
@@ -163,57 +132,14 @@ class Llama(nnx.Module):
         logits_BTV = hidden_BTD @ self.head_kernel(hidden_BTD.dtype)
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
-    def _forward(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, keep_kv: bool
-    ) -> tuple[jax.Array, Any]:
-        """Return hidden states after the last norm, and with `keep_kv` keys and values [L, B, T, K, H]."""
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Return hidden states [B, T, D] after the last norm; attention is causal within each segment."""
         rope = angles(positions_BT, self.config.rope, self.config.head_dim)
 
-        def body(x_BTD: jax.Array, block: Block):
-            x_BTD, kv = block(x_BTD, rope, segment_ids_BT)
-            return x_BTD, kv if keep_kv else None
+        def body(x_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return block(x_BTD, rope, segment_ids_BT)[0], None
 
         # prevent_cse: a scan's body is not merged with its recomputation anyway.
         saved = jax.checkpoint(body, policy=remat_policy(self.remat), prevent_cse=False)
-        x_BTD, kv = jax.lax.scan(body if self.remat == "none" else saved, x_BTD, self.layers)
-        return self.norm(x_BTD), kv
-
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """Return hidden states [B, T, D] after the last norm; attention is causal within each segment."""
-        return self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=False)[0]
-
-    def prefill(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """Run right-padded rows (segment 0 is padding) as `__call__`; return hidden states and the filled cache."""
-        hidden_BTD, (k_LBTKH, v_LBTKH) = self._forward(x_BTD, positions_BT, segment_ids_BT, keep_kv=True)
-        length_B = (segment_ids_BT > 0).sum(-1, dtype=jnp.int32)
-        k_LBKSH, v_LBKSH = (
-            jax.lax.dynamic_update_slice(old, new.swapaxes(2, 3).astype(old.dtype), (0,) * 5)
-            for old, new in ((cache.k_LBKSH, k_LBTKH), (cache.v_LBKSH, v_LBTKH))
-        )
-        return hidden_BTD, Cache(k_LBKSH, v_LBKSH, length_B)
-
-    def extend(self, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Run T more tokens a row at the positions from length_B on; return hidden states and the cache with them.
-
-        Rows of fewer tokens are right-padded: whoever calls says how long they are now.
-        """
-        positions_BT = cache.length_B[:, None] + jnp.arange(x_BTD.shape[1])
-        rope = angles(positions_BT, self.config.rope, self.config.head_dim)
-        slots = jnp.arange(cache.k_LBKSH.shape[3])
-        seen_BTS = slots <= positions_BT[:, :, None]
-        if self.config.window:
-            seen_BTS &= slots > positions_BT[:, :, None] - self.config.window
-
-        def body(carry: tuple[jax.Array, Cache], layer: tuple[Block, jax.Array]):
-            block, index = layer
-            return block.extend(carry[0], rope, carry[1], index, seen_BTS), None
-
-        (x_BTD, cache), _ = jax.lax.scan(body, (x_BTD, cache), (self.layers, jnp.arange(self.config.layers)))
-        return self.norm(x_BTD), cache
-
-    def decode(self, x_B1D: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Run one more token a row; return hidden states [B, 1, D] and the cache with length_B + 1."""
-        hidden_B1D, cache = self.extend(x_B1D, cache)
-        return hidden_B1D, cache._replace(length_B=cache.length_B + 1)
+        x_BTD, _ = jax.lax.scan(body if self.remat == "none" else saved, x_BTD, self.layers)
+        return self.norm(x_BTD)

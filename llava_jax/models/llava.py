@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.clip import Clip
-from llava_jax.models.layers import Int8, Int8Linear, Linear, param, torch_uniform
+from llava_jax.models.layers import Int8, Int8Linear, Linear, blocks_of, param, torch_uniform
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt_decoder, adapt_tower, linears
 from llava_jax.parallel.sharding import constrain
@@ -160,6 +160,22 @@ def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
 @functools.cache
 def _traced(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
+
+
+def unstacked_model(config: ModelConfig, params: Params) -> Llava:
+    """Return a model with the decoder's blocks one by one, as its parameters have them (`layers.unstacked`)."""
+    return nnx.merge(_unstacked_graph(config), params)
+
+
+@functools.cache
+def _unstacked_graph(config: ModelConfig) -> nnx.GraphDef:
+    def make() -> Llava:
+        model = Llava(config, rngs=nnx.Rngs(0))
+        graphdef, stack = nnx.split(model.llm.layers)
+        model.llm.layers = nnx.List([nnx.merge(graphdef, block) for block in blocks_of(stack)])
+        return model
+
+    return nnx.split(nnx.eval_shape(make))[0]
 
 
 def init(config: ModelConfig, seed: int, wanted: Params | None = None) -> Params:

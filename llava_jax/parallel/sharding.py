@@ -284,11 +284,11 @@ def place(tree: Any, shardings: Any) -> Any:
     """
 
     def put(x: np.ndarray | LazyTensor, at: jax.sharding.Sharding) -> jax.Array:
-        if isinstance(x, LazyTensor):
-            if math.prod(x.shape) * x.dtype.itemsize > AT_ONCE:
-                return _streamed(x, at)
-            x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, at, lambda index: x[index])
+        if isinstance(x, LazyTensor) and math.prod(x.shape) * x.dtype.itemsize > AT_ONCE:
+            return _streamed(x, at)
+        whole = np.asarray(x)
+        placed = jax.make_array_from_callback(x.shape, at, lambda index: whole[index])
+        return _settled(placed) if isinstance(x, LazyTensor) else placed
 
     return jax.tree.map(put, tree, shardings)
 

@@ -1,9 +1,11 @@
-"""Held-out rows answered during training, with the weights where they lie: how many answers are right, or how close."""
+"""Held-out rows answered during training: how many answers are right, or how close they are."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from llava_jax.data.images import load_tiles, normalised
@@ -14,7 +16,8 @@ from llava_jax.evaluate.exact_match import normalise
 from llava_jax.evaluate.rouge import rouge_l
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, greedy_ids
 from llava_jax.infer.sample import AnswerDecoder, stop_table
-from llava_jax.models.llava import build, join_parts, overlaid
+from llava_jax.models.layers import merge_heads, stored_as, unstacked
+from llava_jax.models.llava import join_parts, overlaid
 from llava_jax.parallel.sharding import place, replicated
 from llava_jax.train.setup import Run
 from llava_jax.train.step import Params
@@ -62,7 +65,7 @@ def open_questions(
     # What spells a stop is cut from the text: only ids end an answer on the device.
     stops_QV = stop_table((), tokenizer.stop_ids(rules), [""] * config.llm.vocab_size)
     config = dataclasses.replace(config, remat="none", attention="xla")
-    model = PlacedModel(build(config)[0], {}, config, place(stops_QV, replicated(run.mesh)), run.mesh)
+    model = PlacedModel({}, config, place(stops_QV, replicated(run.mesh)), run.mesh)
     asked = Questions(model, [], [], tokenizer, rules.stop, train.batch_size // train.accumulate, 0)
     longest, room = 0, config.llm.max_positions
     for row in range(train.eval_generate):
@@ -101,6 +104,14 @@ def _first_question(
     return Prompt(tokens, np.concatenate(pixels), index_T), turns[at].text.strip()
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def for_answers(parts: Params, config: ModelConfig) -> Params:
+    """Return a copy of the weights in the dtype of the computation, as infer/ takes them."""
+    params = stored_as(join_parts(parts), config.dtype)
+    is_dense = config.lora is None and not config.nf4
+    return params | {"llm": unstacked(merge_heads(params["llm"]) if is_dense else params["llm"])}
+
+
 def answer(
     questions: Questions, params: Params, frozen: Params, should_stop: Callable[[], bool]
 ) -> dict[str, float | int]:
@@ -108,8 +119,9 @@ def answer(
 
     It is `eval_exact_match` where all references are SHORT, else `eval_rouge_l`. Several processes call this together.
     """
-    model = dataclasses.replace(questions.model, params=join_parts(overlaid(frozen, params)))
-    how, said = model.config.vision.pixels, []
+    config = questions.model.config
+    model = dataclasses.replace(questions.model, params=for_answers(overlaid(frozen, params), config))
+    how, said = config.vision.pixels, []
     for first in range(0, len(questions.prompts), questions.at_once):
         if should_stop():
             return {}

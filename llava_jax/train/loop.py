@@ -273,7 +273,7 @@ def run_updates(
         pending = (n, values, batch.rows_BM, arrays.tokens_BT.size, waited, {})
         try:
             pending = (*pending[:-1], validate(n, state, values))
-        except InputError:
+        except (InputError, jax.errors.JaxRuntimeError):  # of the latter: no memory for what only a pass needs
             save_done()
             raise
         stopped, evaluated = should_stop(n + 1), pending[-1]
