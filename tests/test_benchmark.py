@@ -8,6 +8,7 @@ import pytest
 
 from llava_jax.benchmark import compare, fixtures, worker
 from llava_jax.cli import benchmark, main
+from llava_jax.cli.benchmark import further
 from llava_jax.types import InputError
 
 # A side that stands in for PyTorch's: it speaks the protocol, and its turns take what it is told.
@@ -148,12 +149,15 @@ def test_train_measures(tmp_path, monkeypatch, capsys):
     assert "seconds an update" in capsys.readouterr().out
 
 
-def test_generate_and_data_measure(tmp_path, monkeypatch):
+def test_generate_and_data_measure(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     answers, images = tmp_path / "generate.json", tmp_path / "data.json"
     assert main.main(["benchmark", "generate", "--size=tiny", "--new_tokens=4", "--rounds=1", f"--json={answers}"]) == 0
     assert (
         main.main(["benchmark", "data", "--images=8", "--side=32", "--rows=128", "--rounds=1", f"--json={images}"]) == 0
     )
-    assert json.loads(answers.read_text())["ours"]["first_token"] > 0
+    ours = json.loads(answers.read_text())["ours"]
+    assert ours["first_token"] > 0
+    assert f"ms to each further one{1000 * ours['further_token']:24.1f}" in capsys.readouterr().out
+    assert further({"token": 0.5, "first_token": 0.8}, 4) == pytest.approx(0.4)
     assert json.loads(images.read_text())["ours"]["image"] > 0

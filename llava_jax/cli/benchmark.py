@@ -73,23 +73,32 @@ def train(args: argparse.Namespace) -> int:
 
 def generate_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
-    parser.add_argument("--new_tokens", type=int, default=64, help="ids of each answer (64)")
+    parser.add_argument("--new_tokens", type=int, default=64, help="ids of each answer, 2 or more (64)")
     common_flags(parser, rounds=5)
 
 
 def generate(args: argparse.Namespace) -> int:
-    check_least(args, 1, "rows", "length", "new_tokens", "rounds")
+    check_least(args, 1, "rows", "length", "rounds")
+    check_least(args, 2, "new_tokens")
     peer, core = sides(args, args.size)
     length = {"tiny": 32, "small": 192, "7b": 640}[args.size]
     work = model_work(args, core, 4, length, targets=0) | dict(job="generate", new_tokens=args.new_tokens)
     announce_work("benchmark generate", args, work, peer, f"{args.rounds} turns, greedy, {args.new_tokens} ids a row")
     result = measure(work, args.rounds, peer)
+    for side in (result[name] for name in (OURS, PEER) if name in result):
+        side["further_token"] = further(side, args.new_tokens)
     print_table(
         result,
         ("tokens a second", lambda side: f"{work['rows'] / side['token']:.1f}"),
         ("seconds to the first", lambda side: f"{side['first_token']:.3f}"),
+        ("ms to each further one", lambda side: f"{1000 * side['further_token']:.1f}"),
     )
     return write_figures(args, {"command": "generate", "size": args.size, **result}, [result])
+
+
+def further(side: dict[str, Any], new_tokens: int) -> float:
+    """Return the seconds from one id of a row to the next, without those to the first."""
+    return (side["token"] * new_tokens - side["first_token"]) / (new_tokens - 1)
 
 
 def data_flags(parser: argparse.ArgumentParser) -> None:

@@ -168,7 +168,7 @@ COMMANDS: dict[str, Command] = {
         writes=("json",),
     ),
     "benchmark generate": Command(
-        "tokens a second of greedy answers to prompts with images, and seconds to the first token",
+        "tokens a second of greedy answers to prompts with images, and the time to the first and to each further one",
         "llava-jax benchmark generate --peer --json=generate.json",
         benchmark.generate_flags,
         benchmark.generate,
