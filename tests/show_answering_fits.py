@@ -26,12 +26,12 @@ def lowered(mesh, llm, slots, tokens, answer):
     from llava_jax.infer.engine import POOL_BYTES, POOL_IMAGES, STEPS
     from llava_jax.infer.generate import (
         Inputs,
+        PlacedModel,
         admit,
         bucket,
         decode,
         empty_slots,
         encode_images,
-        group_size,
         row_bucket,
     )
     from llava_jax.infer.sample import draw_of
@@ -61,8 +61,8 @@ def lowered(mesh, llm, slots, tokens, answer):
     def everywhere(x):
         return replicated(mesh)
 
-    ways = mesh.shape["data"]
-    slots, count = -(-slots // ways) * ways, -(-group_size(slots) // ways) * ways
+    placed = PlacedModel({}, config, jnp.zeros(()), mesh)
+    slots, count = placed.rows(slots), placed.group(slots)
     size = row_bucket(tokens + answer)
     state = abstract(jax.eval_shape(lambda: empty_slots(config=config, rows=slots, size=size)), slot)
     patches = config.vision.patches

@@ -19,7 +19,6 @@ from llava_jax.infer.generate import (
     collate,
     decode_step,
     encode_images,
-    group_size,
     prefill,
 )
 from llava_jax.models import llava
@@ -154,7 +153,7 @@ def test_images_lengths_and_sampling_compile_nothing():
 
 def test_buckets():
     assert [bucket(n) for n in (1, 17, 33, 79, 129, 512, 513, 769)] == [16, 32, 48, 96, 192, 512, 768, 1024]
-    assert [group_size(n) for n in (1, 2, 3, 11, 12, 47, 48, 64)] == [1, 1, 4, 4, 16, 16, 64, 64]
+    assert [placed().group(n) for n in (1, 2, 3, 11, 12, 47, 48, 64)] == [1, 1, 4, 4, 16, 16, 16, 16]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ from llava_jax.infer.generate import (
     decode,
     empty_slots,
     encode_images,
-    group_size,
     image_index,
     resized,
     row_bucket,
@@ -228,7 +227,7 @@ class Features:
             self._entries.move_to_end(name)
         missing = [name for name in pixels if name not in self._entries]
         while missing:
-            count = group_size(len(missing))
+            count = self._placed.group(len(missing))
             self._encode({name: pixels[name] for name in missing[:count]})
             missing = missing[count:]
         return [
@@ -248,7 +247,7 @@ class Features:
         for name in pixels:
             used = len(self._entries)
             self._entries[name] = self._entries.popitem(last=False)[1] if used == self._size else used
-        fill = self._placed.rows(group_size(len(pixels))) - len(pixels)
+        fill = self._placed.group(len(pixels)) - len(pixels)
         entry_N = np.array([self._entries[name] for name in pixels] + [self._size] * fill, np.int32)
         given = self._placed.place((np.stack([*pixels.values(), *[next(iter(pixels.values()))] * fill]), entry_N))
         self.pool_CPD = encode_images(self._placed.params, self.pool_CPD, *given, config=self._placed.config)
@@ -504,7 +503,7 @@ class Engine:
                 ):
                     group.append(ticket)
                     chunks.update(ticket.chunks)
-            group = group[: group_size(len(group))] if group else group
+            group = group[: self.placed.group(len(group))] if group else group
             self._queue = deque(ticket for ticket in self._queue if ticket not in group)
             taken = dict(zip(free, group, strict=False))
             self._running |= taken
@@ -529,7 +528,7 @@ class Engine:
 
     def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Inputs, np.ndarray]:
         """Return what is prefilled, and the most ids of each row."""
-        entries, rows = self._features.entries(tickets), self.placed.rows(group_size(len(tickets)))
+        entries, rows = self._features.entries(tickets), self.placed.group(len(tickets))
         given = [
             Row(ticket.prompt, shown, ticket.start, ticket.source)
             for ticket, shown in zip(tickets, entries, strict=True)

@@ -48,6 +48,12 @@ class PlacedModel:
         """Return `count` rounded up to what divides over the devices."""
         return -(-count // self.row_multiple) * self.row_multiple
 
+    def group(self, waiting: int) -> int:
+        """Return for how many of `waiting` rows to make room at once: the largest power of four that they fill to three
+        quarters, so that few sizes are compiled, and that gives no device more than 16."""
+        most = min(waiting * 4 // 3, 16 * self.row_multiple)
+        return self.rows(4 ** (most.bit_length() - 1 >> 1))
+
     def place(self, tree: Any) -> Any:
         """Place arrays of rows: split over the devices of a mesh."""
         return tree if self.mesh is None else jax.device_put(tree, batch_sharding(self.mesh))
@@ -76,12 +82,6 @@ def bucket(length: int) -> int:
 def row_bucket(rows: int) -> int:
     """Return the next power of two."""
     return 1 << max(0, rows - 1).bit_length()
-
-
-def group_size(waiting: int) -> int:
-    """Return for how many of `waiting` rows to make room at once: the largest power of four that they fill to three
-    quarters, so that few sizes are compiled."""
-    return 4 ** ((waiting * 4 // 3).bit_length() - 1 >> 1)
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
