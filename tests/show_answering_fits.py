@@ -34,11 +34,10 @@ def lowered(mesh, llm, slots, tokens, answer):
         encode_images,
         row_bucket,
     )
-    from llava_jax.infer.sample import draw_of
     from llava_jax.models.layers import merge_head_axes, merge_heads, stored_as, unstacked, unstacked_axes
     from llava_jax.models.llava import build, logical_axes
     from llava_jax.parallel.sharding import batch_sharding, param_shardings, replicated, spec_of
-    from llava_jax.types import ModelConfig, Sampling
+    from llava_jax.types import ModelConfig
     from llava_jax.weights.load import CLIPS
 
     config = ModelConfig(CLIPS["clip-l-14-336"], llm, dtype="bfloat16")
@@ -74,12 +73,9 @@ def lowered(mesh, llm, slots, tokens, answer):
     alone = Inputs(ids, one, ids)
     side = config.vision.image_size
     pixels = np.zeros((count, side, side, 3), np.float32)
-    draw = draw_of([Sampling()] * count, [0] * count)
-    how = dict(config=config, top=0)
 
     def prefilled(inputs):
-        rows = abstract((inputs, one, draw, one), row)
-        return admit.lower(params, state, pool, *rows, stops, **how)
+        return admit.lower(params, state, pool, *abstract((inputs, one), row), config=config)
 
     tower = encode_images.lower(params, pool, *abstract((pixels, one), row), config=config)
     keep = abstract(np.zeros(slots, bool), row)

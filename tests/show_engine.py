@@ -67,7 +67,8 @@ def show_file(model, folder: str, count: int, slots: int, source: str) -> None:
             single += [answer.text for answer in engine.answers([model.prompt(question.messages)], SHORT)]
         alone = (clock() - began) / SAMPLE
         began = clock()
-        answered(model, path, images, os.path.join(work, "warm.jsonl"), slots)
+        # A model's own engine would stay the one with the most slots that were ever asked for.
+        answered(api.load(source), path, images, os.path.join(work, "warm.jsonl"), slots)
         first = (clock() - began)[0]
         model = api.load(source)  # knows none of the images, and finds its programs compiled
         began = clock()
@@ -111,7 +112,7 @@ def show_clients(model, folder: str, count: int, slots: int) -> None:
             first[number] = first[number] or time.monotonic() - start
             together[number] += piece
 
-    for _ in range(2):
+    for _ in range(3):  # who comes when decides the sizes of groups: the first rounds compile
         together, first = [""] * count, [0.0] * count
         threads = [threading.Thread(target=client, args=[number]) for number in range(count)]
         began = clock()

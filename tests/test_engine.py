@@ -158,7 +158,7 @@ def test_probabilities_are_those_of_the_whole_forward(tiny, prompts):
         ask(engine, prompts[0], logprobs=21)
 
 
-@pytest.mark.parametrize("program", ["admit", "encode_images"])
+@pytest.mark.parametrize("program", ["admit", "draw_first", "encode_images"])
 def test_an_error_of_the_device_ends_what_it_concerns_and_the_engine_survives(
     tiny, prompts, whole, monkeypatch, program
 ):

@@ -147,7 +147,7 @@ def test_images_lengths_and_sampling_compile_nothing():
     for seed, images in ((1, 2), (2, 1), (3, 1)):
         sampling = Sampling(max_new_tokens=10 + seed, temperature=0.5 + seed, top_k=seed, seed=seed)
         ids_of(placed(), [prompt(seed, 22 - seed - 4 * images, images)], sampling, slots=1)
-        sizes.append([function._cache_size() for function in (generate.admit, generate.decode)])
+        sizes.append([function._cache_size() for function in (generate.admit, generate.draw_first, generate.decode)])
     assert sizes[0] == sizes[1] == sizes[2]
 
 

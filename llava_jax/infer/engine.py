@@ -33,6 +33,7 @@ from llava_jax.infer.generate import (
     bucket,
     collate,
     decode,
+    draw_first,
     empty_slots,
     encode_images,
     image_index,
@@ -47,8 +48,8 @@ MIN_SIZE = 128  # tokens a slot
 CHUNK = 8  # tokens; prompts share whole ones
 WORTH_WAITING = 4  # chunks that another prompt of the same call would have ready
 LOGPROBS = 20  # the most of the likeliest ids that a request may ask for
-# The pool of image features: bytes on the device and images, whichever is less.
-POOL_BYTES, POOL_IMAGES = 256 * 2**20, 512
+# The pool of image features: bytes on the device and images, whichever is less; all of it is made with the first image.
+POOL_BYTES, POOL_IMAGES = 256 * 2**20, 128
 
 
 class TokenLogprobs(NamedTuple):
@@ -544,17 +545,12 @@ class Engine:
         fill = len(limit_R) - len(tickets)
         samplings, hashes = [*(ticket.sampling for ticket in tickets), *[Sampling()] * fill], [0] * fill
         draw = draw_of(samplings, [*(ticket.hash for ticket in tickets), *hashes])
-        slot_R = np.array([*group, *[self.slots] * fill], np.int32)
-        self._state, drawn, stopped_R = admit(
-            placed.params,
-            self._state,
-            self._features.pool_CPD,
-            inputs,
-            limit_R,
-            *placed.place((draw, slot_R)),
-            placed.stops_QV,
-            config=placed.config,
-            top=_top(tickets),
+        draw, slot_R = placed.place((draw, np.array([*group, *[self.slots] * fill], np.int32)))
+        self._state, logits_RV = admit(
+            placed.params, self._state, self._features.pool_CPD, inputs, slot_R, config=placed.config
+        )
+        self._state, drawn, stopped_R = draw_first(
+            self._state, logits_RV, limit_R, draw, slot_R, placed.stops_QV, top=_top(tickets)
         )
         for slot, ticket in group.items():
             self._hold(slot, ticket.chunks)

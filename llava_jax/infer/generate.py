@@ -195,7 +195,7 @@ class Slots(NamedTuple):
     """The answers under way, a row each: `step_B` ids are drawn, of at most `limit_B`; the last one, `last_B`, is not
     in the cache yet. A row that is done, or was never used, draws nothing."""
 
-    cache: Cache
+    cache: Any
     last_B: Any
     step_B: Any
     limit_B: Any
@@ -249,50 +249,61 @@ def _advance(slots: Slots, logits_BV: jax.Array, stops_QV: jax.Array, top: int) 
     return slots._replace(last_B=token_B, step_B=step_B, stop_B=stop_B, done_B=done_B), drawn
 
 
-@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="slots")
 def admit(
     params: dict[str, Any],
     slots: Slots,
     pool_CPD: jax.Array | None,
     inputs: Inputs,
-    limit_R: Any,
-    draw: Draw,
     slot_R: Any,
-    stops_QV: jax.Array,
     *,
     config: ModelConfig,
-    top: int,
-) -> tuple[Slots, Drawn, jax.Array]:
-    """Prefill R prompts into the slots `slot_R`, and draw the first id of each.
+) -> tuple[Slots, jax.Array]:
+    """Prefill R prompts into the cache of the slots `slot_R`; return the slots and the logits after each prompt.
 
     Args:
         params: of the model.
         slots: all slots; donated.
         pool_CPD: features of images, for `inputs.feature_BT`.
         inputs: the prompts.
+        slot_R: int32, where each goes; a row for a slot that there is not is dropped.
+        config: of the model.
+    """
+    prefix, size = None, inputs.tokens_BT.shape[1]
+    if inputs.start_B is not None:
+        prefix, size = slots.cache.map(lambda x: x[inputs.source_B], inputs.start_B), slots.cache.size
+    logits_RV, rows = prefill(params, inputs, pool_CPD, prefix, config=config)
+    layers = jax.tree.map(lambda old, new: old.at[slot_R, :, :size].set(new), slots.cache.layers, rows.layers)
+    cache = Cache(layers, slots.cache.length_B.at[slot_R].set(rows.length_B))
+    return _pinned(slots._replace(cache=cache)), logits_RV
+
+
+# A program of its own: it takes as long to compile as a prefill, of which there is one for each length.
+@functools.partial(jax.jit, static_argnames="top", donate_argnames="slots")
+def draw_first(
+    slots: Slots, logits_RV: jax.Array, limit_R: Any, draw: Draw, slot_R: Any, stops_QV: jax.Array, *, top: int
+) -> tuple[Slots, Drawn, jax.Array]:
+    """Draw the first id of each answer that `admit` has made ready.
+
+    Args:
+        slots: all slots; donated.
+        logits_RV: of `admit`.
         limit_R: int32, the most ids each may be answered with.
         draw: how each row draws.
-        slot_R: int32, where each goes; a row for a slot that there is not is dropped.
+        slot_R: as `admit` had them.
         stops_QV: the automaton of the stops.
-        config: of the model.
         top: how many of the likeliest ids are returned with each; 0: no probabilities.
 
     Returns:
         The slots, what was drawn (M is 1), and whether each row has reached a stop, bool[R].
     """
-    prefix, size = None, inputs.tokens_BT.shape[1]
-    if inputs.start_B is not None:
-        prefix, size = slots.cache.map(lambda x: x[inputs.source_B], inputs.start_B), slots.cache.size
-    logits_RV, cache = prefill(params, inputs, pool_CPD, prefix, config=config)
     zeros_R = jnp.zeros_like(limit_R)
-    rows = Slots(cache, zeros_R, zeros_R, limit_R, zeros_R, zeros_R > 0, draw)
-    rows, drawn = _advance(rows, logits_RV, stops_QV, top)
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot_R].set(new) if old.ndim == 1 else old.at[slot_R, :, :size].set(new)
-
-    merged = _pinned(jax.tree.map(put, slots, rows))
-    return merged, jax.tree.map(lambda x: x[:, None], drawn), rows.stop_B == stops_QV.shape[0] - 1
+    begun, drawn = _advance(
+        Slots(None, zeros_R, zeros_R, limit_R, zeros_R, zeros_R > 0, draw), logits_RV, stops_QV, top
+    )
+    put = jax.tree.map(lambda old, new: old.at[slot_R].set(new), slots._replace(cache=None), begun)
+    stopped_R = begun.stop_B == stops_QV.shape[0] - 1
+    return _pinned(put._replace(cache=slots.cache)), jax.tree.map(lambda x: x[:, None], drawn), stopped_R
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "top"), donate_argnames="slots")
@@ -317,7 +328,7 @@ def decode(
         enough: int32, ends the call once no more than so many slots draw.
         config: of the model.
         steps: ids a slot.
-        top: as in `admit`.
+        top: as in `draw_first`.
 
     Returns:
         The slots, what was drawn, and whether each slot has reached a stop, bool[B].
@@ -395,8 +406,9 @@ def greedy_ids(placed: PlacedModel, prompts: Sequence[Prompt], limit: int) -> li
     limit_R[: len(prompts)] = limit
     slots = empty_slots(config=config, rows=rows, size=bucket(inputs.tokens_BT.shape[1] + limit))
     draw, slot_R = draw_of([Sampling()] * rows, [0] * rows), np.arange(rows, dtype=np.int32)
-    arrays = placed.place((inputs, limit_R, draw, slot_R))
-    slots, first, _ = admit(placed.params, slots, pool_CPD, *arrays, placed.stops_QV, config=config, top=0)
+    inputs, limit_R, draw, slot_R = placed.place((inputs, limit_R, draw, slot_R))
+    slots, logits_RV = admit(placed.params, slots, pool_CPD, inputs, slot_R, config=config)
+    slots, first, _ = draw_first(slots, logits_RV, limit_R, draw, slot_R, placed.stops_QV, top=0)
     keep_R = placed.place(np.ones(rows, bool))
     _, rest, _ = decode(
         placed.params, slots, placed.stops_QV, keep_R, np.int32(0), config=config, steps=limit - 1, top=0
