@@ -66,6 +66,9 @@ def traffic(program: Any, name: str, layer: Dims, looked_up: Dims | None) -> tup
             inside = [traffic(program, word, layer, looked_up) for word in words & program.computations.keys()]
             moved, copies = moved + sum(one[0] for one in inside), copies + [what for one in inside for what in one[1]]
             continue
+        if i.opcode == "slice-start":  # of the type ((operand), the slice in VMEM, its state)
+            moved += hlo.array_bytes(i.type)[1]
+            continue
         read = [types[operand] for operand in i.operands if operand in types and not types[operand].startswith("(")]
         # What starts a copy has the type (destination, source, its state).
         written = [i.type[: i.type.index("}") + 1] if i.opcode == "copy-start" else i.type]

@@ -60,7 +60,7 @@ def lowered(mesh, llm, slots, tokens, answer):
     def everywhere(x):
         return replicated(mesh)
 
-    placed = PlacedModel({}, config, jnp.zeros(()), mesh)
+    placed = PlacedModel({}, config, None, mesh)
     slots, count = placed.rows(slots), placed.group(slots)
     size = row_bucket(tokens + answer)
     state = abstract(jax.eval_shape(lambda: empty_slots(config=config, rows=slots, size=size)), slot)

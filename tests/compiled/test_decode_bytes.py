@@ -71,8 +71,9 @@ ENTRY %main (state: (bf16[2,4,64,8], bf16[32,16], bf16[100,16])) -> bf16[16] {
         ("", 0, 0),
         ("%copy.1 = bf16[4,64,8,2]{3,2,1,0} copy(%written)", 1, 2),
         ("%ahead = bf16[2,4,64,8]{3,2,1,0:S(1)} copy(%written)", 0, 1),
+        ("%half = ((bf16[2,4,64,8]{3,2,1,0}), bf16[1,4,64,8]{3,2,1,0:S(1)}, s32[]) slice-start(%written)", 0, 0.5),
     ],
-    ids=["none", "in another order", "into VMEM"],
+    ids=["none", "in another order", "into VMEM", "half of it into VMEM"],
 )
 def test_what_is_counted_of_a_small_program(copy, copies, more):
     cache, weight, new = 2 * 4 * 64 * 8 * 2, 32 * 16 * 2, 2 * 4 * 8 * 2
