@@ -91,7 +91,7 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
     from jax.sharding import SingleDeviceSharding
 
     from llava_jax.aot.target import named_target
-    from llava_jax.infer.engine import STEPS
+    from llava_jax.infer.engine import MOST_STEPS
     from llava_jax.infer.generate import decode, empty_slots
     from llava_jax.models.layers import merge_heads, stored_as, unstacked
     from llava_jax.models.llava import build
@@ -103,7 +103,13 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
 
     def arguments() -> tuple[Any, ...]:
         stops_QV = jnp.zeros((2, llm.vocab_size), jnp.int16)
-        return empty_slots(config=config, rows=batch, size=slots), stops_QV, jnp.zeros(batch, bool), jnp.int32(0)
+        return (
+            empty_slots(config=config, rows=batch, size=slots),
+            stops_QV,
+            jnp.zeros(batch, bool),
+            jnp.int32(0),
+            jnp.int32(MOST_STEPS),
+        )
 
     at = SingleDeviceSharding(named_target(topology).devices[0])
     llm_params = jax.eval_shape(lambda tree: unstacked(merge_heads(tree)), params["llm"])
@@ -114,7 +120,7 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         for tree in ((read, state.cache), state.cache.layers)
     )
-    whole = decode.lower(*given, config=config, steps=STEPS, top=0).compile()
+    whole = decode.lower(*given, config=config, steps=MOST_STEPS, top=0).compile()
     return whole, held, cache
 
 

@@ -23,7 +23,7 @@ def lowered(mesh, llm, slots, tokens, answer):
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from llava_jax.infer.engine import POOL_BYTES, POOL_IMAGES, STEPS
+    from llava_jax.infer.engine import MOST_STEPS, POOL_BYTES, POOL_IMAGES
     from llava_jax.infer.generate import (
         Inputs,
         PlacedModel,
@@ -79,7 +79,9 @@ def lowered(mesh, llm, slots, tokens, answer):
 
     tower = encode_images.lower(params, pool, *abstract((pixels, one), row), config=config)
     keep = abstract(np.zeros(slots, bool), row)
-    step = decode.lower(params, state, stops, keep, np.int32(0), config=config, steps=STEPS, top=0)
+    step = decode.lower(
+        params, state, stops, keep, np.int32(0), np.int32(MOST_STEPS), config=config, steps=MOST_STEPS, top=0
+    )
     cached, pooled = (sum(_on_chip(leaf) for leaf in jax.tree.leaves(tree)) for tree in (state, pool))
     suffix = np.zeros((count, bucket(64)), np.int32)
     return {

@@ -43,7 +43,8 @@ from llava_jax.infer.generate import (
 from llava_jax.infer.sample import check_sampling, draw_of
 from llava_jax.types import InputError, ModelConfig, Sampling
 
-STEPS = 4  # ids a slot between two looks at what came in
+# Ids a slot between two looks at what came in: where somebody reads along, and where all wait for whole answers.
+STEPS, MOST_STEPS = 4, 16
 MIN_SIZE = 128  # tokens a slot
 CHUNK = 8  # tokens; prompts share whole ones
 WORTH_WAITING = 4  # chunks that another prompt of the same call would have ready
@@ -169,8 +170,18 @@ class Answer(NamedTuple):
 class Ticket:
     """A request under way."""
 
-    def __init__(self, prompt: Prompt, sampling: Sampling, emit: Emit, decoder: TextDecoder, top: int | None):
+    def __init__(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        emit: Emit,
+        decoder: TextDecoder,
+        top: int | None,
+        is_patient: bool,
+    ):
+        """`is_patient`: nobody reads along, only the whole answer counts."""
         self.prompt, self.sampling, self.emit, self.decoder, self.top = prompt, sampling, emit, decoder, top
+        self.is_patient = is_patient
         self.images = [hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest() for x in prompt.pixels]
         self.hash = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
         self.chunks: list[bytes] = []
@@ -361,7 +372,7 @@ class Engine:
                 # The first ones together, so that they are prefilled together.
                 most = 2 * self.slots if tickets else self.slots
                 new = {
-                    index: self._ticket(prompt, sampling, functools.partial(_put, events, index), stop)
+                    index: self._ticket(prompt, sampling, functools.partial(_put, events, index), stop, is_patient=True)
                     for index, prompt in itertools.islice(waiting, most - len(tickets))
                 }
                 tickets |= new
@@ -384,7 +395,13 @@ class Engine:
                 ticket.cancel()
 
     def _ticket(
-        self, prompt: Prompt, sampling: Sampling, emit: Emit, stop: Sequence[str] = (), logprobs: int | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        emit: Emit,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        is_patient: bool = False,
     ) -> Ticket:
         check_sampling(sampling)
         if "" in stop:
@@ -399,7 +416,7 @@ class Engine:
                 f"prompt of {len(prompt.tokens)} tokens (image tokens included), but this model holds "
                 f"{self.max_length} with room for an answer: shorten the text or give fewer images"
             )
-        ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs)
+        ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs, is_patient)
         ticket.limit, ticket.chunks = min(ticket.limit, left), _chunks(ticket, self.placed.config)
         return ticket
 
@@ -585,8 +602,9 @@ class Engine:
             placed.stops_QV,
             keep_B,
             np.int32(enough),
+            np.int32(MOST_STEPS if all(ticket.is_patient for ticket in tickets) else STEPS),
             config=placed.config,
-            steps=STEPS,
+            steps=MOST_STEPS,
             top=_top(tickets),
         )
         return Call([(slot, slot) for slot in self._running], tickets, drawn, stopped_B)

@@ -313,12 +313,13 @@ def decode(
     stops_QV: jax.Array,
     keep_B: Any,
     enough: Any,
+    most: Any,
     *,
     config: ModelConfig,
     steps: int,
     top: int,
 ) -> tuple[Slots, Drawn, jax.Array]:
-    """Draw up to `steps` more ids for every slot that is not done, without leaving the device.
+    """Draw up to `most` more ids for every slot that is not done, without leaving the device.
 
     Args:
         params: of the model.
@@ -326,8 +327,9 @@ def decode(
         stops_QV: the automaton of the stops.
         keep_B: bool, False for slots that draw no more.
         enough: int32, ends the call once no more than so many slots draw.
+        most: int32, ids a slot, at most `steps`.
         config: of the model.
-        steps: ids a slot.
+        steps: ids a slot that there is room for in what is returned.
         top: as in `draw_first`.
 
     Returns:
@@ -342,7 +344,7 @@ def decode(
         slots, _, step = carry
         drawing = jnp.sum(~slots.done_B)
         # One step at least: all slots are taken or nobody waits.
-        return (step < steps) & (drawing > jnp.where(step == 0, 0, enough))
+        return (step < most) & (drawing > jnp.where(step == 0, 0, enough))
 
     def body(carry: tuple[Slots, Drawn, jax.Array]) -> tuple[Slots, Drawn, jax.Array]:
         slots, out, step = carry
@@ -411,7 +413,15 @@ def greedy_ids(placed: PlacedModel, prompts: Sequence[Prompt], limit: int) -> li
     slots, first, _ = draw_first(slots, logits_RV, limit_R, draw, slot_R, placed.stops_QV, top=0)
     keep_R = placed.place(np.ones(rows, bool))
     _, rest, _ = decode(
-        placed.params, slots, placed.stops_QV, keep_R, np.int32(0), config=config, steps=limit - 1, top=0
+        placed.params,
+        slots,
+        placed.stops_QV,
+        keep_R,
+        np.int32(0),
+        np.int32(limit - 1),
+        config=config,
+        steps=limit - 1,
+        top=0,
     )
     first_R1, rest_RM = jax.device_get(placed.replicate((first.ids_BM, rest.ids_BM)))
     ids_RM = np.concatenate([first_R1, rest_RM], axis=1)[: len(prompts)]
