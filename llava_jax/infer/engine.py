@@ -170,23 +170,13 @@ class Answer(NamedTuple):
 class Ticket:
     """A request under way."""
 
-    def __init__(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        emit: Emit,
-        decoder: TextDecoder,
-        top: int | None,
-        is_patient: bool,
-    ):
-        """`is_patient`: nobody reads along, only the whole answer counts."""
+    def __init__(self, prompt: Prompt, sampling: Sampling, emit: Emit, decoder: TextDecoder, top: int | None):
         self.prompt, self.sampling, self.emit, self.decoder, self.top = prompt, sampling, emit, decoder, top
-        self.is_patient = is_patient
         self.images = [hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest() for x in prompt.pixels]
         self.hash = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
         self.chunks: list[bytes] = []
         self.start = self.source = 0
-        self.limit, self.drawn, self.cancelled = sampling.max_new_tokens, 0, False
+        self.limit, self.drawn, self.cancelled, self.is_read_along = sampling.max_new_tokens, 0, False, True
 
     @property
     def kind(self) -> tuple[int, bool, int]:
@@ -372,9 +362,11 @@ class Engine:
                 # The first ones together, so that they are prefilled together.
                 most = 2 * self.slots if tickets else self.slots
                 new = {
-                    index: self._ticket(prompt, sampling, functools.partial(_put, events, index), stop, is_patient=True)
+                    index: self._ticket(prompt, sampling, functools.partial(_put, events, index), stop)
                     for index, prompt in itertools.islice(waiting, most - len(tickets))
                 }
+                for ticket in new.values():
+                    ticket.is_read_along = False
                 tickets |= new
                 if new:
                     self._enqueue(list(new.values()))
@@ -395,13 +387,7 @@ class Engine:
                 ticket.cancel()
 
     def _ticket(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        emit: Emit,
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-        is_patient: bool = False,
+        self, prompt: Prompt, sampling: Sampling, emit: Emit, stop: Sequence[str] = (), logprobs: int | None = None
     ) -> Ticket:
         check_sampling(sampling)
         if "" in stop:
@@ -416,7 +402,7 @@ class Engine:
                 f"prompt of {len(prompt.tokens)} tokens (image tokens included), but this model holds "
                 f"{self.max_length} with room for an answer: shorten the text or give fewer images"
             )
-        ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs, is_patient)
+        ticket = Ticket(prompt, sampling, emit, self.model.decoder(stop), logprobs)
         ticket.limit, ticket.chunks = min(ticket.limit, left), _chunks(ticket, self.placed.config)
         return ticket
 
@@ -602,7 +588,7 @@ class Engine:
             placed.stops_QV,
             keep_B,
             np.int32(enough),
-            np.int32(MOST_STEPS if all(ticket.is_patient for ticket in tickets) else STEPS),
+            np.int32(STEPS if any(ticket.is_read_along for ticket in tickets) else MOST_STEPS),
             config=placed.config,
             steps=MOST_STEPS,
             top=_top(tickets),
