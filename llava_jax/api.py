@@ -26,8 +26,8 @@ from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.io import check_text, check_unicode, unread_keys
-from llava_jax.models.layers import merge_head_axes, merge_heads, quantise, unstacked, unstacked_axes
-from llava_jax.models.llava import build, logical_axes, unstacked_model
+from llava_jax.models.layers import merge_head_axes, quantise, unstacked_axes
+from llava_jax.models.llava import build, for_answers, logical_axes, unstacked_model
 from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated
 from llava_jax.settings import DTYPES
 from llava_jax.types import (
@@ -489,8 +489,7 @@ def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: in
     """
     config = processor.config
     dense = dataclasses.replace(config, int8=False)
-    abstract = build(dense)[1]
-    abstract |= {"llm": jax.eval_shape(lambda llm: unstacked(merge_heads(llm)), abstract["llm"])}
+    abstract = jax.eval_shape(for_answers, build(dense)[1])
     mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
     if mesh is None:
         shardings = jax.tree.map(lambda _: at, abstract)
@@ -509,8 +508,7 @@ def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: in
         codes, scale = _quantise(whole, 2 if module == "attn/o" else 1)
         return {"codes": codes, "scale": scale}
 
-    by_block = params | {"llm": unstacked(merge_heads(params["llm"]))}
-    cast = jax.tree_util.tree_map_with_path(put, by_block, shardings)
+    cast = jax.tree_util.tree_map_with_path(put, for_answers(params), shardings)
     stops_QV = jax.device_put(processor.stop_table(), at if mesh is None else replicated(mesh))
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):

@@ -25,8 +25,8 @@ from llava_jax.data.validate import check_records
 from llava_jax.infer.engine import Engine, IdModel
 from llava_jax.infer.generate import PlacedModel, Prompt
 from llava_jax.models.flops import step_flops
-from llava_jax.models.layers import merge_heads, stored_as, unstacked
-from llava_jax.models.llava import build, init, overlaid
+from llava_jax.models.layers import stored_as
+from llava_jax.models.llava import build, for_answers, init, overlaid
 from llava_jax.parallel.sharding import batch_sharding, make_mesh
 from llava_jax.settings import settings_from_dict, trainable_pattern
 from llava_jax.train.setup import Run, build_run, compile_lowered, first_state
@@ -124,11 +124,6 @@ def read_batch(work: Mapping[str, Any]) -> Batch:
 def model_config(work: Mapping[str, Any]) -> ModelConfig:
     config = hf.read_llava_config(work["model"])[0]
     return dataclasses.replace(config, dtype=work["dtype"], remat=work["remat"])
-
-
-def for_answers(params: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters as infer/ takes them."""
-    return params | {"llm": unstacked(merge_heads(params["llm"]))}
 
 
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.clip import Clip
-from llava_jax.models.layers import Int8, Int8Linear, Linear, blocks_of, param, torch_uniform
+from llava_jax.models.layers import Int8, Int8Linear, Linear, blocks_of, merge_heads, param, torch_uniform, unstacked
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt_decoder, adapt_tower, linears
 from llava_jax.parallel.sharding import constrain
@@ -160,6 +160,11 @@ def build(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
 @functools.cache
 def _traced(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0))))
+
+
+def for_answers(params: Params) -> Params:
+    """Return a dense model's parameters as infer/ takes them: blocks one by one, heads in a row."""
+    return params | {"llm": unstacked(merge_heads(params["llm"]))}
 
 
 def unstacked_model(config: ModelConfig, params: Params) -> Llava:
