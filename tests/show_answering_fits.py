@@ -75,7 +75,7 @@ def lowered(mesh, llm, slots, tokens, answer):
     pixels = np.zeros((count, side, side, 3), np.float32)
 
     def prefilled(inputs):
-        return admit.lower(params, state, pool, *abstract((inputs, one), row), config=config)
+        return admit.lower(params, state, pool, *abstract((inputs, one), row), config=config, size=length)
 
     tower = encode_images.lower(params, pool, *abstract((pixels, one), row), config=config)
     keep = abstract(np.zeros(slots, bool), row)

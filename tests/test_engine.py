@@ -14,6 +14,7 @@ import pytest
 from llava_jax import api
 from llava_jax.infer import engine as engines
 from llava_jax.infer.engine import Closed, End, Engine, Failed, Full, Piece
+from llava_jax.infer.generate import Inputs, empty_slots
 from llava_jax.types import InputError, Sampling
 from tests import fast_compile
 from tests.tiny_llava import assembled, config, draw_image, model
@@ -192,6 +193,17 @@ def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, mo
     assert "".join(engine.stream(prompts[3], GREEDY)) == whole[3]  # in place of image 1, used longest ago
     assert "".join(engine.stream(prompts[0], GREEDY)) == whole[0] and encoded == [1, 1, 1]
     assert "".join(engine.stream(prompts[2], GREEDY)) == whole[2] and encoded == [1, 1, 1, 1]
+
+
+def test_what_a_prefix_takes_is_the_prompts_length_not_the_slots(tiny):
+    def temporary(size: int) -> int:
+        like = jax.eval_shape(lambda: empty_slots(config=tiny.config, rows=4, size=size))
+        row_R = np.zeros(4, np.int32)
+        inputs = Inputs(np.zeros((4, 16), np.int32), row_R, None, row_R, row_R)
+        program = engines.admit.lower(tiny.placed.params, like, None, inputs, row_R, config=tiny.config, size=64)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 1.1 * temporary(128)
 
 
 def test_a_prompt_that_begins_as_an_earlier_one_starts_from_it(tiny, monkeypatch):

@@ -550,7 +550,13 @@ class Engine:
         draw = draw_of(samplings, [*(ticket.hash for ticket in tickets), *hashes])
         draw, slot_R = placed.place((draw, np.array([*group, *[self.slots] * fill], np.int32)))
         self._state, logits_RV = admit(
-            placed.params, self._state, self._features.pool_CPD, inputs, slot_R, config=placed.config
+            placed.params,
+            self._state,
+            self._features.pool_CPD,
+            inputs,
+            slot_R,
+            config=placed.config,
+            size=bucket(max(len(ticket.prompt.tokens) for ticket in tickets)),
         )
         self._state, drawn, stopped_R = draw_first(
             self._state, logits_RV, limit_R, draw, slot_R, placed.stops_QV, top=_top(tickets)

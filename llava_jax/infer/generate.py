@@ -249,7 +249,7 @@ def _advance(slots: Slots, logits_BV: jax.Array, stops_QV: jax.Array, top: int) 
     return slots._replace(last_B=token_B, step_B=step_B, stop_B=stop_B, done_B=done_B), drawn
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("config", "size"), donate_argnames="slots")
 def admit(
     params: dict[str, Any],
     slots: Slots,
@@ -258,6 +258,7 @@ def admit(
     slot_R: Any,
     *,
     config: ModelConfig,
+    size: int,
 ) -> tuple[Slots, jax.Array]:
     """Prefill R prompts into the cache of the slots `slot_R`; return the slots and the logits after each prompt.
 
@@ -268,10 +269,11 @@ def admit(
         inputs: the prompts.
         slot_R: int32, where each goes; a row for a slot that there is not is dropped.
         config: of the model.
+        size: of the longest prompt, its prefix included, in a bucket: so much of each prefix is copied.
     """
-    prefix, size = None, inputs.tokens_BT.shape[1]
+    prefix = None
     if inputs.start_B is not None:
-        prefix, size = slots.cache.map(lambda x: x[inputs.source_B], inputs.start_B), slots.cache.size
+        prefix = slots.cache.map(lambda x: x[inputs.source_B, :, :size], inputs.start_B)
     logits_RV, rows = prefill(params, inputs, pool_CPD, prefix, config=config)
     layers = jax.tree.map(lambda old, new: old.at[slot_R, :, :size].set(new), slots.cache.layers, rows.layers)
     cache = Cache(layers, slots.cache.length_B.at[slot_R].set(rows.length_B))
@@ -409,7 +411,9 @@ def greedy_ids(placed: PlacedModel, prompts: Sequence[Prompt], limit: int) -> li
     slots = empty_slots(config=config, rows=rows, size=bucket(inputs.tokens_BT.shape[1] + limit))
     draw, slot_R = draw_of([Sampling()] * rows, [0] * rows), np.arange(rows, dtype=np.int32)
     inputs, limit_R, draw, slot_R = placed.place((inputs, limit_R, draw, slot_R))
-    slots, logits_RV = admit(placed.params, slots, pool_CPD, inputs, slot_R, config=config)
+    slots, logits_RV = admit(
+        placed.params, slots, pool_CPD, inputs, slot_R, config=config, size=inputs.tokens_BT.shape[1]
+    )
     slots, first, _ = draw_first(slots, logits_RV, limit_R, draw, slot_R, placed.stops_QV, top=0)
     keep_R = placed.place(np.ones(rows, bool))
     _, rest, _ = decode(
