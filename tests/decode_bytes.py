@@ -93,8 +93,8 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
     from llava_jax.aot.target import named_target
     from llava_jax.infer.engine import MOST_STEPS
     from llava_jax.infer.generate import decode, empty_slots
-    from llava_jax.models.layers import merge_heads, stored_as, unstacked
-    from llava_jax.models.llava import build
+    from llava_jax.models.layers import stored_as
+    from llava_jax.models.llava import build, for_answers
     from llava_jax.types import ModelConfig
     from llava_jax.weights.load import CLIPS
 
@@ -112,7 +112,7 @@ def compile_decode(topology: str, llm: Any, batch: int, slots: int) -> tuple[Any
         )
 
     at = SingleDeviceSharding(named_target(topology).devices[0])
-    llm_params = jax.eval_shape(lambda tree: unstacked(merge_heads(tree)), params["llm"])
+    llm_params = jax.eval_shape(for_answers, params)["llm"]
     state, *others = jax.eval_shape(arguments)
     given = jax.tree.map(lambda x: x.update(sharding=at), (params | {"llm": llm_params}, state, *others))
     read = llm_params if llm.tied else {name: tree for name, tree in llm_params.items() if name != "embed"}

@@ -34,16 +34,15 @@ def lowered(mesh, llm, slots, tokens, answer):
         encode_images,
         row_bucket,
     )
-    from llava_jax.models.layers import merge_head_axes, merge_heads, stored_as, unstacked, unstacked_axes
-    from llava_jax.models.llava import build, logical_axes
+    from llava_jax.models.layers import merge_head_axes, stored_as, unstacked_axes
+    from llava_jax.models.llava import build, for_answers, logical_axes
     from llava_jax.parallel.sharding import batch_sharding, param_shardings, replicated, spec_of
     from llava_jax.types import ModelConfig
     from llava_jax.weights.load import CLIPS
 
     config = ModelConfig(CLIPS["clip-l-14-336"], llm, dtype="bfloat16")
     params, axes = build(config)[1], logical_axes(config)
-    by_block = jax.eval_shape(lambda tree: unstacked(merge_heads(tree)), params["llm"])
-    params = stored_as(params | {"llm": by_block}, "bfloat16")
+    params = stored_as(jax.eval_shape(for_answers, params), "bfloat16")
     at = param_shardings(axes | {"llm": unstacked_axes(merge_head_axes(axes["llm"]), llm.layers)}, params, mesh)
     params = jax.tree.map(lambda x, at: x.update(sharding=at), params, at)
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 from llava_jax.infer import passes
 from llava_jax.models import llava
-from llava_jax.models.layers import merge_heads, unstacked
 from tests.test_sharding import TINY
 
 
@@ -100,8 +99,7 @@ def test_prefill_and_decode_equal_the_full_pass_for_rows_of_different_length(mod
     x = model.embed_and_merge(tokens, model.image_features(pixels))[:, :8]
     segments = (jnp.arange(8) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
-    params = llava.init(TINY, 0)
-    params |= {"llm": unstacked(merge_heads(params["llm"]))}
+    params = llava.for_answers(llava.init(TINY, 0))
     llm = llava.unstacked_model(TINY, params).llm
     hidden, cache = passes.prefill(llm, x, positions, segments)
     np.testing.assert_allclose(model.llm.logits(hidden)[0, :6], full[0, :6], atol=1e-5)

@@ -122,7 +122,7 @@ def test_answers_run_on_the_weights_that_are_trained(changes):
     # Adapters begin with no effect.
     params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x + 0.01, llava.init(config, 0))
     whole = nnx.merge(llava.build(config)[0], params).llm
-    by_block = llava.unstacked_model(config, answers.for_answers(llava.split_parts(params), config)).llm
+    by_block = llava.unstacked_model(config, answers.copied_for_answers(llava.split_parts(params), config)).llm
     x_BTD = jax.random.normal(jax.random.key(1), (2, 5, TINY.llm.width))
     positions_BT = jnp.broadcast_to(jnp.arange(5), (2, 5))
     hidden_BTD, cache = passes.prefill(by_block, x_BTD[:, :4], positions_BT[:, :4], jnp.ones((2, 4), jnp.int32))

@@ -16,8 +16,8 @@ from llava_jax.evaluate.exact_match import normalise
 from llava_jax.evaluate.rouge import rouge_l
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, greedy_ids
 from llava_jax.infer.sample import AnswerDecoder, stop_table
-from llava_jax.models.layers import merge_heads, stored_as, unstacked
-from llava_jax.models.llava import join_parts, overlaid
+from llava_jax.models.layers import stored_as, unstacked
+from llava_jax.models.llava import for_answers, join_parts, overlaid
 from llava_jax.parallel.sharding import place, replicated
 from llava_jax.train.setup import Run
 from llava_jax.train.step import Params
@@ -105,11 +105,11 @@ def _first_question(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def for_answers(parts: Params, config: ModelConfig) -> Params:
+def copied_for_answers(parts: Params, config: ModelConfig) -> Params:
     """Return a copy of the weights in the dtype of the computation, as infer/ takes them."""
     params = stored_as(join_parts(parts), config.dtype)
     is_dense = config.lora is None and not config.nf4
-    return params | {"llm": unstacked(merge_heads(params["llm"]) if is_dense else params["llm"])}
+    return for_answers(params) if is_dense else params | {"llm": unstacked(params["llm"])}
 
 
 def answer(
@@ -120,7 +120,7 @@ def answer(
     It is `eval_exact_match` where all references are SHORT, else `eval_rouge_l`. Several processes call this together.
     """
     config = questions.model.config
-    model = dataclasses.replace(questions.model, params=for_answers(overlaid(frozen, params), config))
+    model = dataclasses.replace(questions.model, params=copied_for_answers(overlaid(frozen, params), config))
     how, said = config.vision.pixels, []
     for first in range(0, len(questions.prompts), questions.at_once):
         if should_stop():
