@@ -1,0 +1,118 @@
+"""Ask the demo's questions in free words: ten wordings a kind for training, four others for the held-out scenes."""
+
+import re
+
+import numpy as np
+
+from llava_jax.demo.world import Question
+
+# How llava_jax/demo/world.py asks; the group is what the question is about.
+PLAIN = {
+    "presence": re.compile(r"Is there a (.+)\?"),
+    "colour": re.compile(r"What colour is the (.+)\?"),
+    "shape": re.compile(r"What shape is the (.+) object\?"),
+    "count": re.compile(r"How many (.+) are there\?"),
+    "position": re.compile(r"Where is the (.+)\?"),
+}
+TRAINED = {
+    "presence": (
+        "Is there a {}?",
+        "Can you see a {}?",
+        "Does the picture have a {} in it?",
+        "Is a {} visible here?",
+        "Do you spot a {} anywhere?",
+        "Tell me whether a {} is shown.",
+        "Would you say that there is a {} in this image?",
+        "I am looking for a {}. Is it here?",
+        "Does this image contain a {}?",
+        "Has the picture got a {}?",
+    ),
+    "colour": (
+        "What colour is the {}?",
+        "Which colour does the {} have?",
+        "Tell me the colour of the {}.",
+        "The {} is painted in what colour?",
+        "Name the {}'s colour.",
+        "In which colour is the {} drawn?",
+        "What is the colour of the {} you see?",
+        "How is the {} coloured?",
+        "Please say what colour the {} has.",
+        "Of what colour is the {}?",
+    ),
+    "shape": (
+        "What shape is the {} object?",
+        "Which shape does the {} object have?",
+        "Tell me the shape of the {} one.",
+        "The {} thing is what shape?",
+        "What is the {} object?",
+        "Name the shape that is {}.",
+        "What kind of figure is the {} object?",
+        "Which figure is drawn in {}?",
+        "Please say what shape the {} object has.",
+        "What do you see in {}?",
+    ),
+    "count": (
+        "How many {} are there?",
+        "How many {} can you see?",
+        "Count the {}.",
+        "What is the number of {}?",
+        "How many {} does the picture show?",
+        "Tell me how many {} are in the image.",
+        "Give me the number of {} here.",
+        "How many {} do you find?",
+        "What number of {} is drawn?",
+        "Please count the {} in this picture.",
+    ),
+    "position": (
+        "Where is the {}?",
+        "Where do you see the {}?",
+        "In which place is the {}?",
+        "Tell me where the {} is.",
+        "What is the position of the {}?",
+        "Which part of the picture holds the {}?",
+        "Where in the image is the {} located?",
+        "Please say where the {} sits.",
+        "At what place is the {} drawn?",
+        "Where can I find the {}?",
+    ),
+}
+HELD_OUT = {
+    "presence": (
+        "Is a {} part of this picture?",
+        "Do you see any {}?",
+        "Does a {} appear in the image?",
+        "Look closely: is there a {} somewhere?",
+    ),
+    "colour": (
+        "Can you tell me which colour the {} is?",
+        "What colour has been used for the {}?",
+        "I would like to know the colour of the {}.",
+        "The {} has which colour?",
+    ),
+    "shape": (
+        "Can you tell me which shape the {} object is?",
+        "What form does the {} thing have?",
+        "I would like to know the shape of the {} object.",
+        "Which shape is the {} one?",
+    ),
+    "count": (
+        "Can you count the {} for me?",
+        "How many {} are visible?",
+        "I would like to know how many {} there are.",
+        "What is the count of {} in the image?",
+    ),
+    "position": (
+        "Can you tell me where the {} is?",
+        "Whereabouts is the {}?",
+        "I would like to know the place of the {}.",
+        "In what part of the image do you see the {}?",
+    ),
+}
+
+
+def reworded(question: Question, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
+    """Return the question in one of the wordings of its kind. Raises ValueError when the demo asks otherwise."""
+    asked = PLAIN[question.kind].fullmatch(question.text)
+    if asked is None:
+        raise ValueError(f"{question.text!r}: expected {PLAIN[question.kind].pattern}")
+    return str(rng.choice(wordings[question.kind])).format(asked[1])

