@@ -67,7 +67,6 @@ ecosystem: .venv/.dev $(DEMO)/report.json $(FOREIGN) .venv-ecosystem-vllm/.ready
 	JAX_PLATFORMS=cpu .venv/bin/python -m tests.ecosystem.make_export build/ecosystem $(DEMO)
 	HF_HUB_OFFLINE=1 .venv-ecosystem-transformers/bin/python tests/ecosystem/check_transformers.py build/ecosystem
 	HF_HUB_OFFLINE=1 .venv-ecosystem-trl/bin/python tests/ecosystem/check_trl.py build/ecosystem
-	$(call install,.venv-ecosystem-lmms-eval,--no-deps -e .)
 	HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu .venv-ecosystem-lmms-eval/bin/python tests/ecosystem/check_lmms_eval.py \
 		build/ecosystem
 	HF_HUB_OFFLINE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 .venv-ecosystem-vllm/bin/python tests/ecosystem/check_vllm.py \
