@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,8 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     sys.exit(0 if all(goal["met"] for goal in report["goals"]) else 1)
 
 
-def part(output: pathlib.Path, make: Any) -> None:
-    """Make a file or folder that is not there yet; what was half written lies under another name."""
+def part(output: pathlib.Path, make: Callable[[], None]) -> None:
+    """Make a file or folder unless it is there, which it is only when whole."""
     if output.exists():
         print(f"{output}: there already", flush=True)
     else:
