@@ -1,6 +1,6 @@
 """The example that teaches SmolLM2 to see: its decoder from a GGUF file, its data, its figures."""
 
-import importlib.util
+import importlib
 import json
 import pathlib
 import sys
@@ -10,6 +10,8 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from llava_jax.demo import world
@@ -105,16 +107,12 @@ def write_gguf(path: pathlib.Path, arch: str = "llama") -> dict[str, np.ndarray]
 
 def gguf_bytes() -> list[str]:
     """Return the 256 characters that stand for bytes in a byte-level BPE."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
     return sorted(ByteLevel.alphabet())
 
 
 def test_the_folder_of_a_gguf_has_its_tensors_to_the_bit_queries_and_keys_reordered(example, tmp_path):
     tensors = write_gguf(tmp_path / "small.gguf")
     example["decoder"].write_folder(tmp_path / "small.gguf", tmp_path / "out")
-    from safetensors.numpy import load_file
-
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == tensors.keys()
     for name, array in tensors.items():

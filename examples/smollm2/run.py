@@ -10,7 +10,6 @@ import argparse
 import os
 import pathlib
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 import words
 
 from llava_jax.demo import files, world
+from llava_jax.demo.story import print_command
 from llava_jax.evaluate import exact_match
 from llava_jax.io import read_json, read_lines, write_json, write_rows
 from llava_jax.types import InputError
@@ -223,14 +223,14 @@ def convert(workdir: pathlib.Path, target: str) -> None:
 def answer(model: pathlib.Path, asked: pathlib.Path, data: pathlib.Path, answers: pathlib.Path, tokens: int) -> None:
     answers.parent.mkdir(exist_ok=True)
     images = f"--images={data / 'held_out' / 'images'}"
-    files_ = (f"--questions={asked}", images, f"--answers={answers}")
+    paths = (f"--questions={asked}", images, f"--answers={answers}")
     how = ("--template=tokenizer", "--batch_size=64", f"--max_new_tokens={tokens}")
-    command("generate", f"--model={model}", *files_, *how)
+    command("generate", f"--model={model}", *paths, *how)
 
 
 def command(*parts: str) -> None:
-    """Run one of our commands; a SIGTERM goes on to it, and `train` then saves what it has."""
-    print("\n$ llava-jax " + shlex.join(parts), flush=True)
+    """Run one of our commands; a SIGTERM is passed to it, and `train` then saves what it has."""
+    print_command(*parts)
     defaults = {
         "JAX_PLATFORMS": "cpu",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: a fifth more tokens a second on two cores
