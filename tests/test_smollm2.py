@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 import sys
 import zipfile
 
@@ -161,15 +162,35 @@ def test_no_held_out_wording_is_trained_and_every_question_of_the_demo_has_wordi
         assert about in words.reworded(question, words.HELD_OUT, rng)
 
 
-def test_a_conversation_asks_at_most_two_of_a_kind_with_the_image_first(example):
+def test_a_conversation_asks_about_no_thing_twice_and_ends_with_the_description(example):
     rng = np.random.default_rng(0)
-    scene = world.sample_scene(rng)
-    turns = example["run"].conversation(7, scene, rng)["conversations"]
-    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-    assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
-    right = {question.answer for question in world.questions(scene, rng)} | {"yes", "no"}
-    assert {turn["value"] for turn in turns[1::2]} <= right
-    assert len(turns) // 2 <= example["run"].TURNS
+    answers = []
+    for number in range(300):
+        scene = world.sample_scene(rng)
+        turns = example["run"].conversation(number, scene, rng)["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
+        *short, last = (turn["value"] for turn in turns[1::2])
+        assert set(short) <= {question.answer for question in world.questions(scene, rng)} | {"yes", "no"}
+        assert all(f"{thing.name} at the {thing.place}" in last for thing in scene)
+        texts = [turn["value"].replace("'s", "") for turn in turns[:-2]]
+        told = [
+            set(re.findall(r"\w+", f"{question} {answer}"))
+            for question, answer in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        for thing in scene:
+            assert sum({thing.colour, thing.shape} <= words and "no" not in words for words in told) <= 1
+        answers += short
+    assert 0.4 < answers.count("yes") / (answers.count("yes") + answers.count("no")) < 0.6
+
+
+def test_a_question_is_about_the_thing_that_it_and_its_answer_name(example):
+    about = example["words"].about
+    assert about(world.Question("colour", "What colour is the circle?", "red")) == "red circle"
+    assert about(world.Question("shape", "What shape is the red object?", "circle")) == "red circle"
+    assert about(world.Question("position", "Where is the red circle?", "top left")) == "red circle"
+    assert about(world.Question("presence", "Is there a red circle?", "yes")) == "red circle"
+    assert about(world.Question("count", "How many circles are there?", "one")) == "circles"
 
 
 def test_the_held_out_questions_keep_their_answers_and_are_the_same_for_shuffled_images(example, tmp_path):

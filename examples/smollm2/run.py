@@ -1,9 +1,9 @@
 """Teach SmolLM2-135M-Instruct to see the demo's world: `python examples/smollm2/run.py --workdir=W --decoder=D`.
 
-D is the decoder's Hugging Face folder (decoder.py writes one without a network) or its name on the Hub. Four parts:
-the demo's tower learns what its captions name, with the demo's own small decoder; projector and tower learn SmolLM2's
-words, which is frozen; the decoder answers questions about no image, which it rehearses later; projector, tower and
-the decoder's attention learn to answer questions about images. Whatever is done stays done when it is started again.
+D is the decoder's Hugging Face folder (decoder.py writes one without a network) or its name on the Hub. The demo's
+tower learns to describe scenes with the demo's own small decoder. Then SmolLM2 in three stages: projector and tower
+alone, the decoder's attention with them, both on descriptions, and at last conversations about images, among which
+the decoder rehearses what it says about no image. Whatever is done stays done when it is started again.
 """
 
 import argparse
@@ -28,21 +28,21 @@ from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
 BACKBONES = pathlib.Path(files.__file__).parent / "backbones"
-SCENES, HELD_OUT_SCENES = 2400, 200
-TURNS = 6
-CAPTIONS_EACH = 2  # for SmolLM2; the tower learns from all five of a scene
+SCENES, HELD_OUT_SCENES = 12000, 200
+CONVERSATIONS = 2400  # of the scenes have one; the tower and SmolLM2 learn from descriptions of the others, too
 TOWER = (
-    "train.epochs=2",
+    "train.epochs=3",
     "train.batch_size=16",
     "data.max_length=65",
     "data.pack=False",
-    "optim.lr=1e-2",
+    "optim.lr=1e-3",
     "optim.b2=0.98",
-    "optim.groups=vision=2e-3",
+    "optim.groups=vision=3e-3",
     "train.trainable=projector|vision",
     "train.remat=minimal",
 )
 PRETRAIN = (
+    "train.steps=60",
     "train.batch_size=16",
     "data.max_length=96",
     "data.pack=False",
@@ -50,7 +50,18 @@ PRETRAIN = (
     "optim.b2=0.98",
     "optim.groups=vision=1e-3",
     "train.trainable=projector|vision",
-    "train.checkpoint_every=50",
+)
+MID = (
+    "train.steps=300",
+    "data.template=plain",
+    "data.pack=False",
+    "data.max_length=96",
+    "train.batch_size=8",
+    "optim.lr=3e-4",
+    "optim.b2=0.98",
+    "optim.groups=projector=5e-3,vision=1e-3",
+    "train.trainable=projector|vision|llm/layers/attn",
+    "train.checkpoint_every=100",
 )
 FINETUNE = (
     "data.template=tokenizer",
@@ -80,6 +91,10 @@ ASKED = (
     "Tell me one fact about {}.",
     "Write a short sentence about {}.",
     "Why do people care about {}?",
+    "How would you explain {} to a child?",
+    "Where do people come across {}?",
+    "Who knows a lot about {}?",
+    "Which word do you think of first when you hear of {}?",
 )
 
 
@@ -103,18 +118,19 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     started = time.monotonic()
     data = folder / "world"
     part(data, lambda: write_world(data, scenes))
-    captions, images = str(data / "captions.json"), str(data / "train" / "images")
+    described, images = str(data / "descriptions.json"), str(data / "train" / "images")
     small = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={BACKBONES / 'llama'}")
-    train(folder / "tower", "pretrain", str(data / "all_captions.json"), images, *small, *TOWER)
+    train(folder / "tower", "pretrain", described, images, *small, *TOWER)
     part(folder / "tower_export", lambda: convert(folder / "tower", f"llava:{folder / 'tower_export'}"))
     taught = (f"model.vision={folder / 'tower_export' / 'clip-vision-tower'}", f"model.llm={decoder}")
-    train(folder / "pretrain", "pretrain", captions, images, *taught, *PRETRAIN)
+    train(folder / "pretrain", "pretrain", described, images, *taught, *PRETRAIN)
     # Pretraining leaves the decoder as it is, so that these are the answers of SmolLM2 itself.
     general = HERE / "general.jsonl"
     answer(folder / "pretrain", general, data, folder / "answers" / "general_before.jsonl", GENERAL_TOKENS)
     part(folder / "instructions.json", lambda: write_instructions(folder))
-    start = f"init.model={folder / 'pretrain'}"
-    train(folder / "finetune", "finetune", str(folder / "instructions.json"), images, start, *FINETUNE)
+    train(folder / "mid", "mid", described, images, f"init.model={folder / 'pretrain'}", *MID)
+    instructions = str(folder / "instructions.json")
+    train(folder / "finetune", "finetune", instructions, images, f"init.model={folder / 'mid'}", *FINETUNE)
     part(folder / "export", lambda: convert(folder / "finetune", f"hf:{folder / 'export'}"))
     for name in ("questions", "shuffled"):
         asked, answers = data / "held_out" / f"{name}.jsonl", folder / "answers" / f"{name}.jsonl"
@@ -139,17 +155,16 @@ def part(output: pathlib.Path, make: Callable[[], None]) -> None:
 
 
 def write_world(folder: pathlib.Path, scenes: int) -> None:
-    """Write scenes, captions, conversations and the held-out questions in words that no training question has."""
+    """Write scenes, descriptions, conversations and the held-out questions in words that no training question has."""
     partial = folder.with_name("world.partial")
     train, held_out = files.split_scenes(0, scenes, HELD_OUT_SCENES)
-    captions = files.write_split(str(partial / "train"), train, seed=1)
-    files.write_caption_rows(str(partial / "all_captions.json"), captions, seed=2)
-    files.write_caption_rows(str(partial / "captions.json"), [texts[:CAPTIONS_EACH] for texts in captions], seed=2)
+    files.write_split(str(partial / "train"), train, seed=1)
+    files.write_caption_rows(str(partial / "descriptions.json"), [[description(scene)] for scene in train], seed=2)
     captions = files.write_split(str(partial / "held_out"), held_out, seed=3)
     files.write_questions(str(partial / "held_out"), held_out, captions, seed=4)
     reword_held_out(partial / "held_out", np.random.default_rng(5))
     rng = np.random.default_rng(6)
-    rows = (conversation(number, scene, rng) for number, scene in enumerate(train, 1))
+    rows = (conversation(number, scene, rng) for number, scene in enumerate(train[:CONVERSATIONS], 1))
     write_rows(str(partial / "conversations.json"), rows)
     os.replace(partial, folder)
 
@@ -168,17 +183,30 @@ def reword_held_out(folder: pathlib.Path, rng: np.random.Generator) -> None:
         write_rows(path, rows)
 
 
+def description(scene: world.Scene) -> str:
+    """Name every thing with its place, row by row: unlike a caption, there is only one way to write it."""
+    *first, last = (f"a {thing.name} at the {thing.place}" for thing in scene)
+    return f"{', '.join(first)}{' and ' if first else ''}{last}."
+
+
 def conversation(number: int, scene: world.Scene, rng: np.random.Generator) -> dict[str, Any]:
-    """Return one row: up to TURNS questions about the scene in words for training, at most two of a kind."""
-    by_kind: dict[str, list[world.Question]] = {}
-    for question in world.questions(scene, rng):
-        by_kind.setdefault(question.kind, []).append(question)
-    asked = [group[i] for group in by_kind.values() for i in rng.permutation(len(group))[:2]]
+    """Return one row: at most one question of each kind, in words for training, then the scene's description.
+
+    No thing is asked about twice: after "Where is the red circle?" nobody needs the image to know the circle's colour.
+    """
+    questions, asked, told = world.questions(scene, rng), [], set()
+    # Presence first: where no thing is taken yet, yes is as likely as no.
+    for kind in ("presence", *rng.permutation(["colour", "shape", "position", "count"])):
+        group = [each for each in questions if each.kind == kind and words.about(each) not in told]
+        if group:
+            asked.append(group[rng.integers(len(group))])
+            told.add(words.about(asked[-1]))
+    pairs = [(words.reworded(asked[i], words.TRAINED, rng), asked[i].answer) for i in rng.permutation(len(asked))]
+    pairs.append((str(rng.choice(words.DESCRIBE)), description(scene)))
     turns = []
-    for index in rng.permutation(len(asked))[:TURNS]:
-        text = words.reworded(asked[index], words.TRAINED, rng)
+    for text, answer in pairs:
         turns.append({"from": "human", "value": text if turns else f"<image>\n{text}"})
-        turns.append({"from": "gpt", "value": asked[index].answer})
+        turns.append({"from": "gpt", "value": answer})
     return {"id": f"{number:06d}", "image": f"{number:06d}.png", "conversations": turns}
 
 

@@ -76,6 +76,12 @@ TRAINED = {
         "Where can I find the {}?",
     ),
 }
+DESCRIBE = (
+    "Describe the picture.",
+    "What does this image show?",
+    "Say what you see, and where.",
+    "List everything in the picture with its place.",
+)
 HELD_OUT = {
     "presence": (
         "Is a {} part of this picture?",
@@ -108,6 +114,16 @@ HELD_OUT = {
         "In what part of the image do you see the {}?",
     ),
 }
+
+
+def about(question: Question) -> str:
+    """Return the thing that question and answer name together ("red circle"), or what is counted."""
+    words = PLAIN[question.kind].fullmatch(question.text)
+    if words is None:
+        raise ValueError(f"{question.text!r}: expected {PLAIN[question.kind].pattern}")
+    if question.kind == "colour":
+        return f"{question.answer} {words[1]}"
+    return f"{words[1]} {question.answer}" if question.kind == "shape" else words[1]
 
 
 def reworded(question: Question, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
