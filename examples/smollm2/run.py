@@ -21,15 +21,14 @@ import numpy as np
 import words
 
 from llava_jax.demo import files, world
-from llava_jax.demo.story import print_command
+from llava_jax.demo.story import BACKBONES, print_command
 from llava_jax.evaluate import exact_match
 from llava_jax.io import read_json, read_lines, write_json, write_rows
 from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
-BACKBONES = pathlib.Path(files.__file__).parent / "backbones"
 SCENES, HELD_OUT_SCENES = 12000, 200
-CONVERSATIONS = 2400  # of the scenes have one; the tower and SmolLM2 learn from descriptions of the others, too
+CONVERSATIONS = 2400  # the first scenes have one, all have a description
 TOWER = (
     "train.epochs=3",
     "train.batch_size=16",
@@ -53,15 +52,13 @@ PRETRAIN = (
 )
 MID = (
     "train.steps=300",
-    "data.template=plain",
-    "data.pack=False",
-    "data.max_length=96",
     "train.batch_size=8",
+    "data.template=plain",
+    "data.max_length=96",
     "optim.lr=3e-4",
     "optim.b2=0.98",
     "optim.groups=projector=5e-3,vision=1e-3",
     "train.trainable=projector|vision|llm/layers/attn",
-    "train.checkpoint_every=100",
 )
 FINETUNE = (
     "data.template=tokenizer",
@@ -73,7 +70,6 @@ FINETUNE = (
     "optim.b2=0.98",
     "optim.groups=projector=2e-3,vision=5e-4",
     "train.trainable=projector|vision|llm/layers/attn",
-    "train.checkpoint_every=100",
 )
 ANSWER_TOKENS, GENERAL_TOKENS = 8, 32
 # What the decoder is asked before it learns, so that it can rehearse its own answers: nothing that general.jsonl asks.
@@ -118,6 +114,9 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     started = time.monotonic()
     data = folder / "world"
     part(data, lambda: write_world(data, scenes))
+    drawn = len(read_json(str(data / "descriptions.json"), "descriptions"))
+    if drawn != scenes:
+        raise InputError(f"{data} has {drawn} scenes, not the {scenes} of --scenes; name another --workdir")
     described, images = str(data / "descriptions.json"), str(data / "train" / "images")
     small = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={BACKBONES / 'llama'}")
     train(folder / "tower", "pretrain", described, images, *small, *TOWER)
@@ -157,7 +156,9 @@ def part(output: pathlib.Path, make: Callable[[], None]) -> None:
 def write_world(folder: pathlib.Path, scenes: int) -> None:
     """Write scenes, descriptions, conversations and the held-out questions in words that no training question has."""
     partial = folder.with_name("world.partial")
-    train, held_out = files.split_scenes(0, scenes, HELD_OUT_SCENES)
+    train, _ = files.split_scenes(0, scenes, HELD_OUT_SCENES)
+    # Those of seed 0 were looked at while the recipe was sought.
+    _, held_out = files.split_scenes(7, 0, HELD_OUT_SCENES)
     files.write_split(str(partial / "train"), train, seed=1)
     files.write_caption_rows(str(partial / "descriptions.json"), [[description(scene)] for scene in train], seed=2)
     captions = files.write_split(str(partial / "held_out"), held_out, seed=3)
@@ -211,7 +212,7 @@ def conversation(number: int, scene: world.Scene, rng: np.random.Generator) -> d
 
 
 def write_instructions(folder: pathlib.Path) -> None:
-    """Write the rows of the second stage: the conversations, and what the decoder says about TOPICS by itself."""
+    """Write the rows of stage finetune: the conversations, and what the decoder says about TOPICS by itself."""
     asked, answers = folder / "rehearsal.jsonl", folder / "answers" / "rehearsal.jsonl"
     texts = {f"{i}-{j}": ask.format(topic) for i, topic in enumerate(TOPICS) for j, ask in enumerate(ASKED)}
     write_rows(str(asked), ({"question_id": key, "text": text} for key, text in texts.items()))
@@ -261,7 +262,7 @@ def command(*parts: str) -> None:
     print_command(*parts)
     defaults = {
         "JAX_PLATFORMS": "cpu",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: a fifth more tokens a second on two cores
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: 13 to 18 % more tokens a second on two cores
     }
     process = subprocess.Popen([sys.executable, "-m", "llava_jax", *parts], env={**defaults, **os.environ})
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
@@ -275,7 +276,7 @@ def command(*parts: str) -> None:
 
 
 def scored(folder: pathlib.Path) -> dict[str, Any]:
-    """Return exact match on the held-out questions, with their own and with shuffled images, the general answers."""
+    """Return exact match with the images of the questions and with shuffled ones, general answers, and the goals."""
     results = {}
     for name in ("questions", "shuffled"):
         asked, answers = folder / "world" / "held_out" / f"{name}.jsonl", folder / "answers" / f"{name}.jsonl"
@@ -283,16 +284,12 @@ def scored(folder: pathlib.Path) -> dict[str, Any]:
     general = {when: general_answers(folder / "answers" / f"general_{when}.jsonl") for when in ("before", "after")}
     right = {when: sum(row["right"] for row in rows) for when, rows in general.items()}
     own, shuffled = (results[name]["accuracy"] for name in ("questions", "shuffled"))
-    goals = [
-        {"name": "held-out questions answered right, percent", "value": own, "wanted": 85, "met": own >= 85},
-        {"name": "points over shuffled images", "value": own - shuffled, "wanted": 40, "met": own - shuffled >= 40},
-        {
-            "name": "general questions answered right",
-            "value": right["after"],
-            "wanted": right["before"],
-            "met": right["after"] >= right["before"],
-        },
-    ]
+    measured = (
+        ("held-out questions answered right, percent", own, 85),
+        ("points over shuffled images", own - shuffled, 40),
+        ("general questions answered right", right["after"], right["before"]),
+    )
+    goals = [{"name": name, "value": value, "wanted": least, "met": value >= least} for name, value, least in measured]
     return {"goals": goals, "results": results, "general": general}
 
 

@@ -87,7 +87,7 @@ HELD_OUT = {
         "Is a {} part of this picture?",
         "Do you see any {}?",
         "Does a {} appear in the image?",
-        "Look closely: is there a {} somewhere?",
+        "Look closely: can a {} be found?",
     ),
     "colour": (
         "Can you tell me which colour the {} is?",
@@ -102,13 +102,13 @@ HELD_OUT = {
         "Which shape is the {} one?",
     ),
     "count": (
-        "Can you count the {} for me?",
+        "Can you give me a count of the {}?",
         "How many {} are visible?",
         "I would like to know how many {} there are.",
         "What is the count of {} in the image?",
     ),
     "position": (
-        "Can you tell me where the {} is?",
+        "Where has the {} been drawn?",
         "Whereabouts is the {}?",
         "I would like to know the place of the {}.",
         "In what part of the image do you see the {}?",
@@ -116,19 +116,22 @@ HELD_OUT = {
 }
 
 
-def about(question: Question) -> str:
-    """Return the thing that question and answer name together ("red circle"), or what is counted."""
-    words = PLAIN[question.kind].fullmatch(question.text)
-    if words is None:
-        raise ValueError(f"{question.text!r}: expected {PLAIN[question.kind].pattern}")
-    if question.kind == "colour":
-        return f"{question.answer} {words[1]}"
-    return f"{words[1]} {question.answer}" if question.kind == "shape" else words[1]
-
-
 def reworded(question: Question, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
     """Return the question in one of the wordings of its kind. Raises ValueError when the demo asks otherwise."""
+    return str(rng.choice(wordings[question.kind])).format(asked_for(question))
+
+
+def about(question: Question) -> str:
+    """Return the thing that question and answer name together ("red circle"), or what is counted. Raises ValueError."""
+    asked = asked_for(question)
+    if question.kind == "colour":
+        return f"{question.answer} {asked}"
+    return f"{asked} {question.answer}" if question.kind == "shape" else asked
+
+
+def asked_for(question: Question) -> str:
+    """Return what the question names: "red circle", "circle", "red" or "circles"."""
     asked = PLAIN[question.kind].fullmatch(question.text)
     if asked is None:
         raise ValueError(f"{question.text!r}: expected {PLAIN[question.kind].pattern}")
-    return str(rng.choice(wordings[question.kind])).format(asked[1])
+    return asked[1]
