@@ -28,7 +28,7 @@ from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
 SCENES, HELD_OUT_SCENES = 12000, 200
-CONVERSATIONS = 2400  # the first scenes have one, all have a description
+CONVERSATIONS = 1800  # the first scenes have one, all have a description
 TOWER = (
     "train.epochs=3",
     "train.batch_size=16",
@@ -66,10 +66,9 @@ FINETUNE = (
     "data.max_length=384",
     "data.pack_length=384",
     "train.batch_size=6",
-    "optim.lr=3e-4",
+    "optim.lr=2e-4",
     "optim.b2=0.98",
-    "optim.groups=projector=2e-3,vision=5e-4",
-    "train.trainable=projector|vision|llm/layers/attn",
+    "train.trainable=projector|llm/layers/attn",
 )
 ANSWER_TOKENS, GENERAL_TOKENS = 8, 32
 # What the decoder is asked before it learns, so that it can rehearse its own answers: nothing that general.jsonl asks.
