@@ -29,7 +29,7 @@ from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
 SCENES, HELD_OUT_SCENES = 12000, 200
-CONVERSATIONS = 1200  # the first scenes have one, all have a description
+CONVERSATIONS = 1000  # the first scenes have one, all have a description
 TOWER = (
     "train.epochs=3",
     "train.batch_size=16",
