@@ -162,7 +162,8 @@ def write_world(folder: pathlib.Path, scenes: int) -> None:
     files.write_split(str(partial / "train"), train, seed=1)
     rng = np.random.default_rng(2)
     write_rows(
-        str(partial / "descriptions.json"), (described(number, scene, rng) for number, scene in enumerate(train, 1))
+        str(partial / "descriptions.json"),
+        (description_row(number, scene, rng) for number, scene in enumerate(train, 1)),
     )
     captions = files.write_split(str(partial / "held_out"), held_out, seed=3)
     files.write_questions(str(partial / "held_out"), held_out, captions, seed=4)
@@ -189,11 +190,10 @@ def reword_held_out(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 def description(scene: world.Scene) -> str:
     """Name every thing with its place, row by row: unlike a caption, there is only one way to write it."""
-    *first, last = (f"a {thing.name} at the {thing.place}" for thing in scene)
-    return f"{', '.join(first)}{' and ' if first else ''}{last}."
+    return f"{world.listed(scene)}."
 
 
-def described(number: int, scene: world.Scene, rng: np.random.Generator) -> dict[str, Any]:
+def description_row(number: int, scene: world.Scene, rng: np.random.Generator) -> dict[str, Any]:
     """Return the row that asks for the scene's description."""
     question = f"<image>\n{rng.choice(words.DESCRIBE)}"
     return single_turn(f"{number:06d}", f"{number:06d}.png", question, description(scene))
@@ -230,9 +230,8 @@ def write_instructions(folder: pathlib.Path) -> None:
     for _, row in read_lines(str(answers), "answers"):
         sentences = whole_sentences(row["text"])
         if sentences:
-            asks = {"from": "human", "value": texts[row["question_id"]]}
-            turns = [asks, {"from": "gpt", "value": sentences}]
-            rows.append({"id": f"rehearsal-{row['question_id']}", "conversations": turns})
+            key = row["question_id"]
+            rows.append(single_turn(f"rehearsal-{key}", None, texts[key], sentences))
         else:
             cut += 1
     write_rows(str(folder / "instructions.json"), rows)

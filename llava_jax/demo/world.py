@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -147,9 +148,13 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...],
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Write one sentence that names every thing with its colour and place, in any order and after any opening."""
     things = [scene[i] for i in rng.permutation(len(scene))]
-    opening = OPENINGS[int(rng.integers(len(OPENINGS)))]
+    return f"{OPENINGS[int(rng.integers(len(OPENINGS)))]}{listed(things)}."
+
+
+def listed(things: Sequence[Thing]) -> str:
+    """Name things with their places, in the order given."""
     *first, last = (f"a {thing.name} at the {thing.place}" for thing in things)
-    return f"{opening}{', '.join(first)}{' and ' if first else ''}{last}."
+    return f"{', '.join(first)}{' and ' if first else ''}{last}"
 
 
 def place_map(scene: Scene) -> list[str]:
