@@ -1,6 +1,8 @@
 """The example that teaches SmolLM2 to see: its decoder from a GGUF file, its data, its figures."""
 
+import collections
 import importlib
+import itertools
 import json
 import pathlib
 import re
@@ -15,7 +17,11 @@ from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
+import llava_jax
+from llava_jax import api
 from llava_jax.demo import world
+from llava_jax.demo.story import BACKBONES
+from llava_jax.models.llava import unstacked_model
 from llava_jax.types import InputError
 from llava_jax.weights import hf
 
@@ -29,10 +35,10 @@ def example():
     """The example's modules, as `python examples/smollm2/run.py` finds them."""
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("decoder", "words", "run")}
+        yield {name: importlib.import_module(name) for name in ("decoder", "words", "projector", "run")}
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("decoder", "words", "run"):
+        for name in ("decoder", "words", "projector", "run"):
             sys.modules.pop(name, None)
 
 
@@ -172,36 +178,70 @@ def test_no_held_out_wording_is_trained_and_every_question_of_the_demo_has_wordi
         assert words.asked_for(question) in words.reworded(question, words.HELD_OUT, rng)
 
 
-def test_a_conversation_asks_about_no_thing_twice_and_ends_with_the_description(example):
+def answer_in(scene: world.Scene, question: world.Question) -> str:
+    """Answer one of the demo's questions by looking, "" where it supposes what is not so."""
+    kinds = {"presence": r"a (\w+) (\w+)\?", "colour": r"the (\w+)\?", "shape": r"the (\w+) object"}
+    kinds |= {"count": r"many (\w+) are", "position": r"the (\w+) (\w+)\?"}
+    asked = re.search(kinds[question.kind], question.text).groups()
+    if question.kind == "count":
+        return world.NUMBERS[sum(asked[0] in ("objects", f"{thing.shape}s", f"{thing.shape}es") for thing in scene)]
+    meant = [thing for thing in scene if set(asked) <= {thing.colour, thing.shape}]
+    if question.kind == "presence":
+        return "yes" if meant else "no"
+    field = {"colour": "colour", "shape": "shape", "position": "place"}[question.kind]
+    return getattr(meant[0], field) if len(meant) == 1 else ""
+
+
+def neighbours(scene: world.Scene) -> list[world.Scene]:
+    """Return every scene in which one thing is another one, is elsewhere, is gone or has been added."""
+    every = [
+        world.Thing(row, column, colour, shape)
+        for row, column, colour, shape in itertools.product(range(3), range(3), world.COLOURS, world.SHAPES)
+    ]
+    scenes = [scene[:i] + scene[i + 1 :] for i in range(len(scene)) if len(scene) > 1]
+    scenes += [(*scene, thing) for thing in every if len(scene) < 3]
+    scenes += [(*scene[:i], thing, *scene[i + 1 :]) for i in range(len(scene)) for thing in every]
+    return [each for each in scenes if len({(thing.row, thing.column) for thing in each}) == len(each)]
+
+
+def test_no_answer_is_told_by_what_was_asked_and_answered_before(example):
+    """For each question there is another scene to which all before applies as well, and its answer is another."""
     rng = np.random.default_rng(0)
-    answers = []
-    for number in range(300):
+    kinds, told = collections.Counter(), collections.Counter()
+    for _ in range(150):
+        scene = world.sample_scene(rng)
+        if len({thing.name for thing in scene}) < len(scene):
+            continue  # one change does not take away a thing that is there twice
+        possible = neighbours(scene)
+        for question in example["words"].untold_questions(scene, rng):
+            kind = question.answer if question.kind == "presence" else question.kind
+            kinds[kind] += 1
+            assert answer_in(scene, question) == question.answer
+            answers = [answer_in(other, question) for other in possible]
+            told[kind] += not any(answer not in ("", question.answer) for answer in answers)
+            possible = [
+                other for other, answer in zip(possible, answers, strict=True) if answer in (question.answer, "")
+            ]
+            possible = [other for other in possible if answer_in(other, question)]
+    assert not told.total()
+    assert kinds.keys() == {"colour", "shape", "count", "position", "yes", "no"}
+    assert 0.4 < kinds["yes"] / (kinds["yes"] + kinds["no"]) < 0.6
+
+
+def test_a_conversation_has_the_image_once_and_may_end_with_the_description(example):
+    rng = np.random.default_rng(0)
+    described = 0
+    for number in range(200):
         scene = world.sample_scene(rng)
         turns = example["run"].conversation(number, scene, rng)["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
         *short, last = (turn["value"] for turn in turns[1::2])
-        assert set(short) <= {question.answer for question in world.questions(scene, rng)} | {"yes", "no"}
-        assert all(f"{thing.name} at the {thing.place}" in last for thing in scene)
-        texts = [turn["value"].replace("'s", "") for turn in turns[:-2]]
-        told = [
-            set(re.findall(r"\w+", f"{question} {answer}"))
-            for question, answer in zip(texts[::2], texts[1::2], strict=True)
-        ]
-        for thing in scene:
-            assert sum({thing.colour, thing.shape} <= words and "no" not in words for words in told) <= 1
-        answers += short
-    assert 0.4 < answers.count("yes") / (answers.count("yes") + answers.count("no")) < 0.6
-
-
-def test_a_description_names_things_row_by_row(example):
-    scene = (
-        world.Thing(0, 2, "red", "triangle"),
-        world.Thing(1, 1, "green", "cross"),
-        world.Thing(2, 0, "red", "cross"),
-    )
-    text = "a red triangle at the top right, a green cross at the middle centre and a red cross at the bottom left."
-    assert example["run"].description(scene) == text
+        known = {question.answer for question in world.questions(scene, rng)} | {"yes", "no"}
+        assert set(short) <= known
+        described += last == f"{world.listed(scene)}."
+        assert last in known | {f"{world.listed(scene)}."}
+    assert 30 < described < 70
 
 
 def test_a_question_is_about_the_thing_that_it_and_its_answer_name(example):
@@ -231,7 +271,7 @@ def test_the_held_out_questions_keep_their_answers_and_are_the_same_for_shuffled
 def test_the_questions_that_are_rehearsed_give_no_general_answer_away(example):
     general = [json.loads(line) for line in (FOLDER / "general.jsonl").read_text().splitlines()]
     assert len(general) == 10
-    rehearsed = " ".join(ask.format(topic) for topic in example["run"].TOPICS for ask in example["run"].ASKED).lower()
+    rehearsed = (FOLDER / "rehearsal.txt").read_text().lower()
     assert not any(word.lower() in rehearsed.split() for row in general for word in row["answer"].split("|"))
     assert not any(row["text"].lower() in rehearsed for row in general)
 
@@ -247,6 +287,40 @@ def test_the_questions_that_are_rehearsed_give_no_general_answer_away(example):
 )
 def test_a_rehearsed_answer_ends_with_a_sentence(example, text, whole):
     assert example["run"].whole_sentences(text) == whole
+
+
+# ---- the projector ----------------------------------------------------------------------------------------------
+
+
+def test_the_fitted_projector_gives_images_as_words_in_our_model(example, tmp_path, monkeypatch, capsys):
+    """With the demo's own decoder: what the model makes of held-out images is nearest to the words of their maps."""
+    run, projector = example["run"], example["projector"]
+    monkeypatch.setattr(projector, "STEPS", 600)
+    scenes = run.training_scenes(400)
+    run.write_world(tmp_path / "world", 400)
+    images = str(tmp_path / "world" / "train" / "images")
+    models = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={BACKBONES / 'llama'}")
+    row = {"id": "1", "image": "000001.png", "conversations": [{"from": "human", "value": "<image>"}]}
+    row["conversations"].append({"from": "gpt", "value": "a scene"})
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    settings = ("train.steps=1", "train.batch_size=1")
+    run.train(tmp_path / "run", "pretrain", str(tmp_path / "rows.json"), images, *models, *settings)
+    projector.fit(tmp_path / "run", images, scenes, str(tmp_path / "projector.safetensors"))
+    assert [path.name for path in tmp_path.glob("projector*")] == ["projector.safetensors"]
+
+    model = llava_jax.load(f"orbax:{tmp_path / 'run'}")
+    params = dict(model.params, projector=hf.read_projector(str(tmp_path / "projector.safetensors"), model.config))
+    shown = [i for i in range(400) if i % projector.HELD_OUT == 0]
+    pixels = [model.processor.prompt(api.question("", f"{images}/{i + 1:06d}.png")).pixels for i in shown]
+    tokens_NPD = unstacked_model(model.config, params).image_features(np.stack(pixels))
+    words = [model.processor.tokenizer.encode_text(f" {word}")[-1] for word in projector.WORDS]
+    embedding_WD = np.asarray(model.params["llm"]["embed"]["table"])[words]
+    distance_NPW = np.linalg.norm(np.asarray(tokens_NPD)[:, :, None] - embedding_WD, axis=-1)
+    wanted = np.array([[projector.WORDS.index(word) for word in world.place_map(scenes[i])] for i in shown])
+    is_thing = wanted > 0
+    right = (np.argmin(distance_NPW, axis=-1) == wanted)[is_thing].mean()
+    assert right > 0.8
+    assert f"projector: {right:.1%} of the tokens of things" in capsys.readouterr().out
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------

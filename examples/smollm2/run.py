@@ -1,9 +1,9 @@
 """Teach SmolLM2-135M-Instruct to see the demo's world: `python examples/smollm2/run.py --workdir=W --decoder=D`.
 
-D is the decoder's Hugging Face folder (decoder.py writes one without a network) or its name on the Hub. The demo's
-tower learns to describe scenes with the demo's own small decoder. Then SmolLM2 in three stages: projector and tower
-alone, the decoder's attention with them, both on descriptions, and at last conversations about images, among which
-the decoder rehearses what it says about no image. Whatever is done stays done when it is started again.
+D is the decoder's Hugging Face folder (decoder.py writes one without a network) or its name on the Hub. The projector
+is fitted so that the demo's CLIP says in words what is where (projector.py). Then the decoder's attention learns from
+conversations about images, among which it rehearses what it says about no image. Whatever is done stays done when it
+is started again.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import projector
 import words
 
 from llava_jax.data.rows import single_turn
@@ -28,70 +29,20 @@ from llava_jax.io import read_json, read_lines, write_json, write_rows
 from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
-SCENES, HELD_OUT_SCENES = 12000, 200
-CONVERSATIONS = 1000  # the first scenes have one, all have a description
-TOWER = (
-    "train.epochs=3",
-    "train.batch_size=16",
-    "data.max_length=65",
-    "data.pack=False",
-    "optim.lr=1e-3",
-    "optim.b2=0.98",
-    "optim.groups=vision=3e-3",
-    "train.trainable=projector|vision",
-    "train.remat=minimal",
-)
-PRETRAIN = (
-    "train.steps=60",
-    "train.batch_size=16",
-    "data.max_length=96",
-    "data.pack=False",
-    "optim.lr=1e-2",
-    "optim.b2=0.98",
-    "optim.groups=vision=1e-3",
-    "train.trainable=projector|vision",
-)
-MID = (
-    "train.steps=250",
-    "train.batch_size=8",
-    "data.template=tokenizer",
-    "data.max_length=128",
-    "optim.lr=3e-4",
-    "optim.b2=0.98",
-    "optim.groups=projector=5e-3,vision=1e-3",
-    "train.trainable=projector|vision|llm/layers/attn",
-)
+SCENES, HELD_OUT_SCENES = 3000, 200
+CONVERSATIONS = 1500  # the first scenes have one; the projector is fitted on all
+UNTRAINED = ("data.template=tokenizer", "train.steps=1")  # whose rate is 0
 FINETUNE = (
     "data.template=tokenizer",
     "data.pack=True",
-    "data.max_length=384",
-    "data.pack_length=384",
+    "data.max_length=640",
+    "data.pack_length=640",
     "train.batch_size=6",
     "optim.lr=2e-4",
     "optim.b2=0.98",
-    "train.trainable=projector|llm/layers/attn",
+    "train.trainable=llm/layers/attn",
 )
 ANSWER_TOKENS, GENERAL_TOKENS = 8, 32
-# What the decoder is asked before it learns, so that it can rehearse its own answers: nothing that general.jsonl asks.
-TOPICS = (
-    "a bicycle, a bridge, a library, a guitar, a telescope, a volcano, a garden, a clock, a ship, a candle, "
-    "a market, a poem, a desert, a river, a hospital, a teacher, a farmer, a novel, a computer, a battery, "
-    "an engine, an orchestra, a museum, a forest, a cloud, an island, a castle, a kitchen, a train, "
-    "a passport, "
-    "bread, cheese, salt, rice, honey, coffee, cotton, glass, iron, paper, music, history, chemistry, "
-    "mathematics, democracy, friendship, sleep, exercise, patience, electricity, gravity, rain, snow, "
-    "winter, photosynthesis, evolution, trade, insurance, football, chess"
-).split(", ")
-ASKED = (
-    "What is {}?",
-    "Tell me one fact about {}.",
-    "Write a short sentence about {}.",
-    "Why do people care about {}?",
-    "How would you explain {} to a child?",
-    "Where do people come across {}?",
-    "Who knows a lot about {}?",
-    "Which word do you think of first when you hear of {}?",
-)
 
 
 def main() -> None:
@@ -114,22 +65,21 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     started = time.monotonic()
     data = folder / "world"
     part(data, lambda: write_world(data, scenes))
-    drawn = len(read_json(str(data / "descriptions.json"), "descriptions"))
+    drawn = len(os.listdir(data / "train" / "images"))
     if drawn != scenes:
         raise InputError(f"{data} has {drawn} scenes, not the {scenes} of --scenes; name another --workdir")
-    descriptions, images = str(data / "descriptions.json"), str(data / "train" / "images")
-    small = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={BACKBONES / 'llama'}")
-    train(folder / "tower", "pretrain", descriptions, images, *small, *TOWER)
-    part(folder / "tower_export", lambda: convert(folder / "tower", f"llava:{folder / 'tower_export'}"))
-    taught = (f"model.vision={folder / 'tower_export' / 'clip-vision-tower'}", f"model.llm={decoder}")
-    train(folder / "pretrain", "pretrain", descriptions, images, *taught, *PRETRAIN)
-    # Pretraining leaves the decoder as it is, so that these are the answers of SmolLM2 itself.
+    conversations, images = str(data / "conversations.json"), str(data / "train" / "images")
+    models = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={decoder}")
+    train(folder / "untrained", "pretrain", conversations, images, *models, *UNTRAINED)
     general = HERE / "general.jsonl"
-    answer(folder / "pretrain", general, data, folder / "answers" / "general_before.jsonl", GENERAL_TOKENS)
-    part(folder / "instructions.json", lambda: write_instructions(folder))
-    train(folder / "mid", "mid", descriptions, images, f"init.model={folder / 'pretrain'}", *MID)
-    instructions = str(folder / "instructions.json")
-    train(folder / "finetune", "finetune", instructions, images, f"init.model={folder / 'mid'}", *FINETUNE)
+    answer(folder / "untrained", general, data, folder / "answers" / "general_before.jsonl", GENERAL_TOKENS)
+    instructions, fitted = folder / "instructions.json", folder / "projector.safetensors"
+    part(instructions, lambda: write_instructions(folder))
+    part(
+        fitted, lambda: projector.fit(folder / "untrained", data / "train" / "images", training_scenes(scenes), fitted)
+    )
+    start = (f"init.model={folder / 'untrained'}", f"init.projector={fitted}")
+    train(folder / "finetune", "finetune", str(instructions), images, *start, *FINETUNE)
     part(folder / "export", lambda: convert(folder / "finetune", f"hf:{folder / 'export'}"))
     for name in ("questions", "shuffled"):
         asked, answers = data / "held_out" / f"{name}.jsonl", folder / "answers" / f"{name}.jsonl"
@@ -153,18 +103,17 @@ def part(output: pathlib.Path, make: Callable[[], None]) -> None:
 # ---- data -------------------------------------------------------------------------------------------------------
 
 
+def training_scenes(scenes: int) -> list[world.Scene]:
+    return files.split_scenes(0, scenes, 0)[0]
+
+
 def write_world(folder: pathlib.Path, scenes: int) -> None:
-    """Write scenes, descriptions, conversations and the held-out questions in words that no training question has."""
+    """Write scenes, conversations and the held-out questions in words that no training question has."""
     partial = folder.with_name("world.partial")
-    train, _ = files.split_scenes(0, scenes, HELD_OUT_SCENES)
+    train = training_scenes(scenes)
     # Those of seed 0 were looked at while the recipe was sought.
     _, held_out = files.split_scenes(7, 0, HELD_OUT_SCENES)
     files.write_split(str(partial / "train"), train, seed=1)
-    rng = np.random.default_rng(2)
-    write_rows(
-        str(partial / "descriptions.json"),
-        (description_row(number, scene, rng) for number, scene in enumerate(train, 1)),
-    )
     captions = files.write_split(str(partial / "held_out"), held_out, seed=3)
     files.write_questions(str(partial / "held_out"), held_out, captions, seed=4)
     reword_held_out(partial / "held_out", np.random.default_rng(5))
@@ -188,31 +137,14 @@ def reword_held_out(folder: pathlib.Path, rng: np.random.Generator) -> None:
         write_rows(path, rows)
 
 
-def description(scene: world.Scene) -> str:
-    """Name every thing with its place, row by row: unlike a caption, there is only one way to write it."""
-    return f"{world.listed(scene)}."
-
-
-def description_row(number: int, scene: world.Scene, rng: np.random.Generator) -> dict[str, Any]:
-    """Return the row that asks for the scene's description."""
-    question = f"<image>\n{rng.choice(words.DESCRIBE)}"
-    return single_turn(f"{number:06d}", f"{number:06d}.png", question, description(scene))
-
-
 def conversation(number: int, scene: world.Scene, rng: np.random.Generator) -> dict[str, Any]:
-    """Return one row: at most one question of each kind, in words for training, then the scene's description.
-
-    No thing is asked about twice: after "Where is the red circle?" nobody needs the image to know the circle's colour.
-    """
-    questions, asked, told = world.questions(scene, rng), [], set()
-    # Presence first: where no thing is taken yet, yes is as likely as no.
-    for kind in ("presence", *rng.permutation(["colour", "shape", "position", "count"])):
-        group = [each for each in questions if each.kind == kind and words.about(each) not in told]
-        if group:
-            asked.append(group[rng.integers(len(group))])
-            told.add(words.about(asked[-1]))
-    pairs = [(words.reworded(asked[i], words.TRAINED, rng), asked[i].answer) for i in rng.permutation(len(asked))]
-    pairs.append((str(rng.choice(words.DESCRIBE)), description(scene)))
+    """Return one row: questions in words for training, and in a quarter of the rows the scene's description."""
+    pairs = [
+        (words.reworded(question, words.TRAINED, rng), question.answer)
+        for question in words.untold_questions(scene, rng)
+    ]
+    if rng.random() < 0.25:
+        pairs.append((str(rng.choice(words.DESCRIBE)), f"{world.listed(scene)}."))
     turns = []
     for text, answer in pairs:
         turns.append({"from": "human", "value": text if turns else f"<image>\n{text}"})
@@ -221,11 +153,11 @@ def conversation(number: int, scene: world.Scene, rng: np.random.Generator) -> d
 
 
 def write_instructions(folder: pathlib.Path) -> None:
-    """Write the rows of stage finetune: the conversations, and what the decoder says about TOPICS by itself."""
+    """Write the rows of stage finetune: the conversations, and what the decoder itself says to rehearsal.txt."""
     asked, answers = folder / "rehearsal.jsonl", folder / "answers" / "rehearsal.jsonl"
-    texts = {f"{i}-{j}": ask.format(topic) for i, topic in enumerate(TOPICS) for j, ask in enumerate(ASKED)}
+    texts = {str(i): line for i, line in enumerate((HERE / "rehearsal.txt").read_text().splitlines(), 1)}
     write_rows(str(asked), ({"question_id": key, "text": text} for key, text in texts.items()))
-    answer(folder / "pretrain", asked, folder / "world", answers, GENERAL_TOKENS)
+    answer(folder / "untrained", asked, folder / "world", answers, GENERAL_TOKENS)
     rows, cut = read_json(str(folder / "world" / "conversations.json"), "conversations"), 0
     for _, row in read_lines(str(answers), "answers"):
         sentences = whole_sentences(row["text"])

@@ -1,9 +1,11 @@
 """Ask the demo's questions in free words: ten wordings a kind for training, four others for the held-out scenes."""
 
+import collections
 import re
 
 import numpy as np
 
+from llava_jax.demo import world
 from llava_jax.demo.world import Question
 
 # How llava_jax/demo/world.py asks; the group is what the question is about.
@@ -76,6 +78,11 @@ TRAINED = {
         "Where can I find the {}?",
     ),
 }
+# Where a kind tends to be asked in a conversation (see untold_questions), and how often at most. A place tells which
+# thing there is, and how many there are is told by many answers; both come late, so that the others are asked at all.
+LATER = {"colour": 0.0, "shape": 0.0, "yes": 0.45, "no": 0.0, "count": 0.1, "position": 0.5}
+MOST = {"colour": 2, "shape": 2, "yes": 1, "no": 1, "count": 1, "position": 1}
+MOST_THINGS = 3  # in a scene
 DESCRIBE = (
     "Describe the picture.",
     "What does this image show?",
@@ -119,6 +126,38 @@ HELD_OUT = {
 def reworded(question: Question, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
     """Return the question in one of the wordings of its kind. Raises ValueError when the demo asks otherwise."""
     return str(rng.choice(wordings[question.kind])).format(asked_for(question))
+
+
+def untold_questions(scene: world.Scene, rng: np.random.Generator) -> list[Question]:
+    """Draw questions about a scene in an order in which no answer is told by an earlier question and its answer.
+
+    "Where is the red circle?" tells that there is a red circle; "What colour is the circle?" and its answer tell that
+    there is a red one and no other circle. Nothing that is told needs the image, so nothing is learned from it.
+    """
+    questions = world.questions(scene, rng)
+    kinds = [each.answer if each.kind == "presence" else each.kind for each in questions]
+    late = rng.random() * np.array([LATER[kind] for kind in kinds])
+    things, unique, asked = set(), set(), collections.Counter()
+    chosen = []
+    for i in np.argsort(rng.random(len(questions)) + late):
+        question, kind, thing = questions[i], kinds[i], about(questions[i])
+        if (kind in ("count", "no", "shape") and asked["count"]) or (kind == "count" and asked["no"]):
+            told = True  # one circle, and it is red: there is no green one, and no other thing is a circle
+        elif kind == "count":
+            told = len(things) == MOST_THINGS or any(thing in (f"{word}s", f"{word}es") for word in unique)
+        elif kind == "no":
+            told = len(things) == MOST_THINGS or bool(unique.intersection(thing.split()))
+        else:
+            told = kind != "position" and thing in things
+        if told or asked[kind] == MOST[kind]:
+            continue
+        chosen.append(question)
+        asked[kind] += 1
+        if kind not in ("count", "no"):
+            things.add(thing)
+        if kind in ("colour", "shape"):
+            unique.add(asked_for(question))
+    return chosen
 
 
 def about(question: Question) -> str:
