@@ -36,7 +36,6 @@ FINETUNE = (
     "data.template=tokenizer",
     "data.pack=True",
     "data.max_length=640",
-    "data.pack_length=640",
     "train.batch_size=6",
     "optim.lr=2e-4",
     "optim.b2=0.98",
