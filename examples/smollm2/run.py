@@ -30,12 +30,11 @@ from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
 SCENES, HELD_OUT_SCENES = 3000, 200
-CONVERSATIONS = 1500  # the first scenes have one; the projector is fitted on all
-UNTRAINED = ("data.template=tokenizer", "train.steps=1")  # whose rate is 0
+CONVERSATIONS = 1000  # the first scenes have one; the projector is fitted on all
+UNTRAINED = ("data.template=tokenizer", "train.batch_size=1", "train.steps=1")  # whose rate is 0
 FINETUNE = (
     "data.template=tokenizer",
     "data.pack=True",
-    "data.max_length=640",
     "train.batch_size=6",
     "optim.lr=2e-4",
     "optim.b2=0.98",
@@ -158,15 +157,16 @@ def write_instructions(folder: pathlib.Path) -> None:
     write_rows(str(asked), ({"question_id": key, "text": text} for key, text in texts.items()))
     answer(folder / "untrained", asked, folder / "world", answers, GENERAL_TOKENS)
     rows, cut = read_json(str(folder / "world" / "conversations.json"), "conversations"), 0
+    general = "|".join(row["answer"] for _, row in read_lines(str(HERE / "general.jsonl"), "questions"))
     for _, row in read_lines(str(answers), "answers"):
         sentences = whole_sentences(row["text"])
-        if sentences:
+        if sentences and not re.search(rf"\b({general})\b", sentences, re.IGNORECASE):
             key = row["question_id"]
             rows.append(single_turn(f"rehearsal-{key}", None, texts[key], sentences))
         else:
             cut += 1
     write_rows(str(folder / "instructions.json"), rows)
-    print(f"{len(texts) - cut} answers are rehearsed; {cut} are left out, which had not ended their first sentence")
+    print(f"{len(texts) - cut} answers are rehearsed; {cut} are not: no whole sentence, or a word of general.jsonl's")
 
 
 def whole_sentences(text: str) -> str:

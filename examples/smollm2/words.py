@@ -78,11 +78,10 @@ TRAINED = {
         "Where can I find the {}?",
     ),
 }
-# Where a kind tends to be asked in a conversation (see untold_questions), and how often at most. A place tells which
-# thing there is, and how many there are is told by many answers; both come late, so that the others are asked at all.
-LATER = {"colour": 0.0, "shape": 0.0, "yes": 0.45, "no": 0.0, "count": 0.1, "position": 0.5}
-MOST = {"colour": 2, "shape": 2, "yes": 1, "no": 1, "count": 1, "position": 1}
-MOST_THINGS = 3  # in a scene
+# How late a kind comes in a conversation, and how often at most. Where a thing is tells what it is, so places are late.
+LATER = {"colour": 0.0, "shape": 0.0, "count": 0.1, "position": 0.5}
+MOST = {"colour": 2, "shape": 2, "count": 1, "position": 1}
+PRESENCE = 0.6  # of the conversations begin with such a question
 DESCRIBE = (
     "Describe the picture.",
     "What does this image show?",
@@ -135,28 +134,32 @@ def untold_questions(scene: world.Scene, rng: np.random.Generator) -> list[Quest
     there is a red one and no other circle. Nothing that is told needs the image, so nothing is learned from it.
     """
     questions = world.questions(scene, rng)
-    kinds = [each.answer if each.kind == "presence" else each.kind for each in questions]
-    late = rng.random() * np.array([LATER[kind] for kind in kinds])
-    things, unique, asked = set(), set(), collections.Counter()
-    chosen = []
-    for i in np.argsort(rng.random(len(questions)) + late):
-        question, kind, thing = questions[i], kinds[i], about(questions[i])
-        if (kind in ("count", "no", "shape") and asked["count"]) or (kind == "count" and asked["no"]):
-            told = True  # one circle, and it is red: there is no green one, and no other thing is a circle
-        elif kind == "count":
-            told = len(things) == MOST_THINGS or any(thing in (f"{word}s", f"{word}es") for word in unique)
-        elif kind == "no":
-            told = len(things) == MOST_THINGS or bool(unique.intersection(thing.split()))
+    # First or not at all: later on, what is left to ask would tell whether the answer is yes or no.
+    answer = rng.choice(["yes", "no"])
+    presence = [each for each in questions if each.kind == "presence" and each.answer == answer]
+    chosen = [presence[rng.integers(len(presence))]] if rng.random() < PRESENCE else []
+    things = {about(each) for each in chosen if each.answer == "yes"}
+    denied = len(chosen) - len(things)
+    unique, asked = set(), collections.Counter()
+    others = [each for each in questions if each.kind != "presence"]
+    late = rng.random() * np.array([LATER[each.kind] for each in others])
+    for i in np.argsort(rng.random(len(others)) + late):
+        kind, thing = others[i].kind, about(others[i])
+        if kind == "count":
+            plurals = {f"{word}{ending}" for word in unique for ending in ("s", "es")}
+            told = denied or len(things) >= (3 if thing == "objects" else 2) or thing in plurals
+        elif kind == "shape":
+            told = thing in things or asked["count"] or (denied and asked["colour"] == 2)
         else:
-            told = kind != "position" and thing in things
+            told = kind == "colour" and thing in things
         if told or asked[kind] == MOST[kind]:
             continue
-        chosen.append(question)
+        chosen.append(others[i])
         asked[kind] += 1
-        if kind not in ("count", "no"):
+        if kind != "count":
             things.add(thing)
         if kind in ("colour", "shape"):
-            unique.add(asked_for(question))
+            unique.add(asked_for(others[i]))
     return chosen
 
 
