@@ -17,20 +17,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import projector
-import words
+from data import write_world
 
 from llava_jax.data.rows import single_turn
-from llava_jax.demo import files, world
 from llava_jax.demo.story import BACKBONES, print_command
 from llava_jax.evaluate import exact_match
 from llava_jax.io import read_json, read_lines, write_json, write_rows
 from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
-SCENES, HELD_OUT_SCENES = 3000, 200
-CONVERSATIONS = 1000  # the first scenes have one; the projector is fitted on all
+SCENES = 3000
 UNTRAINED = ("data.template=tokenizer", "train.batch_size=1", "train.steps=1")  # whose rate is 0
 FINETUNE = (
     "data.template=tokenizer",
@@ -63,7 +59,7 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     started = time.monotonic()
     data = folder / "world"
     part(data, lambda: write_world(data, scenes))
-    drawn = len(os.listdir(data / "train" / "images"))
+    drawn = len(read_json(str(data / "train" / "captions.json"), "captions")["images"])
     if drawn != scenes:
         raise InputError(f"{data} has {drawn} scenes, not the {scenes} of --scenes; name another --workdir")
     conversations, images = str(data / "conversations.json"), str(data / "train" / "images")
@@ -73,9 +69,7 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     answer(folder / "untrained", general, data, folder / "answers" / "general_before.jsonl", GENERAL_TOKENS)
     instructions, fitted = folder / "instructions.json", folder / "projector.safetensors"
     part(instructions, lambda: write_instructions(folder))
-    part(
-        fitted, lambda: projector.fit(folder / "untrained", data / "train" / "images", training_scenes(scenes), fitted)
-    )
+    part(fitted, lambda: python(str(HERE / "projector.py"), str(folder / "untrained"), str(data), str(fitted)))
     start = (f"init.model={folder / 'untrained'}", f"init.projector={fitted}")
     train(folder / "finetune", "finetune", str(instructions), images, *start, *FINETUNE)
     part(folder / "export", lambda: convert(folder / "finetune", f"hf:{folder / 'export'}"))
@@ -99,55 +93,6 @@ def part(output: pathlib.Path, make: Callable[[], None]) -> None:
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
-
-
-def training_scenes(scenes: int) -> list[world.Scene]:
-    return files.split_scenes(0, scenes, 0)[0]
-
-
-def write_world(folder: pathlib.Path, scenes: int) -> None:
-    """Write scenes, conversations and the held-out questions in words that no training question has."""
-    partial = folder.with_name("world.partial")
-    train = training_scenes(scenes)
-    # Those of seeds 0 and 7 were looked at while the recipe was sought.
-    _, held_out = files.split_scenes(8, 0, HELD_OUT_SCENES)
-    files.write_split(str(partial / "train"), train, seed=1)
-    captions = files.write_split(str(partial / "held_out"), held_out, seed=3)
-    files.write_questions(str(partial / "held_out"), held_out, captions, seed=4)
-    reword_held_out(partial / "held_out", np.random.default_rng(5))
-    rng = np.random.default_rng(6)
-    rows = (conversation(number, scene, rng) for number, scene in enumerate(train[:CONVERSATIONS], 1))
-    write_rows(str(partial / "conversations.json"), rows)
-    os.replace(partial, folder)
-
-
-def reword_held_out(folder: pathlib.Path, rng: np.random.Generator) -> None:
-    """Put the held-out questions in held-out words, the same ones where the images are shuffled."""
-    texts: dict[str, str] = {}
-    for name in ("questions", "shuffled"):
-        path = str(folder / f"{name}.jsonl")
-        rows = [row for _, row in read_lines(path, "questions")]
-        for row in rows:
-            if row["question_id"] not in texts:
-                question = world.Question(row["category"], row["text"], row["answer"])
-                texts[row["question_id"]] = words.reworded(question, words.HELD_OUT, rng)
-            row["text"] = texts[row["question_id"]]
-        write_rows(path, rows)
-
-
-def conversation(number: int, scene: world.Scene, rng: np.random.Generator) -> dict[str, Any]:
-    """Return one row: questions in words for training, and in a quarter of the rows the scene's description."""
-    pairs = [
-        (words.reworded(question, words.TRAINED, rng), question.answer)
-        for question in words.untold_questions(scene, rng)
-    ]
-    if rng.random() < 0.25:
-        pairs.append((str(rng.choice(words.DESCRIBE)), f"{world.listed(scene)}."))
-    turns = []
-    for text, answer in pairs:
-        turns.append({"from": "human", "value": text if turns else f"<image>\n{text}"})
-        turns.append({"from": "gpt", "value": answer})
-    return {"id": f"{number:06d}", "image": f"{number:06d}.png", "conversations": turns}
 
 
 def write_instructions(folder: pathlib.Path) -> None:
@@ -197,18 +142,22 @@ def answer(model: pathlib.Path, asked: pathlib.Path, data: pathlib.Path, answers
 
 
 def command(*parts: str) -> None:
-    """Run one of our commands; a SIGTERM is passed to it, and `train` then saves what it has."""
     print_command(*parts)
+    python("-m", "llava_jax", *parts)
+
+
+def python(*parts: str) -> None:
+    """Run Python with these arguments; a SIGTERM is passed to it, and `train` then saves what it has."""
     defaults = {
         "JAX_PLATFORMS": "cpu",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: 13 to 18 % more tokens a second on two cores
     }
-    process = subprocess.Popen([sys.executable, "-m", "llava_jax", *parts], env={**defaults, **os.environ})
+    process = subprocess.Popen([sys.executable, *parts], env={**defaults, **os.environ})
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     code = process.wait()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if code:
-        raise InputError(f"`llava-jax {parts[0]}` ended with exit code {code}; see what it says above")
+        raise InputError(f"`python {' '.join(parts[:3])}` ended with exit code {code}; see what it says above")
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------
