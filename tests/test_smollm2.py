@@ -35,10 +35,10 @@ def example():
     """The example's modules, as `python examples/smollm2/run.py` finds them."""
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("decoder", "words", "data", "projector", "run")}
+        yield {name: importlib.import_module(name) for name in ("decoder", "words", "scenes", "projector", "run")}
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("decoder", "words", "data", "projector", "run"):
+        for name in ("decoder", "words", "scenes", "projector", "run"):
             sys.modules.pop(name, None)
 
 
@@ -239,7 +239,7 @@ def test_a_conversation_has_the_image_once_and_may_end_with_the_description(exam
     described = 0
     for number in range(200):
         scene = world.sample_scene(rng)
-        turns = example["data"].conversation(number, scene, rng)["conversations"]
+        turns = example["scenes"].conversation(number, scene, rng)["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert [turn["value"].startswith("<image>\n") for turn in turns] == [True] + [False] * (len(turns) - 1)
         *short, last = (turn["value"] for turn in turns[1::2])
@@ -260,7 +260,7 @@ def test_a_question_is_about_the_thing_that_it_and_its_answer_name(example):
 
 
 def test_the_held_out_questions_keep_their_answers_and_are_the_same_for_shuffled_images(example, tmp_path):
-    example["data"].write_world(tmp_path / "world", 8)
+    example["scenes"].write_world(tmp_path / "world", 8)
     read = {}
     for name in ("questions", "shuffled"):
         lines = (tmp_path / "world" / "held_out" / f"{name}.jsonl").read_text().splitlines()
@@ -300,10 +300,10 @@ def test_a_rehearsed_answer_ends_with_a_sentence(example, text, whole):
 
 def test_the_fitted_projector_gives_images_as_words_in_our_model(example, tmp_path, monkeypatch, capsys):
     """With the demo's own decoder: what the model makes of held-out images is nearest to the words of their maps."""
-    run, data, projector = example["run"], example["data"], example["projector"]
+    run, scenes, projector = example["run"], example["scenes"], example["projector"]
     monkeypatch.setattr(projector, "STEPS", 600)
-    monkeypatch.setattr(data, "HELD_OUT_SCENES", 40)
-    data.write_world(tmp_path / "world", 400)
+    monkeypatch.setattr(scenes, "HELD_OUT_SCENES", 40)
+    scenes.write_world(tmp_path / "world", 400)
     models = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={BACKBONES / 'llama'}")
     row = {"id": "1", "image": "000001.png", "conversations": [{"from": "human", "value": "<image>"}]}
     row["conversations"].append({"from": "gpt", "value": "a scene"})
@@ -321,7 +321,7 @@ def test_the_fitted_projector_gives_images_as_words_in_our_model(example, tmp_pa
     words = [model.processor.tokenizer.encode_text(f" {word}")[-1] for word in projector.WORDS]
     embedding_WD = np.asarray(model.params["llm"]["embed"]["table"])[words]
     distance_NPW = np.linalg.norm(np.asarray(tokens_NPD)[:, :, None] - embedding_WD, axis=-1)
-    maps = [world.place_map(scene) for scene in data.held_out_scenes()]
+    maps = [world.place_map(scene) for scene in scenes.held_out_scenes()]
     wanted_NP = np.array([[projector.WORDS.index(word) for word in words] for words in maps])
     right = (np.argmin(distance_NPW, axis=-1) == wanted_NP)[wanted_NP > 0].mean()
     assert right > 0.8
@@ -366,7 +366,7 @@ def test_a_goal_is_met_where_its_figure_is_large_enough(example, tmp_path, blind
 
 
 def test_a_world_of_another_size_is_refused(example, tmp_path):
-    example["data"].write_world(tmp_path / "world", 8)
+    example["scenes"].write_world(tmp_path / "world", 8)
     with pytest.raises(InputError, match="has 8 scenes, not the 9 of --scenes"):
         example["run"].run(tmp_path, "decoder", 9)
 

@@ -1,6 +1,6 @@
 """Fit a projector so that each image token is the embedding of a word: `python projector.py MODEL WORLD FILE`.
 
-MODEL is the workdir of a run that has learned nothing, WORLD the folder that data.py writes, FILE the .safetensors to
+MODEL is the workdir of a run that has learned nothing, WORLD the folder that scenes.py writes, FILE the .safetensors to
 write. Which word a token should be, the demo's map of the scene says (`place_map`): the four tokens of a thing are its
 colour, its shape, its row and its column, all others are "empty". A decoder can find one thing among three in such
 words. It cannot in tokens that are 275 times as long as words, which a projector drawn at random and a high rate gave.
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from data import held_out_scenes, training_scenes
 from safetensors.numpy import save_file
+from scenes import held_out_scenes, training_scenes
 
 import llava_jax
 from llava_jax.api import question

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from data import write_world
+from scenes import write_world
 
 from llava_jax.data.rows import single_turn
 from llava_jax.demo.story import BACKBONES, print_command
