@@ -6,7 +6,6 @@ import re
 import numpy as np
 
 from llava_jax.demo import world
-from llava_jax.demo.world import Question
 
 # How llava_jax/demo/world.py asks; the group is what the question is about.
 PLAIN = {
@@ -122,12 +121,12 @@ HELD_OUT = {
 }
 
 
-def reworded(question: Question, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
+def reworded(question: world.Question, wordings: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
     """Return the question in one of the wordings of its kind. Raises ValueError when the demo asks otherwise."""
     return str(rng.choice(wordings[question.kind])).format(asked_for(question))
 
 
-def untold_questions(scene: world.Scene, rng: np.random.Generator) -> list[Question]:
+def untold_questions(scene: world.Scene, rng: np.random.Generator) -> list[world.Question]:
     """Draw questions about a scene in an order in which no answer is told by an earlier question and its answer.
 
     "Where is the red circle?" tells that there is a red circle; "What colour is the circle?" and its answer tell that
@@ -163,7 +162,7 @@ def untold_questions(scene: world.Scene, rng: np.random.Generator) -> list[Quest
     return chosen
 
 
-def about(question: Question) -> str:
+def about(question: world.Question) -> str:
     """Return the thing that question and answer name together ("red circle"), or what is counted. Raises ValueError."""
     asked = asked_for(question)
     if question.kind == "colour":
@@ -171,7 +170,7 @@ def about(question: Question) -> str:
     return f"{asked} {question.answer}" if question.kind == "shape" else asked
 
 
-def asked_for(question: Question) -> str:
+def asked_for(question: world.Question) -> str:
     """Return what the question names: "red circle", "circle", "red" or "circles"."""
     asked = PLAIN[question.kind].fullmatch(question.text)
     if asked is None:
