@@ -7,7 +7,6 @@ words. It cannot in tokens that are 275 times as long as words, which a projecto
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -15,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import save_file
+from flax import nnx
 from scenes import held_out_scenes, training_scenes
 
 import llava_jax
 from llava_jax.api import question
 from llava_jax.demo import world
 from llava_jax.io import read_json
-from llava_jax.models.llava import unstacked_model
-from llava_jax.types import InputError
+from llava_jax.models.llava import Projector, unstacked_model
+from llava_jax.types import InputError, ModelConfig
+from llava_jax.weights.original_export import write_projector
 
 WORDS = (world.EMPTY, *world.COLOURS, *world.SHAPES, *world.ROWS, *world.COLUMNS)
 EMPTY_SHARE = 0.1  # of the tokens where nothing is: most fields are empty, and one is like another
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def fit(workdir: str, folder: str, file: str) -> None:
-    """Write a projector (its tensors named as in mm_projector.bin) for the model of a workdir.
+    """Write a projector for the model of a workdir.
 
     Prints how many tokens of held-out images are nearest to their word. Raises InputError.
     """
@@ -52,15 +52,14 @@ def fit(workdir: str, folder: str, file: str) -> None:
     embedding_WD = np.asarray(model.params["llm"]["embed"]["table"])[word_ids(model)]
     drawn = read_json(f"{folder}/train/captions.json", "captions")["images"]
     train, held_out = training_scenes(len(drawn)), held_out_scenes()
-    layers = fitted(tower_features(model, f"{folder}/train/images", len(train)), map_words(train), embedding_WD)
+    features_NPE = tower_features(model, f"{folder}/train/images", len(train))
+    projector = fitted(model.config, features_NPE, map_words(train), embedding_WD)
     seen_NPE, wanted_NP = tower_features(model, f"{folder}/held_out/images", len(held_out)), map_words(held_out)
-    right_NP = nearest(layers, seen_NPE, embedding_WD) == wanted_NP
+    right_NP = nearest(projector, seen_NPE, embedding_WD) == wanted_NP
     things, others = right_NP[wanted_NP > 0].mean(), right_NP[wanted_NP == 0].mean()
     print(f"projector: in {len(held_out)} held-out images the share of tokens that are nearest to their word is")
     print(f"  {things:.1%} of those of things, {others:.1%} of the others")
-    tensors = {f"model.mm_projector.{name}": np.ascontiguousarray(value) for name, value in layers.items()}
-    save_file(tensors, f"{file}.partial")
-    os.replace(f"{file}.partial", file)
+    write_projector(file, model.config, {"projector": nnx.to_pure_dict(nnx.state(projector))}, "float32")
 
 
 def word_ids(model: llava_jax.Llava) -> list[int]:
@@ -86,8 +85,8 @@ def tower_features(model: llava_jax.Llava, folder: str, number: int) -> np.ndarr
     return np.concatenate([np.asarray(encode(model.params, batch)) for batch in batches])
 
 
-def fitted(features_NPE: np.ndarray, word_NP: np.ndarray, embedding_WD: np.ndarray) -> dict[str, np.ndarray]:
-    """Return weights and biases, [out, in], of two layers that map a token's features to its word's embedding.
+def fitted(config: ModelConfig, features_NPE: np.ndarray, word_NP: np.ndarray, embedding_WD: np.ndarray) -> Projector:
+    """Return a projector that maps a token's features to its word's embedding.
 
     The features are whitened, since the tower has the column of a thing in 0.2 % of their variance; the whitening is
     then taken into the first layer.
@@ -99,20 +98,13 @@ def fitted(features_NPE: np.ndarray, word_NP: np.ndarray, embedding_WD: np.ndarr
     rng = np.random.default_rng(0)
     rows = np.flatnonzero((word_T > 0) | (rng.random(len(word_T)) < EMPTY_SHARE))
     inputs_TF, wanted_TD = (features_TE[rows] - mean_E) @ whitening_EF, embedding_WD[word_T[rows]]
-    F, D = whitening_EF.shape[1], embedding_WD.shape[1]
-    params = {
-        "0.weight": rng.normal(size=(D, F), scale=F**-0.5),
-        "0.bias": np.zeros(D),
-        "2.weight": rng.normal(size=(D, D), scale=0.1 * D**-0.5),
-        "2.bias": np.zeros(D),
-    }
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    graphdef, params = nnx.split(Projector(config, rngs=nnx.Rngs(0)))
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
 
     @jax.jit
     def step(params, state, inputs_BF, wanted_BD):
         def loss(params):
-            return jnp.mean(jnp.sum((apply(params, inputs_BF) - wanted_BD) ** 2, axis=-1))
+            return jnp.mean(jnp.sum((nnx.merge(graphdef, params)(inputs_BF) - wanted_BD) ** 2, axis=-1))
 
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, updates), state
@@ -121,20 +113,16 @@ def fitted(features_NPE: np.ndarray, word_NP: np.ndarray, embedding_WD: np.ndarr
     for _ in range(STEPS):
         batch = rng.integers(len(rows), size=BATCH)
         params, state = step(params, state, inputs_TF[batch], wanted_TD[batch])
-    layers = jax.tree.map(np.asarray, params)
-    weight_DE = layers["0.weight"] @ whitening_EF.T
-    return layers | {"0.weight": weight_DE, "0.bias": layers["0.bias"] - weight_DE @ mean_E}
+    projector = nnx.merge(graphdef, params)
+    first = projector.linear_1
+    first.kernel[...] = whitening_EF @ first.kernel[...]
+    first.bias[...] -= mean_E @ first.kernel[...]
+    return projector
 
 
-def apply(layers: dict[str, jax.Array], inputs_BF: jax.Array) -> jax.Array:
-    """Return [..., D], what LLaVA's mlp2x_gelu makes of features."""
-    hidden_BD = jax.nn.gelu(inputs_BF @ layers["0.weight"].T + layers["0.bias"], approximate=False)
-    return hidden_BD @ layers["2.weight"].T + layers["2.bias"]
-
-
-def nearest(layers: dict[str, np.ndarray], features_NPE: np.ndarray, embedding_WD: np.ndarray) -> np.ndarray:
+def nearest(projector: Projector, features_NPE: np.ndarray, embedding_WD: np.ndarray) -> np.ndarray:
     """Return int [N, P], the number of the word whose embedding is nearest."""
-    tokens_NPD = np.asarray(apply(jax.tree.map(jnp.asarray, layers), features_NPE))
+    tokens_NPD = np.asarray(projector(features_NPE))
     return np.argmax(tokens_NPD @ embedding_WD.T - 0.5 * np.sum(embedding_WD**2, axis=1), axis=-1)
 
 
