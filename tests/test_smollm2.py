@@ -13,6 +13,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
@@ -326,6 +327,28 @@ def test_the_fitted_projector_gives_images_as_words_in_our_model(example, tmp_pa
     right = (np.argmin(distance_NPW, axis=-1) == wanted_NP)[wanted_NP > 0].mean()
     assert right > 0.8
     assert f"  {right:.1%} of those of things" in capsys.readouterr().out
+
+
+def test_the_export_is_the_mean_of_the_checkpoints_that_every_run_has(example, tmp_path, monkeypatch):
+    """Of updates 1, 2, 3 and 4, of which an interruption could have saved 1 and 3, it takes 2 and 4."""
+    run = example["run"]
+    monkeypatch.setattr(run, "AVERAGED", 2)
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "1.png")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a scene"}]
+    rows = [{"id": str(i), "image": "1.png", "conversations": turns} for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = ("train.steps=4", "train.batch_size=2", "train.checkpoint_every=1", "train.keep=4")
+    run.train(tmp_path / "run", "finetune", str(tmp_path / "rows.json"), str(tmp_path), *settings)
+    run.export(tmp_path / "run", tmp_path / "export")
+    weights = {"mean": load_file(tmp_path / "export" / "model.safetensors")}
+    for step in (2, 4):
+        run.command("convert", f"--from=orbax:{tmp_path / 'run'}", f"--step={step}", f"--to=hf:{tmp_path / str(step)}")
+        weights[step] = load_file(tmp_path / str(step) / "model.safetensors")
+    for name, mean in weights["mean"].items():
+        np.testing.assert_array_equal(mean, (weights[2][name] + weights[4][name]) / 2)
+    assert any((weights[2][name] != weights[4][name]).any() for name in weights[2])
+    assert "mean of those after 2 and 4 updates" in (tmp_path / "export" / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2", "4", "export", "rows.json", "run"]
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------

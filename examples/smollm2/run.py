@@ -2,8 +2,8 @@
 
 D is the decoder's Hugging Face folder (decoder.py writes one without a network) or its name on the Hub. The projector
 is fitted so that the demo's CLIP says in words what is where (projector.py). Then the decoder's attention learns from
-conversations about images, among which it rehearses what it says about no image. Whatever is done stays done when it
-is started again.
+conversations about images, among which it rehearses what it says about no image, and its weights halfway and at the
+end are averaged. Whatever is done stays done when it is started again.
 """
 
 import argparse
@@ -13,10 +13,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+from safetensors.numpy import load_file, save_file
 from scenes import write_world
 
 from llava_jax.data.rows import single_turn
@@ -27,6 +29,7 @@ from llava_jax.types import InputError
 
 HERE = pathlib.Path(__file__).parent
 SCENES = 3000
+AVERAGED = 100  # updates between the checkpoints that are averaged; 191 updates make two: this one and the last
 UNTRAINED = ("data.template=tokenizer", "train.batch_size=1", "train.steps=1")  # whose rate is 0
 FINETUNE = (
     "data.template=tokenizer",
@@ -35,6 +38,8 @@ FINETUNE = (
     "optim.lr=2e-4",
     "optim.b2=0.98",
     "train.trainable=llm/layers/attn",
+    f"train.checkpoint_every={AVERAGED}",
+    "train.keep=5",  # a run that is interrupted saves others, which must not push that one out
 )
 ANSWER_TOKENS, GENERAL_TOKENS = 8, 32
 
@@ -72,7 +77,7 @@ def run(folder: pathlib.Path, decoder: str, scenes: int) -> None:
     part(fitted, lambda: python(str(HERE / "projector.py"), str(folder / "untrained"), str(data), str(fitted)))
     start = (f"init.model={folder / 'untrained'}", f"init.projector={fitted}")
     train(folder / "finetune", "finetune", str(instructions), images, *start, *FINETUNE)
-    part(folder / "export", lambda: convert(folder / "finetune", f"hf:{folder / 'export'}"))
+    part(folder / "export", lambda: export(folder / "finetune", folder / "export"))
     for name in ("questions", "shuffled"):
         asked, answers = data / "held_out" / f"{name}.jsonl", folder / "answers" / f"{name}.jsonl"
         answer(folder / "export", asked, data, answers, ANSWER_TOKENS)
@@ -129,8 +134,25 @@ def train(workdir: pathlib.Path, stage: str, annotations: str, images: str, *set
     command("train", f"--config=tiny:stage={stage}", f"--workdir={workdir}", *overrides)
 
 
-def convert(workdir: pathlib.Path, target: str) -> None:
-    command("convert", f"--from=orbax:{workdir}", f"--to={target}")
+def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
+    """Write a Hugging Face folder with the mean of the weights at every AVERAGED updates and at the end.
+
+    A mean of checkpoints (Vaswani et al. 2017, section 6.1) has forgotten less than the last one:
+    docs/notes/smollm2.md.
+    """
+    saved = sorted(int(each.name) for each in (workdir / "checkpoints").iterdir() if each.name.isdigit())
+    steps = [step for step in saved if step % AVERAGED == 0 or step == saved[-1]]
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        models = {step: pathlib.Path(scratch, str(step), target.name) for step in steps}
+        for step, model in models.items():
+            command("convert", f"--from=orbax:{workdir}", f"--step={step}", f"--to=hf:{model}")
+        weights = [load_file(model / "model.safetensors") for model in models.values()]
+        mean = {name: sum(each[name] for each in weights) / len(weights) for name in weights[0]}
+        last = models[steps[-1]]
+        save_file(mean, last / "model.safetensors", metadata={"format": "pt"})
+        with open(last / "README.md", "a") as card:
+            card.write(f"\nThe weights are the mean of those after {' and '.join(map(str, steps))} updates.\n")
+        os.replace(last, target)
 
 
 def answer(model: pathlib.Path, asked: pathlib.Path, data: pathlib.Path, answers: pathlib.Path, tokens: int) -> None:
