@@ -41,7 +41,7 @@ FINETUNE = (
     f"train.checkpoint_every={AVERAGED}",
     "train.keep=5",  # a run that is interrupted saves others, which must not push that one out
 )
-ANSWER_TOKENS, GENERAL_TOKENS = 8, 32
+ANSWER_TOKENS, GENERAL_TOKENS, REHEARSED_TOKENS = 8, 32, 256
 
 
 def main() -> None:
@@ -101,11 +101,15 @@ def part(output: pathlib.Path, make: Callable[[], None]) -> None:
 
 
 def write_instructions(folder: pathlib.Path) -> None:
-    """Write the rows of stage finetune: the conversations, and what the decoder itself says to rehearsal.txt."""
+    """Write the rows of stage finetune: the conversations, and what the decoder itself says to rehearsal.txt.
+
+    Those answers are drawn at temperature 1: on average such draws leave the decoder as it is, while its likeliest
+    answers, learned, would make it say them more often still.
+    """
     asked, answers = folder / "rehearsal.jsonl", folder / "answers" / "rehearsal.jsonl"
     texts = {str(i): line for i, line in enumerate((HERE / "rehearsal.txt").read_text().splitlines(), 1)}
     write_rows(str(asked), ({"question_id": key, "text": text} for key, text in texts.items()))
-    answer(folder / "untrained", asked, folder / "world", answers, GENERAL_TOKENS)
+    answer(folder / "untrained", asked, folder / "world", answers, REHEARSED_TOKENS, temperature=1)
     rows, cut = read_json(str(folder / "world" / "conversations.json"), "conversations"), 0
     general = "|".join(row["answer"] for _, row in read_lines(str(HERE / "general.jsonl"), "questions"))
     for _, row in read_lines(str(answers), "answers"):
@@ -155,11 +159,18 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
         os.replace(last, target)
 
 
-def answer(model: pathlib.Path, asked: pathlib.Path, data: pathlib.Path, answers: pathlib.Path, tokens: int) -> None:
+def answer(
+    model: pathlib.Path,
+    asked: pathlib.Path,
+    data: pathlib.Path,
+    answers: pathlib.Path,
+    tokens: int,
+    temperature: float = 0,
+) -> None:
     answers.parent.mkdir(exist_ok=True)
     images = f"--images={data / 'held_out' / 'images'}"
     paths = (f"--questions={asked}", images, f"--answers={answers}")
-    how = ("--template=tokenizer", "--batch_size=64", f"--max_new_tokens={tokens}")
+    how = ("--template=tokenizer", "--batch_size=64", f"--max_new_tokens={tokens}", f"--temperature={temperature}")
     command("generate", f"--model={model}", *paths, *how)
 
 
