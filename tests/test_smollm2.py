@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import sys
 import zipfile
 
@@ -330,9 +331,9 @@ def test_the_fitted_projector_gives_images_as_words_in_our_model(example, tmp_pa
 
 
 def test_the_export_is_the_mean_of_the_checkpoints_that_every_run_has(example, tmp_path, monkeypatch):
-    """Of updates 1, 2, 3 and 4, of which an interruption could have saved 1 and 3, it takes 2 and 4."""
+    """What an interruption may have saved, here updates 1 and 3, is no part of it: the weights are the same without."""
     run = example["run"]
-    monkeypatch.setattr(run, "AVERAGED", 2)
+    monkeypatch.setattr(run, "AVERAGE_EVERY", 2)
     Image.new("RGB", (48, 48), "red").save(tmp_path / "1.png")
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a scene"}]
     rows = [{"id": str(i), "image": "1.png", "conversations": turns} for i in range(8)]
@@ -340,15 +341,22 @@ def test_the_export_is_the_mean_of_the_checkpoints_that_every_run_has(example, t
     settings = ("train.steps=4", "train.batch_size=2", "train.checkpoint_every=1", "train.keep=4")
     run.train(tmp_path / "run", "finetune", str(tmp_path / "rows.json"), str(tmp_path), *settings)
     run.export(tmp_path / "run", tmp_path / "export")
-    weights = {"mean": load_file(tmp_path / "export" / "model.safetensors")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "export", "rows.json", "run"]
+    file = tmp_path / "export" / "model.safetensors"
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert "mean of those after 2 and 4 updates" in (tmp_path / "export" / "README.md").read_text()
+
     for step in (2, 4):
         run.command("convert", f"--from=orbax:{tmp_path / 'run'}", f"--step={step}", f"--to=hf:{tmp_path / str(step)}")
-        weights[step] = load_file(tmp_path / str(step) / "model.safetensors")
-    for name, mean in weights["mean"].items():
-        np.testing.assert_array_equal(mean, (weights[2][name] + weights[4][name]) / 2)
-    assert any((weights[2][name] != weights[4][name]).any() for name in weights[2])
-    assert "mean of those after 2 and 4 updates" in (tmp_path / "export" / "README.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2", "4", "export", "rows.json", "run"]
+    mean, half, last = (load_file(tmp_path / each / "model.safetensors") for each in ("export", "2", "4"))
+    for name in mean:
+        np.testing.assert_array_equal(mean[name], (half[name] + last[name]) / 2)
+    assert any((half[name] != last[name]).any() for name in half)
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    with pytest.raises(InputError, match="`python -m llava_jax convert` ended with exit code 2"):
+        run.export(tmp_path / "run", tmp_path / "another")
+    assert not (tmp_path / "another").exists()
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------

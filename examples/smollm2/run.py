@@ -10,15 +10,15 @@ import argparse
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from scenes import write_world
 
 from llava_jax.data.rows import single_turn
@@ -26,10 +26,11 @@ from llava_jax.demo.story import BACKBONES, print_command
 from llava_jax.evaluate import exact_match
 from llava_jax.io import read_json, read_lines, write_json, write_rows
 from llava_jax.types import InputError
+from llava_jax.weights.tensors import save_checked
 
 HERE = pathlib.Path(__file__).parent
 SCENES = 3000
-AVERAGED = 100  # updates between the checkpoints that are averaged; 191 updates make two: this one and the last
+AVERAGE_EVERY = 100  # updates; about half of the 193, so that two checkpoints are averaged
 UNTRAINED = ("data.template=tokenizer", "train.batch_size=1", "train.steps=1")  # whose rate is 0
 FINETUNE = (
     "data.template=tokenizer",
@@ -38,8 +39,8 @@ FINETUNE = (
     "optim.lr=2e-4",
     "optim.b2=0.98",
     "train.trainable=llm/layers/attn",
-    f"train.checkpoint_every={AVERAGED}",
-    "train.keep=5",  # a run that is interrupted saves others, which must not push that one out
+    f"train.checkpoint_every={AVERAGE_EVERY}",
+    "train.keep=20",  # every interruption saves one more, and update 100 must still be there in the end
 )
 ANSWER_TOKENS, GENERAL_TOKENS, REHEARSED_TOKENS = 8, 32, 256
 
@@ -139,24 +140,26 @@ def train(workdir: pathlib.Path, stage: str, annotations: str, images: str, *set
 
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
-    """Write a Hugging Face folder with the mean of the weights at every AVERAGED updates and at the end.
+    """Write a Hugging Face folder with the mean of the weights after every AVERAGE_EVERY updates and after the last.
 
-    A mean of checkpoints (Vaswani et al. 2017, section 6.1) has forgotten less than the last one:
-    docs/notes/smollm2.md.
+    The mean of checkpoints (Vaswani et al. 2017, section 6.1) answered more general questions than the last one.
+    Raises InputError where one of them is gone.
     """
-    saved = sorted(int(each.name) for each in (workdir / "checkpoints").iterdir() if each.name.isdigit())
-    steps = [step for step in saved if step % AVERAGED == 0 or step == saved[-1]]
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        models = {step: pathlib.Path(scratch, str(step), target.name) for step in steps}
-        for step, model in models.items():
-            command("convert", f"--from=orbax:{workdir}", f"--step={step}", f"--to=hf:{model}")
-        weights = [load_file(model / "model.safetensors") for model in models.values()]
-        mean = {name: sum(each[name] for each in weights) / len(weights) for name in weights[0]}
-        last = models[steps[-1]]
-        save_file(mean, last / "model.safetensors", metadata={"format": "pt"})
-        with open(last / "README.md", "a") as card:
+    last = max(int(each.name) for each in (workdir / "checkpoints").iterdir() if each.name.isdigit())
+    steps = [*range(AVERAGE_EVERY, last, AVERAGE_EVERY), last]
+    scratch = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    models = [scratch / str(step) / target.name for step in steps]
+    for step, model in zip(steps, models, strict=True):
+        command("convert", f"--from=orbax:{workdir}", f"--step={step}", f"--to=hf:{model}")
+    weights = [load_file(model / "model.safetensors") for model in models]
+    mean = {name: sum(each[name] for each in weights) / len(weights) for name in weights[0]}
+    save_checked(str(models[-1] / "model.safetensors"), mean)
+    if len(steps) > 1:
+        with open(models[-1] / "README.md", "a") as card:
             card.write(f"\nThe weights are the mean of those after {' and '.join(map(str, steps))} updates.\n")
-        os.replace(last, target)
+    os.replace(models[-1], target)
+    shutil.rmtree(scratch)
 
 
 def answer(
