@@ -54,7 +54,7 @@ def main(folder: pathlib.Path) -> None:
         task, lines = pathlib.Path(made), []
         for index, each in enumerate(asked):
             target = "no such answer" if index % 4 == 3 else each["answer"]
-            lines.append(dict(image=str(folder.resolve() / each["image"]), text=each["text"], target=target))
+            lines.append(dict(image=str(folder / each["image"]), text=each["text"], target=target))
         (task / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (task / "local.yaml").write_text(TASK.replace("DATA", str(task / "rows.jsonl")))
         (task / "local.py").write_text(FUNCTIONS)
@@ -75,4 +75,4 @@ def main(folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]).resolve())
