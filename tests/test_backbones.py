@@ -126,8 +126,8 @@ def test_shipped_decoder_finds_answers_about_scenes_it_never_saw(words, describe
 
 
 def test_what_is_trained_is_what_a_folder_gives_back(words, tmp_path):
-    backbones.train_llama(words, str(tmp_path / "llama"), steps=2, seconds=60, mixed=False)
-    backbones.train_clip(words, str(tmp_path / "clip"), steps=2, seconds=60, pool=80)
+    backbones.train_llama(words, str(tmp_path / "llama"), steps=1, seconds=60, mixed=False)
+    backbones.train_clip(words, str(tmp_path / "clip"), steps=1, seconds=60, pool=80)
     clip, vision = hf.read_clip(str(tmp_path / "clip"), feature_layer=-2, dtype="float32")
     llama, llm = hf.read_llama(str(tmp_path / "llama"), dtype="float32")
     _, abstract = build(ModelConfig(clip, llama))

@@ -301,7 +301,7 @@ def test_a_rehearsed_answer_ends_with_a_sentence(example, text, whole):
 def test_the_fitted_projector_gives_images_as_words_in_our_model(example, tmp_path, monkeypatch, capsys):
     """With the demo's own decoder: what the model makes of held-out images is nearest to the words of their maps."""
     run, scenes, projector = example["run"], example["scenes"], example["projector"]
-    monkeypatch.setattr(projector, "STEPS", 600)
+    monkeypatch.setattr(projector, "STEPS", 300)
     monkeypatch.setattr(scenes, "HELD_OUT_SCENES", 40)
     scenes.write_world(tmp_path / "world", 400)
     models = (f"model.vision={BACKBONES / 'clip'}", f"model.llm={BACKBONES / 'llama'}")
