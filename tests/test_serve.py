@@ -120,7 +120,9 @@ def test_choices_and_what_the_engine_is_asked(tiny, stream):
         how = dict(
             n=3, seed=-1, temperature=0.7, top_p=0.9, top_k=5, stop="x", max_tokens=None, max_completion_tokens=2
         )
-        status, reply, _ = ask(port, body(**how, stream=stream, user="me", tools=[], response_format={"type": "text"}))
+        # As Open WebUI asks: with tools that the model may call, and need not.
+        how |= dict(tools=[{"type": "function", "function": {"name": "get_time"}}], tool_choice="auto")
+        status, reply, _ = ask(port, body(**how, stream=stream, user="me", response_format={"type": "text"}))
     assert status == 200
     assert [asked[1] for asked in engine.asked] == [
         Sampling(2, 0.7, top_p=0.9, top_k=5, seed=seed) for seed in (2**32 - 1, 0, 1)

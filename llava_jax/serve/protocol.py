@@ -15,11 +15,12 @@ IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "verbosity", "reasoning_effort"),
 )
+# Lists of what the model may call. It calls none, which is an answer that a client has to expect, and many clients
+# offer tools with every request (Open WebUI). A call that is required is refused, below.
+OFFERED = ("tools", "functions")
 # Keys of what is not done here, each with the values that ask for nothing of it.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -117,6 +118,10 @@ def _no_number(text: str) -> None:
 def _check_keys(asked: Mapping[str, Any]) -> None:
     for key, value in asked.items():
         if key in KEYS or key in IGNORED or value is None:
+            continue
+        if key in OFFERED:
+            if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+                raise Refused(f"{key} is {_shown(value)}; expected a list of objects", key)
             continue
         if key not in UNSUPPORTED:
             raise Refused(f"there is no parameter {_shown(key)}{nearest(key[:80], KEYS)}", key[:80])
