@@ -3,8 +3,13 @@
 import base64
 import io
 import json
+import os
+import pty
 import re
+import termios
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -109,7 +114,60 @@ def test_terminals_that_show_images(photo):
     assert Image.open(io.BytesIO(png)).size == draw_image(0).size
     chunks = re.findall(r"\x1b_G(a=T,f=100,q=2,)?m=([01]);([^\x1b]+)\x1b", shown(TERM="xterm-kitty"))
     assert [m for _, m, _ in chunks] == ["0"] and base64.b64decode("".join(chunk for *_, chunk in chunks)) == png
-    assert shown(TERM="xterm-256color") == "" == inline_image(photo, io.StringIO(), {"TERM": "xterm-kitty"})
+    assert shown(TERM="dumb") == "" == inline_image(photo, io.StringIO(), {"TERM": "xterm-kitty"})
+
+
+def sixel_pixels(text: str) -> np.ndarray:
+    """Draw Sixel with runs as a terminal does; percent, -1 where nothing is drawn."""
+    width, height = map(int, re.match(r'\x1bP0;1q"1;1;(\d+);(\d+)', text).groups())
+    colours, drawn_YXC, colour, x, y = {}, np.full((height + 5, width, 3), -1), None, 0, 0
+    drawing = text[text.index("#") : text.rindex("\x1b")]
+    for number, red, green, blue, run, column, move in re.findall(
+        r"#(\d+)(?:;2;(\d+);(\d+);(\d+))?|!(\d+)([?-~])|([$-])", drawing
+    ):
+        if red:
+            colours[number] = int(red), int(green), int(blue)
+        elif number:
+            colour = colours[number]
+        elif move:
+            x, y = 0, y + 6 * (move == "-")
+        else:
+            for bit in range(6):
+                if ord(column) - 63 >> bit & 1:
+                    drawn_YXC[y + bit, x : x + int(run)] = colour
+            x += int(run)
+    assert (drawn_YXC[height:] == -1).all()
+    return drawn_YXC[:height]
+
+
+@pytest.mark.parametrize(
+    ("typed", "reply", "is_shown"),
+    [(b"", b"\x1b[?62;4;22c", True), (b"", b"\x1b[?62;14c", False), (b"", b"", False), (b"ahead\n", b"", False)],
+)
+def test_a_terminal_that_says_it_has_sixel_gets_the_image(tmp_path, typed, reply, is_shown):
+    few = draw_image(0).quantize(100).convert("RGB")  # a terminal has 256 colours
+    few.save(tmp_path / "few.png")
+    keyboard, screen = pty.openpty()
+    before = termios.tcgetattr(screen)
+    os.write(keyboard, typed)
+    asked = []
+
+    def terminal():
+        if not typed:
+            asked.append(os.read(keyboard, 3))
+            os.write(keyboard, reply)
+
+    with open(screen, "w") as output, ThreadPoolExecutor() as threads:
+        answering = threads.submit(terminal)
+        shown = inline_image(str(tmp_path / "few.png"), output, {"TERM": "xterm-256color"})
+        answering.result()
+        assert termios.tcgetattr(screen) == before
+        assert asked == ([] if typed else [b"\x1b[c"])
+        assert not typed or os.read(screen, 64) == typed, "what was typed ahead is still there"
+    os.close(keyboard)
+    assert bool(shown) == is_shown
+    if is_shown:
+        assert np.abs(sixel_pixels(shown) - np.asarray(few) / 2.55).max() <= 0.5
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(tiny):
