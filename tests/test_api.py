@@ -169,13 +169,14 @@ def test_the_score_of_an_answer_is_that_of_its_ids_and_what_ends_it(tiny, shown,
     talk += api.question("What is this?", None)
     start, ids = tiny.prompt(talk), tiny.processor.tokenizer.encode_text("A red dog.")
     ids.append(tiny.processor.tokenizer.special_id("</s>"))
-    total, tokens, greedy = 0.0, list(start.tokens), True
-    for token in ids:
+    total, greedy, tokens_1T = 0.0, True, np.append(start.tokens, [0] * len(ids))[None]
+    for length, token in enumerate(ids, start=len(start.tokens)):
         shown_BCHW = start.pixels.transpose(0, 3, 1, 2) if images else None
-        logits_V = tiny.logits([tokens], shown_BCHW)[0, -1].astype(np.float64)
+        mask_1T = (np.arange(tokens_1T.shape[1]) < length)[None]
+        logits_V = tiny.logits(tokens_1T, shown_BCHW, mask_1T)[0, length - 1].astype(np.float64)
         total += logits_V[token] - np.log(np.exp(logits_V).sum())
         greedy &= logits_V.argmax() == token
-        tokens.append(token)
+        tokens_1T[0, length] = token
     logprob, is_greedy = tiny.score(talk, "A red dog.")
     assert logprob == pytest.approx(total, abs=1e-3) and is_greedy == greedy
 
