@@ -1,6 +1,6 @@
 """Drive the page of `serve` in headless Chromium and take screenshots: `make page MODEL=SRC`.
 
-It needs playwright alone; the server is started with the Python of another environment. An image is dropped and one is
+It needs playwright alone; the server is started with the Python of another environment. Images are dropped, pasted and
 picked, a streamed answer read, one stopped midway, one made again, a question edited; then a person looks at what a
 desktop, a phone and a dark desktop show.
 """
@@ -79,17 +79,19 @@ def fail(problem: str) -> None:
     raise SystemExit(problem)
 
 
-def drop(page: Page, name: str) -> None:
-    """Drop an image file on the page."""
+def give(page: Page, name: str, how: str) -> None:
+    """Drop an image file on the page, or paste it."""
     content = base64.b64encode((EXAMPLES / name).read_bytes()).decode()
-    script = """([content, name]) => {
+    script = """([content, name, how]) => {
         const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
         const data = new DataTransfer();
         data.items.add(new File([bytes], name, { type: "image/png" }));
-        for (const kind of ["dragover", "drop"])
-            document.querySelector(".app").dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true }));
+        const at = document.querySelector(how === "paste" ? "textarea" : ".app");
+        if (how === "paste") at.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
+        else for (const kind of ["dragover", "drop"])
+            at.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true }));
     }"""
-    page.evaluate(script, [content, name])
+    page.evaluate(script, [content, name, how])
     expect(page.get_by_alt_text("Image 1 to send")).to_be_visible()
 
 
@@ -116,7 +118,7 @@ def key(browser: Browser, url: str, folder: pathlib.Path) -> None:
 def desktop(browser: Browser, url: str, folder: pathlib.Path) -> None:
     page = opened(browser, url, viewport={"width": 1200, "height": 800})
     page.screenshot(path=folder / "start.png")
-    drop(page, "2.png")
+    give(page, "2.png", "drop")
     page.screenshot(path=folder / "dropped.png")
     ask(page, "What colour is the triangle?")
     done(page)
@@ -218,7 +220,7 @@ def phone(browser: Browser, url: str, folder: pathlib.Path) -> None:
     page.screenshot(path=folder / "phone_start.png")
     page.get_by_role("button", name="How many objects").click()
     done(page)
-    drop(page, "1.png")
+    give(page, "1.png", "paste")
     page.get_by_label("Message", exact=True).fill("And in this one?")
     page.screenshot(path=folder / "phone.png")
     wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
