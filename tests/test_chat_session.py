@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import termios
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax.infer import inline_image as inline_image_module
 from llava_jax.infer.chat import HELP, chat
-from llava_jax.infer.inline_image import inline_image
+from llava_jax.infer.inline_image import image_protocol, inline_image
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import draw_image, model
 
@@ -106,7 +108,7 @@ def test_terminals_that_show_images(photo):
             return True
 
     def shown(**environment: str) -> str:
-        return inline_image(photo, Terminal(), environment)
+        return inline_image(photo, image_protocol(io.StringIO(), Terminal(), environment))
 
     png = base64.b64decode(
         shown(TERM_PROGRAM="iTerm.app").removeprefix("\x1b]1337;File=inline=1;preserveAspectRatio=1:")[:-2]
@@ -114,7 +116,7 @@ def test_terminals_that_show_images(photo):
     assert Image.open(io.BytesIO(png)).size == draw_image(0).size
     chunks = re.findall(r"\x1b_G(a=T,f=100,q=2,)?m=([01]);([^\x1b]+)\x1b", shown(TERM="xterm-kitty"))
     assert [m for _, m, _ in chunks] == ["0"] and base64.b64decode("".join(chunk for *_, chunk in chunks)) == png
-    assert shown(TERM="dumb") == "" == inline_image(photo, io.StringIO(), {"TERM": "xterm-kitty"})
+    assert shown(TERM="xterm-256color") == "" == image_protocol(io.StringIO(), io.StringIO(), {"TERM": "xterm-kitty"})
 
 
 def sixel_pixels(text: str) -> np.ndarray:
@@ -123,7 +125,7 @@ def sixel_pixels(text: str) -> np.ndarray:
     colours, drawn_YXC, colour, x, y = {}, np.full((height + 5, width, 3), -1), None, 0, 0
     drawing = text[text.index("#") : text.rindex("\x1b")]
     for number, red, green, blue, run, column, move in re.findall(
-        r"#(\d+)(?:;2;(\d+);(\d+);(\d+))?|!(\d+)([?-~])|([$-])", drawing
+        r"#(\d+)(?:;2;(\d+);(\d+);(\d+))?|(?:!(\d+))?([?-~])|([$-])", drawing
     ):
         if red:
             colours[number] = int(red), int(green), int(blue)
@@ -134,40 +136,66 @@ def sixel_pixels(text: str) -> np.ndarray:
         else:
             for bit in range(6):
                 if ord(column) - 63 >> bit & 1:
-                    drawn_YXC[y + bit, x : x + int(run)] = colour
-            x += int(run)
+                    drawn_YXC[y + bit, x : x + int(run or 1)] = colour
+            x += int(run or 1)
     assert (drawn_YXC[height:] == -1).all()
     return drawn_YXC[:height]
 
 
-@pytest.mark.parametrize(
-    ("typed", "reply", "is_shown"),
-    [(b"", b"\x1b[?62;4;22c", True), (b"", b"\x1b[?62;14c", False), (b"", b"", False), (b"ahead\n", b"", False)],
-)
-def test_a_terminal_that_says_it_has_sixel_gets_the_image(tmp_path, typed, reply, is_shown):
+def test_sixel_draws_the_image(tmp_path):
     few = draw_image(0).quantize(100).convert("RGB")  # a terminal has 256 colours
     few.save(tmp_path / "few.png")
+    drawn_YXC = sixel_pixels(inline_image(str(tmp_path / "few.png"), "sixel"))
+    assert np.abs(drawn_YXC - np.asarray(few) / 2.55).max() <= 0.5
+
+
+@pytest.fixture
+def terminal():
+    """A terminal's keyboard, and what a program reads from and writes to."""
     keyboard, screen = pty.openpty()
-    before = termios.tcgetattr(screen)
-    os.write(keyboard, typed)
-    asked = []
-
-    def terminal():
-        if not typed:
-            asked.append(os.read(keyboard, 3))
-            os.write(keyboard, reply)
-
-    with open(screen, "w") as output, ThreadPoolExecutor() as threads:
-        answering = threads.submit(terminal)
-        shown = inline_image(str(tmp_path / "few.png"), output, {"TERM": "xterm-256color"})
-        answering.result()
-        assert termios.tcgetattr(screen) == before
-        assert asked == ([] if typed else [b"\x1b[c"])
-        assert not typed or os.read(screen, 64) == typed, "what was typed ahead is still there"
+    with open(screen, closefd=False) as input, open(screen, "w") as output:
+        yield keyboard, input, output
     os.close(keyboard)
-    assert bool(shown) == is_shown
-    if is_shown:
-        assert np.abs(sixel_pixels(shown) - np.asarray(few) / 2.55).max() <= 0.5
+
+
+def read_soon(descriptor: int) -> bytes:
+    return os.read(descriptor, 64) if select.select([descriptor], [], [], 60)[0] else b""
+
+
+@pytest.mark.parametrize(
+    ("reply", "protocol"),
+    [
+        (b"\x1b[?62;4;22c", "sixel"),
+        (b"\x1b[?62;14c", ""),
+        (b"\x1b[?4;6c", ""),  # its class
+        (b"Describe it.\x1b[?62;4c", "sixel"),  # typed before it replied
+    ],
+)
+def test_a_terminal_says_whether_it_has_sixel(terminal, monkeypatch, reply, protocol):
+    keyboard, input, output = terminal
+    monkeypatch.setattr(inline_image_module, "REPLY_SECONDS", 60)
+    before = termios.tcgetattr(input)
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(lambda: (read_soon(keyboard), os.write(keyboard, reply))[0])
+        assert image_protocol(input, output, {"TERM": "xterm-256color"}) == protocol
+        assert asked.result() == b"\x1b[c"
+    assert termios.tcgetattr(input) == before
+
+
+def test_a_terminal_that_says_nothing_shows_nothing(terminal, monkeypatch):
+    keyboard, input, output = terminal
+    monkeypatch.setattr(inline_image_module, "REPLY_SECONDS", 0.01)
+    assert image_protocol(input, output, {"TERM": "vt100"}) == ""
+    assert read_soon(keyboard) == b"\x1b[c"
+
+
+def test_what_was_typed_ahead_is_kept_and_nothing_asked(terminal):
+    keyboard, input, output = terminal
+    os.write(keyboard, b"ahead\n")
+    assert read_soon(keyboard) == b"ahead\r\n", "its echo: it has arrived"
+    assert image_protocol(input, output, {"TERM": "xterm-256color"}) == ""
+    assert not select.select([keyboard], [], [], 0)[0], "no question"
+    assert read_soon(input.fileno()) == b"ahead\n"
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(tiny):

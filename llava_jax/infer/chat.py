@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from llava_jax.infer.engine import Model
 from llava_jax.infer.generate import question_message
-from llava_jax.infer.inline_image import inline_image
+from llava_jax.infer.inline_image import image_protocol, inline_image
 from llava_jax.io import replacing
 from llava_jax.types import InputError, Sampling
 
@@ -40,8 +40,9 @@ def chat(model: Model, images: Sequence[str], input: TextIO, output: TextIO, sam
     start = said = Said([], tuple(images))
     if images:
         _check_images(model, images)
+    protocol = image_protocol(input, output)
     for path in images:
-        output.write(inline_image(path, output))
+        output.write(inline_image(path, protocol))
     print(HELP, file=output)
     while True:
         try:
@@ -62,7 +63,7 @@ def chat(model: Model, images: Sequence[str], input: TextIO, output: TextIO, sam
                 said = start
                 print("(a new conversation)", file=output)
             elif text.startswith("/"):
-                said = _command(model, text, said, output)
+                said = _command(model, text, said, protocol, output)
             elif text:
                 said = _turn(model, said, text, sampling, output)
         except InputError as error:
@@ -73,7 +74,7 @@ def _check_images(model: Model, paths: Sequence[str]) -> None:
     model.prompt([question_message("?", paths)])
 
 
-def _command(model: Model, text: str, said: Said, output: TextIO) -> Said:
+def _command(model: Model, text: str, said: Said, protocol: str, output: TextIO) -> Said:
     """Return the conversation after a command with an argument. Raises InputError."""
     name, _, argument = text.partition(" ")
     path = os.path.expanduser(argument.strip())
@@ -88,7 +89,7 @@ def _command(model: Model, text: str, said: Said, output: TextIO) -> Said:
     if name != "/image" or not path:
         raise InputError(f"{text}: no such command; the commands are\n{HELP}")
     _check_images(model, [path])
-    output.write(inline_image(path, output))
+    output.write(inline_image(path, protocol))
     print(f"({path} comes with the next message)", file=output)
     return dataclasses.replace(said, images=(*said.images, path))
 
