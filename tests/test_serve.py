@@ -122,6 +122,7 @@ def test_choices_and_what_the_engine_is_asked(tiny, stream):
         )
         # As Open WebUI asks: with tools that the model may call, and need not.
         how |= dict(tools=[{"type": "function", "function": {"name": "get_time"}}], tool_choice="auto")
+        how |= dict(functions=[{"name": "get_time"}])
         status, reply, _ = ask(port, body(**how, stream=stream, user="me", response_format={"type": "text"}))
     assert status == 200
     assert [asked[1] for asked in engine.asked] == [

@@ -15,8 +15,8 @@ IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "verbosity", "reasoning_effort"),
 )
-# Lists of what the model may call. It calls none, which is an answer that a client has to expect, and many clients
-# offer tools with every request (Open WebUI). A call that is required is refused, below.
+# Lists of what the model may call. It never calls one, which clients must allow for anyway; some, such as Open WebUI,
+# offer tools with every request. A call that is required is refused, below.
 OFFERED = ("tools", "functions")
 # Keys of what is not done here, each with the values that ask for nothing of it.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
