@@ -131,11 +131,17 @@ def decode(source: str | bytes | Image.Image, name: str = "", exif: str = "apply
     return _opened(source, name, lambda image, name: _to_rgb(image, name, exif))
 
 
+def shrunk(source: str | bytes | Image.Image, side: int) -> Image.Image:
+    """Return a copy of an image, made to fit a square of `side`. Raises InputError."""
+    image = decode(source).copy()  # an image in memory stays as it is
+    image.thumbnail((side, side))
+    return image
+
+
 def thumbnail(source: str | bytes | Image.Image, side: int, kind: str = "png") -> str:
     """Return an image, made to fit a square of `side`, as the base64 of a file of that kind. Raises InputError."""
-    image, file = decode(source).copy(), io.BytesIO()  # an image in memory stays as it is
-    image.thumbnail((side, side))
-    image.save(file, kind, quality=80)
+    file = io.BytesIO()
+    shrunk(source, side).save(file, kind, quality=80)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -13,7 +13,7 @@ from typing import TextIO
 import numpy as np
 from PIL import Image
 
-from llava_jax.data.images import decode, thumbnail
+from llava_jax.data.images import shrunk, thumbnail
 
 SIDE = 320  # pixels
 CHUNK = 4096  # what Kitty takes at once, in characters
@@ -68,9 +68,7 @@ def inline_image(path: str, protocol: str) -> str:
     if not protocol:
         return ""
     if protocol == "sixel":
-        image = decode(path).copy()
-        image.thumbnail((SIDE, SIDE))
-        return _sixel(image) + "\n"
+        return _sixel(shrunk(path, SIDE)) + "\n"
     content = thumbnail(path, SIDE)
     if protocol == "iterm":
         return f"\x1b]1337;File=inline=1;preserveAspectRatio=1:{content}\x07\n"
