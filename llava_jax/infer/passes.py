@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llava_jax.models.attention import angles, attend_to_cache
 from llava_jax.models.llama import Block, KeysValues, Llama, Rope
@@ -51,7 +52,7 @@ def prefill(
     llm: Llama, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Run whole rows (segment 0 is padding) as `Llama` does; return hidden states and the cache of T slots."""
-    rope, layers = angles(positions_BT, llm.config.rope, llm.config.head_dim), []
+    rope, layers = _rope(llm.config, positions_BT, x_BTD.shape[1]), []
     for block in llm.layers:
         x_BTD, (k_BTKH, v_BTKH) = block(x_BTD, rope, segment_ids_BT)
         layers.append((k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)))
@@ -64,7 +65,7 @@ def extend(llm: Llama, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache
     Rows of fewer tokens are right-padded: whoever calls says how long they are now.
     """
     positions_BT = cache.length_B[:, None] + jnp.arange(x_BTD.shape[1])
-    rope = angles(positions_BT, llm.config.rope, llm.config.head_dim)
+    rope = _rope(llm.config, positions_BT, cache.size)
     slots = jnp.arange(cache.size)
     seen_BTS = slots <= positions_BT[:, :, None]
     if llm.config.window:
@@ -74,6 +75,12 @@ def extend(llm: Llama, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache
         x_BTD, kept = _extend(block, x_BTD, rope, kept, positions_BT, seen_BTS)
         layers.append(kept)
     return llm.norm(x_BTD), Cache(tuple(layers), cache.length_B)
+
+
+def _rope(config: LlamaConfig, positions_BT: jax.Array, size: int) -> Rope:
+    """Return the angles of positions below `size`, from a table: a CPU would compute them for each layer and head."""
+    cos_1S1H, sin_1S1H = angles(np.arange(size)[None], config.rope, config.head_dim)
+    return cos_1S1H[0, positions_BT], sin_1S1H[0, positions_BT]
 
 
 def _extend(

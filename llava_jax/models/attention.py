@@ -224,7 +224,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     return inverse.astype(np.float32)
 
 
-def angles(positions_BT: jax.Array, config: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def angles(positions_BT: jax.Array | np.ndarray, config: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """Return float32 cosines and sines [B, T, 1, H/2]."""
     angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config, head_dim)
     return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
