@@ -26,7 +26,7 @@ from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import PlacedModel, Prompt, bucket, question_message, row_bucket
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.io import check_text, check_unicode, unread_keys
-from llava_jax.models.layers import merge_head_axes, quantise, unstacked_axes
+from llava_jax.models.layers import axes_for_answers, quantise
 from llava_jax.models.llava import build, for_answers, logical_axes, unstacked_model
 from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated
 from llava_jax.settings import DTYPES
@@ -408,7 +408,7 @@ def _logits(
     model = unstacked_model(config, params)
     features_BPD = None if pixels_BNXYC is None else model.image_features(pixels_BNXYC)
     x_BTD = model.embed_and_merge(tokens_BT, features_BPD, feature_index_BT)
-    return model.llm.logits(passes.prefill(model.llm, x_BTD, positions_BT, mask_BT)[0])
+    return passes.logits(model.llm, passes.prefill(model.llm, x_BTD, positions_BT, mask_BT)[0])
 
 
 def _rows_of_images(tokens_BT: np.ndarray, pixels_BCHW: Any, config: ModelConfig) -> np.ndarray | None:
@@ -488,15 +488,14 @@ def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: in
     `tensor` is as in `load`.
     """
     config = processor.config
-    dense = dataclasses.replace(config, int8=False)
-    abstract = jax.eval_shape(for_answers, build(dense)[1])
+    abstract = jax.eval_shape(for_answers, build(config)[1])
     mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
     if mesh is None:
         shardings = jax.tree.map(lambda _: at, abstract)
     else:
-        axes = logical_axes(dense)
-        llm = unstacked_axes(merge_head_axes(axes["llm"]), config.llm.layers)
-        shardings = param_shardings(axes | {"llm": llm}, abstract, mesh)
+        axes = logical_axes(config)
+        axes |= {"llm": axes_for_answers(axes["llm"], config.llm.layers)}
+        shardings = param_shardings(axes, abstract, mesh)
 
     def put(path: tuple, x: Any, at: jax.sharding.Sharding) -> Any:
         whole = (
@@ -505,7 +504,7 @@ def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: in
         module = "/".join(key.key for key in path[3:-1])
         if not config.int8 or path[0].key != "llm" or module not in DECODER_LINEARS or path[-1].key != "kernel":
             return whole
-        codes, scale = _quantise(whole, 2 if module == "attn/o" else 1)
+        codes, scale = _quantise(whole)
         return {"codes": codes, "scale": scale}
 
     cast = jax.tree_util.tree_map_with_path(put, for_answers(params), shardings)
@@ -516,7 +515,7 @@ def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: in
     return Llava(name, PlacedModel(cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
 
 
-_quantise = jax.jit(quantise, static_argnums=1)
+_quantise = jax.jit(quantise)
 
 
 def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:

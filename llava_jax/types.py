@@ -150,6 +150,13 @@ class LazyTensor:
         """Return the parameter in another shape, of as many layers where it is stacked, still in its file."""
         return dataclasses.replace(self, shape=shape, one=lambda layer: self.one(layer).reshape(shape[self.stacked :]))
 
+    def swapaxes(self, first: int, second: int) -> "LazyTensor":
+        """Return the parameter with two axes in each other's place, neither the one of layers, still in its file."""
+        shape = list(self.shape)
+        shape[first], shape[second] = shape[second], shape[first]
+        axes = first - self.stacked, second - self.stacked
+        return dataclasses.replace(self, shape=tuple(shape), one=lambda layer: self.one(layer).swapaxes(*axes))
+
 
 # ---- models -----------------------------------------------------------------------------------------------------
 
@@ -285,6 +292,11 @@ class ModelConfig:
     int8: bool = False
     learning_blocks: int = 0
     pinpoints: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer has an adapter or four bits."""
+        return self.lora is None and not self.nf4
 
     @property
     def tiles(self) -> int:

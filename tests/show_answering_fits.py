@@ -34,7 +34,7 @@ def lowered(mesh, llm, slots, tokens, answer):
         encode_images,
         row_bucket,
     )
-    from llava_jax.models.layers import merge_head_axes, stored_as, unstacked_axes
+    from llava_jax.models.layers import axes_for_answers, stored_as
     from llava_jax.models.llava import build, for_answers, logical_axes
     from llava_jax.parallel.sharding import batch_sharding, param_shardings, replicated, spec_of
     from llava_jax.types import ModelConfig
@@ -43,7 +43,7 @@ def lowered(mesh, llm, slots, tokens, answer):
     config = ModelConfig(CLIPS["clip-l-14-336"], llm, dtype="bfloat16")
     params, axes = build(config)[1], logical_axes(config)
     params = stored_as(jax.eval_shape(for_answers, params), "bfloat16")
-    at = param_shardings(axes | {"llm": unstacked_axes(merge_head_axes(axes["llm"]), llm.layers)}, params, mesh)
+    at = param_shardings(axes | {"llm": axes_for_answers(axes["llm"], llm.layers)}, params, mesh)
     params = jax.tree.map(lambda x, at: x.update(sharding=at), params, at)
 
     def abstract(tree, at):

@@ -203,7 +203,7 @@ def test_weights_of_eight_bits(tiny, shown):
     up = small.params["llm"]["layers"][1]["mlp"]["up"]["kernel"]
     assert up["codes"].dtype == jnp.int8 and np.abs(up["codes"]).max() == 127
     kernel = tiny.params["llm"]["layers"][1]["mlp"]["up"]["kernel"]
-    np.testing.assert_allclose(up["codes"] * up["scale"], kernel, atol=np.max(up["scale"]) / 2 + 1e-6)
+    np.testing.assert_allclose(up["codes"] * up["scale"][:, None], kernel, atol=np.max(up["scale"]) / 2 + 1e-6)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

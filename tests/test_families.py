@@ -14,7 +14,6 @@ from llava_jax.infer import passes
 from llava_jax.models import clip, llama, llava
 from llava_jax.models.attention import angles, rotate
 from llava_jax.models.flops import step_flops
-from llava_jax.models.layers import merge_heads, unstacked
 from llava_jax.models.llava import build
 from llava_jax.types import ClipConfig, InputError, LlamaConfig, ModelConfig, RopeConfig
 from llava_jax.weights import name_table
@@ -138,18 +137,23 @@ def test_heads_are_normalised_before_they_turn():
 
 
 @pytest.mark.parametrize("family, bias", [("llama", False), ("qwen2", True), ("qwen3", False)])
-def test_merged_heads_change_no_number(family, bias):
-    config = dataclasses.replace(LLAMA, family=family, attention_bias=bias)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))))
-    params = jax.tree.map(jnp.asarray, random_params(ModelConfig(CLIP, config))["llm"])
-    merged = merge_heads(params)
-    attn = merged["layers"]["attn"]
-    shapes = [attn[name]["kernel"].shape[1:] for name in ("q", "k", "v", "o")]
-    width, heads, kv_heads, head_dim = config.width, config.heads, config.kv_heads, config.head_dim
-    assert shapes == [(width, heads * head_dim), *[(width, kv_heads * head_dim)] * 2, (heads, head_dim, width)]
-    x, positions = jax.random.normal(jax.random.key(0), (2, 5, config.width)), jnp.arange(5)[None]
-    want = nnx.merge(graphdef, params)(x, positions)
-    np.testing.assert_array_equal(nnx.merge(graphdef, merged)(x, positions), want)
+def test_the_order_of_kernels_for_answers_changes_no_number(family, bias):
+    config = ModelConfig(CLIP, dataclasses.replace(LLAMA, family=family, attention_bias=bias))
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    turned = llava.for_answers(params)
+    attn, llm = turned["llm"]["layers"][0]["attn"], config.llm
+    wide, narrow = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
+    shapes = [attn[name]["kernel"].shape for name in ("q", "k", "v", "o")]
+    assert shapes == [(wide, llm.width), *[(narrow, llm.width)] * 2, (llm.width, wide)]
+    whole, by_block = nnx.merge(llava.build(config)[0], params).llm, llava.unstacked_model(config, turned).llm
+    # Ten rows in a product and a hundred: it has a form for few and one for many.
+    for batch in (2, 20):
+        x_BTD, shape = jax.random.normal(jax.random.key(0), (batch, 5, llm.width)), (batch, 5)
+        positions_BT = jnp.broadcast_to(jnp.arange(5), shape)
+        hidden_BTD, _ = passes.prefill(by_block, x_BTD, positions_BT, jnp.ones(shape, jnp.int32))
+        want_BTD = whole(x_BTD, positions_BT)
+        np.testing.assert_allclose(hidden_BTD, want_BTD, atol=1e-5)
+        np.testing.assert_allclose(passes.logits(by_block, hidden_BTD), whole.logits(want_BTD), atol=1e-4)
 
 
 def test_a_window_holds_in_prefill_and_in_decode():
@@ -158,8 +162,7 @@ def test_a_window_holds_in_prefill_and_in_decode():
     whole = ModelConfig(CLIP, config)
     params = jax.tree.map(jnp.asarray, random_params(whole))
     model = nnx.merge(llava.build(whole)[0], params).llm
-    params |= {"llm": unstacked(params["llm"])}
-    by_block = llava.unstacked_model(whole, params).llm
+    by_block = llava.unstacked_model(whole, llava.for_answers(params)).llm
     x = jax.random.normal(jax.random.key(0), (1, 9, 8))
     positions, ones = jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32)
     forward = jax.jit(lambda x: model(x, positions))

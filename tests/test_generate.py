@@ -22,7 +22,6 @@ from llava_jax.infer.generate import (
     prefill,
 )
 from llava_jax.models import llava
-from llava_jax.models.layers import unstacked
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import VOCAB, config, sharp_params
 
@@ -39,8 +38,7 @@ DRAWS = {
 def placed(stop_ids: tuple[int, ...] = ()) -> PlacedModel:
     params = jax.tree.map(jnp.asarray, sharp_params(CONFIG))
     stops = sample.stop_table([], stop_ids, [""] * VOCAB)
-    params |= {"llm": unstacked(params["llm"])}
-    return PlacedModel(params, CONFIG, jnp.asarray(stops))
+    return PlacedModel(llava.for_answers(params), CONFIG, jnp.asarray(stops))
 
 
 def ids_of(model: PlacedModel, prompts: list[Prompt], sampling: Sampling, slots: int = 8) -> list[list[int]]:

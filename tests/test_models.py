@@ -102,13 +102,13 @@ def test_prefill_and_decode_equal_the_full_pass_for_rows_of_different_length(mod
     params = llava.for_answers(llava.init(TINY, 0))
     llm = llava.unstacked_model(TINY, params).llm
     hidden, cache = passes.prefill(llm, x, positions, segments)
-    np.testing.assert_allclose(model.llm.logits(hidden)[0, :6], full[0, :6], atol=1e-5)
+    np.testing.assert_allclose(passes.logits(llm, hidden)[0, :6], full[0, :6], atol=1e-5)
     cache = passes.widened(cache, 16)
     for _ in range(3):
         step = jnp.take_along_axis(tokens, cache.length_B[:, None], axis=1)
         hidden, new = passes.extend(llm, llm.embed(step), cache)
         want = jnp.take_along_axis(full, cache.length_B[:, None, None], axis=1)
-        np.testing.assert_allclose(model.llm.logits(hidden), want, atol=1e-5)
+        np.testing.assert_allclose(passes.logits(llm, hidden), want, atol=1e-5)
         cache = new._replace(length_B=new.length_B + 1)
     assert cache.length_B.tolist() == [9, 11]
 

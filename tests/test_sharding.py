@@ -71,7 +71,7 @@ EIGHT_DEVICES = textwrap.dedent("""
     from flax import nnx
     from llava_jax.infer import passes
     from llava_jax.models import llava
-    from llava_jax.models.layers import merge_heads, unstacked
+    from llava_jax.models.layers import turned, unstacked
     from llava_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings
     from llava_jax.settings import STAGES
     from llava_jax.train.step import LossConfig, batch_ranks, loss_and_grads
@@ -169,23 +169,22 @@ EIGHT_DEVICES = textwrap.dedent("""
             close(both(placed, jax.device_put(data, batch_sharding(mesh)), stage, ranks=4, **plain), want)
         print("equal", case)
 
-    # Heads that are one dimension are split as heads are, in the pass over whole rows and in a step of decoding.
+    # Kernels for answers are split as those of training are, in the pass over whole rows and in a step of decoding.
     def last_logits(params, tokens, positions):
-        llm = unstacked(params["llm"])
-        model = llava.unstacked_model(TINY, params | {"llm": llm})
+        model = llava.unstacked_model(TINY, params | {"llm": unstacked(params["llm"])})
         x, ones = model.llm.embed(tokens), np.ones(tokens.shape, np.int32)
         _, cache = passes.prefill(model.llm, x[:, :8], positions, ones[:, :8])
-        return model.llm.logits(passes.extend(model.llm, x[:, 8:9], passes.widened(cache, 16))[0])
+        return passes.logits(model.llm, passes.extend(model.llm, x[:, 8:9], passes.widened(cache, 16))[0])
 
     params = llava.init(TINY, 0)
     asked = tokens[:, :9].clip(0, 59), positions[:, :8].astype(np.int32)
-    want = jax.jit(last_logits)(params, *asked)
+    want = jax.jit(last_logits)(params | {"llm": turned(params["llm"])}, *asked)
     mesh = make_mesh(MeshSettings(2, 2, 2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(llava.logical_axes(TINY), llava.build(TINY)[1], mesh))
-        merged = placed | {"llm": jax.jit(merge_heads)(placed["llm"])}
-        close(jax.jit(last_logits)(merged, *asked), want)
-    print("equal merged heads")
+        for_answers = placed | {"llm": jax.jit(turned)(placed["llm"])}
+        close(jax.jit(last_logits)(for_answers, *asked), want)
+    print("equal kernels for answers")
 """)
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
-from llava_jax.models.layers import merge_heads
+from llava_jax.models.layers import turned
 from llava_jax.models.llava import build, logical_axes
 from llava_jax.parallel import sharding
 from llava_jax.parallel.sharding import make_mesh, param_shardings, place
@@ -84,10 +84,10 @@ def test_the_measurement_sees_a_part_that_is_made_whole(folder):
     assert peak > 10 * 1.5 * LARGEST * 2
 
 
-def test_one_device_with_merged_heads(folder):
-    stored = merge_heads(hf.read_llama(str(folder / "s"), lazy=True)[1])
+def test_one_device_with_turned_kernels(folder):
+    stored = turned(hf.read_llama(str(folder / "s"), lazy=True)[1])
     at = SingleDeviceSharding(jax.devices()[0])
     placed = place(stored, jax.tree.map(lambda _: at, stored))
-    whole = merge_heads(hf.read_llama(str(folder / "s"))[1])
+    whole = turned(hf.read_llama(str(folder / "s"))[1])
     for path, array in name_table.flatten(whole).items():
         np.testing.assert_array_equal(name_table.flatten(placed)[path], array)

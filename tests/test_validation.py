@@ -127,8 +127,9 @@ def test_answers_run_on_the_weights_that_are_trained(changes):
     positions_BT = jnp.broadcast_to(jnp.arange(5), (2, 5))
     hidden_BTD, cache = passes.prefill(by_block, x_BTD[:, :4], positions_BT[:, :4], jnp.ones((2, 4), jnp.int32))
     last_B1D = passes.extend(by_block, x_BTD[:, 4:], passes.widened(cache, 5))[0]
-    got_BTD = jnp.concatenate([hidden_BTD, last_B1D], axis=1)
-    np.testing.assert_allclose(got_BTD, whole(x_BTD, positions_BT), atol=1e-5)
+    got_BTD, want_BTD = jnp.concatenate([hidden_BTD, last_B1D], axis=1), whole(x_BTD, positions_BT)
+    np.testing.assert_allclose(got_BTD, want_BTD, atol=1e-5)
+    np.testing.assert_allclose(passes.logits(by_block, got_BTD), whole.logits(want_BTD), atol=1e-4)
 
 
 def test_the_best_checkpoint_stays_and_is_known_after_a_kill(inputs, tmp_path, monkeypatch):

@@ -179,13 +179,13 @@ def prefill(
         hidden_BTD, cache = passes.extend(model.llm, x_BTD, prefix)
         cache = cache._replace(length_B=prefix.length_B + inputs.length_B)
     last_B1D = jnp.take_along_axis(hidden_BTD, inputs.length_B[:, None, None] - 1, axis=1)
-    return model.llm.logits(last_B1D)[:, 0], cache
+    return passes.logits(model.llm, last_B1D)[:, 0], cache
 
 
 def decode_step(model: Llava, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Return logits float32[B, V] after one more token a row."""
     hidden_B1D, cache = passes.extend(model.llm, model.llm.embed(token_B[:, None]), cache)
-    return model.llm.logits(hidden_B1D)[:, 0], cache._replace(length_B=cache.length_B + 1)
+    return passes.logits(model.llm, hidden_B1D)[:, 0], cache._replace(length_B=cache.length_B + 1)
 
 
 # ---- slots ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax.models.attention import angles, attend_to_cache
+from llava_jax.models.layers import product
 from llava_jax.models.llama import Block, KeysValues, Llama, Rope
+from llava_jax.parallel.sharding import constrain, unshard
 from llava_jax.types import LlamaConfig
 
 
@@ -75,6 +77,15 @@ def extend(llm: Llama, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache
         x_BTD, kept = _extend(block, x_BTD, rope, kept, positions_BT, seen_BTS)
         layers.append(kept)
     return llm.norm(x_BTD), Cache(tuple(layers), cache.length_B)
+
+
+def logits(llm: Llama, hidden_BTD: jax.Array) -> jax.Array:
+    """Return vocabulary logits [B, T, V] in float32, as `Llama.logits` does."""
+    table_VD = llm.embed.table if llm.config.tied else llm.head.kernel
+    table_VD = unshard(table_VD.astype(hidden_BTD.dtype), "vocab", "embed")
+    logits_MV = product(hidden_BTD.reshape(-1, table_VD.shape[1]), table_VD)
+    logits_BTV = logits_MV.reshape(*hidden_BTD.shape[:2], -1)
+    return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 
 
 def _rope(config: LlamaConfig, positions_BT: jax.Array, size: int) -> Rope:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.parallel.sharding import constrain, matmul, unshard
-from llava_jax.types import REMAT_NAMES, LazyTensor
+from llava_jax.types import DECODER_LINEARS, REMAT_NAMES, LazyTensor
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -66,9 +66,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, bias_init, out_shape, out_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.weight(x.dtype)
-        # A kernel whose last dimensions are merged (`merge_heads`) is split as the first of them.
-        y = matmul(x, kernel, self.axes[: kernel.ndim], self.in_dims, self.name)
+        y = matmul(x, self.weight(x.dtype), self.axes, self.in_dims, self.name)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
@@ -76,33 +74,74 @@ class Linear(nnx.Module):
         return self.kernel.astype(dtype)
 
 
-class Int8(nnx.Module):
-    """A kernel in eight bits with a scale for each output, for inference: codes int8 [*in, *out], scale [*out]."""
+class TurnedLinear(Linear):
+    """A linear layer for answers: its kernel is a matrix [out, in] (`turned`)."""
 
-    def __init__(self, kernel: jax.Array, axes: tuple[str, ...], in_dims: int):
-        codes, scale = quantise(kernel, in_dims)
-        self.codes, self.scale = nnx.Variable(codes, axes=axes), nnx.Variable(scale, axes=axes[in_dims:])
-
-
-class Int8Linear(Linear):
-    """A linear layer with a kernel of eight bits: the product reads them widened, and is scaled."""
-
-    def __init__(self, linear: Linear, kernel: Int8):
+    def __init__(self, linear: Linear):
         self.in_dims, self.axes, self.name = linear.in_dims, linear.axes, linear.name
-        self.kernel, self.bias = kernel, linear.bias
+        self.kernel, self.bias = linear.kernel, linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        codes = self.kernel.codes[...].astype(x.dtype)
-        y = matmul(x, codes, self.axes[: codes.ndim], self.in_dims, self.name) * self.kernel.scale[...].astype(x.dtype)
+        y = self.multiply(x)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """Return the product of x [..., *in] with the kernel, [..., out]."""
+        lead, kernel_OI = x.shape[: x.ndim - self.in_dims], self.weight(x.dtype)
+        kernel_OI = unshard(kernel_OI, *turned_axes(self.axes, self.in_dims))
+        return product(x.reshape(-1, kernel_OI.shape[1]), kernel_OI).reshape(*lead, -1)
 
-def quantise(kernel: jax.Array, in_dims: int) -> tuple[jax.Array, jax.Array]:
-    """Return (codes int8, scale float32) of a kernel [*in, *out]: the largest magnitude of an output is 127 steps."""
-    inputs = tuple(range(in_dims))
-    kernel = kernel.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(kernel), axis=inputs) / 127
-    return jnp.round(kernel / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
+
+class Int8(nnx.Module):
+    """A kernel in eight bits with a scale for each output, for answers: codes int8 [out, in], scale [out]."""
+
+    def __init__(self, kernel_OI: jax.Array):
+        codes, scale = quantise(kernel_OI)
+        self.codes, self.scale = nnx.Variable(codes), nnx.Variable(scale)
+
+
+class Int8Linear(TurnedLinear):
+    """A linear layer with a kernel of eight bits: the product reads them widened, and is scaled."""
+
+    def __init__(self, linear: Linear):
+        super().__init__(linear)
+        self.kernel = Int8(linear.kernel[...])
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        return super().multiply(x) * self.kernel.scale[...].astype(x.dtype)
+
+    def weight(self, dtype: jnp.dtype) -> jax.Array:
+        return self.kernel.codes[...].astype(dtype)
+
+
+def quantise(kernel_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (codes int8 [out, in], scale float32 [out]): the largest magnitude of an output is 127 steps."""
+    kernel_OI = kernel_OI.astype(jnp.float32)
+    scale_O = jnp.max(jnp.abs(kernel_OI), axis=-1) / 127
+    return jnp.round(kernel_OI / jnp.where(scale_O > 0, scale_O, 1)[..., None]).astype(jnp.int8), scale_O
+
+
+# A CPU multiplies up to so many rows at the right side of a product: more of them cost less than turning them.
+FEW_ROWS = 64
+
+
+def product(rows_MI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """Multiply rows with a kernel as torch stores it; return [M, O].
+
+    XLA packs the right side of a product anew at each call on a CPU, so that few rows are better off there than the
+    kernel. The barriers keep it from turning the product back.
+    """
+
+    def few(rows_MI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+        product_OM = kernel_OI @ jax.lax.optimization_barrier(rows_MI.T)
+        return jax.lax.optimization_barrier(product_OM).T
+
+    def many(rows_MI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+        return jnp.einsum("MI,OI->MO", rows_MI, kernel_OI)
+
+    if rows_MI.shape[0] > FEW_ROWS:
+        return many(rows_MI, kernel_OI)
+    return jax.lax.platform_dependent(rows_MI, kernel_OI, cpu=few, default=many)
 
 
 class LayerNorm(nnx.Module):
@@ -181,8 +220,9 @@ def stored_as(tree: Any, dtype: str) -> Any:
 
 
 def unstacked(llm: dict[str, Any]) -> dict[str, Any]:
-    """Return a decoder's parameters with its blocks one by one, {layer: block}, as infer/ runs them."""
-    return llm | {"layers": dict(enumerate(blocks_of(llm["layers"])))}
+    """Return a decoder's parameters as infer/ runs them: blocks one by one, {layer: block}, and the head [V, D]."""
+    head = {"head": {"kernel": llm["head"]["kernel"].swapaxes(0, 1)}} if "head" in llm else {}
+    return llm | {"layers": dict(enumerate(blocks_of(llm["layers"])))} | head
 
 
 def blocks_of(stack: Any) -> list[Any]:
@@ -194,27 +234,39 @@ def blocks_of(stack: Any) -> list[Any]:
     return [block(layer) for layer in range(jax.tree.leaves(stack)[0].shape[0])]
 
 
-def unstacked_axes(llm: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the logical axes of a decoder's parameters after `unstacked`."""
-    return llm | {"layers": dict.fromkeys(range(count), llm["layers"])}
-
-
-def merge_heads(params: dict[str, Any]) -> dict[str, Any]:
-    """Return a decoder's parameters with the kernels of queries, keys and values as matrices [L, D, N * H].
+def turned(llm: dict[str, Any]) -> dict[str, Any]:
+    """Return a decoder's parameters with the kernels of its stacked blocks as matrices [L, out, in].
 
     A TPU decodes with these as they lie in memory; one of [L, D, N, H] it would copy.
     """
-    return _over_heads(params, lambda x, kept: x.reshape(*x.shape[:kept], math.prod(x.shape[kept:])))
+
+    def matrix(x: Any, in_dims: int) -> Any:
+        inputs, outputs = (math.prod(shape) for shape in (x.shape[1 : 1 + in_dims], x.shape[1 + in_dims :]))
+        return x.reshape(x.shape[0], inputs, outputs).swapaxes(1, 2)
+
+    return _over_linears(
+        llm, {"kernel": matrix, "bias": lambda x, in_dims: x.reshape(x.shape[0], math.prod(x.shape[1:]))}
+    )
 
 
-def merge_head_axes(axes: dict[str, Any]) -> dict[str, Any]:
-    """Return the logical axes of a decoder's parameters after `merge_heads`."""
-    return _over_heads(axes, lambda names, kept: names[:kept])
+def axes_for_answers(axes: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the logical axes of a decoder's parameters after `turned` and `unstacked` into `count` blocks."""
+    turned = _over_linears(axes, {"kernel": turned_axes, "bias": lambda names, in_dims: names[:1]})
+    head = {"head": {"kernel": axes["head"]["kernel"][::-1]}} if "head" in axes else {}
+    return turned | {"layers": dict.fromkeys(range(count), turned["layers"])} | head
 
 
-def _over_heads(tree: dict[str, Any], merge: Callable[[Any, int], Any]) -> dict[str, Any]:
-    """Apply `merge` to what belongs to queries, keys and values, with how many dimensions come before the heads'."""
-    layers, attn = tree["layers"], tree["layers"]["attn"]
-    kept = {"kernel": 2, "bias": 1}
-    merged = {name: {leaf: merge(x, kept[leaf]) for leaf, x in attn[name].items()} for name in ("q", "k", "v")}
-    return tree | {"layers": layers | {"attn": attn | merged}}
+def turned_axes(axes: tuple[str, ...], in_dims: int) -> tuple[str, str]:
+    """Return the logical axes of a matrix [out, in] made of a kernel [*in, *out]."""
+    return axes[in_dims], axes[0]
+
+
+def _over_linears(tree: dict[str, Any], change: dict[str, Callable[[Any, int], Any]]) -> dict[str, Any]:
+    """Change each leaf of the linear layers of the blocks; `change` is told how many dimensions are inputs."""
+    layers = dict(tree["layers"])
+    for name in DECODER_LINEARS:
+        module, layer = name.split("/")
+        in_dims = 2 if name == "attn/o" else 1
+        changed = {leaf: change[leaf](x, in_dims) for leaf, x in layers[module][layer].items()}
+        layers[module] = layers[module] | {layer: changed}
+    return tree | {"layers": layers}

@@ -37,7 +37,7 @@ class Attention(nnx.Module):
         return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
 
     def heads(self, projected: tuple[jax.Array, jax.Array, jax.Array], rope: Rope) -> tuple[jax.Array, ...]:
-        """Return queries [B, T, N, H], keys and values [B, T, K, H], of merged heads too; queries and keys rotated."""
+        """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys rotated."""
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.models.clip import Clip
-from llava_jax.models.layers import Int8, Int8Linear, Linear, blocks_of, merge_heads, param, torch_uniform, unstacked
+from llava_jax.models.layers import Int8Linear, Linear, TurnedLinear, blocks_of, param, torch_uniform, turned, unstacked
 from llava_jax.models.llama import Llama
 from llava_jax.models.lora import adapt_decoder, adapt_tower, linears
 from llava_jax.parallel.sharding import constrain
@@ -83,11 +83,6 @@ class Llava(nnx.Module):
         )
         if config.lora is not None or config.nf4:
             adapt_decoder(self.llm.layers, config.lora, config.nf4, rngs=rngs)
-        if config.int8:
-            for name, linear in linears(self.llm.layers):
-                kernel = jax.vmap(lambda x, linear=linear: Int8(x, linear.axes, linear.in_dims))(linear.kernel[...])
-                module, layer = name.split("/")
-                setattr(getattr(self.llm.layers, module), layer, Int8Linear(linear, kernel))
         if config.lora is not None and config.lora.vision_targets:
             adapt_tower(self.vision.layers, config.lora, rngs=rngs)
 
@@ -163,12 +158,12 @@ def _traced(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def for_answers(params: Params) -> Params:
-    """Return a dense model's parameters as infer/ takes them: blocks one by one, heads in a row."""
-    return params | {"llm": unstacked(merge_heads(params["llm"]))}
+    """Return a dense model's parameters as infer/ takes them: blocks one by one, kernels [out, in]."""
+    return params | {"llm": unstacked(turned(params["llm"]))}
 
 
 def unstacked_model(config: ModelConfig, params: Params) -> Llava:
-    """Return a model with the decoder's blocks one by one, as its parameters have them (`layers.unstacked`)."""
+    """Return the model of parameters after `for_answers`, or of one with adapters after `layers.unstacked`."""
     return nnx.merge(_unstacked_graph(config), params)
 
 
@@ -176,6 +171,11 @@ def unstacked_model(config: ModelConfig, params: Params) -> Llava:
 def _unstacked_graph(config: ModelConfig) -> nnx.GraphDef:
     def make() -> Llava:
         model = Llava(config, rngs=nnx.Rngs(0))
+        if config.is_dense:
+            for name, linear in linears(model.llm.layers):
+                module, layer = name.split("/")
+                kind = Int8Linear if config.int8 else TurnedLinear
+                setattr(getattr(model.llm.layers, module), layer, kind(linear))
         graphdef, stack = nnx.split(model.llm.layers)
         model.llm.layers = nnx.List([nnx.merge(graphdef, block) for block in blocks_of(stack)])
         return model

@@ -108,8 +108,7 @@ def _first_question(
 def copied_for_answers(parts: Params, config: ModelConfig) -> Params:
     """Return a copy of the weights in the dtype of the computation, as infer/ takes them."""
     params = stored_as(join_parts(parts), config.dtype)
-    is_dense = config.lora is None and not config.nf4
-    return for_answers(params) if is_dense else params | {"llm": unstacked(params["llm"])}
+    return for_answers(params) if config.is_dense else params | {"llm": unstacked(params["llm"])}
 
 
 def answer(
