@@ -179,6 +179,14 @@ def test_bad_questions_are_named(tiny, asked, line, message):
         run(tiny, asked)
 
 
+def test_no_answer_is_written_before_the_last_question_was_looked_at(tiny, asked):
+    rows = [dict(question_id=n, text="What is this?" if n < 9 else "long " * 200) for n in range(10)]
+    (asked / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="q.jsonl line 10: prompt of .* tokens"):
+        run(tiny, asked, batch_size=1)
+    assert not lines(asked / "a.jsonl")
+
+
 def test_questions_may_begin_with_a_byte_order_mark(asked):
     before = batch_generate.read_questions(str(asked / "q.jsonl"), str(asked))
     (asked / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + (asked / "q.jsonl").read_bytes())

@@ -43,7 +43,7 @@ class Question:
     system: str = ""
     unread: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Return what an answer is recognised by: some benchmarks ask several questions under one id."""
         return json.dumps([self.id, self.text])
@@ -114,17 +114,17 @@ def held_answers(path: str) -> Iterator[TextIO]:
 
 def open_answers(
     path: str, questions: Sequence[Question], model_id: str, metadata: dict[str, Any], progress: TextIO
-) -> Counter[str]:
-    """Count how often each question is answered in the file; a torn last line is cut off.
+) -> list[str]:
+    """Return the key of each answer in the file, in the file's order; a torn last line is cut off.
 
     Raises InputError, and leaves the file as it is, when it belongs to other questions, another model or sampling, or
     to images of other content. Answers of earlier versions do not name their image; how many is said.
     """
-    asked: dict[str, list[str]] = {}
+    asked: dict[str, list[Question]] = {}
     for question in questions:
-        asked.setdefault(question.key, []).append(question.image_sha256)
+        asked.setdefault(question.key, []).append(question)
     done: Counter[str] = Counter()
-    unnamed = 0
+    keys, unnamed = [], 0
     for where, row in _whole_answers(path):
         if row["model_id"] != model_id or row["metadata"] != metadata:
             theirs, ours = ([row["model_id"], row["metadata"]], [model_id, metadata])
@@ -133,6 +133,7 @@ def open_answers(
                 "name another answers file or remove this one"
             )
         key = json.dumps([row["question_id"], row["prompt"]])
+        keys.append(key)
         done[key] += 1
         if done[key] > len(asked.get(key, ())):
             raise InputError(
@@ -140,7 +141,7 @@ def open_answers(
                 "name another answers file or remove this one"
             )
         unnamed += "image_sha256" not in row
-        if row.get("image_sha256", asked[key][0]) not in asked[key]:
+        if "image_sha256" in row and all(row["image_sha256"] != question.image_sha256 for question in asked[key]):
             raise InputError(
                 f"{where}: the image of question {json.dumps(row['question_id'])} is not the one that was answered; "
                 "put it back, name another answers file or remove this one"
@@ -149,7 +150,7 @@ def open_answers(
         print(f"{unnamed} answers of {path} do not say which image they saw, as in earlier versions", file=progress)
     with open(path, "rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
-    return done
+    return keys
 
 
 def _whole_answers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -167,15 +168,15 @@ def _whole_answers(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _sort_answers(path: str, questions: Sequence[Question]) -> None:
-    """Put the finished file in the questions' order, by one rename."""
-    order: dict[str, list[int]] = {}
+def _sort_answers(path: str, questions: Sequence[Question], keys: Sequence[str]) -> None:
+    """Put the finished file, whose lines answer `keys`, in the questions' order, by one rename."""
+    places: dict[str, list[int]] = {}
     for index, question in reversed(list(enumerate(questions))):
-        order.setdefault(question.key, []).append(index)
-    rows = [row for _, row in _whole_answers(path)]
-    rows.sort(key=lambda row: order[json.dumps([row["question_id"], row["prompt"]])].pop())
+        places.setdefault(question.key, []).append(index)
+    with open(path, encoding="utf-8", newline="\n") as file:
+        lines = sorted(zip([places[key].pop() for key in keys], file, strict=True))
     with replacing(path) as file:
-        file.writelines(_line(row) for row in rows)
+        file.writelines(line for _, line in lines)
 
 
 # ---- answering ------------------------------------------------------------------------------------------------------
@@ -199,34 +200,42 @@ def answer_file(
     asked = read_questions(questions, images)
     metadata = {**model.about, **dataclasses.asdict(sampling)}
     with held_answers(answers) as file:
-        done = open_answers(answers, asked, model.name, metadata, progress)
-        left = []
+        keys = open_answers(answers, asked, model.name, metadata, progress)
+        done, left = Counter(keys), []
         for question in asked:
             if done[question.key] > 0:
                 done[question.key] -= 1
             else:
                 left.append(question)
-        for question in left:
-            _asked(question, model.length)  # before hours of work, not after them
         already = len(asked) - len(left)
         unread = Counter(key for question in asked for key in question.unread)
         if unread:
             print(unread_line(unread, "questions"), file=progress)
         print(f"{len(asked)} questions, {already} answered already, {batch_size} at a time", file=progress)
         start = time.monotonic()
-        for answered, answer in enumerate(model.engine(batch_size).answers(_prompts(left, model), sampling), 1):
-            file.write(_line(_answer(left[answer.index], answer.text, model.name, metadata)))
+        prompts = _prompts(left, model, batch_size)
+        for answered, answer in enumerate(model.engine(batch_size).answers(prompts, sampling), 1):
+            question = left[answer.index]
+            file.write(_line(_answer(question, answer.text, model.name, metadata)))
             file.flush()
+            keys.append(question.key)
             if answered % batch_size == 0 or answered == len(left):
                 _report(progress, already + answered, len(asked), answered / (time.monotonic() - start))
-        _sort_answers(answers, asked)
+        _sort_answers(answers, asked, keys)
         return len(left)
 
 
-def _prompts(questions: Sequence[Question], model: Model) -> Iterator[Prompt]:
-    """Yield the prompt of each question; the images are read once for questions that follow each other."""
+def _prompts(questions: Sequence[Question], model: Model, batch_size: int) -> Iterator[Prompt]:
+    """Yield the prompt of each question; the images are read once for questions that follow each other.
+
+    The others are looked at while the device answers the first `batch_size`: none of these answers is written yet, and
+    a question that cannot be asked must not be found after hours of work.
+    """
     images, pixels = None, None
-    for question in questions:
+    for index, question in enumerate(questions):
+        if index == batch_size:
+            for later in questions[index:]:
+                _asked(later, model.length)
         images, known = question.images, pixels if question.images == images else None
         prompt = _asked(question, functools.partial(model.prompt, pixels=known))
         pixels = prompt.pixels
