@@ -161,7 +161,8 @@ class TextTokenizer:
         known = [self._known.get(spans) for spans in keys]
         fresh = [spans for spans, chunk in zip(keys, known, strict=True) if chunk is None]
         pieces = [[self._piece(span) for span in spans] for spans in fresh]
-        encodings = self._splitter.encode_batch(["".join(texts) for texts in pieces], add_special_tokens=False)
+        texts = ["".join(of_chunk) for of_chunk in pieces]
+        encodings = self._splitter.encode_batch(texts, add_special_tokens=False) if texts else []
         found = map(self._chunk, fresh, pieces, encodings)
         done = [next(found) if chunk is None else chunk for chunk in known]
         for spans, chunk in zip(keys, done, strict=True):

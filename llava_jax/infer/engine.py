@@ -172,7 +172,7 @@ class Ticket:
 
     def __init__(self, prompt: Prompt, sampling: Sampling, emit: Emit, decoder: TextDecoder, top: int | None):
         self.prompt, self.sampling, self.emit, self.decoder, self.top = prompt, sampling, emit, decoder, top
-        self.images = [hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest() for x in prompt.pixels]
+        self.images = [hashlib.sha256(np.ascontiguousarray(x).data).digest() for x in prompt.pixels]
         self.hash = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
         self.chunks: list[bytes] = []
         self.start = self.source = 0
@@ -496,15 +496,15 @@ class Engine:
         """
         with self._lock:
             free = [slot for slot in self._held if slot not in self._running]
+            most = min(len(free), self.placed.group(len(free))) if free else 0
             group, chunks = [], set()
-            for ticket in itertools.islice(self._queue, 2 * self.slots if free else 0):
+            for ticket in itertools.islice(self._queue, 2 * self.slots):
+                if len(group) == most:
+                    break
                 self._find_prefix(ticket)
                 ready = ticket.start // CHUNK + WORTH_WAITING
-                if not group or (
-                    len(group) < len(free)
-                    and ticket.kind == group[0].kind
-                    and chunks.isdisjoint(ticket.chunks[ready - 1 : ready])
-                ):
+                is_alike = not group or ticket.kind == group[0].kind
+                if is_alike and chunks.isdisjoint(ticket.chunks[ready - 1 : ready]):
                     group.append(ticket)
                     chunks.update(ticket.chunks)
             group = group[: self.placed.group(len(group))] if group else group
