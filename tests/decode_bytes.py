@@ -33,10 +33,9 @@ def figures(topology: str, llm: Any, batch: int, slots: int) -> dict[str, Any]:
     assert memory.alias_size_in_bytes >= cache, "the cache is not updated in place"
     (loop,) = (i for i in program.computations[program.entry] if i.opcode == "while")
     layer = batch, llm.kv_heads, slots, llm.head_dim
-    # Of the embeddings a step looks up a row each, which is not counted.
-    looked_up = None if llm.tied else (llm.vocab_size, llm.width)
-    accessed, copies = traffic(program, loop.attribute("body"), layer, looked_up)
-    around = traffic(program, program.entry, layer, looked_up)[1]
+    table = llm.vocab_size, llm.width
+    accessed, copies = traffic(program, loop.attribute("body"), layer, table)
+    around = traffic(program, program.entry, layer, table)[1]
     return {
         "batch": batch,
         "slots": slots,
@@ -48,11 +47,12 @@ def figures(topology: str, llm: Any, batch: int, slots: int) -> dict[str, Any]:
     }
 
 
-def traffic(program: Any, name: str, layer: Dims, looked_up: Dims | None) -> tuple[float, list[str]]:
+def traffic(program: Any, name: str, layer: Dims, table: Dims) -> tuple[float, list[str]]:
     """The bytes of HBM that a computation reads and writes, and what it writes in the shape `layer`, but for updates.
 
     An update is in place where an operand of the result's type is not used again: XLA would copy it otherwise, and the
-    copy is an instruction of its own. Arrays of the shape `looked_up` are not counted.
+    copy is an instruction of its own. The head, of the shape `table`, is read by a product; of the embeddings, which
+    have that shape too, a step looks up a row each, which is not counted.
     """
     from llava_jax.aot import hlo
 
@@ -63,7 +63,7 @@ def traffic(program: Any, name: str, layer: Dims, looked_up: Dims | None) -> tup
             continue
         if i.opcode in ("while", "conditional", "call"):
             words = set(re.findall(r"[\w.\-]+", i.rest.split("metadata=")[0]))
-            inside = [traffic(program, word, layer, looked_up) for word in words & program.computations.keys()]
+            inside = [traffic(program, word, layer, table) for word in words & program.computations.keys()]
             moved, copies = moved + sum(one[0] for one in inside), copies + [what for one in inside for what in one[1]]
             continue
         if i.opcode == "slice-start":  # of the type ((operand), the slice in VMEM, its state)
@@ -78,7 +78,8 @@ def traffic(program: Any, name: str, layer: Dims, looked_up: Dims | None) -> tup
         for kind, is_written in [(kind, False) for kind in read] + [(kind, True) for kind in written]:
             for part in hlo.in_hbm(kind):
                 ((_, dims),) = hlo.arrays(part)
-                moved += 0 if dims == looked_up else sum(hlo.array_bytes(part))
+                is_lookup = dims == table and not i.op_name.endswith("dot_general")
+                moved += 0 if is_lookup else sum(hlo.array_bytes(part))
                 if is_written and sorted(d for d in dims if d > 1) == sorted(d for d in layer if d > 1):
                     copies.append(f"{i.name} {i.type[:80]}")
     return moved, copies
