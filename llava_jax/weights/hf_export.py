@@ -100,13 +100,21 @@ def finished_folder(folder: str, card: str = "") -> Iterator[str]:
             yield partial
         os.chmod(partial, 0o755)
         os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for _ in range(50):  # writes that tensorstore had begun when one of them failed end a little later
-            if not os.path.exists(partial):
-                break
-            time.sleep(0.1)
-            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder until it stays away for half a second: writes that tensorstore had begun when one of them failed
+    end a little later, and make it again."""
+    absent = 0
+    for _ in range(100):
+        absent = 0 if os.path.exists(folder) else absent + 1
+        if absent > 5:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _grown(config: ModelConfig, tokens: ExportedTokens, pad_vocab: int) -> ModelConfig:
