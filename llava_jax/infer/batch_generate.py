@@ -213,8 +213,8 @@ def answer_file(
             print(unread_line(unread, "questions"), file=progress)
         print(f"{len(asked)} questions, {already} answered already, {batch_size} at a time", file=progress)
         start = time.monotonic()
-        prompts = _prompts(left, model, batch_size)
-        for answered, answer in enumerate(model.engine(batch_size).answers(prompts, sampling), 1):
+        engine = model.engine(batch_size)
+        for answered, answer in enumerate(engine.answers(_prompts(left, model, engine.slots), sampling), 1):
             question = left[answer.index]
             file.write(_line(_answer(question, answer.text, model.name, metadata)))
             file.flush()
@@ -225,18 +225,19 @@ def answer_file(
         return len(left)
 
 
-def _prompts(questions: Sequence[Question], model: Model, batch_size: int) -> Iterator[Prompt]:
+def _prompts(questions: Sequence[Question], model: Model, slots: int) -> Iterator[Prompt]:
     """Yield the prompt of each question; the images are read once for questions that follow each other.
 
-    The others are looked at while the device answers the first `batch_size`: none of these answers is written yet, and
-    a question that cannot be asked must not be found after hours of work.
+    The others are looked at while the device answers those of the first `slots`: no answer is written yet, and a
+    question that cannot be asked must not be found after hours of work.
     """
     images, pixels = None, None
     for index, question in enumerate(questions):
-        if index == batch_size:
+        if index == slots:
             for later in questions[index:]:
                 _asked(later, model.length)
         images, known = question.images, pixels if question.images == images else None
+        _ = question.image_sha256  # of what is read now, not of what lies there once it is answered
         prompt = _asked(question, functools.partial(model.prompt, pixels=known))
         pixels = prompt.pixels
         yield prompt
