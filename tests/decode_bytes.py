@@ -51,8 +51,8 @@ def traffic(program: Any, name: str, layer: Dims, table: Dims) -> tuple[float, l
     """The bytes of HBM that a computation reads and writes, and what it writes in the shape `layer`, but for updates.
 
     An update is in place where an operand of the result's type is not used again: XLA would copy it otherwise, and the
-    copy is an instruction of its own. The head, of the shape `table`, is read by a product; of the embeddings, which
-    have that shape too, a step looks up a row each, which is not counted.
+    copy is an instruction of its own. Of the embeddings, of the shape `table`, a step looks up a row each, which is not
+    counted; the head, which has that shape too, is read by a product, and a copy of either is written.
     """
     from llava_jax.aot import hlo
 
@@ -78,7 +78,7 @@ def traffic(program: Any, name: str, layer: Dims, table: Dims) -> tuple[float, l
         for kind, is_written in [(kind, False) for kind in read] + [(kind, True) for kind in written]:
             for part in hlo.in_hbm(kind):
                 ((_, dims),) = hlo.arrays(part)
-                is_lookup = dims == table and not i.op_name.endswith("dot_general")
+                is_lookup = dims == table and not is_written and not i.op_name.endswith("dot_general")
                 moved += 0 if is_lookup else sum(hlo.array_bytes(part))
                 if is_written and sorted(d for d in dims if d > 1) == sorted(d for d in layer if d > 1):
                     copies.append(f"{i.name} {i.type[:80]}")
