@@ -496,6 +496,7 @@ class Engine:
         """
         with self._lock:
             free = [slot for slot in self._held if slot not in self._running]
+            # No more than one call takes; fewer are cut to the size below.
             most = min(len(free), self.placed.group(len(free))) if free else 0
             group, chunks = [], set()
             for ticket in itertools.islice(self._queue, 2 * self.slots):

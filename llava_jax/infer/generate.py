@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PlacedModel:
-    """A model on its devices: its weights with the decoder's blocks one by one (`layers.unstacked`), the
+    """A model on its devices: its weights with the decoder's blocks one by one (`llava.for_answers`), the
     automaton of its stops (`sample.stop_table`) and, over several devices, their mesh."""
 
     params: dict[str, Any]

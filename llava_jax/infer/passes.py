@@ -1,6 +1,6 @@
 """The decoder's passes that keep keys and values: a prompt's, and those of more tokens after it.
 
-The decoder's blocks are one by one here (`layers.unstacked`), each with its own keys and values: a loop over a stack
+The decoder's blocks are one by one here (`llava.for_answers`), each with its own keys and values: a loop over a stack
 copies on a CPU what it reads of both.
 """
 
@@ -89,7 +89,10 @@ def logits(llm: Llama, hidden_BTD: jax.Array) -> jax.Array:
 
 
 def _rope(config: LlamaConfig, positions_BT: jax.Array, size: int) -> Rope:
-    """Return the angles of positions below `size`, from a table: a CPU would compute them for each layer and head."""
+    """Return the angles of positions from a table of `size` (whatever is beyond is padding).
+
+    A CPU would compute them anew for each layer and head.
+    """
     cos_1S1H, sin_1S1H = angles(np.arange(size)[None], config.rope, config.head_dim)
     return cos_1S1H[0, positions_BT], sin_1S1H[0, positions_BT]
 

@@ -93,11 +93,13 @@ class TurnedLinear(Linear):
 
 
 class Int8(nnx.Module):
-    """A kernel in eight bits with a scale for each output, for answers: codes int8 [out, in], scale [out]."""
+    """A kernel in eight bits with a scale for each output, for answers: codes int8 [out, in], scale [out].
 
-    def __init__(self, kernel_OI: jax.Array):
-        codes, scale = quantise(kernel_OI)
-        self.codes, self.scale = nnx.Variable(codes), nnx.Variable(scale)
+    Both come with the parameters (`quantise`).
+    """
+
+    def __init__(self, kernel: jax.Array):
+        self.codes, self.scale = nnx.Variable(kernel), nnx.Variable(kernel)
 
 
 class Int8Linear(TurnedLinear):
@@ -235,9 +237,9 @@ def blocks_of(stack: Any) -> list[Any]:
 
 
 def turned(llm: dict[str, Any]) -> dict[str, Any]:
-    """Return a decoder's parameters with the kernels of its stacked blocks as matrices [L, out, in].
+    """Return a decoder's parameters with the kernels of its stacked blocks as matrices [L, out, in] (see `product`).
 
-    A TPU decodes with these as they lie in memory; one of [L, D, N, H] it would copy.
+    A TPU decodes with matrices as they lie in memory; a kernel [L, D, N, H] it would copy.
     """
 
     def matrix(x: Any, in_dims: int) -> Any:
@@ -251,9 +253,9 @@ def turned(llm: dict[str, Any]) -> dict[str, Any]:
 
 def axes_for_answers(axes: dict[str, Any], count: int) -> dict[str, Any]:
     """Return the logical axes of a decoder's parameters after `turned` and `unstacked` into `count` blocks."""
-    turned = _over_linears(axes, {"kernel": turned_axes, "bias": lambda names, in_dims: names[:1]})
+    layers = _over_linears(axes, {"kernel": turned_axes, "bias": lambda names, in_dims: names[:1]})["layers"]
     head = {"head": {"kernel": axes["head"]["kernel"][::-1]}} if "head" in axes else {}
-    return turned | {"layers": dict.fromkeys(range(count), turned["layers"])} | head
+    return axes | {"layers": dict.fromkeys(range(count), layers)} | head
 
 
 def turned_axes(axes: tuple[str, ...], in_dims: int) -> tuple[str, str]:

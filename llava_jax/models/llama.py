@@ -128,7 +128,10 @@ class Llama(nnx.Module):
         return unshard(kernel_DV, "embed", "vocab")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Return vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm."""
+        """Return vocabulary logits [B, T, V] in float32 of hidden states that went through the last norm.
+
+        Of a model for answers, whose head is [V, D], `infer.passes.logits` does.
+        """
         logits_BTV = hidden_BTD @ self.head_kernel(hidden_BTD.dtype)
         return constrain(logits_BTV, "batch", "length", "vocab").astype(jnp.float32)
 

@@ -81,7 +81,7 @@ class Llava(nnx.Module):
             attention=config.attention,
             attention_block=config.attention_block,
         )
-        if config.lora is not None or config.nf4:
+        if not config.is_dense:
             adapt_decoder(self.llm.layers, config.lora, config.nf4, rngs=rngs)
         if config.lora is not None and config.lora.vision_targets:
             adapt_tower(self.vision.layers, config.lora, rngs=rngs)

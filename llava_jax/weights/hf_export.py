@@ -106,12 +106,14 @@ def finished_folder(folder: str, card: str = "") -> Iterator[str]:
 
 
 def _remove(folder: str) -> None:
-    """Remove a folder until it stays away for half a second: writes that tensorstore had begun when one of them failed
-    end a little later, and make it again."""
+    """Remove a folder until it stays away for half a second.
+
+    Writes that tensorstore had begun when one of them failed end a little later, and make it again.
+    """
     absent = 0
     for _ in range(100):
         absent = 0 if os.path.exists(folder) else absent + 1
-        if absent > 5:
+        if absent == 5:
             break
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)
