@@ -66,8 +66,12 @@ class Linear(nnx.Module):
         self.bias = param(rngs, bias_init, out_shape, out_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.weight(x.dtype), self.axes, self.in_dims, self.name)
+        y = self.multiply(x)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """Return the product of x [..., *in] with the kernel, without the bias."""
+        return matmul(x, self.weight(x.dtype), self.axes, self.in_dims, self.name)
 
     def weight(self, dtype: jnp.dtype) -> jax.Array:
         """Return the kernel in the dtype of the computation."""
@@ -81,12 +85,7 @@ class TurnedLinear(Linear):
         self.in_dims, self.axes, self.name = linear.in_dims, linear.axes, linear.name
         self.kernel, self.bias = linear.kernel, linear.bias
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.astype(y.dtype)
-
     def multiply(self, x: jax.Array) -> jax.Array:
-        """Return the product of x [..., *in] with the kernel, [..., out]."""
         lead, kernel_OI = x.shape[: x.ndim - self.in_dims], self.weight(x.dtype)
         kernel_OI = unshard(kernel_OI, *turned_axes(self.axes, self.in_dims))
         return product(x.reshape(-1, kernel_OI.shape[1]), kernel_OI).reshape(*lead, -1)
