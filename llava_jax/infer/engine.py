@@ -173,7 +173,7 @@ class Ticket:
     def __init__(self, prompt: Prompt, sampling: Sampling, emit: Emit, decoder: TextDecoder, top: int | None):
         self.prompt, self.sampling, self.emit, self.decoder, self.top = prompt, sampling, emit, decoder, top
         self.images = [hashlib.sha256(np.ascontiguousarray(x).data).digest() for x in prompt.pixels]
-        self.hash = zlib.crc32(prompt.pixels.tobytes(), zlib.crc32(prompt.tokens.tobytes()))
+        self.hash = zlib.crc32(b"".join(self.images), zlib.crc32(prompt.tokens.tobytes()))
         self.chunks: list[bytes] = []
         self.start = self.source = 0
         self.limit, self.drawn, self.cancelled, self.is_read_along = sampling.max_new_tokens, 0, False, True
