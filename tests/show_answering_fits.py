@@ -32,7 +32,6 @@ def lowered(mesh, llm, slots, tokens, answer):
         decode,
         empty_slots,
         encode_images,
-        row_bucket,
     )
     from llava_jax.models.layers import axes_for_answers, stored_as
     from llava_jax.models.llava import build, for_answers, logical_axes
@@ -61,7 +60,7 @@ def lowered(mesh, llm, slots, tokens, answer):
 
     placed = PlacedModel({}, config, None, mesh)
     slots, count = placed.rows(slots), placed.group(slots)
-    size = row_bucket(tokens + answer)
+    size = bucket(tokens + answer)
     state = abstract(jax.eval_shape(lambda: empty_slots(config=config, rows=slots, size=size)), slot)
     patches = config.vision.patches
     entries = min(POOL_IMAGES, POOL_BYTES // (patches * llm.width * 2))

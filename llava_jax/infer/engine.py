@@ -38,14 +38,13 @@ from llava_jax.infer.generate import (
     encode_images,
     image_index,
     resized,
-    row_bucket,
 )
 from llava_jax.infer.sample import check_sampling, draw_of
 from llava_jax.types import InputError, ModelConfig, Sampling
 
 # Ids a slot between two looks at what came in: where somebody reads along, and where all wait for whole answers.
 STEPS, MOST_STEPS = 4, 16
-MIN_SIZE = 128  # tokens a slot
+MIN_SIZE = 96  # tokens a slot
 CHUNK = 8  # tokens; prompts share whole ones
 WORTH_WAITING = 4  # chunks that another prompt of the same call would have ready
 LOGPROBS = 20  # the most of the likeliest ids that a request may ask for
@@ -567,9 +566,9 @@ class Engine:
         return Call(list(enumerate(group)), tickets, drawn, stopped_R)
 
     def _make_room(self, tickets: Sequence[Ticket]) -> None:
-        """Give every slot room for the longest of these answers: powers of two, each a compilation."""
+        """Give every slot room for the longest of these answers: two sizes for twice the length, each a compilation."""
         needed = self._reserved or max(len(ticket.prompt.tokens) + ticket.limit for ticket in tickets)
-        size = min(bucket(self.max_length), row_bucket(max(MIN_SIZE, needed)))
+        size = bucket(min(self.max_length, max(MIN_SIZE, needed)))
         if self._state is None:
             empty = empty_slots(config=self.placed.config, rows=self.slots, size=size)
             self._state = empty if self.placed.mesh else self.placed.replicate(empty)
