@@ -174,12 +174,11 @@ def prefill(
         x_BTD = merge(x_BTD, taken_BTD, inputs.tokens_BT == config.image_token_id, index_BT, newline_D)
     if prefix is None:
         segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
-        hidden_BTD, cache = passes.prefill(model.llm, x_BTD, positions_BT, segment_ids_BT)
+        hidden_B1D, cache = passes.prefill(model.llm, x_BTD, positions_BT, segment_ids_BT, inputs.length_B - 1)
     else:
-        hidden_BTD, cache = passes.extend(model.llm, x_BTD, prefix)
+        hidden_B1D, cache = passes.extend(model.llm, x_BTD, prefix, inputs.length_B - 1)
         cache = cache._replace(length_B=prefix.length_B + inputs.length_B)
-    last_B1D = jnp.take_along_axis(hidden_BTD, inputs.length_B[:, None, None] - 1, axis=1)
-    return passes.logits(model.llm, last_B1D)[:, 0], cache
+    return passes.logits(model.llm, hidden_B1D)[:, 0], cache
 
 
 def decode_step(model: Llava, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -51,20 +51,28 @@ def widened(cache: Cache, size: int) -> Cache:
 
 
 def prefill(
-    llm: Llama, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    llm: Llama,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    last_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Run whole rows (segment 0 is padding) as `Llama` does; return hidden states and the cache of T slots."""
+    """Run whole rows (segment 0 is padding) as `Llama` does; return hidden states and the cache of T slots.
+
+    The hidden states are [B, 1, D] of the tokens `last_B` of their rows where these are given.
+    """
     rope, layers = _rope(llm.config, positions_BT, x_BTD.shape[1]), []
     for block in llm.layers:
-        x_BTD, (k_BTKH, v_BTKH) = block(x_BTD, rope, segment_ids_BT)
+        x_BTD, (k_BTKH, v_BTKH) = block.attend(x_BTD, rope, segment_ids_BT)
+        x_BTD = _feed_forward(llm, block, x_BTD, last_B)
         layers.append((k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)))
     return llm.norm(x_BTD), Cache(tuple(layers), (segment_ids_BT > 0).sum(-1, dtype=jnp.int32))
 
 
-def extend(llm: Llama, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def extend(llm: Llama, x_BTD: jax.Array, cache: Cache, last_B: jax.Array | None = None) -> tuple[jax.Array, Cache]:
     """Run T more tokens a row at the positions from length_B on; return hidden states and the cache with them.
 
-    Rows of fewer tokens are right-padded: whoever calls says how long they are now.
+    Rows of fewer tokens are right-padded: whoever calls says how long they are now. `last_B` is as in `prefill`.
     """
     positions_BT = cache.length_B[:, None] + jnp.arange(x_BTD.shape[1])
     rope = _rope(llm.config, positions_BT, cache.size)
@@ -75,6 +83,7 @@ def extend(llm: Llama, x_BTD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache
     layers = []
     for block, kept in zip(llm.layers, cache.layers, strict=True):
         x_BTD, kept = _extend(block, x_BTD, rope, kept, positions_BT, seen_BTS)
+        x_BTD = _feed_forward(llm, block, x_BTD, last_B)
         layers.append(kept)
     return llm.norm(x_BTD), Cache(tuple(layers), cache.length_B)
 
@@ -107,5 +116,11 @@ def _extend(
     B, _, K, _ = new[0].shape
     slot = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], positions_BT[:, None]
     k_BKSH, v_BKSH = (old.at[slot].set(x_BTKH.swapaxes(1, 2)) for old, x_BTKH in zip(kept, new, strict=True))
-    x_BTD = x_BTD + block.attn.o(attend_to_cache(q, k_BKSH, v_BKSH, seen_BTS))
-    return x_BTD + block.mlp(block.mlp_norm(x_BTD)), (k_BKSH, v_BKSH)
+    return x_BTD + block.attn.o(attend_to_cache(q, k_BKSH, v_BKSH, seen_BTS)), (k_BKSH, v_BKSH)
+
+
+def _feed_forward(llm: Llama, block: Block, x_BTD: jax.Array, last_B: jax.Array | None) -> jax.Array:
+    # What the last block makes of a token no other token reads.
+    if block is llm.layers[-1] and last_B is not None:
+        x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
+    return block.feed_forward(x_BTD)

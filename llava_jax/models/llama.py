@@ -88,11 +88,18 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
         """Run the block over whole rows; return [B, T, D] and this layer's keys and values."""
+        x_BTD, kv = self.attend(x_BTD, rope, segment_ids_BT)
+        return self.feed_forward(x_BTD), kv
+
+    def attend(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
+        """Run the first half, in which tokens see each other."""
         x_BTD = constrain(x_BTD, "batch", "length", "activation")
         attended_BTD, kv = self.attn(self.attn_norm(x_BTD), rope, segment_ids_BT)
-        x_BTD = checkpoint_name(x_BTD + attended_BTD, "residual")
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, "batch", "length", "activation"), kv
+        return checkpoint_name(x_BTD + attended_BTD, "residual"), kv
+
+    def feed_forward(self, x_BTD: jax.Array) -> jax.Array:
+        """Run the second half, each token by itself."""
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "length", "activation")
 
 
 class Llama(nnx.Module):
