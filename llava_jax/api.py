@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import sys
 import threading
@@ -13,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
 from PIL import Image
 
 from llava_jax.data.images import image_size, load_tiles, normalised
@@ -23,19 +21,15 @@ from llava_jax.data.tokenize import TextTokenizer, check_vocabulary, encode, exp
 from llava_jax.infer import passes
 from llava_jax.infer.conversation import Conversation
 from llava_jax.infer.engine import Engine
-from llava_jax.infer.generate import PlacedModel, Prompt, bucket, question_message, row_bucket
+from llava_jax.infer.generate import Prompt, bucket, question_message, row_bucket
+from llava_jax.infer.placed_model import PlacedModel, place_model
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.io import check_text, check_unicode, unread_keys
-from llava_jax.models.layers import axes_for_answers, quantise
-from llava_jax.models.llava import build, for_answers, logical_axes, unstacked_model
-from llava_jax.parallel.sharding import make_mesh, param_shardings, place, replicated
+from llava_jax.models.llava import unstacked_model
 from llava_jax.settings import DTYPES
 from llava_jax.types import (
-    DECODER_LINEARS,
     IMAGE_PLACEHOLDER,
     InputError,
-    LazyTensor,
-    MeshSettings,
     ModelConfig,
     Sampling,
     Turn,
@@ -483,54 +477,9 @@ def load(
 
 
 def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: int = 0) -> Llava:
-    """Return the model of parameters (numpy or `LazyTensor`), placed on the devices in the dtype of its config.
-
-    `tensor` is as in `load`.
-    """
-    config = processor.config
-    abstract = jax.eval_shape(for_answers, build(config)[1])
-    mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
-    if mesh is None:
-        shardings = jax.tree.map(lambda _: at, abstract)
-    else:
-        axes = logical_axes(config)
-        axes |= {"llm": axes_for_answers(axes["llm"], config.llm.layers)}
-        shardings = param_shardings(axes, abstract, mesh)
-
-    def put(path: tuple, x: Any, at: jax.sharding.Sharding) -> Any:
-        whole = (
-            place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
-        )
-        module = "/".join(key.key for key in path[3:-1])
-        if not config.int8 or path[0].key != "llm" or module not in DECODER_LINEARS or path[-1].key != "kernel":
-            return whole
-        codes, scale = _quantise(whole)
-        return {"codes": codes, "scale": scale}
-
-    cast = jax.tree_util.tree_map_with_path(put, for_answers(params), shardings)
-    stops_QV = jax.device_put(processor.stop_table(), at if mesh is None else replicated(mesh))
+    """Return the model of parameters (numpy or `LazyTensor`), placed on the devices; `tensor` is as in `load`."""
+    placed = place_model(params, processor.config, processor.stop_table(), tensor)
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)
-    return Llava(name, PlacedModel(cast, config, stops_QV, mesh), processor, f"{checksum:08x}")
-
-
-_quantise = jax.jit(quantise)
-
-
-def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:
-    """Return the mesh over all devices, None for one: batches over some, each model split over `tensor` of them.
-
-    Raises InputError for a `tensor` that does not divide devices or heads.
-    """
-    devices, heads = jax.devices(), math.gcd(config.llm.heads, config.llm.kv_heads)
-    held = sum(leaf.size for leaf in jax.tree.leaves(abstract)) * jnp.dtype(config.dtype).itemsize
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    ways = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and heads % n == 0]
-    if tensor and tensor not in ways:
-        raise InputError(
-            f"tensor={tensor}: expected one of {ways}, which divide {len(devices)} devices and {heads} attention heads"
-        )
-    # A third of the memory is left to the cache.
-    fitting = [n for n in ways if held / n <= memory * 2 / 3]
-    return make_mesh(MeshSettings(-1, 1, tensor or min(fitting, default=ways[-1]))) if len(devices) > 1 else None
+    return Llava(name, placed, processor, f"{checksum:08x}")

@@ -26,13 +26,13 @@ def lowered(mesh, llm, slots, tokens, answer):
     from llava_jax.infer.engine import MOST_STEPS, POOL_BYTES, POOL_IMAGES
     from llava_jax.infer.generate import (
         Inputs,
-        PlacedModel,
         admit,
         bucket,
         decode,
         empty_slots,
         encode_images,
     )
+    from llava_jax.infer.placed_model import PlacedModel
     from llava_jax.models.layers import axes_for_answers, stored_as
     from llava_jax.models.llava import build, for_answers, logical_axes
     from llava_jax.parallel.sharding import batch_sharding, param_shardings, replicated, spec_of

@@ -12,7 +12,6 @@ from flax import nnx
 from llava_jax.infer import generate, passes, sample
 from llava_jax.infer.engine import Engine, IdModel
 from llava_jax.infer.generate import (
-    PlacedModel,
     Prompt,
     Row,
     bucket,
@@ -21,6 +20,7 @@ from llava_jax.infer.generate import (
     encode_images,
     prefill,
 )
+from llava_jax.infer.placed_model import PlacedModel
 from llava_jax.models import llava
 from llava_jax.types import InputError, Sampling
 from tests.tiny_llava import VOCAB, config, sharp_params

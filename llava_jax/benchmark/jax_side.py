@@ -23,7 +23,8 @@ from llava_jax.data.rows import parse_row
 from llava_jax.data.tokenize import TextTokenizer, load_tokenizer
 from llava_jax.data.validate import check_records
 from llava_jax.infer.engine import Engine, IdModel
-from llava_jax.infer.generate import PlacedModel, Prompt
+from llava_jax.infer.generate import Prompt
+from llava_jax.infer.placed_model import PlacedModel, place_model
 from llava_jax.models.flops import step_flops
 from llava_jax.models.layers import stored_as
 from llava_jax.models.llava import build, for_answers, init, overlaid
@@ -129,14 +130,14 @@ def model_config(work: Mapping[str, Any]) -> ModelConfig:
 def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     """Return the ids and a turn of greedy answers to a batch of prompts: seconds an id, and to the first one."""
     config = model_config(work)
+    # An automaton that never reaches its last state: no id ends an answer.
+    never_QV = np.zeros((2, config.llm.vocab_size), np.int32)
     if work["weights"]:
-        params = jax.device_put(for_answers(hf.read_llava(work["model"], dtype=work["dtype"])[1]))
+        placed = place_model(hf.read_llava(work["model"], dtype=work["dtype"])[1], config, never_QV)
     else:
         wanted = stored_as(build(config)[1], work["dtype"])
         params = jax.jit(lambda: for_answers(init(config, 0, wanted)))()
-    # An automaton that never reaches its last state: no id ends an answer.
-    never = jnp.zeros((2, config.llm.vocab_size), jnp.int32)
-    placed = PlacedModel(params, config, never)
+        placed = PlacedModel(params, config, jnp.asarray(never_QV))
     batch = read_batch(work)
     prompts = [
         Prompt(tokens_T, normalised(pixels_NXYC, config.vision.pixels))

@@ -24,7 +24,6 @@ import numpy as np
 from llava_jax.infer.generate import (
     Drawn,
     Inputs,
-    PlacedModel,
     Prompt,
     Row,
     Slots,
@@ -39,6 +38,7 @@ from llava_jax.infer.generate import (
     image_index,
     resized,
 )
+from llava_jax.infer.placed_model import PlacedModel
 from llava_jax.infer.sample import check_sampling, draw_of
 from llava_jax.types import InputError, ModelConfig, Sampling
 

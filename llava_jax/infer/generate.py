@@ -1,6 +1,5 @@
 """What the device runs to answer: prompts into slots, the next ids of all slots, and beam search from one prefill."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ import numpy as np
 from llava_jax.infer import passes
 from llava_jax.infer.beam import beam_search
 from llava_jax.infer.passes import Cache, empty_cache, widened
+from llava_jax.infer.placed_model import PlacedModel
 from llava_jax.infer.sample import Draw, draw_of, next_token
 from llava_jax.models.llava import Llava, merge, unstacked_model
-from llava_jax.parallel.sharding import RULES, batch_sharding, constrain, replicated
+from llava_jax.parallel.sharding import constrain
 from llava_jax.types import ModelConfig, Sampling
 
 
@@ -27,41 +27,6 @@ class Prompt(NamedTuple):
     tokens: np.ndarray
     pixels: np.ndarray
     feature_index: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class PlacedModel:
-    """A model on its devices: its weights with the decoder's blocks one by one (`llava.for_answers`), the
-    automaton of its stops (`sample.stop_table`) and, over several devices, their mesh."""
-
-    params: dict[str, Any]
-    config: ModelConfig
-    stops_QV: jax.Array
-    mesh: jax.sharding.Mesh | None = None
-
-    @property
-    def row_multiple(self) -> int:
-        """Return over how many devices the rows of a batch are split."""
-        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in RULES["batch"] or ()]))
-
-    def rows(self, count: int) -> int:
-        """Return `count` rounded up to what divides over the devices."""
-        return -(-count // self.row_multiple) * self.row_multiple
-
-    def group(self, waiting: int) -> int:
-        """Return for how many of `waiting` rows to make room at once: the largest power of four that they fill to three
-        quarters, so that few sizes are compiled, and that gives no device more than 16."""
-        most = min(waiting * 4 // 3, 16 * self.row_multiple)
-        return self.rows(4 ** (most.bit_length() - 1 >> 1))
-
-    def place(self, tree: Any) -> Any:
-        """Place arrays of rows: split over the devices of a mesh."""
-        return tree if self.mesh is None else jax.device_put(tree, batch_sharding(self.mesh))
-
-    def replicate(self, tree: Any) -> Any:
-        """Place arrays where the weights are: on every device of a mesh."""
-        at = self.stops_QV.sharding if self.mesh is None else replicated(self.mesh)
-        return jax.device_put(tree, at)
 
 
 def question_message(text: str, images: Iterable[Any]) -> dict[str, Any]:

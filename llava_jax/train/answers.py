@@ -14,7 +14,8 @@ from llava_jax.data.tiles import spread, tiling
 from llava_jax.data.tokenize import TextTokenizer, encode, expand, image_paths, image_sizes
 from llava_jax.evaluate.exact_match import normalise
 from llava_jax.evaluate.rouge import rouge_l
-from llava_jax.infer.generate import PlacedModel, Prompt, bucket, greedy_ids
+from llava_jax.infer.generate import Prompt, bucket, greedy_ids
+from llava_jax.infer.placed_model import PlacedModel
 from llava_jax.infer.sample import AnswerDecoder, stop_table
 from llava_jax.models.layers import stored_as, unstacked
 from llava_jax.models.llava import for_answers, join_parts, overlaid

@@ -1,0 +1,100 @@
+"""A model on the devices that answer with it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from llava_jax.models.layers import axes_for_answers, quantise
+from llava_jax.models.llava import build, for_answers, logical_axes
+from llava_jax.parallel.sharding import RULES, batch_sharding, make_mesh, param_shardings, place, replicated
+from llava_jax.types import DECODER_LINEARS, InputError, LazyTensor, MeshSettings, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedModel:
+    """A model on its devices: its weights with the decoder's blocks one by one (`llava.for_answers`), the
+    automaton of its stops (`sample.stop_table`) and, over several devices, their mesh."""
+
+    params: dict[str, Any]
+    config: ModelConfig
+    stops_QV: jax.Array
+    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def row_multiple(self) -> int:
+        """Return over how many devices the rows of a batch are split."""
+        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[axis] for axis in RULES["batch"] or ()]))
+
+    def rows(self, count: int) -> int:
+        """Return `count` rounded up to what divides over the devices."""
+        return -(-count // self.row_multiple) * self.row_multiple
+
+    def group(self, waiting: int) -> int:
+        """Return for how many of `waiting` rows to make room at once: the largest power of four that they fill to three
+        quarters, so that few sizes are compiled, and that gives no device more than 16."""
+        most = min(waiting * 4 // 3, 16 * self.row_multiple)
+        return self.rows(4 ** (most.bit_length() - 1 >> 1))
+
+    def place(self, tree: Any) -> Any:
+        """Place arrays of rows: split over the devices of a mesh."""
+        return tree if self.mesh is None else jax.device_put(tree, batch_sharding(self.mesh))
+
+    def replicate(self, tree: Any) -> Any:
+        """Place arrays where the weights are: on every device of a mesh."""
+        at = self.stops_QV.sharding if self.mesh is None else replicated(self.mesh)
+        return jax.device_put(tree, at)
+
+
+def place_model(params: dict[str, Any], config: ModelConfig, stop_table_QV: np.ndarray, tensor: int = 0) -> PlacedModel:
+    """Return the model of parameters (numpy or `LazyTensor`) on all devices, in the dtype of its config.
+
+    `tensor` is as in `llava_jax.load`.
+    """
+    abstract = jax.eval_shape(for_answers, build(config)[1])
+    mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: at, abstract)
+    else:
+        axes = logical_axes(config)
+        axes |= {"llm": axes_for_answers(axes["llm"], config.llm.layers)}
+        shardings = param_shardings(axes, abstract, mesh)
+
+    def put(path: tuple, x: Any, at: jax.sharding.Sharding) -> Any:
+        whole = (
+            place(x, at) if isinstance(x, LazyTensor) else jax.device_put(np.asarray(x, jnp.dtype(config.dtype)), at)
+        )
+        module = "/".join(key.key for key in path[3:-1])
+        if not config.int8 or path[0].key != "llm" or module not in DECODER_LINEARS or path[-1].key != "kernel":
+            return whole
+        codes, scale = _quantise(whole)
+        return {"codes": codes, "scale": scale}
+
+    cast = jax.tree_util.tree_map_with_path(put, for_answers(params), shardings)
+    stops_QV = jax.device_put(stop_table_QV, at if mesh is None else replicated(mesh))
+    return PlacedModel(cast, config, stops_QV, mesh)
+
+
+_quantise = jax.jit(quantise)
+
+
+def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:
+    """Return the mesh over all devices, None for one: batches over some, each model split over `tensor` of them.
+
+    Raises InputError for a `tensor` that does not divide devices or heads.
+    """
+    devices, heads = jax.devices(), math.gcd(config.llm.heads, config.llm.kv_heads)
+    held = sum(leaf.size for leaf in jax.tree.leaves(abstract)) * jnp.dtype(config.dtype).itemsize
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    ways = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and heads % n == 0]
+    if tensor and tensor not in ways:
+        raise InputError(
+            f"tensor={tensor}: expected one of {ways}, which divide {len(devices)} devices and {heads} attention heads"
+        )
+    # A third of the memory is left to the cache.
+    fitting = [n for n in ways if held / n <= memory * 2 / 3]
+    return make_mesh(MeshSettings(-1, 1, tensor or min(fitting, default=ways[-1]))) if len(devices) > 1 else None
