@@ -1,6 +1,7 @@
 """The facade: where models come from, what can be asked of them, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -204,6 +205,11 @@ def test_weights_of_eight_bits(tiny, shown):
     assert up["codes"].dtype == jnp.int8 and np.abs(up["codes"]).max() == 127
     kernel = tiny.params["llm"]["layers"][1]["mlp"]["up"]["kernel"]
     np.testing.assert_allclose(up["codes"] * up["scale"][:, None], kernel, atol=np.max(up["scale"]) / 2 + 1e-6)
+
+
+def test_weights_lie_in_one_buffer_on_a_cpu(tiny):
+    found = sorted((leaf.unsafe_buffer_pointer(), leaf.nbytes) for leaf in jax.tree.leaves(tiny.params))
+    assert all(0 <= start - (before + size) < 64 for (before, size), (start, _) in itertools.pairwise(found))
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
