@@ -48,8 +48,8 @@ MIN_SIZE = 96  # tokens a slot
 CHUNK = 8  # tokens; prompts share whole ones
 WORTH_WAITING = 4  # chunks that another prompt of the same call would have ready
 LOGPROBS = 20  # the most of the likeliest ids that a request may ask for
-# The pool of image features: bytes on the device and images, whichever is less; all of it is made with the first image.
-POOL_BYTES, POOL_IMAGES = 256 * 2**20, 128
+# The pool of image features: bytes on the device and images a slot, whichever is less; it is made with the first image.
+POOL_BYTES, POOL_IMAGES = 256 * 2**20, 8
 
 
 class TokenLogprobs(NamedTuple):
@@ -208,8 +208,8 @@ def _chunks(ticket: Ticket, config: ModelConfig) -> list[bytes]:
 class Features:
     """Image features on the device, found by the content of their image; those used longest ago give way."""
 
-    def __init__(self, placed: PlacedModel):
-        self._placed = placed
+    def __init__(self, placed: PlacedModel, slots: int):
+        self._placed, self._slots = placed, slots
         self._entries: OrderedDict[bytes, int] = OrderedDict()
         self.pool_CPD: jax.Array | None = None
         self._size = 0
@@ -240,7 +240,8 @@ class Features:
         config = self._placed.config
         shape, dtype = (config.vision.patches, config.llm.width), jnp.dtype(config.dtype)
         if needed > self._size:
-            self._size = max(needed, min(POOL_IMAGES, POOL_BYTES // (shape[0] * shape[1] * dtype.itemsize)))
+            fitting = POOL_BYTES // (shape[0] * shape[1] * dtype.itemsize)
+            self._size = max(needed, min(POOL_IMAGES * self._slots, fitting))
             self.pool_CPD = self._placed.replicate(jnp.zeros((self._size, *shape), dtype))
             self._entries.clear()
 
@@ -273,7 +274,7 @@ class Engine:
         self.max_length = min(positions, max_length or positions)
         self._reserved = 0 if max_length is None else self.max_length
         self._waiting = waiting
-        self._features = Features(self.placed)
+        self._features = Features(self.placed, self.slots)
         self._state: Slots | None = None
         self._lock = threading.Lock()
         self._queue: deque[Ticket] = deque()
@@ -448,7 +449,7 @@ class Engine:
             for call in calls:
                 self._deliver(call)
         except jax.errors.JaxRuntimeError as error:
-            self._state, self._features = None, Features(self.placed)
+            self._state, self._features = None, Features(self.placed, self.slots)
             for slot in range(self.slots):
                 self._hold(slot, [])
             self._fail(dict(self._running), error)
@@ -484,7 +485,7 @@ class Engine:
             except jax.errors.JaxRuntimeError as error:
                 if self._state is None or self._state.last_B.is_deleted():
                     raise
-                self._features = Features(self.placed)  # some may have been noted, and not made
+                self._features = Features(self.placed, self.slots)  # some may have been noted, and not made
                 self._fail(group, error)
         return calls
 
