@@ -197,6 +197,13 @@ def test_filter_keeps_what_the_rules_say(top_k, top_p):
     assert [set(np.flatnonzero(row)) for row in kept] == [*expected, set(range(60))]
 
 
+def test_the_likeliest_id_is_the_first_of_the_largest_logits():
+    few_values = np.random.default_rng(0).integers(0, 4, (50, 30)).astype(np.float32)
+    banned = np.where(few_values == 3, -np.inf, few_values)
+    for logits in (few_values, banned, np.random.default_rng(1).normal(size=(50, 30))):
+        np.testing.assert_array_equal(sample.likeliest(jnp.asarray(logits)), np.argmax(logits, axis=-1))
+
+
 def test_draws_follow_the_distribution():
     logits = jnp.tile(jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125])), (4000, 1))
     zeros, true = np.zeros(4000, np.int32), np.ones(4000, bool)

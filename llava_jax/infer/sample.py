@@ -72,7 +72,7 @@ def next_token(logits_BV: jax.Array, step_B: jax.Array, draw: Draw, is_open_B: j
 
     Nothing is sorted or drawn where no row that `is_open_B` needs it.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = likeliest(logits_BV)
     draws_B = is_open_B & (draw.temperature_B > 0)
     filters_B = draws_B & ((draw.top_k_B > 0) | (draw.top_p_B < 1))
 
@@ -89,6 +89,16 @@ def next_token(logits_BV: jax.Array, step_B: jax.Array, draw: Draw, is_open_B: j
         return jnp.where(draws_B, token_B, greedy_B)
 
     return jax.lax.cond(jnp.any(draws_B), drawn, lambda: greedy_B)
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """Return the id int32[B] of each row's largest logit, the first of equal ones.
+
+    XLA runs both reductions many numbers at a time on a CPU, and `jnp.argmax` one at a time.
+    """
+    ids_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    is_best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_best_BV, ids_V, ids_V[-1]), axis=-1)
 
 
 def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[str]) -> np.ndarray:
