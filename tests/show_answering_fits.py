@@ -63,7 +63,7 @@ def lowered(mesh, llm, slots, tokens, answer):
     size = bucket(tokens + answer)
     state = abstract(jax.eval_shape(lambda: empty_slots(config=config, rows=slots, size=size)), slot)
     patches = config.vision.patches
-    entries = min(POOL_IMAGES * slots, POOL_BYTES // (patches * llm.width * 2))
+    entries = min(POOL_IMAGES, POOL_BYTES // (patches * llm.width * 2))
     pool = abstract(jax.ShapeDtypeStruct((entries, patches, llm.width), jnp.bfloat16), everywhere)
     stops = abstract(jax.ShapeDtypeStruct((2, llm.vocab_size), np.int16), everywhere)
     length = bucket(tokens)

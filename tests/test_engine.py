@@ -195,6 +195,22 @@ def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, mo
     assert "".join(engine.stream(prompts[2], GREEDY)) == whole[2] and encoded == [1, 1, 1, 1]
 
 
+def test_prompts_of_more_and_more_images_meet_few_sizes_of_the_pool(tiny, monkeypatch):
+    asked = [tiny.prompt(api.question(QUESTIONS[0], [draw_image(n) for n in range(count)])) for count in range(1, 6)]
+    alone = [answer.text for answer in sorted(Engine(tiny, slots=4).answers(asked, GREEDY))]
+    sizes, encode = set(), engines.encode_images
+    monkeypatch.setattr(engines, "POOL_IMAGES", 2)
+
+    def noted(params, pool, pixels, entries, **how):
+        sizes.add(len(pool))
+        return encode(params, pool, pixels, entries, **how)
+
+    monkeypatch.setattr(engines, "encode_images", noted)
+    engine = Engine(tiny, slots=1)
+    assert ["".join(engine.stream(prompt, GREEDY)) for prompt in asked] == alone
+    assert sizes == {2, 4, 8}
+
+
 def test_what_a_prefix_takes_is_the_prompts_length_not_the_slots(tiny):
     def temporary(size: int) -> int:
         like = jax.eval_shape(lambda: empty_slots(config=tiny.config, rows=4, size=size))

@@ -37,6 +37,7 @@ from llava_jax.infer.generate import (
     encode_images,
     image_index,
     resized,
+    row_bucket,
 )
 from llava_jax.infer.placed_model import PlacedModel
 from llava_jax.infer.sample import check_sampling, draw_of
@@ -48,8 +49,8 @@ MIN_SIZE = 96  # tokens a slot
 CHUNK = 8  # tokens; prompts share whole ones
 WORTH_WAITING = 4  # chunks that another prompt of the same call would have ready
 LOGPROBS = 20  # the most of the likeliest ids that a request may ask for
-# The pool of image features: bytes on the device and images a slot, whichever is less; it is made with the first image.
-POOL_BYTES, POOL_IMAGES = 256 * 2**20, 8
+# The pool of image features: bytes on the device and images (or tiles), whichever is less; it is made with the first.
+POOL_BYTES, POOL_IMAGES = 256 * 2**20, 32
 
 
 class TokenLogprobs(NamedTuple):
@@ -208,8 +209,8 @@ def _chunks(ticket: Ticket, config: ModelConfig) -> list[bytes]:
 class Features:
     """Image features on the device, found by the content of their image; those used longest ago give way."""
 
-    def __init__(self, placed: PlacedModel, slots: int):
-        self._placed, self._slots = placed, slots
+    def __init__(self, placed: PlacedModel):
+        self._placed = placed
         self._entries: OrderedDict[bytes, int] = OrderedDict()
         self.pool_CPD: jax.Array | None = None
         self._size = 0
@@ -241,7 +242,8 @@ class Features:
         shape, dtype = (config.vision.patches, config.llm.width), jnp.dtype(config.dtype)
         if needed > self._size:
             fitting = POOL_BYTES // (shape[0] * shape[1] * dtype.itemsize)
-            self._size = max(needed, min(POOL_IMAGES * self._slots, fitting))
+            # Programs are compiled for its size: a conversation that grows meets few.
+            self._size = max(row_bucket(needed), min(POOL_IMAGES, fitting))
             self.pool_CPD = self._placed.replicate(jnp.zeros((self._size, *shape), dtype))
             self._entries.clear()
 
@@ -274,7 +276,7 @@ class Engine:
         self.max_length = min(positions, max_length or positions)
         self._reserved = 0 if max_length is None else self.max_length
         self._waiting = waiting
-        self._features = Features(self.placed, self.slots)
+        self._features = Features(self.placed)
         self._state: Slots | None = None
         self._lock = threading.Lock()
         self._queue: deque[Ticket] = deque()
@@ -449,7 +451,7 @@ class Engine:
             for call in calls:
                 self._deliver(call)
         except jax.errors.JaxRuntimeError as error:
-            self._state, self._features = None, Features(self.placed, self.slots)
+            self._state, self._features = None, Features(self.placed)
             for slot in range(self.slots):
                 self._hold(slot, [])
             self._fail(dict(self._running), error)
@@ -485,7 +487,7 @@ class Engine:
             except jax.errors.JaxRuntimeError as error:
                 if self._state is None or self._state.last_B.is_deleted():
                     raise
-                self._features = Features(self.placed, self.slots)  # some may have been noted, and not made
+                self._features = Features(self.placed)  # some may have been noted, and not made
                 self._fail(group, error)
         return calls
 
