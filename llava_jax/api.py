@@ -22,7 +22,7 @@ from llava_jax.infer import passes
 from llava_jax.infer.conversation import Conversation
 from llava_jax.infer.engine import Engine
 from llava_jax.infer.generate import Prompt, bucket, question_message, row_bucket
-from llava_jax.infer.placed_model import PlacedModel, place_model
+from llava_jax.infer.placed_model import PlacedModel, mesh_for_answers, place_model
 from llava_jax.infer.sample import AnswerDecoder, check_sampling, stop_table
 from llava_jax.io import check_text, check_unicode, unread_keys
 from llava_jax.models.llava import unstacked_model
@@ -478,7 +478,8 @@ def load(
 
 def assemble(name: str, params: dict[str, Any], processor: Processor, tensor: int = 0) -> Llava:
     """Return the model of parameters (numpy or `LazyTensor`), placed on the devices; `tensor` is as in `load`."""
-    placed = place_model(params, processor.config, processor.stop_table(), tensor)
+    config = processor.config
+    placed = place_model(params, config, processor.stop_table(), mesh_for_answers(config, tensor))
     checksum = 0
     for leaf in jax.tree.leaves(params["projector"]):
         checksum = zlib.crc32(np.ascontiguousarray(leaf, np.float32).data, checksum)

@@ -133,7 +133,7 @@ def generate(work: Mapping[str, Any]) -> tuple[Figures, Turn]:
     # An automaton that never reaches its last state: no id ends an answer.
     never_QV = np.zeros((2, config.llm.vocab_size), np.int32)
     if work["weights"]:
-        placed = place_model(hf.read_llava(work["model"], dtype=work["dtype"])[1], config, never_QV)
+        placed = place_model(hf.read_llava(work["model"], dtype=work["dtype"], lazy=True)[1], config, never_QV)
     else:
         wanted = stored_as(build(config)[1], work["dtype"])
         params = jax.jit(lambda: for_answers(init(config, 0, wanted)))()

@@ -1,7 +1,6 @@
 """A model on the devices that answer with it."""
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -26,7 +25,7 @@ class PlacedModel:
     params: dict[str, Any]
     config: ModelConfig
     stops_QV: jax.Array
-    mesh: jax.sharding.Mesh | None = None
+    mesh: Mesh | None = None
 
     @property
     def row_multiple(self) -> int:
@@ -53,24 +52,24 @@ class PlacedModel:
         return jax.device_put(tree, at)
 
 
-def place_model(params: dict[str, Any], config: ModelConfig, stop_table_QV: np.ndarray, tensor: int = 0) -> PlacedModel:
-    """Return the model of parameters (numpy or `LazyTensor`) on all devices, in the dtype of its config.
+def place_model(
+    params: dict[str, Any], config: ModelConfig, stops_QV: np.ndarray, mesh: Mesh | None = None
+) -> PlacedModel:
+    """Return the model of parameters (numpy or `LazyTensor`) over a mesh or on the first device.
 
-    `tensor` is as in `llava_jax.load`.
+    Weights are in the dtype of the config; `stops_QV` is of `sample.stop_table`.
     """
-    abstract = jax.eval_shape(for_answers, build(config)[1])
-    mesh, at = _mesh(config, abstract, tensor), SingleDeviceSharding(jax.devices()[0])
+    params = for_answers(params)
     if mesh is None:
-        shardings = jax.tree.map(lambda _: at, abstract)
+        everywhere: jax.sharding.Sharding = SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: everywhere, params)
+        # Not where kernels are quantised: those of the buffer would stay beside their codes.
+        if jax.default_backend() == "cpu" and not config.int8:
+            params = in_one_buffer(params, jnp.dtype(config.dtype))
     else:
-        axes = logical_axes(config)
+        everywhere, axes = replicated(mesh), logical_axes(config)
         axes |= {"llm": axes_for_answers(axes["llm"], config.llm.layers)}
-        shardings = param_shardings(axes, abstract, mesh)
-
-    blocks = for_answers(params)
-    # Not where kernels are quantised: those of the buffer would stay beside their codes.
-    if mesh is None and jax.default_backend() == "cpu" and not config.int8:
-        blocks = in_one_buffer(blocks, jnp.dtype(config.dtype))
+        shardings = param_shardings(axes, params, mesh)
 
     def put(path: tuple, x: Any, at: jax.sharding.Sharding) -> Any:
         whole = (
@@ -82,9 +81,8 @@ def place_model(params: dict[str, Any], config: ModelConfig, stop_table_QV: np.n
         codes, scale = _quantise(whole)
         return {"codes": codes, "scale": scale}
 
-    cast = jax.tree_util.tree_map_with_path(put, blocks, shardings)
-    stops_QV = jax.device_put(stop_table_QV, at if mesh is None else replicated(mesh))
-    return PlacedModel(cast, config, stops_QV, mesh)
+    placed = jax.tree_util.tree_map_with_path(put, params, shardings)
+    return PlacedModel(placed, config, jax.device_put(stops_QV, everywhere), mesh)
 
 
 _quantise = jax.jit(quantise)
@@ -99,20 +97,21 @@ def in_one_buffer(tree: Any, dtype: np.dtype) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     sizes = [-(-math.prod(x.shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for x in leaves]
     buffer = np.empty(sum(sizes) + ALIGNMENT, np.uint8)
-    starts = itertools.accumulate(sizes, initial=-buffer.ctypes.data % ALIGNMENT)
-    copies = [np.ndarray(x.shape, dtype, buffer, start) for x, start in zip(leaves, starts, strict=False)]
-    for copy, x in zip(copies, leaves, strict=True):
-        copy[...] = np.asarray(x)
+    start, copies = -buffer.ctypes.data % ALIGNMENT, []
+    for x, size in zip(leaves, sizes, strict=True):
+        copies.append(np.ndarray(x.shape, dtype, buffer, start))
+        copies[-1][...] = np.asarray(x)
+        start += size
     return jax.tree.unflatten(structure, copies)
 
 
-def _mesh(config: ModelConfig, abstract: Any, tensor: int) -> Mesh | None:
+def mesh_for_answers(config: ModelConfig, tensor: int) -> Mesh | None:
     """Return the mesh over all devices, None for one: batches over some, each model split over `tensor` of them.
 
-    Raises InputError for a `tensor` that does not divide devices or heads.
+    `tensor` 0 is as few as can hold the weights. Raises InputError for one that does not divide devices or heads.
     """
     devices, heads = jax.devices(), math.gcd(config.llm.heads, config.llm.kv_heads)
-    held = sum(leaf.size for leaf in jax.tree.leaves(abstract)) * jnp.dtype(config.dtype).itemsize
+    held = sum(leaf.size for leaf in jax.tree.leaves(build(config)[1])) * jnp.dtype(config.dtype).itemsize
     memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     ways = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and heads % n == 0]
     if tensor and tensor not in ways:

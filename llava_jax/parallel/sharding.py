@@ -109,8 +109,8 @@ def check_divisible(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
 def param_shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
     """Return a NamedSharding for every parameter; `axes` has their structure, with logical axes as leaves."""
 
-    def sharding(path: tuple, names: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        spec = spec_of(names, leaf.ndim)
+    def sharding(path: tuple, names: tuple[str, ...], leaf: jax.ShapeDtypeStruct | LazyTensor) -> NamedSharding:
+        spec = spec_of(names, len(leaf.shape))
         check_divisible("/".join(str(key.key) for key in path), leaf.shape, spec, mesh)
         return NamedSharding(mesh, spec)
 
