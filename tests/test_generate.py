@@ -202,6 +202,7 @@ def test_the_likeliest_id_is_the_first_of_the_largest_logits():
     banned = np.where(few_values == 3, -np.inf, few_values)
     for logits in (few_values, banned, np.random.default_rng(1).normal(size=(50, 30))):
         np.testing.assert_array_equal(sample.likeliest(jnp.asarray(logits)), np.argmax(logits, axis=-1))
+    assert 0 <= sample.likeliest(jnp.full((1, 30), jnp.nan))[0] < 30
 
 
 def test_draws_follow_the_distribution():

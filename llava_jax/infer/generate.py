@@ -137,11 +137,12 @@ def prefill(
         newline_D = model.projector.image_newline[...] if config.pinpoints else None
         index_BT = jnp.where(inputs.feature_BT < 0, -1, positions_BT)
         x_BTD = merge(x_BTD, taken_BTD, inputs.tokens_BT == config.image_token_id, index_BT, newline_D)
+    last_B = inputs.length_B - 1
     if prefix is None:
         segment_ids_BT = (positions_BT < inputs.length_B[:, None]).astype(jnp.int32)
-        hidden_B1D, cache = passes.prefill(model.llm, x_BTD, positions_BT, segment_ids_BT, inputs.length_B - 1)
+        hidden_B1D, cache = passes.prefill(model.llm, x_BTD, positions_BT, segment_ids_BT, last_B=last_B)
     else:
-        hidden_B1D, cache = passes.extend(model.llm, x_BTD, prefix, inputs.length_B - 1)
+        hidden_B1D, cache = passes.extend(model.llm, x_BTD, prefix, last_B=last_B)
         cache = cache._replace(length_B=prefix.length_B + inputs.length_B)
     return passes.logits(model.llm, hidden_B1D)[:, 0], cache
 

@@ -59,7 +59,7 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Run whole rows (segment 0 is padding) as `Llama` does; return hidden states and the cache of T slots.
 
-    The hidden states are [B, 1, D] of the tokens `last_B` of their rows where these are given.
+    With `last_B` int32[B] the hidden states are those of one token a row, [B, 1, D].
     """
     rope, layers = _rope(llm.config, positions_BT, x_BTD.shape[1]), []
     for block in llm.layers:
@@ -82,7 +82,7 @@ def extend(llm: Llama, x_BTD: jax.Array, cache: Cache, last_B: jax.Array | None 
         seen_BTS &= slots > positions_BT[:, :, None] - llm.config.window
     layers = []
     for block, kept in zip(llm.layers, cache.layers, strict=True):
-        x_BTD, kept = _extend(block, x_BTD, rope, kept, positions_BT, seen_BTS)
+        x_BTD, kept = _attend(block, x_BTD, rope, kept, positions_BT, seen_BTS)
         x_BTD = _feed_forward(llm, block, x_BTD, last_B)
         layers.append(kept)
     return llm.norm(x_BTD), Cache(tuple(layers), cache.length_B)
@@ -106,10 +106,11 @@ def _rope(config: LlamaConfig, positions_BT: jax.Array, size: int) -> Rope:
     return cos_1S1H[0, positions_BT], sin_1S1H[0, positions_BT]
 
 
-def _extend(
+def _attend(
     block: Block, x_BTD: jax.Array, rope: Rope, kept: KeysValues, positions_BT: jax.Array, seen_BTS: jax.Array
 ) -> tuple[jax.Array, KeysValues]:
-    """Run a block over T tokens a row: write their keys and values to their slots, attend to what is seen."""
+    """Run the first half of a block over T tokens a row: write their keys and values to their slots, attend to what is
+    seen."""
     # The barrier keeps the order of heads in memory from spreading to the weights, all of which would be copied.
     projected = jax.lax.optimization_barrier(block.attn.project(block.attn_norm(x_BTD)))
     q, *new = block.attn.heads(projected, rope)
@@ -120,7 +121,7 @@ def _extend(
 
 
 def _feed_forward(llm: Llama, block: Block, x_BTD: jax.Array, last_B: jax.Array | None) -> jax.Array:
-    # What the last block makes of a token no other token reads.
+    # No other token reads what the last block's MLP makes of one.
     if block is llm.layers[-1] and last_B is not None:
         x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
     return block.feed_forward(x_BTD)

@@ -96,9 +96,10 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
 
     XLA runs both reductions many numbers at a time on a CPU, and `jnp.argmax` one at a time.
     """
-    ids_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    V = logits_BV.shape[-1]
     is_best_BV = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(is_best_BV, ids_V, ids_V[-1]), axis=-1)
+    # V - 1: a row of NaN has an id, too.
+    return jnp.min(jnp.where(is_best_BV, jnp.arange(V, dtype=jnp.int32), V - 1), axis=-1)
 
 
 def stop_table(stops: Sequence[str], stop_ids: Iterable[int], pieces: Sequence[str]) -> np.ndarray:

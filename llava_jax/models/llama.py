@@ -92,7 +92,7 @@ class Block(nnx.Module):
         return self.feed_forward(x_BTD), kv
 
     def attend(self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array | None) -> tuple[jax.Array, KeysValues]:
-        """Run the first half, in which tokens see each other."""
+        """Run the first half, in which tokens see each other; return [B, T, D] and this layer's keys and values."""
         x_BTD = constrain(x_BTD, "batch", "length", "activation")
         attended_BTD, kv = self.attn(self.attn_norm(x_BTD), rope, segment_ids_BT)
         return checkpoint_name(x_BTD + attended_BTD, "residual"), kv
