@@ -177,15 +177,22 @@ def test_an_error_of_the_device_ends_what_it_concerns_and_the_engine_survives(
     assert ask(engine, prompts[1])[0].all().text == whole[1]
 
 
-def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, monkeypatch):
-    encoded, encode = [], engines.encode_images
-    monkeypatch.setattr(engines, "POOL_IMAGES", 2)
+def watched_pool(monkeypatch) -> tuple[list[int], list[int]]:
+    """Make pools for two images; return how many images each call encodes from now on, and the size of its pool."""
+    encoded, sizes, encode = [], [], engines.encode_images
 
-    def counted(params, pool, pixels, entries, **how):
+    def noted(params, pool, pixels, entries, **how):
         encoded.append(len(pixels))
+        sizes.append(len(pool))
         return encode(params, pool, pixels, entries, **how)
 
-    monkeypatch.setattr(engines, "encode_images", counted)
+    monkeypatch.setattr(engines, "POOL_IMAGES", 2)
+    monkeypatch.setattr(engines, "encode_images", noted)
+    return encoded, sizes
+
+
+def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, monkeypatch):
+    encoded, _ = watched_pool(monkeypatch)
     engine = Engine(tiny, slots=1)
     for index in (0, 0, 2, 0):
         assert "".join(engine.stream(prompts[index], GREEDY)) == whole[index]
@@ -198,17 +205,10 @@ def test_an_image_is_encoded_once_and_old_ones_give_way(tiny, prompts, whole, mo
 def test_prompts_of_more_and_more_images_meet_few_sizes_of_the_pool(tiny, monkeypatch):
     asked = [tiny.prompt(api.question(QUESTIONS[0], [draw_image(n) for n in range(count)])) for count in range(1, 6)]
     alone = [answer.text for answer in sorted(Engine(tiny, slots=4).answers(asked, GREEDY))]
-    sizes, encode = set(), engines.encode_images
-    monkeypatch.setattr(engines, "POOL_IMAGES", 2)
-
-    def noted(params, pool, pixels, entries, **how):
-        sizes.add(len(pool))
-        return encode(params, pool, pixels, entries, **how)
-
-    monkeypatch.setattr(engines, "encode_images", noted)
+    _, sizes = watched_pool(monkeypatch)
     engine = Engine(tiny, slots=1)
     assert ["".join(engine.stream(prompt, GREEDY)) for prompt in asked] == alone
-    assert sizes == {2, 4, 8}
+    assert set(sizes) == {2, 4, 8}
 
 
 def test_what_a_prefix_takes_is_the_prompts_length_not_the_slots(tiny):

@@ -63,7 +63,7 @@ def place_model(
     if mesh is None:
         everywhere: jax.sharding.Sharding = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: everywhere, params)
-        # Not where kernels are quantised: those of the buffer would stay beside their codes.
+        # Not where kernels are quantised: the buffer would hold them next to their codes.
         if jax.default_backend() == "cpu" and not config.int8:
             params = in_one_buffer(params, jnp.dtype(config.dtype))
     else:
